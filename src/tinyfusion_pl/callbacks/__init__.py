@@ -1,0 +1,9 @@
+"""Lightning callbacks: depth pruning and what training beside it needs."""
+
+from tinyfusion_pl.callbacks.clock import Clock
+from tinyfusion_pl.callbacks.depth_pruning import DepthPruningCallback
+from tinyfusion_pl.callbacks.ema import EMAWithWarmup
+from tinyfusion_pl.callbacks.nonfinite import NonFiniteGuard
+from tinyfusion_pl.callbacks.random_state import RandomState
+
+__all__ = ["Clock", "DepthPruningCallback", "EMAWithWarmup", "NonFiniteGuard", "RandomState"]

@@ -1,0 +1,70 @@
+"""Skips optimizer steps with a non-finite loss or gradient, on all ranks alike."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+
+class NonFiniteGuard(Callback):
+    """Skip an optimizer step whose loss or gradients are not finite; stop the run after too many in a row.
+
+    The flag is reduced over all ranks, so that every rank skips the same step. Skipping takes the gradients away: optimizers leave
+    parameters without a gradient alone. Steps and schedules go on counting, as in the published code. Under fp16 a gradient scaler does
+    its own skipping, and only the loss is looked at.
+
+    Args:
+        max_consecutive: Skipped steps in a row after which the run stops, >= 1.
+
+    Attributes:
+        num_skipped: Steps skipped so far.
+    """
+
+    def __init__(self, *, max_consecutive: int = 10) -> None:
+        if max_consecutive < 1:
+            raise ValueError(f"max_consecutive is {max_consecutive}; give a count >= 1.")
+        self.max_consecutive = max_consecutive
+        self.num_skipped = self.num_consecutive = 0
+        self.skipping = False
+        self._bad_loss: Tensor | None = None
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        bad = ~torch.isfinite(loss.detach()).all()
+        self._bad_loss = bad if self._bad_loss is None else self._bad_loss | bad  # several backwards a step when accumulating
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """Take the gradients of the optimizer and of every other trainable parameter away where the step must be skipped."""
+        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+        parameters = {id(p): p for group in optimizer.param_groups for p in group["params"]}
+        parameters |= {id(p): p for p in pl_module.parameters()}
+        grads = [p.grad for p in parameters.values() if p.grad is not None]
+        bad = torch.zeros((), dtype=torch.bool, device=pl_module.device) if self._bad_loss is None else self._bad_loss.to(pl_module.device)
+        if grads and not scaled:
+            norms = torch._foreach_norm(grads)
+            bad = bad | ~torch.isfinite(torch.stack([n.to(bad.device, torch.float32) for n in norms])).all()
+        self._bad_loss = None
+        self.skipping = bool(trainer.strategy.reduce(bad.float(), reduce_op="sum") > 0)
+        if not self.skipping:
+            self.num_consecutive = 0
+            return
+        for parameter in parameters.values():
+            parameter.grad = None
+        self.num_skipped += 1
+        self.num_consecutive += 1
+        rank_zero_warn(f"Step {trainer.global_step}: the loss or a gradient is not finite; the optimizer step is skipped "
+                       f"({self.num_skipped} so far).")
+        if self.num_consecutive >= self.max_consecutive:
+            raise FloatingPointError(
+                f"{self.num_consecutive} optimizer steps in a row had a non-finite loss or gradient (last at step {trainer.global_step}). "
+                "Lower the learning rate, check the data for NaN, or train in a wider precision (trainer.precision=bf16-mixed or 32-true)."
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"num_skipped": self.num_skipped, "num_consecutive": self.num_consecutive}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.num_skipped, self.num_consecutive = state_dict["num_skipped"], state_dict["num_consecutive"]

@@ -1,0 +1,108 @@
+"""The shallow model on disk: ``model.safetensors`` with ``record.json`` beside it, and nothing else needed to load it."""
+
+from __future__ import annotations
+
+import copy
+import platform
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import timm
+from torch import nn
+
+from tinyfusion_pl.artifacts import ArtifactError, read_json, save_tensors, sha256, write_json
+from tinyfusion_pl.models.checkpoints import load_weights
+from tinyfusion_pl.models.registry import create_model
+from tinyfusion_pl.pruning import Decision, remove_blocks
+
+WEIGHTS, RECORD = "model.safetensors", "record.json"
+FORMAT = 1
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    found = {"python": platform.python_version()}
+    for name in ("tinyfusion_pl", "torch", "lightning", "timm", "peft", "torchmetrics"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def save_shallow(folder: str | Path, model: nn.Module, record: Mapping[str, Any]) -> Path:
+    """Write `model` and its record into `folder`, weights first, each file whole or not at all.
+
+    Args:
+        folder: Made if missing.
+        model: The shallow model. One of this project's models (``model_name``, ``config``) states how to build it.
+        record: ``stacks`` (see `Decision.as_dict`), ``source``, ``configuration``, ``seed``, ``model_factory``. How to build the model,
+            versions, size and the weights' checksum are added.
+
+    Returns:
+        The folder.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_tensors(folder / WEIGHTS, {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()})
+    own = {"name": model.model_name, "kwargs": model.config} if hasattr(model, "model_name") and hasattr(model, "config") else None
+    write_json(folder / RECORD, {
+        "format": FORMAT,
+        "model": own,
+        **record,
+        "num_params": sum(p.numel() for p in model.parameters()),
+        "weights": {"file": WEIGHTS, "sha256": sha256(folder / WEIGHTS)},
+        "versions": library_versions(),
+    })
+    return folder
+
+
+def load_shallow(path: str | Path, *, model: nn.Module | None = None) -> nn.Module:
+    """The shallow model that was saved in folder `path`, in evaluation mode.
+
+    Args:
+        path: Folder with ``model.safetensors`` and ``record.json``.
+        model: A dense model of the same kind, for models that the record cannot build (no model of this project, no `model_factory`); it
+            is copied, not changed.
+
+    Raises:
+        ArtifactError: for a missing, truncated or altered file.
+        ValueError: when the record cannot build the model and none is given, or the weights do not fit.
+    """
+    folder = Path(path)
+    record = read_json(folder / RECORD)
+    if record.get("format") != FORMAT:
+        raise ArtifactError(f"{folder / RECORD} has format {record.get('format')!r}, this version reads {FORMAT}.")
+    if (found := sha256(folder / WEIGHTS)) != (expected := record["weights"]["sha256"]):
+        raise ArtifactError(f"{folder / WEIGHTS} has checksum {found[:12]}..., its record says {expected[:12]}...: the file was altered or "
+                            "only partly copied. Copy the folder again.")
+    kept = Decision.from_dict(record["stacks"]).kept_blocks
+    if model is not None:
+        shallow = remove_blocks(copy.deepcopy(model), kept)
+    elif record["model"] is not None:
+        shallow = create_model(record["model"]["name"], **record["model"]["kwargs"])
+    elif record.get("model_factory"):
+        shallow = remove_blocks(_from_factory(record["model_factory"]), kept)
+    else:
+        raise ValueError(
+            f"The record in {folder} does not say how to build its model, which is not one of this project. Give a dense one: "
+            "load_shallow(path, model=MyModel(...)), or state model_factory={'name': 'timm/...'} when pruning."
+        )
+    load_weights(shallow, folder / WEIGHTS)
+    return shallow.eval()
+
+
+def _from_factory(factory: Mapping[str, Any]) -> nn.Module:
+    """A dense model from ``{"name": "timm/<model>", "kwargs": {...}}``; only known factories are called, never a name from a file."""
+    name, kwargs = factory["name"], factory.get("kwargs", {})
+    if name.startswith("timm/"):
+        return timm.create_model(name.removeprefix("timm/"), pretrained=False, **kwargs)
+    raise ValueError(f"model_factory {name!r} is not known; 'timm/<name>' is. Use load_shallow(path, model=...) for other models.")
+
+
+def load_decision(path: str | Path) -> Decision:
+    """The decision in the record of the shallow model in folder `path`."""
+    return Decision.from_dict(read_json(Path(path) / RECORD)["stacks"])
+

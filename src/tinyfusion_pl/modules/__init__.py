@@ -1,0 +1,8 @@
+"""LightningModules: thin shells around a denoiser and an objective."""
+
+from tinyfusion_pl.modules.denoising import Denoising
+from tinyfusion_pl.modules.generation import Generation, balanced_labels, noise_of
+from tinyfusion_pl.modules.mask_learning import MaskLearning
+from tinyfusion_pl.modules.recovery import Recovery
+
+__all__ = ["Denoising", "Generation", "MaskLearning", "Recovery", "balanced_labels", "noise_of"]

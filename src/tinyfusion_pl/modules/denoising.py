@@ -1,0 +1,69 @@
+"""Training a denoiser on an objective: the module that the teacher is trained with and the others build on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+SchedulerFactory = Callable[..., torch.optim.lr_scheduler.LRScheduler]
+
+
+class Denoising(LightningModule):
+    """A denoiser and an objective; batches are (x, y).
+
+    Args:
+        denoiser: Called as ``denoiser(x_t, t, y)``; has ``num_classes``, which is also its null label.
+        objective: See `tinyfusion_pl.objectives.Objective`.
+        optimizer: Makes the optimizer from the parameters; default: AdamW 1e-4 without weight decay.
+        scheduler: Makes a learning rate scheduler, stepped each optimizer step, from ``(optimizer, num_steps=...)``; default: none.
+        label_dropout: Probability that a sample's label becomes the null label, in [0, 1] (published: 0.1).
+    """
+
+    default_lr = 1e-4
+
+    def __init__(self, denoiser: nn.Module, *, objective: Any, optimizer: OptimizerFactory | None = None,
+                 scheduler: SchedulerFactory | None = None, label_dropout: float = 0.1) -> None:
+        super().__init__()
+        if not 0 <= label_dropout <= 1:
+            raise ValueError(f"label_dropout is {label_dropout}; give a probability in [0, 1] (published: 0.1).")
+        self.denoiser, self.objective = denoiser, objective
+        self.optimizer_factory, self.scheduler_factory, self.label_dropout = optimizer, scheduler, label_dropout
+
+    def drop_labels(self, y: Tensor) -> Tensor:
+        """Labels (N,) with each one replaced by the null label with probability `label_dropout`."""
+        if not self.label_dropout:
+            return y
+        return torch.where(torch.rand(y.shape, device=y.device) < self.label_dropout, self.denoiser.num_classes, y)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        x, y = batch
+        return self._logged(self.losses(x, self.drop_labels(y)), num_samples=len(x))
+
+    def losses(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        """Per-sample losses (N,), the one to minimise under "loss"."""
+        draw = self.objective.draw(x)
+        return self.objective.losses(self.denoiser(draw.x_t, draw.t, y), draw)
+
+    def _logged(self, losses: dict[str, Tensor], *, num_samples: int) -> Tensor:
+        means = {name: value.mean() for name, value in losses.items()}
+        self.log_dict({f"train/{name}": value.detach() for name, value in means.items() if name != "loss"}, batch_size=num_samples)
+        self.log("train/loss", means["loss"].detach(), prog_bar=True, batch_size=num_samples)
+        return means["loss"]
+
+    def configure_optimizers(self) -> Any:
+        parameters = [p for p in self.trained_parameters() if p.requires_grad]
+        if not parameters:  # gates alone are learned: Lightning still needs something to step
+            return None
+        optimizer = (self.optimizer_factory or (lambda p: torch.optim.AdamW(p, lr=self.default_lr, weight_decay=0.0)))(parameters)
+        if self.scheduler_factory is None:
+            return optimizer
+        scheduler = self.scheduler_factory(optimizer, num_steps=int(self.trainer.estimated_stepping_batches))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def trained_parameters(self) -> Iterable[nn.Parameter]:
+        return self.denoiser.parameters()

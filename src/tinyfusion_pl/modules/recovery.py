@@ -1,0 +1,65 @@
+"""Recovery: the shallow student learns from data and from the teacher (TinyFusion, section 3.4)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from tinyfusion_pl.distill import Distillation
+from tinyfusion_pl.modules.denoising import Denoising
+from tinyfusion_pl.pruning import Decision
+
+
+class _Aside:
+    """Holds a module so that it is neither a submodule (checkpoints, DDP, optimizers) nor copied with its holder (weight averaging)."""
+
+    def __init__(self, module: nn.Module | None) -> None:
+        self.module = module
+
+    def __deepcopy__(self, memo: Any) -> _Aside:
+        return self
+
+
+class Recovery(Denoising):
+    """Trains a shallow student with the recovery losses.
+
+    Args:
+        student: The shallow denoiser.
+        teacher: The dense denoiser, frozen, in evaluation mode, not in checkpoints. May be None for fine-tuning alone.
+        decision: The decision the student came from, for the layer pairs; not needed where `distillation` gives pairs or no feature
+            weight.
+        distillation: Weights and mask; default: the published ones.
+        objective, optimizer, scheduler, label_dropout: See `Denoising` (published: AdamW 2e-4, cosine to 1e-4).
+
+    Raises:
+        ValueError: when a teacher or the pairs are needed and missing, or pairs do not fit the stacks.
+    """
+
+    default_lr = 2e-4
+
+    def __init__(self, student: nn.Module, *, teacher: nn.Module | None, decision: Decision | None = None,
+                 distillation: Distillation | None = None, **kwargs: Any) -> None:
+        super().__init__(student, **kwargs)
+        self.distillation = distillation or Distillation()
+        if self.distillation.needs_teacher and teacher is None:
+            raise ValueError("Distillation needs a teacher. Give one, or set weight_kd and weight_feature to 0 for plain fine-tuning.")
+        self._teacher = _Aside(None if teacher is None else teacher.eval().requires_grad_(False))
+        self.pairs = self.distillation.pairs
+        if self.pairs is None and decision is not None:
+            self.pairs = {path: stack.layer_pairs() for path, stack in decision.stacks.items()}
+        if self.pairs is None and self.distillation.weight_feature:
+            raise ValueError("Representation distillation needs layer pairs: give the decision, or pairs in the distillation config.")
+
+    @property
+    def teacher(self) -> nn.Module | None:
+        return self._teacher.module
+
+    def on_fit_start(self) -> None:
+        if self.teacher is not None:
+            self.teacher.to(self.device)
+
+    def losses(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        weight = self.distillation.feature_weight(self.global_step, int(self.trainer.estimated_stepping_batches))
+        return self.distillation.losses(self.denoiser, self.teacher, self.objective, self.objective.draw(x), y, pairs=self.pairs or {},
+                                        feature_weight=weight)

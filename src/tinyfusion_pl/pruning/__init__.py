@@ -1,0 +1,15 @@
+"""The method in plain PyTorch: patterns, gates, gated blocks, the weight update beside them, the decision and the surgery."""
+
+from tinyfusion_pl.pruning.adapters import WeightUpdate
+from tinyfusion_pl.pruning.blocks import find_stacks, get_stack, resolve_stacks
+from tinyfusion_pl.pruning.decision import Decision, GroupDecision, StackDecision
+from tinyfusion_pl.pruning.gates import DepthGates, StackGates, find_gates, remove_gates
+from tinyfusion_pl.pruning.patterns import Group, Pattern
+from tinyfusion_pl.pruning.samplers import CandidateSampler, MaskSampler
+from tinyfusion_pl.pruning.schedule import linear_anneal
+from tinyfusion_pl.pruning.surgery import remove_blocks
+
+__all__ = [
+    "CandidateSampler", "Decision", "DepthGates", "Group", "GroupDecision", "MaskSampler", "Pattern", "StackDecision", "StackGates",
+    "WeightUpdate", "find_gates", "find_stacks", "get_stack", "linear_anneal", "remove_blocks", "remove_gates", "resolve_stacks",
+]

@@ -1,0 +1,81 @@
+"""What mask learning decides: which blocks stay, and how sure it is."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass
+class GroupDecision:
+    """One group: its place among the units, the units kept, and the distribution over candidates.
+
+    `confidence` is the largest candidate probability, `entropy` that of the distribution in nats.
+    """
+
+    start: int
+    num_kept: int
+    num_blocks: int
+    kept: list[int]
+    confidence: float
+    entropy: float
+    probabilities: list[float]
+
+
+@dataclass
+class StackDecision:
+    """One stack: pattern, blocks kept (ascending), the probability of each block to stay, and its groups."""
+
+    pattern: str
+    num_blocks: int
+    kept_blocks: list[int]
+    block_probabilities: list[float]
+    groups: list[GroupDecision] = field(default_factory=list)
+    units: list[list[int]] | None = None
+
+    def layer_pairs(self) -> list[tuple[int, int]]:
+        """(student block, teacher block) pairs for representation distillation.
+
+        The last kept block of each group, at its place in the shallow stack, goes with the last block of that group in the teacher.
+        """
+        units = self.units or [[i] for i in range(self.num_blocks)]
+        place = {block: i for i, block in enumerate(self.kept_blocks)}
+        pairs = []
+        for group in self.groups:
+            last_kept = max(block for unit in group.kept for block in units[unit])
+            last = max(block for unit in range(group.start, group.start + group.num_blocks) for block in units[unit])
+            pairs.append((place[last_kept], last))
+        return pairs
+
+
+@dataclass
+class Decision:
+    """The decision of a whole model, by stack path."""
+
+    stacks: dict[str, StackDecision]
+
+    @property
+    def kept_blocks(self) -> dict[str, list[int]]:
+        return {path: stack.kept_blocks for path, stack in self.stacks.items()}
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able form, the `stacks` of a record."""
+        return {path: asdict(stack) for path, stack in self.stacks.items()}
+
+    @classmethod
+    def from_dict(cls, stacks: dict[str, Any]) -> Decision:
+        return cls({
+            path: StackDecision(**{**stack, "groups": [GroupDecision(**group) for group in stack["groups"]]})
+            for path, stack in stacks.items()
+        })
+
+    def telemetry(self) -> dict[str, Any]:
+        """The short form for a line of decisions.jsonl: no candidate lists, which grow to thousands."""
+        return {
+            path: {
+                "kept_blocks": stack.kept_blocks,
+                "block_probabilities": [round(p, 6) for p in stack.block_probabilities],
+                "groups": [{"start": g.start, "num_kept": g.num_kept, "num_blocks": g.num_blocks,
+                            "confidence": round(g.confidence, 6), "entropy": round(g.entropy, 6)} for g in stack.groups],
+            } for path, stack in self.stacks.items()
+        }

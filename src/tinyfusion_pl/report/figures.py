@@ -1,0 +1,299 @@
+"""The report's figures, each a function from data to a `matplotlib.figure.Figure` (object-oriented Agg, no global state).
+
+`plot_decisions` follows TinyFusion (arXiv 2412.01199), figure 6: the kept blocks over the steps, confidence as transparency. Colours are Okabe's
+and Ito's, told apart by colour-blind readers as well, and mean the same model everywhere; labels always say it too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import FixedLocator, MaxNLocator, StrMethodFormatter
+
+from .reading import MODELS, Curves, StackHistory, numbers
+from .words import CURVES, label, value
+
+COLORS = {"teacher": "#0072B2", "pruned": "#D55E00", "recovered": "#009E73"}
+KEPT, DROPPED, INK, FAINT = "#3B2E8C", "#C9CCD6", "#22252E", "#6B7080"
+WIDTH = 10.0  # inches; the page shows a figure about as wide as its text
+MAX_STEPS_DRAWN = 600  # more columns than this are not told apart on 10 inches
+MAX_COLUMNS = 10  # of sample pictures
+FAINTEST = 0.14  # opacity at confidence 0: an undecided group stays visible
+
+_PROBABILITY = LinearSegmentedColormap.from_list("probability", ["#FFFFFF", KEPT])
+
+
+def opacity(confidence: Any) -> Any:
+    """Confidence 0..1 -> opacity of the mark, linear; the key beside the figure shows the same."""
+    return FAINTEST + (1 - FAINTEST) * np.asarray(confidence)
+
+
+def plot_decisions(stacks: dict[str, StackHistory]) -> Figure:
+    """For each block a row, for each recorded step a mark where the decision keeps the block, as opaque as its group is confident."""
+    figure, rows = _stack_figure(stacks, num_columns=2, width_ratios=(60, 1))
+    for (path, history), (axes, key) in zip(stacks.items(), rows):
+        chosen = _thin(len(history.steps))
+        shade = np.empty((history.num_blocks, len(chosen), 4))  # (B, T, RGBA)
+        shade[..., :3] = to_rgb(KEPT)
+        shade[..., 3] = np.where(history.kept[chosen], opacity(history.confidence[chosen]), 0.0).T
+        _raster(axes, history, chosen, shade)
+        kept = int(history.kept[-1].sum())
+        _title(
+            axes,
+            f"{_stack_name(path, stacks)}{kept} of {history.num_blocks} blocks stay; unchanged since step {history.settled_at:,}",
+        )
+        ramp = np.empty((256, 1, 4))
+        ramp[..., :3] = to_rgb(KEPT)
+        ramp[..., 0, 3] = opacity(np.linspace(0, 1, 256))
+        key.imshow(ramp, origin="lower", aspect="auto", extent=(0, 1, 0, 1))
+        key.set(xticks=[], yticks=[0, 0.5, 1], ylabel="confidence of the group")
+        key.yaxis.tick_right()
+        key.yaxis.set_label_position("right")
+        _dress(key)
+    return figure
+
+
+def plot_block_probabilities(stacks: dict[str, StackHistory]) -> Figure:
+    """The probability that a block stays: over the steps (left) and at the end (bars; kept blocks filled, group borders drawn)."""
+    figure, rows = _stack_figure(stacks, num_columns=2, width_ratios=(2, 1))
+    for (path, history), (heat, bars) in zip(stacks.items(), rows):
+        chosen = _thin(len(history.steps))
+        _raster(heat, history, chosen, _PROBABILITY(np.clip(history.probabilities[chosen], 0, 1).T))
+        _title(heat, f"{_stack_name(path, stacks)}probability that a block stays, from white (0) to dark (1)")
+        kept, final = history.kept[-1], history.probabilities[-1]
+        blocks = np.arange(history.num_blocks)
+        bars.barh(blocks, final, height=0.72, color=[KEPT if keep else DROPPED for keep in kept])
+        for group in history.groups:
+            share, start = group["num_kept"] / group["num_blocks"], group["start"]
+            bars.plot(
+                [share, share],
+                [start - 0.5, start + group["num_blocks"] - 0.5],
+                color=FAINT,
+                linewidth=1,
+                linestyle=(0, (2, 2)),
+            )
+        _title(bars, "at the last step")
+        bars.set(xlim=(0, 1.005), ylim=heat.get_ylim(), xlabel="probability of staying (dotted: all equal)", yticks=[])
+        _group_borders(bars, history, color=FAINT)
+        _dress(bars)
+    swatches = [Patch(color=KEPT, label="stays"), Patch(color=DROPPED, label="leaves")]
+    figure.legend(handles=swatches, loc="outside upper right", ncols=2, frameon=False, fontsize=10)
+    return figure
+
+
+def plot_samples(samples: dict[str, np.ndarray], *, depths: dict[str, int] | None = None) -> Figure:
+    """Teacher, pruned and recovered below each other, drawn from the same noise and label in each column.
+
+    Args:
+        samples: `labels` (N,) and for some of the models uint8 pictures (N, C, H, W), C = 1 or 3.
+        depths: number of blocks by model, for the row labels.
+    """
+    models = [model for model in MODELS if model in samples]
+    labels = samples["labels"]
+    bands = _sample_bands(labels)
+    num_columns = max(len(band) for band in bands)
+    height, width = samples[models[0]].shape[2:]
+    aspect, gap = height / width, 0.45  # sizes in picture widths
+    band_height = len(models) * aspect + gap
+    figure = _figure(WIDTH, max(1.6, WIDTH * 0.88 / num_columns * len(bands) * band_height))
+    axes = figure.add_subplot()
+    for band, columns in enumerate(bands):
+        top = band * band_height
+        for column, index in enumerate(columns):
+            axes.text(
+                column + 0.5,
+                top + gap - 0.1,
+                f"label {labels[index]}",
+                ha="center",
+                va="bottom",
+                fontsize=10,
+                color=INK,
+            )
+            for row, model in enumerate(models):
+                upper = top + gap + row * aspect
+                picture = samples[model][index].transpose(1, 2, 0)  # (H, W, C)
+                axes.imshow(
+                    picture.repeat(3, axis=2) if picture.shape[2] == 1 else picture,
+                    extent=(column + 0.02, column + 0.98, upper + aspect * 0.98, upper + aspect * 0.02),
+                    interpolation="nearest",
+                    gid=f"{model}/{index}",
+                )
+        for row, model in enumerate(models):
+            depth = f"\n{depths[model]:.0f} blocks" if depths and model in depths else ""
+            middle = top + gap + (row + 0.5) * aspect
+            axes.text(
+                -0.12,
+                middle,
+                f"{model}{depth}",
+                ha="right",
+                va="center",
+                color=COLORS[model],
+                fontsize=11,
+                fontweight="bold",
+            )
+    axes.set(xlim=(0, num_columns), ylim=(len(bands) * band_height, 0), aspect="equal")
+    axes.axis("off")
+    return figure
+
+
+def plot_curves(curves: Curves) -> Figure | None:
+    """A panel for each logged loss (as logged thin, smoothed bold), validation metric and gate summary; None if nothing of it was logged."""
+    gates = ("gates/tau", "gates/confidence", "gates/entropy")
+    names = (
+        [n for n in curves if n.startswith("train/loss")]
+        + [n for n in curves if n.startswith("val/")]
+        + [n for n in gates if n in curves]
+    )
+    if not names:
+        return None
+    num_columns = 2 if len(names) == 4 else min(3, len(names))
+    num_rows = -(-len(names) // num_columns)
+    figure = _figure(WIDTH, 2.7 * num_rows)
+    for number, name in enumerate(names, start=1):
+        axes = figure.add_subplot(num_rows, num_columns, number)
+        steps, values = curves[name]
+        noisy = name.startswith("train/")
+        smooth = _smooth(values, width=max(1, len(values) // 40)) if noisy else values
+        if noisy:
+            axes.plot(steps, values, color=KEPT, linewidth=0.7, alpha=0.35, label="logged")
+            if len(finite := values[np.isfinite(values)]) and 0 < 15 * finite.min() < finite.max():
+                axes.set_yscale("log")
+        axes.plot(steps, smooth, color=KEPT, linewidth=1.8, label="smoothed", marker="." if len(values) < 15 else None)
+        ends = smooth[np.isfinite(smooth)]
+        shown = CURVES.get(name, name)
+        _title(axes, f"{shown}: {ends[0]:.3g} → {ends[-1]:.3g}" if len(ends) else f"{shown}: never finite")
+        axes.set(xlabel="training step", ylabel=name)
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axes.grid(axis="y", color="#E6E8EE", linewidth=0.8)
+        _dress(axes)
+        if number == 1 and noisy:
+            axes.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def plot_overview(metrics: dict[str, Any]) -> Figure | None:
+    """Bars of speed, FID and accuracy for each measured model; None if no model has any of them."""
+    better = {"images_per_second": "higher is better", "fid": "lower is better", "accuracy": "higher is better"}
+    sections = {model: numbers(metrics.get(model)) for model in MODELS}
+    keys = [key for key in better if any(key in section for section in sections.values())]
+    if not keys:
+        return None
+    models = [model for model in MODELS if sections[model]]
+    figure = _figure(WIDTH, 0.9 + 0.36 * len(models))
+    for number, key in enumerate(keys, start=1):
+        axes = figure.add_subplot(1, len(keys), number)
+        measured = [(row, model) for row, model in enumerate(models) if np.isfinite(sections[model].get(key, np.nan))]
+        largest = max((sections[model][key] for _, model in measured), default=1.0) or 1.0
+        for row, model in measured:
+            axes.barh(row, sections[model][key], height=0.7, color=COLORS[model])
+            axes.text(
+                sections[model][key] + largest * 0.03,
+                row,
+                value(key, sections[model][key]),
+                va="center",
+                fontsize=10,
+                color=INK,
+            )
+        _title(axes, f"{label(key)} ({better[key]})")
+        axes.set(yticks=range(len(models)), ylim=(len(models) - 0.5, -0.5), xlim=(0, largest * 1.3), xticks=[])
+        axes.set_yticklabels(models if number == 1 else [])
+        _dress(axes)
+        axes.spines["bottom"].set_visible(False)
+        for tick, model in zip(axes.get_yticklabels(), models):
+            tick.set(color=COLORS[model], fontweight="bold", fontsize=10)
+    return figure
+
+
+def _sample_bands(labels: np.ndarray) -> list[list[int]]:
+    """Which samples to show: up to `MAX_COLUMNS` labels, spread evenly over those there are, as columns; a second draw of each as a second band."""
+    distinct = np.unique(labels)
+    if len(distinct) > MAX_COLUMNS:
+        distinct = distinct[np.linspace(0, len(distinct) - 1, MAX_COLUMNS).round().astype(int)]
+    draws = [np.flatnonzero(labels == which) for which in distinct]
+    if len(distinct) <= MAX_COLUMNS // 2:  # few labels: several draws beside each other instead
+        across = MAX_COLUMNS // len(distinct)
+        return [[int(index) for own in draws for index in own[:across]]]
+    bands = [[int(own[draw]) for own in draws if len(own) > draw] for draw in range(2)]
+    return [band for band in bands if band]
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
+    return figure
+
+
+def _stack_figure(
+    stacks: dict[str, StackHistory], *, num_columns: int, width_ratios: tuple[int, ...]
+) -> tuple[Figure, np.ndarray]:
+    """A row of panels for each stack, as high as its blocks need."""
+    heights = [max(1.3, 0.2 * history.num_blocks) for history in stacks.values()]
+    figure = _figure(WIDTH, sum(heights) + 0.95 * len(heights))
+    rows = figure.subplots(len(stacks), num_columns, squeeze=False, height_ratios=heights, width_ratios=width_ratios)
+    return figure, rows
+
+
+def _raster(axes: Axes, history: StackHistory, chosen: np.ndarray, colors: np.ndarray) -> None:
+    """Blocks (rows, the first on top) over steps (columns); a column lasts until the next recorded step."""
+    steps = history.steps[chosen]
+    last = np.median(np.diff(steps)) if len(steps) > 1 else 1
+    edges = np.append(steps, steps[-1] + last)
+    axes.pcolormesh(edges, np.arange(history.num_blocks + 1) - 0.5, colors)  # colors (B, T, RGBA)
+    for border in np.arange(history.num_blocks - 1) + 0.5:
+        axes.axhline(border, color="white", linewidth=1.2)
+    _group_borders(axes, history, color=FAINT)
+    axes.set(
+        xlim=(edges[0], edges[-1]),
+        ylim=(history.num_blocks - 0.5, -0.5),
+        xlabel="training step",
+        ylabel="block (0 comes first)",
+    )
+    axes.yaxis.set_major_locator(FixedLocator(range(history.num_blocks)))
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    _dress(axes)
+
+
+def _group_borders(axes: Axes, history: StackHistory, *, color: str) -> None:
+    for group in history.groups:
+        if group["start"] > 0:
+            axes.axhline(group["start"] - 0.5, color=color, linewidth=0.8, gid="group border")
+
+
+def _thin(num_steps: int) -> np.ndarray:
+    """Evenly spread rows, first and last among them."""
+    return np.unique(np.linspace(0, num_steps - 1, min(num_steps, MAX_STEPS_DRAWN)).round().astype(int))
+
+
+def _smooth(values: np.ndarray, *, width: int) -> np.ndarray:
+    """Centred mean over 2 `width` - 1 logged values, narrower at the ends; values that are not finite do not count."""
+    window = np.ones(2 * width - 1)
+    finite = np.isfinite(values)
+    inner = slice(width - 1, width - 1 + len(values))
+    count = np.convolve(finite, window)[inner]
+    total = np.convolve(np.where(finite, values, 0.0), window)[inner]
+    return np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0.5)
+
+
+def _stack_name(path: str, stacks: dict[str, StackHistory]) -> str:
+    return f"{path}: " if len(stacks) > 1 else ""
+
+
+def _title(axes: Axes, text: str) -> None:
+    axes.set_title(text, loc="left", fontsize=11, color=INK)
+
+
+def _dress(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(FAINT)
+    axes.tick_params(labelsize=9, colors=INK, length=3)
+    axes.xaxis.label.set(size=10, color=INK)
+    axes.yaxis.label.set(size=10, color=INK)

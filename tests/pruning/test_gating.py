@@ -1,0 +1,381 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from pruning.toys import AttnToy, PairToy, Toy, plain_formula
+from tinyfusion_pl.pruning import DepthGates, remove_gates
+
+N, T, D = 5, 3, 6
+
+
+def batch(seed=0, n=N):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(n, T, D, generator=g), torch.randn(n, D, generator=g)
+
+
+def gated_toy(mode="positional", pattern="1:2", depth=4, init=None, **kwargs):
+    torch.manual_seed(0)
+    model = Toy(depth, mode=mode)
+    gates = DepthGates(model, pattern, **kwargs)
+    if init is not None:
+        with torch.no_grad():
+            for logits, value in zip(gates.logits(), init):
+                logits.copy_(torch.tensor(value))
+    return model, gates
+
+
+def noise_for(gates, n=N, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    return {s.path: [-torch.empty(n, m.num_logits).exponential_(generator=g).log() for m in s.samplers] for s in gates.stacks}
+
+
+def reference_masks(gates, noise):
+    """Straight-through masks by torch's own arithmetic, independent of the sampler."""
+    columns = []
+    for sampler, logits, g in zip(gates.stacks[0].samplers, gates.logits(), noise["blocks"]):
+        soft = ((sampler.scaling * logits + g) / gates.tau).softmax(-1)
+        hard = nn.functional.one_hot(soft.argmax(-1), soft.shape[-1]).to(soft)
+        columns.append((hard - soft.detach() + soft) @ sampler.candidates)
+    return torch.cat(columns, 1)
+
+
+def gradients(model, gates, loss):
+    named = {**dict(model.named_parameters()), **{f"gate{i}": p for i, p in enumerate(gates.logits())}}
+    grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    return dict(zip(named, grads))
+
+
+def assert_same_gradients(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert (ours[name] is None) == (theirs[name] is None), name
+        if ours[name] is not None:
+            torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def plain(model, gates, noise, x, c):
+    bare = copy.deepcopy(model)
+    remove_gates(bare)
+    masks = reference_masks(gates, noise)
+    named = {**dict(bare.named_parameters()), **{f"gate{i}": p for i, p in enumerate(gates.logits())}}
+    loss = plain_formula(bare, x, c, masks).square().mean()
+    return loss, dict(zip(named, torch.autograd.grad(loss, list(named.values()), allow_unused=True)))
+
+
+@pytest.mark.parametrize("mode", ["positional", "keyword", "checkpoint"])
+@pytest.mark.parametrize("pattern", ["1:2", "2:4", "1:4", "4:4", "1:1+1:2+1:1"])
+def test_loss_and_every_gradient_equal_the_plain_formula(mode, pattern):
+    model, gates = gated_toy(mode, pattern)
+    x, c = batch()
+    noise = noise_for(gates)
+    gates.fix_noise(noise)
+    loss = model(x, c).square().mean()
+    expected, theirs = plain(model, gates, noise, x, c)
+    torch.testing.assert_close(loss, expected)
+    assert_same_gradients(gradients(model, gates, loss), theirs)
+
+
+@pytest.mark.parametrize("init", [([9.0, 0.0], [9.0, 0.0]), ([0.0, 9.0], [9.0, 0.0])])
+def test_saturated_logits_give_zero_gradients_not_none_to_a_block_that_all_samples_drop(init):
+    model, gates = gated_toy(init=init)
+    x, c = batch()
+    loss = model(x, c).square().mean()
+    grads = gradients(model, gates, loss)
+    dropped = 1 if init[0][0] else 0
+    for name, grad in grads.items():
+        if name.startswith(f"blocks.{dropped}."):
+            assert grad is not None and not grad.any(), name
+        elif not name.startswith("gate"):
+            assert (grad is not None and grad.any()) or name.startswith("blocks."), name
+
+
+def test_twenty_adamw_steps_equal_twenty_of_the_plain_formula():
+    init = ([0.05, 0.0], [0.0, 0.03])
+    model, gates = gated_toy(init=init)
+    other, other_gates = gated_toy(init=init)
+    remove_gates(other)
+    ours = torch.optim.AdamW([*model.parameters(), *gates.logits()], lr=1e-2, weight_decay=0.1)
+    theirs = torch.optim.AdamW([*other.parameters(), *other_gates.logits()], lr=1e-2, weight_decay=0.1)
+    seen_all_dropped = False
+    for step in range(20):
+        x, c = batch(step)
+        noise = noise_for(gates, seed=step)
+        gates.fix_noise(noise)
+        model(x, c).square().mean().backward()
+        masks = reference_masks(other_gates, noise)
+        seen_all_dropped |= bool((masks.detach().round().sum(0) == 0).any())
+        plain_formula(other, x, c, masks).square().mean().backward()
+        for optimizer in (ours, theirs):
+            optimizer.step()
+            optimizer.zero_grad()
+    assert seen_all_dropped, "the case this test is for did not occur"
+    for (name, a), b in zip([*model.named_parameters(), *gates.named_parameters()], [*other.parameters(), *other_gates.parameters()]):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("mode", ["checkpoint", "checkpoint-reentrant"])
+def test_checkpointing_recomputes_with_the_same_mask_when_two_forwards_precede_the_backward(mode):
+    model, gates = gated_toy(mode)
+    x, c = batch()
+    x.requires_grad_()
+    first, second = noise_for(gates, seed=1), noise_for(gates, seed=2)
+    total = 0
+    for noise in (first, second):  # the same input twice
+        gates.fix_noise(noise)
+        torch.rand(())  # fixed noise draws nothing; checkpointing tells forwards apart by the generator's state
+        total = total + model(x, c).square().mean()
+    total.backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters()} | {f"gate{i}": p.grad.clone() for i, p in enumerate(gates.logits())}
+    one, two = plain(model, gates, first, x, c)[1], plain(model, gates, second, x, c)[1]
+    assert_same_gradients(grads, {n: one[n] + two[n] for n in one})
+
+
+def test_checkpointing_of_the_whole_model_recomputes_with_the_same_mask():
+    torch.manual_seed(3)
+    model, gates = gated_toy()
+    x, c = batch()
+    state = torch.get_rng_state()
+    y1 = torch.utils.checkpoint.checkpoint(model, x, c, use_reentrant=False)
+    y2 = torch.utils.checkpoint.checkpoint(model, x, c, use_reentrant=False)
+    grads = gradients(model, gates, y1.square().mean() + y2.square().mean())
+    torch.set_rng_state(state)
+    expected = gradients(model, gates, model(x, c).square().mean() + model(x, c).square().mean())
+    assert_same_gradients(grads, expected)
+
+
+def test_each_sample_draws_its_own_mask_once_for_a_forward():
+    model, gates = gated_toy(depth=8)
+    seen = []
+    for block in model.blocks:
+        gated = block.forward.__self__
+        original = gated.owner.masks_for
+    gates.masks_for = lambda gated, hidden: seen.append(original(gated, hidden)[1]) or original(gated, hidden)
+    x, c = batch(n=64)
+    model(x, c)
+    first = seen[0]
+    assert all(mask is first for mask in seen)
+    assert len({tuple(row) for row in first.tolist()}) > 4
+    assert set(first.unique().tolist()) == {0.0, 1.0}
+    assert (first.view(64, 4, 2).sum(-1) == 1).all()
+    seen.clear()
+    model(x, c)
+    assert not torch.equal(seen[0], first)
+
+
+def test_evaluation_is_deterministic_and_equals_the_model_without_the_dropped_blocks():
+    model, gates = gated_toy(init=([0.0, 0.1], [0.2, 0.0]))
+    for _ in range(3):
+        gates.update_average()
+    model.eval()
+    x, c = batch()
+    h = model.embed(x)
+    bare = copy.deepcopy(model)
+    remove_gates(bare)
+    for i in (1, 2):
+        h = bare.blocks[i](h, c)
+    torch.testing.assert_close(model(x, c), bare.head(h))
+    torch.testing.assert_close(model(x, c), model(x, c), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", [PairToy, AttnToy])
+def test_tuples_follow_the_plain_formula(kind):
+    torch.manual_seed(0)
+    model = kind()
+    x, _ = batch()
+    gates = DepthGates(model, "1:2")
+    noise = noise_for(gates)
+    gates.fix_noise(noise)
+    loss = model(x).square().mean()
+    ours = gradients(model, gates, loss)
+    bare = copy.deepcopy(model)
+    remove_gates(bare)
+    masks = reference_masks(gates, noise)
+    if kind is PairToy:
+        a, b = x, x.flip(1)[:, :2]
+        for i, block in enumerate(bare.blocks):
+            m = masks[:, i].view(-1, 1, 1)
+            new_a, new_b = block((a, b))
+            a, b = m * new_a + (1 - m) * a, m * new_b + (1 - m) * b
+        expected = (a.sum(1) + b.sum(1)).square().mean()
+    else:
+        h, extras = x, []
+        for i, block in enumerate(bare.blocks):
+            m = masks[:, i].view(-1, 1, 1)
+            y, extra = block(h)
+            h = m * y + (1 - m) * h
+            extras.append(extra)
+        expected = (h + sum(e[:, None, None] for e in extras)).square().mean()
+    torch.testing.assert_close(loss, expected)
+    named = {**dict(bare.named_parameters()), **{f"gate{i}": p for i, p in enumerate(gates.logits())}}
+    assert_same_gradients(ours, dict(zip(named, torch.autograd.grad(expected, list(named.values()), allow_unused=True))))
+    model.eval()
+    assert isinstance(model(x), torch.Tensor)
+
+
+def test_an_argument_with_unknown_batch_axis_selects_the_plain_formula_and_says_so_once(caplog):
+    torch.manual_seed(0)
+    model = Toy()
+    gates = DepthGates(model, "1:2")
+    n = T  # as many samples as tokens: (T, D) could be either
+    x, c = batch(n=n)
+    table = torch.randn(T, D)
+    noise = noise_for(gates, n=n)
+    gates.fix_noise(noise)
+    with caplog.at_level("INFO"):
+        for _ in range(2):
+            h = model.embed(x)
+            for block in model.blocks:
+                h = block(h, None, table)
+    assert sum("batch axis" in r.message for r in caplog.records) == 1
+    bare = copy.deepcopy(model)
+    remove_gates(bare)
+    masks, expected = reference_masks(gates, noise), model.embed(x)
+    for i, block in enumerate(bare.blocks):
+        m = masks[:, i].view(-1, 1, 1)
+        expected = m * block(expected, None, table) + (1 - m) * expected
+    torch.testing.assert_close(h, expected)
+
+
+def test_a_shared_table_is_not_indexed_by_sample():
+    model, gates = gated_toy()
+    x, _ = batch()
+    noise = noise_for(gates)
+    gates.fix_noise(noise)
+    table = torch.randn(T, D)
+    h = model.embed(x)
+    for block in model.blocks:
+        h = block(h, None, table)
+    bare = copy.deepcopy(model)
+    remove_gates(bare)
+    masks, expected = reference_masks(gates, noise), model.embed(x)
+    for i, block in enumerate(bare.blocks):
+        m = masks[:, i].view(-1, 1, 1)
+        expected = m * block(expected, None, table) + (1 - m) * expected
+    torch.testing.assert_close(h, expected)
+
+
+def test_batch_norm_in_a_block_selects_the_plain_formula():
+    class Norm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.lin = nn.BatchNorm1d(T), nn.Linear(D, D)
+
+        def forward(self, x):
+            return x + self.lin(self.norm(x))
+
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    model.blocks = nn.Sequential(*[Norm() for _ in range(2)])
+    gates = DepthGates(model, "1:2", stacks="blocks")
+    noise = noise_for(gates)
+    gates.fix_noise(noise)
+    x, _ = batch()
+    bare = copy.deepcopy(model)
+    remove_gates(bare)
+    got, masks, expected = model(x), reference_masks(gates, noise), x
+    for i, block in enumerate(bare.blocks):
+        m = masks[:, i].view(-1, 1, 1)
+        expected = m * block(expected) + (1 - m) * expected
+    torch.testing.assert_close(got, expected)
+
+
+def test_autocast_keeps_gradients_of_weights_first_seen_without_a_graph():
+    """A low-precision copy cached by autocast under no_grad would cut the second forward's graph."""
+    model, gates = gated_toy(init=([9.0, 0.0], [9.0, 0.0]))
+    x, c = batch()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        first = model(x, c).float().square().mean()
+        with torch.no_grad():
+            gates.logits()[0].copy_(torch.tensor([0.0, 9.0]))
+        second = model(x, c).float().square().mean()
+    (first + second).backward()
+    assert model.blocks[1].lin.weight.grad.any()
+
+
+def test_autocast_matches_the_plain_formula_under_autocast():
+    model, gates = gated_toy()
+    x, c = batch()
+    noise = noise_for(gates)
+    gates.fix_noise(noise)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(x, c).float().square().mean()
+        expected, theirs = plain(model, gates, noise, x, c)
+    torch.testing.assert_close(loss, expected.float(), rtol=2e-2, atol=1e-3)
+    for name, grad in gradients(model, gates, loss).items():
+        torch.testing.assert_close(grad, theirs[name], rtol=2e-2, atol=2e-3)
+
+
+def test_a_deep_copy_has_gates_of_its_own():
+    model, gates = gated_toy()
+    holder = nn.ModuleDict({"model": model, "gates": gates})
+    twin = copy.deepcopy(holder)
+    assert twin["model"].blocks[0].forward.__self__.owner is twin["gates"]
+    assert twin["model"].blocks[0].forward.__self__.block is twin["model"].blocks[0]
+    x, c = batch()
+    twin["model"](x, c).sum().backward()
+    assert all(p.grad is None for p in holder.parameters())
+    assert all(p.grad is not None for p in twin["gates"].parameters())
+
+
+def test_dropped_samples_do_not_reach_the_blocks_graph():
+    model, gates = gated_toy(pattern="1:2")
+    sizes = []
+    model.blocks[0].lin.register_forward_hook(lambda m, a, out: sizes.append((out.shape[0], out.requires_grad)))
+    x, c = batch(n=16)
+    model(x, c)
+    with_graph = [n for n, graph in sizes if graph]
+    without = [n for n, graph in sizes if not graph]
+    assert sum(with_graph) + sum(without) == 16 and without and with_graph
+
+
+def test_state_dict_keys_stay_as_they_were():
+    torch.manual_seed(0)
+    model = Toy()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    model.depth_gates = DepthGates(model, "1:2")
+    assert list(model.state_dict()) == list(before)
+    assert {id(p) for p in model.depth_gates.logits()} <= {id(p) for p in model.parameters()}
+    model.load_state_dict(before)
+
+
+def test_another_batch_size_in_mid_stack_is_refused():
+    model, gates = gated_toy()
+    x, c = batch()
+
+    class Fold(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = model.blocks
+
+        def forward(self, x):
+            for i, block in enumerate(self.blocks):
+                x = block(x if i == 0 else x.repeat(2, 1, 1))
+
+    with pytest.raises(ValueError, match="drew masks for 5"):
+        Fold()(x)
+
+
+def test_remove_gates_gives_every_block_its_own_forward_back():
+    model, gates = gated_toy()
+    remove_gates(model)
+    assert all("forward" not in block.__dict__ for block in model.blocks)
+    assert not model._forward_pre_hooks and not model._forward_hooks
+    DepthGates(model, "1:2")
+
+
+def test_gates_on_gates_are_refused():
+    model, gates = gated_toy()
+    with pytest.raises(ValueError, match="carries gates already"):
+        DepthGates(model, "1:2")
+
+
+def test_masks_differ_by_rank_under_equal_seeds():
+    masks = []
+    for rank in (0, 1):
+        model, gates = gated_toy(depth=8, rank=rank)
+        torch.manual_seed(7)
+        draw = gates._new_draw(gates.stacks[0], 32)
+        masks.append(gates.stacks[0].mask(draw))
+    assert not torch.equal(*masks)

@@ -1,0 +1,100 @@
+"""Small models with the shapes of calls that gated blocks must stand: conditioning, keywords, tuples, checkpointing."""
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+class Block(nn.Module):
+    def __init__(self, dim=6):
+        super().__init__()
+        self.lin, self.cond, self.out = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
+
+    def forward(self, x, c=None, table=None, *, scale=1.0):
+        h = self.lin(x)
+        if c is not None:
+            h = h + self.cond(c)[:, None]
+        if table is not None:
+            h = h + table
+        return x + self.out(torch.tanh(h)) * scale
+
+
+class Toy(nn.Module):
+    """`mode`: how blocks are called."""
+
+    def __init__(self, depth=4, dim=6, mode="positional"):
+        super().__init__()
+        self.embed = nn.Linear(dim, dim)
+        self.blocks = nn.ModuleList(Block(dim) for _ in range(depth))
+        self.head = nn.Linear(dim, dim)
+        self.mode = mode
+
+    def forward(self, x, c=None):
+        h = self.embed(x)
+        for block in self.blocks:
+            if self.mode == "positional":
+                h = block(h, c)
+            elif self.mode == "keyword":
+                h = block(x=h, c=c, scale=0.7)
+            elif self.mode.startswith("checkpoint"):
+                h = checkpoint(block, h, c, use_reentrant="reentrant" in self.mode)
+        return self.head(h)
+
+
+class PairBlock(nn.Module):
+    """Takes and returns a pair of streams."""
+
+    def __init__(self, dim=6):
+        super().__init__()
+        self.a, self.b = nn.Linear(dim, dim), nn.Linear(dim, dim)
+
+    def forward(self, pair):
+        a, b = pair
+        return a + torch.tanh(self.b(b)).mean(1, keepdim=True), b + torch.tanh(self.a(a)).mean(1, keepdim=True)
+
+
+class PairToy(nn.Module):
+    def __init__(self, depth=4, dim=6):
+        super().__init__()
+        self.blocks = nn.ModuleList(PairBlock(dim) for _ in range(depth))
+
+    def forward(self, x, c=None):
+        pair = (x, x.flip(1)[:, :2])
+        for block in self.blocks:
+            pair = block(pair)
+        return pair[0].sum(1) + pair[1].sum(1)
+
+
+class AttnToy(nn.Module):
+    """Blocks return (hidden, extra), as blocks that return attention weights do."""
+
+    def __init__(self, depth=4, dim=6):
+        super().__init__()
+        self.blocks = nn.ModuleList(ExtraBlock(dim) for _ in range(depth))
+
+    def forward(self, x, c=None):
+        extras = []
+        for block in self.blocks:
+            x, extra = block(x)
+            extras.append(extra)
+        return x + sum(e[:, None, None] for e in extras)
+
+
+class ExtraBlock(nn.Module):
+    def __init__(self, dim=6):
+        super().__init__()
+        self.lin = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        h = torch.tanh(self.lin(x))
+        return x + h, h.mean((1, 2))
+
+
+def plain_formula(model, x, c, masks, blocks_call=None):
+    """The three-line formula on the same model, written without any gate: masks (N, depth)."""
+    h = model.embed(x)
+    for i, block in enumerate(model.blocks):
+        m = masks[:, i].view(-1, 1, 1)
+        y = block(x=h, c=c, scale=0.7) if model.mode == "keyword" else block(h, c)
+        h = m * y + (1 - m) * h
+    return model.head(h)
