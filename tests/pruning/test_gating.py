@@ -60,7 +60,7 @@ def plain(model, gates, noise, x, c):
     remove_gates(bare)
     masks = reference_masks(gates, noise)
     named = {**dict(bare.named_parameters()), **{f"gate{i}": p for i, p in enumerate(gates.logits())}}
-    loss = plain_formula(bare, x, c, masks).square().mean()
+    loss = plain_formula(bare, x, c, masks).float().square().mean()
     return loss, dict(zip(named, torch.autograd.grad(loss, list(named.values()), allow_unused=True)))
 
 
@@ -294,17 +294,17 @@ def test_autocast_keeps_gradients_of_weights_first_seen_without_a_graph():
     assert model.blocks[1].lin.weight.grad.any()
 
 
-def test_autocast_matches_the_plain_formula_under_autocast():
+def test_gradients_under_autocast_are_those_of_float32_up_to_its_rounding():
     model, gates = gated_toy()
-    x, c = batch()
-    noise = noise_for(gates)
+    x, c = batch(n=32)
+    noise = noise_for(gates, n=32)
     gates.fix_noise(noise)
+    expected, theirs = plain(model, gates, noise, x, c)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = model(x, c).float().square().mean()
-        expected, theirs = plain(model, gates, noise, x, c)
-    torch.testing.assert_close(loss, expected.float(), rtol=2e-2, atol=1e-3)
+    torch.testing.assert_close(loss, expected, rtol=2e-2, atol=0)
     for name, grad in gradients(model, gates, loss).items():
-        torch.testing.assert_close(grad, theirs[name], rtol=2e-2, atol=2e-3)
+        assert (grad - theirs[name]).norm() <= 5e-2 * theirs[name].norm(), name
 
 
 def test_a_deep_copy_has_gates_of_its_own():

@@ -94,7 +94,7 @@ def plain_formula(model, x, c, masks, blocks_call=None):
     """The three-line formula on the same model, written without any gate: masks (N, depth)."""
     h = model.embed(x)
     for i, block in enumerate(model.blocks):
-        m = masks[:, i].view(-1, 1, 1)
+        m = masks[:, i].view(-1, 1, 1).to(h.dtype)
         y = block(x=h, c=c, scale=0.7) if model.mode == "keyword" else block(h, c)
         h = m * y + (1 - m) * h
     return model.head(h)

@@ -1,4 +1,7 @@
-"""A run folder as the tasks write it, invented but realistic: digits for pictures, gates that become sure, losses that fall, one resumption."""
+"""A run folder as the tasks write it, invented but realistic.
+
+Digits for pictures, gates that become sure, losses that fall, one resumption.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +56,7 @@ def fake_metrics(depth: int = 12, kept: int = 6) -> dict:
             "accuracy": 0.961,
             "images_per_second": 791.7,
         },
-        "seconds": {"learn_mask": 71.2, "recover": 93.4, "evaluate": 41.9},
+        "seconds": {"learn_mask": 71.2, "recover": 93.4, "evaluate": 41.8},
         "peak_memory_mib": 1123.4,
         "speedup": {"measured": 1.93, "ideal": depth / kept},
         "protocol": dict(PROTOCOL),

@@ -246,6 +246,8 @@ class DepthPruningCallback(Callback):
         self.decision = self.gates.decide()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.decision is None:  # resumed from a checkpoint of the last step: there was nothing left to train
+            self.decision = self.gates.decide()
         self.shallow_model = self.freeze(pl_module)
         if trainer.is_global_zero:
             folder = Path(trainer.default_root_dir) / "shallow" if self.save_dir is None else Path(self.save_dir)

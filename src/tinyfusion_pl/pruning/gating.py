@@ -176,7 +176,8 @@ class _Blend(torch.autograd.Function):
             grad_kept = (g if ctx.all_kept else g.index_select(0, kept_index)).to(y_dtype)
         if ctx.needs_input_grad[3]:
             (delta,) = ctx.saved_tensors
-            grad_mask = torch.einsum("nd,nd->n", g.flatten(1), delta.flatten(1)).to(mask_dtype)
+            # In float32: the candidates' gradients nearly cancel, and half precision would leave only rounding of them.
+            grad_mask = torch.einsum("nd,nd->n", g.flatten(1).float(), delta.flatten(1).float()).to(mask_dtype)
         return grad_x, grad_kept, None, grad_mask, None, None
 
 

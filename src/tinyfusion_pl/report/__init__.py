@@ -1,4 +1,7 @@
-"""Pictures, page and comparison of run folders. Reads only files of the folder, so it works on a finished, an interrupted and a copied run."""
+"""Pictures, page and comparison of run folders.
+
+Reads only files of the folder, so it works on a finished, an interrupted and a copied run.
+"""
 
 from .compare import compare
 from .page import write_report

@@ -13,7 +13,7 @@ from .words import difference, duration, label, metric_keys, stage_label, value
 
 
 def compare(run_dir_a: str | Path, run_dir_b: str | Path) -> str:
-    """A plain-text table of two runs' metrics and their differences, B - A, and whether they were measured by the same protocol.
+    """A plain-text table of two runs' metrics and their differences, B - A, and whether their protocols are equal.
 
     Raises:
         ArtifactError: a folder is no run folder, or has not been evaluated (no `metrics.json`), or the file is broken.
@@ -27,7 +27,7 @@ def _measured(folder: str | Path) -> Run:
     run = read_run(folder)
     if run.metrics is None:
         raise ArtifactError(
-            f"{folder} has no {METRICS}: the run has not been evaluated. Finish it (the same command goes on), then compare."
+            f"{folder} has no {METRICS}: it was not evaluated. Finish the run (the same command goes on), then compare."
         )
     return run
 
@@ -36,7 +36,7 @@ def _protocol_lines(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     ours, theirs = a.get("protocol") or {}, b.get("protocol") or {}
     if not ours and not theirs:
         return ["Protocol: unknown, neither run says how it was measured. The figures may not be comparable."]
-    keys = [key for key in {**ours, **theirs} if _setting(ours, key) != _setting(theirs, key)]
+    keys = [key for key in {**ours, **theirs} if not (key in ours and key in theirs and ours[key] == theirs[key])]
     if not keys:
         return ["Protocol: equal. The figures are comparable."]
     rows = [("", "A", "B"), *((f"  {key}", _setting(ours, key), _setting(theirs, key)) for key in keys)]
@@ -44,10 +44,7 @@ def _protocol_lines(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
 
 
 def _setting(protocol: dict[str, Any], key: str) -> str:
-    if key not in protocol:
-        return "(not given)"
-    setting = protocol[key]
-    return setting if isinstance(setting, str) else json.dumps(setting, sort_keys=True)
+    return json.dumps(protocol[key]) if key in protocol else "(not given)"
 
 
 def _rows(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, ...]]:

@@ -1,7 +1,7 @@
-"""The report's figures, each a function from data to a `matplotlib.figure.Figure` (object-oriented Agg, no global state).
+"""The report's figures, each a function from data to a `matplotlib.figure.Figure` (Agg, no global state).
 
-`plot_decisions` follows TinyFusion (arXiv 2412.01199), figure 6: the kept blocks over the steps, confidence as transparency. Colours are Okabe's
-and Ito's, told apart by colour-blind readers as well, and mean the same model everywhere; labels always say it too.
+`plot_decisions` follows TinyFusion (arXiv 2412.01199), figure 6: the kept blocks over the steps, confidence as
+transparency. Colours are Okabe's and Ito's, told apart by colour-blind readers too, and mean the same model everywhere.
 """
 
 from __future__ import annotations
@@ -35,19 +35,17 @@ def opacity(confidence: Any) -> Any:
 
 
 def plot_decisions(stacks: dict[str, StackHistory]) -> Figure:
-    """For each block a row, for each recorded step a mark where the decision keeps the block, as opaque as its group is confident."""
-    figure, rows = _stack_figure(stacks, num_columns=2, width_ratios=(60, 1))
+    """A row for each block: marked where the decision of a step keeps it, as opaque as its group is confident."""
+    figure, rows = _stack_figure(stacks, width_ratios=(60, 1))
     for (path, history), (axes, key) in zip(stacks.items(), rows):
         chosen = _thin(len(history.steps))
         shade = np.empty((history.num_blocks, len(chosen), 4))  # (B, T, RGBA)
         shade[..., :3] = to_rgb(KEPT)
         shade[..., 3] = np.where(history.kept[chosen], opacity(history.confidence[chosen]), 0.0).T
         _raster(axes, history, chosen, shade)
-        kept = int(history.kept[-1].sum())
-        _title(
-            axes,
-            f"{_stack_name(path, stacks)}{kept} of {history.num_blocks} blocks stay; unchanged since step {history.settled_at:,}",
-        )
+        kept, since = int(history.kept[-1].sum()), history.settled_at
+        stack = f"{path}: " if len(stacks) > 1 else ""
+        _title(axes, f"{stack}{kept} of {history.num_blocks} blocks stay; unchanged since step {since:,}")
         ramp = np.empty((256, 1, 4))
         ramp[..., :3] = to_rgb(KEPT)
         ramp[..., 0, 3] = opacity(np.linspace(0, 1, 256))
@@ -60,34 +58,28 @@ def plot_decisions(stacks: dict[str, StackHistory]) -> Figure:
 
 
 def plot_block_probabilities(stacks: dict[str, StackHistory]) -> Figure:
-    """The probability that a block stays: over the steps (left) and at the end (bars; kept blocks filled, group borders drawn)."""
-    figure, rows = _stack_figure(stacks, num_columns=2, width_ratios=(2, 1))
+    """Each block's probability of staying: over the steps as shades, at the end as bars, kept ones dark."""
+    figure, rows = _stack_figure(stacks, width_ratios=(2, 1))
     for (path, history), (heat, bars) in zip(stacks.items(), rows):
         chosen = _thin(len(history.steps))
         _raster(heat, history, chosen, _PROBABILITY(np.clip(history.probabilities[chosen], 0, 1).T))
-        _title(heat, f"{_stack_name(path, stacks)}probability that a block stays, from white (0) to dark (1)")
-        kept, final = history.kept[-1], history.probabilities[-1]
-        blocks = np.arange(history.num_blocks)
-        bars.barh(blocks, final, height=0.72, color=[KEPT if keep else DROPPED for keep in kept])
+        stack = f"{path}: " if len(stacks) > 1 else ""
+        _title(heat, f"{stack}probability that a block stays, from white (0) to dark (1)")
+        colors = [KEPT if kept else DROPPED for kept in history.kept[-1]]
+        bars.barh(range(history.num_blocks), history.probabilities[-1], height=0.72, color=colors)
         for group in history.groups:
-            share, start = group["num_kept"] / group["num_blocks"], group["start"]
-            bars.plot(
-                [share, share],
-                [start - 0.5, start + group["num_blocks"] - 0.5],
-                color=FAINT,
-                linewidth=1,
-                linestyle=(0, (2, 2)),
-            )
+            blocks, share = np.array(group["members"]), group["num_kept"] / group["num_blocks"]
+            bars.vlines([share] * len(blocks), blocks - 0.5, blocks + 0.5, color=FAINT, linewidth=1, linestyle="dotted")
         _title(bars, "at the last step")
         bars.set(xlim=(0, 1.005), ylim=heat.get_ylim(), xlabel="probability of staying (dotted: all equal)", yticks=[])
-        _group_borders(bars, history, color=FAINT)
+        _group_borders(bars, history)
         _dress(bars)
     swatches = [Patch(color=KEPT, label="stays"), Patch(color=DROPPED, label="leaves")]
     figure.legend(handles=swatches, loc="outside upper right", ncols=2, frameon=False, fontsize=10)
     return figure
 
 
-def plot_samples(samples: dict[str, np.ndarray], *, depths: dict[str, int] | None = None) -> Figure:
+def plot_samples(samples: dict[str, np.ndarray], *, depths: dict[str, float] | None = None) -> Figure:
     """Teacher, pruned and recovered below each other, drawn from the same noise and label in each column.
 
     Args:
@@ -95,64 +87,55 @@ def plot_samples(samples: dict[str, np.ndarray], *, depths: dict[str, int] | Non
         depths: number of blocks by model, for the row labels.
     """
     models = [model for model in MODELS if model in samples]
-    labels = samples["labels"]
-    bands = _sample_bands(labels)
-    num_columns = max(len(band) for band in bands)
-    height, width = samples[models[0]].shape[2:]
-    aspect, gap = height / width, 0.45  # sizes in picture widths
+    labels, bands = samples["labels"], _sample_bands(samples["labels"])
+    num_columns = max(map(len, bands))
+    aspect, gap = np.divide(*samples[models[0]].shape[2:]), 0.45  # sizes in picture widths
     band_height = len(models) * aspect + gap
     figure = _figure(WIDTH, max(1.6, WIDTH * 0.88 / num_columns * len(bands) * band_height))
     axes = figure.add_subplot()
-    for band, columns in enumerate(bands):
-        top = band * band_height
-        for column, index in enumerate(columns):
-            axes.text(
-                column + 0.5,
-                top + gap - 0.1,
-                f"label {labels[index]}",
-                ha="center",
-                va="bottom",
-                fontsize=10,
-                color=INK,
-            )
-            for row, model in enumerate(models):
-                upper = top + gap + row * aspect
-                picture = samples[model][index].transpose(1, 2, 0)  # (H, W, C)
-                axes.imshow(
-                    picture.repeat(3, axis=2) if picture.shape[2] == 1 else picture,
-                    extent=(column + 0.02, column + 0.98, upper + aspect * 0.98, upper + aspect * 0.02),
-                    interpolation="nearest",
-                    gid=f"{model}/{index}",
-                )
+    for band, indices in enumerate(bands):
+        top = band * band_height + gap
+        for column, index in enumerate(indices):
+            header = {"ha": "center", "va": "bottom", "fontsize": 10, "color": INK}
+            axes.text(column + 0.5, top - 0.1, f"label {labels[index]}", **header)
         for row, model in enumerate(models):
-            depth = f"\n{depths[model]:.0f} blocks" if depths and model in depths else ""
-            middle = top + gap + (row + 0.5) * aspect
-            axes.text(
-                -0.12,
-                middle,
-                f"{model}{depth}",
-                ha="right",
-                va="center",
-                color=COLORS[model],
-                fontsize=11,
-                fontweight="bold",
-            )
+            upper = top + row * aspect
+            for column, index in enumerate(indices):
+                picture = samples[model][index].transpose(1, 2, 0)  # (H, W, C)
+                picture = picture.repeat(3, axis=2) if picture.shape[2] == 1 else picture
+                extent = (column + 0.02, column + 0.98, upper + aspect * 0.98, upper + aspect * 0.02)
+                axes.imshow(picture, extent=extent, interpolation="nearest", gid=f"{model}/{index}")
+            name = f"{model}\n{depths[model]:.0f} blocks" if depths and model in depths else model
+            style = {"color": COLORS[model], "fontsize": 11, "fontweight": "bold"}
+            axes.text(-0.12, upper + aspect / 2, name, ha="right", va="center", **style)
     axes.set(xlim=(0, num_columns), ylim=(len(bands) * band_height, 0), aspect="equal")
     axes.axis("off")
     return figure
 
 
+def _sample_bands(labels: np.ndarray) -> list[list[int]]:
+    """Which samples to show: up to `MAX_COLUMNS` labels, spread over those there are; a second draw of each below.
+
+    Of few labels, several draws stand beside each other.
+    """
+    distinct = np.unique(labels)
+    if len(distinct) > MAX_COLUMNS:
+        distinct = distinct[np.linspace(0, len(distinct) - 1, MAX_COLUMNS).round().astype(int)]
+    draws = [np.flatnonzero(labels == which).tolist() for which in distinct]
+    if (across := MAX_COLUMNS // len(distinct)) > 1:
+        return [[index for own in draws for index in own[:across]]]
+    bands = [[own[draw] for own in draws if len(own) > draw] for draw in range(2)]
+    return [band for band in bands if band]
+
+
 def plot_curves(curves: Curves) -> Figure | None:
-    """A panel for each logged loss (as logged thin, smoothed bold), validation metric and gate summary; None if nothing of it was logged."""
-    gates = ("gates/tau", "gates/confidence", "gates/entropy")
-    names = (
-        [n for n in curves if n.startswith("train/loss")]
-        + [n for n in curves if n.startswith("val/")]
-        + [n for n in gates if n in curves]
-    )
+    """A panel for each loss (logged thin, smoothed bold), validation metric and gate summary; None if there is none."""
+    names = [name for prefix in ("train/loss", "val/") for name in curves if name.startswith(prefix)]
+    names += [name for name in CURVES if name.startswith("gates/") and name in curves]
     if not names:
         return None
-    num_columns = 2 if len(names) == 4 else min(3, len(names))
+    wide = len(names) == 4 or max(len(CURVES.get(name, name)) for name in names) > 22  # more does not fit into a third
+    num_columns = min(2 if wide else 3, len(names))
     num_rows = -(-len(names) // num_columns)
     figure = _figure(WIDTH, 2.7 * num_rows)
     for number, name in enumerate(names, start=1):
@@ -165,12 +148,11 @@ def plot_curves(curves: Curves) -> Figure | None:
             if len(finite := values[np.isfinite(values)]) and 0 < 15 * finite.min() < finite.max():
                 axes.set_yscale("log")
         axes.plot(steps, smooth, color=KEPT, linewidth=1.8, label="smoothed", marker="." if len(values) < 15 else None)
-        ends = smooth[np.isfinite(smooth)]
-        shown = CURVES.get(name, name)
-        _title(axes, f"{shown}: {ends[0]:.3g} → {ends[-1]:.3g}" if len(ends) else f"{shown}: never finite")
+        shown, ends = CURVES.get(name, name), smooth[np.isfinite(smooth)]
+        course = f"{_short(ends[0])} → {_short(ends[-1])}" if len(ends) else "never finite"
+        _title(axes, f"{shown}: {course}", size=10)
         axes.set(xlabel="training step", ylabel=name)
-        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        _step_axis(axes, num_ticks=4)
         axes.grid(axis="y", color="#E6E8EE", linewidth=0.8)
         _dress(axes)
         if number == 1 and noisy:
@@ -181,47 +163,28 @@ def plot_curves(curves: Curves) -> Figure | None:
 def plot_overview(metrics: dict[str, Any]) -> Figure | None:
     """Bars of speed, FID and accuracy for each measured model; None if no model has any of them."""
     better = {"images_per_second": "higher is better", "fid": "lower is better", "accuracy": "higher is better"}
-    sections = {model: numbers(metrics.get(model)) for model in MODELS}
-    keys = [key for key in better if any(key in section for section in sections.values())]
+    models = {model: numbers(metrics.get(model)) for model in MODELS if numbers(metrics.get(model))}
+    keys = [key for key in better if any(np.isfinite(section.get(key, np.nan)) for section in models.values())]
     if not keys:
         return None
-    models = [model for model in MODELS if sections[model]]
     figure = _figure(WIDTH, 0.9 + 0.36 * len(models))
     for number, key in enumerate(keys, start=1):
         axes = figure.add_subplot(1, len(keys), number)
-        measured = [(row, model) for row, model in enumerate(models) if np.isfinite(sections[model].get(key, np.nan))]
-        largest = max((sections[model][key] for _, model in measured), default=1.0) or 1.0
-        for row, model in measured:
-            axes.barh(row, sections[model][key], height=0.7, color=COLORS[model])
-            axes.text(
-                sections[model][key] + largest * 0.03,
-                row,
-                value(key, sections[model][key]),
-                va="center",
-                fontsize=10,
-                color=INK,
-            )
+        heights = {model: section[key] for model, section in models.items() if np.isfinite(section.get(key, np.nan))}
+        largest = max(heights.values()) or 1.0
+        for row, model in enumerate(models):
+            if model in heights:
+                axes.barh(row, heights[model], height=0.7, color=COLORS[model])
+                written = value(key, heights[model])
+                axes.text(heights[model] + largest * 0.03, row, written, va="center", fontsize=10, color=INK)
         _title(axes, f"{label(key)} ({better[key]})")
-        axes.set(yticks=range(len(models)), ylim=(len(models) - 0.5, -0.5), xlim=(0, largest * 1.3), xticks=[])
-        axes.set_yticklabels(models if number == 1 else [])
+        axes.set(ylim=(len(models) - 0.5, -0.5), xlim=(0, largest * 1.3), xticks=[])
+        axes.set_yticks(range(len(models)), models if number == 1 else [""] * len(models))
         _dress(axes)
         axes.spines["bottom"].set_visible(False)
         for tick, model in zip(axes.get_yticklabels(), models):
             tick.set(color=COLORS[model], fontweight="bold", fontsize=10)
     return figure
-
-
-def _sample_bands(labels: np.ndarray) -> list[list[int]]:
-    """Which samples to show: up to `MAX_COLUMNS` labels, spread evenly over those there are, as columns; a second draw of each as a second band."""
-    distinct = np.unique(labels)
-    if len(distinct) > MAX_COLUMNS:
-        distinct = distinct[np.linspace(0, len(distinct) - 1, MAX_COLUMNS).round().astype(int)]
-    draws = [np.flatnonzero(labels == which) for which in distinct]
-    if len(distinct) <= MAX_COLUMNS // 2:  # few labels: several draws beside each other instead
-        across = MAX_COLUMNS // len(distinct)
-        return [[int(index) for own in draws for index in own[:across]]]
-    bands = [[int(own[draw]) for own in draws if len(own) > draw] for draw in range(2)]
-    return [band for band in bands if band]
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -231,41 +194,35 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _stack_figure(
-    stacks: dict[str, StackHistory], *, num_columns: int, width_ratios: tuple[int, ...]
-) -> tuple[Figure, np.ndarray]:
+def _stack_figure(stacks: dict[str, StackHistory], *, width_ratios: tuple[int, ...]) -> tuple[Figure, np.ndarray]:
     """A row of panels for each stack, as high as its blocks need."""
     heights = [max(1.3, 0.2 * history.num_blocks) for history in stacks.values()]
     figure = _figure(WIDTH, sum(heights) + 0.95 * len(heights))
-    rows = figure.subplots(len(stacks), num_columns, squeeze=False, height_ratios=heights, width_ratios=width_ratios)
-    return figure, rows
+    figure.get_layout_engine().set(wspace=0.04)  # room for a tick label at the edge
+    ratios = {"height_ratios": heights, "width_ratios": width_ratios}
+    return figure, figure.subplots(len(stacks), len(width_ratios), squeeze=False, **ratios)
 
 
 def _raster(axes: Axes, history: StackHistory, chosen: np.ndarray, colors: np.ndarray) -> None:
-    """Blocks (rows, the first on top) over steps (columns); a column lasts until the next recorded step."""
+    """Blocks (rows, the first on top) over steps; a column lasts until the next recorded step. colors (B, T, RGBA)."""
     steps = history.steps[chosen]
-    last = np.median(np.diff(steps)) if len(steps) > 1 else 1
-    edges = np.append(steps, steps[-1] + last)
-    axes.pcolormesh(edges, np.arange(history.num_blocks + 1) - 0.5, colors)  # colors (B, T, RGBA)
-    for border in np.arange(history.num_blocks - 1) + 0.5:
-        axes.axhline(border, color="white", linewidth=1.2)
-    _group_borders(axes, history, color=FAINT)
-    axes.set(
-        xlim=(edges[0], edges[-1]),
-        ylim=(history.num_blocks - 0.5, -0.5),
-        xlabel="training step",
-        ylabel="block (0 comes first)",
-    )
+    edges = np.append(steps, steps[-1] + (np.median(np.diff(steps)) if len(steps) > 1 else 1))
+    axes.pcolormesh(edges, np.arange(history.num_blocks + 1) - 0.5, colors)
+    for border in range(1, history.num_blocks):
+        axes.axhline(border - 0.5, color="white", linewidth=1.2)
+    _group_borders(axes, history)
+    axes.set(xlim=(edges[0], edges[-1]), ylim=(history.num_blocks - 0.5, -0.5))
+    axes.set(xlabel="training step", ylabel="block (0 comes first)")
     axes.yaxis.set_major_locator(FixedLocator(range(history.num_blocks)))
-    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    _step_axis(axes, num_ticks=8)
     _dress(axes)
 
 
-def _group_borders(axes: Axes, history: StackHistory, *, color: str) -> None:
+def _group_borders(axes: Axes, history: StackHistory) -> None:
     for group in history.groups:
-        if group["start"] > 0:
-            axes.axhline(group["start"] - 0.5, color=color, linewidth=0.8, gid="group border")
+        first, last = group["members"][0], group["members"][-1]
+        if first > 0 and last - first + 1 == len(group["members"]):  # a group of mirrored units has no border
+            axes.axhline(first - 0.5, color=FAINT, linewidth=0.8, gid="group border")
 
 
 def _thin(num_steps: int) -> np.ndarray:
@@ -274,21 +231,25 @@ def _thin(num_steps: int) -> np.ndarray:
 
 
 def _smooth(values: np.ndarray, *, width: int) -> np.ndarray:
-    """Centred mean over 2 `width` - 1 logged values, narrower at the ends; values that are not finite do not count."""
-    window = np.ones(2 * width - 1)
-    finite = np.isfinite(values)
+    """Centred mean over 2 `width` - 1 logged values, fewer at the ends; values that are not finite do not count."""
+    window, finite = np.ones(2 * width - 1), np.isfinite(values)
     inner = slice(width - 1, width - 1 + len(values))
     count = np.convolve(finite, window)[inner]
     total = np.convolve(np.where(finite, values, 0.0), window)[inner]
     return np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0.5)
 
 
-def _stack_name(path: str, stacks: dict[str, StackHistory]) -> str:
-    return f"{path}: " if len(stacks) > 1 else ""
+def _step_axis(axes: Axes, *, num_ticks: int) -> None:
+    axes.xaxis.set_major_locator(MaxNLocator(num_ticks, integer=True))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
 
 
-def _title(axes: Axes, text: str) -> None:
-    axes.set_title(text, loc="left", fontsize=11, color=INK)
+def _short(number: float) -> str:
+    return f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.3g}"
+
+
+def _title(axes: Axes, text: str, *, size: float = 11) -> None:
+    axes.set_title(text, loc="left", fontsize=size, color=INK)
 
 
 def _dress(axes: Axes) -> None:

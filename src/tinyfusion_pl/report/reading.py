@@ -1,7 +1,7 @@
 """A run folder as arrays and dictionaries: everything that the page, the figures and the comparison draw from.
 
-A run may have been killed and resumed at any point. So a step may be written twice (the later line wins), a line may be torn (it is skipped
-and counted), and whole parts may not exist yet (they read as empty).
+A run may have been killed and resumed at any point. So a step may be written twice (the later line wins), a line may be
+torn (it is skipped and counted), and whole parts may not exist yet (they read as empty).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class StackHistory:
     kept: np.ndarray  # (T, B) bool
     probabilities: np.ndarray  # (T, B), probability that the block stays
     confidence: np.ndarray  # (T, B), probability of the most probable candidate of the block's group
-    groups: tuple[dict[str, Any], ...]  # of the last step: start, num_kept, num_blocks, confidence, entropy
+    groups: tuple[dict[str, Any], ...]  # at the last step: members (blocks), num_kept, num_blocks, confidence, entropy
 
     @property
     def num_blocks(self) -> int:
@@ -76,14 +76,10 @@ def read_run(folder: str | Path) -> Run:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ArtifactError(
-            f"{folder} is not a folder. Give the run folder of a finished or interrupted run, such as runs/<experiment>/<hash>."
-        )
+        raise ArtifactError(f"{folder} is not a folder. Give the folder of a run, such as runs/<experiment>/<hash>.")
     parts = (METRICS, CONFIG, SAMPLES, DECISIONS, RECORD, LOGS)
     if not any((folder / part).exists() for part in parts):
-        raise ArtifactError(
-            f"{folder} is not a run folder: it holds none of {', '.join(parts)}. Give the folder that a run wrote."
-        )
+        raise ArtifactError(f"{folder} is not a run folder: it holds none of {', '.join(parts)}. Give a run's.")
 
     def optional(part: str, read: Any) -> Any:
         return read(folder / part) if (folder / part).exists() else None
@@ -96,17 +92,22 @@ def read_run(folder: str | Path) -> Run:
         num_torn_lines=num_torn_lines,
         curves=read_curves(folder / LOGS),
         samples=optional(SAMPLES, read_samples),
-        record=optional(RECORD, _read_object),
-        config=optional(CONFIG, lambda path: path.read_text(encoding="utf-8", errors="replace")),
+        record=optional(RECORD, read_record),
+        config=optional(CONFIG, _read_text),
     )
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")  # a torn line may end within a character
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read: {error}.") from error
 
 
 def _read_object(path: Path) -> dict[str, Any]:
     content = read_json(path)
     if not isinstance(content, dict):
-        raise ArtifactError(
-            f"{path} holds a {type(content).__name__}, expected a JSON object. Delete it and evaluate the run again."
-        )
+        raise ArtifactError(f"{path} holds a {type(content).__name__}, expected an object. Delete it and run again.")
     return content
 
 
@@ -116,9 +117,21 @@ def read_metrics(path: Path) -> dict[str, Any]:
     for section in (*MODELS, "seconds", "speedup", "protocol"):
         if not isinstance(metrics.get(section, {}), dict):
             raise ArtifactError(
-                f"{path}: {section!r} is {metrics[section]!r}, expected an object of names and values. Delete the file and evaluate the run again."
+                f"{path}: {section!r} is {metrics[section]!r}, expected an object of names and values. "
+                "Delete the file and evaluate the run again."
             )
     return metrics
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """`record.json` of a shallow model; its stacks, where present, each have `num_blocks` and `kept_blocks`."""
+    record = _read_object(path)
+    stacks = record.get("stacks", {})
+    if not isinstance(stacks, dict) or not all(
+        isinstance(stack, dict) and {"num_blocks", "kept_blocks"} <= stack.keys() for stack in stacks.values()
+    ):
+        raise ArtifactError(f"{path}: 'stacks' is {str(stacks)[:80]}, expected num_blocks and kept_blocks by stack.")
+    return record
 
 
 def numbers(section: dict[str, Any] | None) -> dict[str, float]:
@@ -133,7 +146,7 @@ def read_decisions(path: Path) -> tuple[dict[str, StackHistory], int]:
     """
     by_step: dict[int, dict] = {}
     num_torn = 0
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -142,22 +155,19 @@ def read_decisions(path: Path) -> tuple[dict[str, StackHistory], int]:
             num_torn += 1
             continue
         try:
-            by_step[int(entry["step"])] = entry["stacks"]
+            by_step[int(entry["step"])] = dict(entry["stacks"])
         except (KeyError, TypeError, ValueError) as error:
-            raise ArtifactError(
-                f"{path}, line {number}: expected an object with 'step' and 'stacks', got {line[:80]!r}."
-            ) from error
-    if not by_step:
-        return {}, num_torn
+            expected = "an object with 'step' and 'stacks'"
+            raise ArtifactError(f"{path}, line {number}: expected {expected}, got {line[:80]!r}.") from error
     steps = sorted(by_step)
     stacks = {}
-    for stack in by_step[steps[-1]]:
+    for stack in by_step[steps[-1]] if steps else ():
         try:
             stacks[stack] = _history(steps, [by_step[step][stack] for step in steps])
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise ArtifactError(
-                f"{path}: the entries of stack {stack!r} do not fit together ({type(error).__name__}: {error}). Each needs kept_blocks, "
-                "block_probabilities of one length, and groups. Were two different runs written into one folder?"
+                f"{path}: the entries of stack {stack!r} do not fit together ({type(error).__name__}: {error}). "
+                "Each needs kept_blocks, block_probabilities of one length, and groups. Did two runs write here?"
             ) from error
     return stacks, num_torn
 
@@ -169,8 +179,16 @@ def _history(steps: list[int], entries: list[dict]) -> StackHistory:
     for row, entry in enumerate(entries):
         kept[row, entry["kept_blocks"]] = True
         for group in entry["groups"]:
-            confidence[row, group["start"] : group["start"] + group["num_blocks"]] = group["confidence"]
-    return StackHistory(np.array(steps), kept, probabilities, confidence, tuple(entries[-1]["groups"]))
+            confidence[row, members(group, entry.get("units"))] = group["confidence"]
+    last = entries[-1]
+    groups = tuple({**group, "members": members(group, last.get("units"))} for group in last["groups"])
+    return StackHistory(np.array(steps), kept, probabilities, confidence, groups)
+
+
+def members(group: dict[str, Any], units: list[list[int]] | None) -> list[int]:
+    """The blocks of a group, ascending; with `units`, its `start` and `num_blocks` count units of several blocks."""
+    places = range(group["start"], group["start"] + group["num_blocks"])
+    return sorted(block for place in places for block in units[place]) if units else list(places)
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:
@@ -179,9 +197,9 @@ def _natural(path: Path) -> list[tuple[int, str]]:
 
 
 def read_curves(folder: Path) -> dict[str, Curves]:
-    """The logged scalars of each stage, `logs/<stage>/**/metrics.csv`; known stages first. Of several files, the later version wins."""
+    """The scalars of each stage, `<stage>/**/metrics.csv`, known stages first; of several files the later wins."""
     cells: dict[str, dict[str, dict[int, float]]] = {}
-    for path in sorted(folder.glob("*/**/metrics.csv"), key=_natural):
+    for path in sorted(folder.glob("*/**/metrics.csv"), key=str):
         columns = cells.setdefault(path.relative_to(folder).parts[0], {})
         for name, column in _read_csv(path).items():
             columns.setdefault(name, {}).update(column)
@@ -195,16 +213,15 @@ def _sorted(column: dict[int, float]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _read_csv(path: Path) -> dict[str, dict[int, float]]:
-    """Column name -> {step: value}. Empty and non-numeric cells are left out, so is a last line without its line end (a torn write)."""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    """Column name -> {step: value}, without empty and non-numeric cells and without a torn last line (no line end)."""
+    lines = _read_text(path).splitlines(keepends=True)
     if lines and not lines[-1].endswith("\n"):
         lines.pop()
     rows = csv.DictReader(lines)
-    if lines and "step" not in (rows.fieldnames or ()):
-        raise ArtifactError(
-            f"{path} has the columns {rows.fieldnames}, expected a 'step' column as Lightning's CSVLogger writes it."
-        )
-    columns: dict[str, dict[int, float]] = {name: {} for name in rows.fieldnames or () if name != "step"}
+    names = list(rows.fieldnames or ())
+    if lines and "step" not in names:
+        raise ArtifactError(f"{path} has the columns {names}, expected a 'step' column as CSVLogger writes it.")
+    columns: dict[str, dict[int, float]] = {name: {} for name in names if name != "step"}
     for row in rows:
         step = _number(row["step"])
         if step is None or not math.isfinite(step):
@@ -223,23 +240,20 @@ def _number(cell: str | None) -> float | None:
 
 
 def read_samples(path: Path) -> dict[str, np.ndarray]:
-    """`samples.safetensors`: `labels` (N,) and for some of the models uint8 pictures (N, C, H, W), C = 1 or 3, one noise and label a row."""
+    """`samples.safetensors`, one noise and label a row.
+
+    Returns:
+        `labels` (N,) and, for some of the models, uint8 pictures (N, C, H, W) with C = 1 or 3.
+    """
     tensors = {name: tensor.numpy() for name, tensor in load_tensors(path).items()}
     samples = {name: tensors[name] for name in ("labels", *MODELS) if name in tensors}
     labels = samples.get("labels")
-    if labels is None or labels.ndim != 1 or len(samples) < 2:
-        raise ArtifactError(
-            f"{path} holds {sorted(tensors)}, expected 'labels' (N,) and pictures of at least one of {', '.join(MODELS)}."
-        )
+    if labels is None or labels.ndim != 1 or len(samples) < 2 or not len(labels):
+        wanted = f"'labels' (N,) and pictures of at least one of {', '.join(MODELS)}"
+        raise ArtifactError(f"{path} holds { {k: v.shape for k, v in tensors.items()} }, expected {wanted}.")
     for name in samples.keys() - {"labels"}:
-        pictures = samples[name]
-        if (
-            pictures.ndim != 4
-            or len(pictures) != len(labels)
-            or pictures.shape[1] not in (1, 3)
-            or pictures.dtype != np.uint8
-        ):
-            raise ArtifactError(
-                f"{path}: {name!r} is {pictures.dtype} {pictures.shape}, expected uint8 ({len(labels)}, 1 or 3, H, W): one picture for each label."
-            )
+        found = samples[name]
+        if found.ndim != 4 or len(found) != len(labels) or found.shape[1] not in (1, 3) or found.dtype != np.uint8:
+            wanted = f"uint8 ({len(labels)}, 1 or 3, H, W), one picture for each label"
+            raise ArtifactError(f"{path}: {name!r} is {found.dtype} {found.shape}, expected {wanted}.")
     return samples

@@ -1,4 +1,4 @@
-"""How the report names and writes values: one place for labels, explanations and number formats of page, figures and comparison."""
+"""How page, figures and comparison name and write values: labels, explanations, number formats."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ METRICS = {
 
 CURVES = {
     "train/loss": "loss",
-    "train/loss_kd": "distance to the teacher's output",
-    "train/loss_feature": "distance to the teacher's features",
-    "gates/tau": "temperature of the gates",
-    "gates/confidence": "confidence of the gates",
-    "gates/entropy": "entropy of the gates (nats)",
+    "train/loss_kd": "output distillation",
+    "train/loss_feature": "feature distillation",
+    "gates/tau": "gate temperature",
+    "gates/confidence": "gate confidence",
+    "gates/entropy": "gate entropy (nats)",
 }
 """Log key -> what the curve shows."""
 
@@ -84,7 +84,7 @@ def duration(seconds: float) -> str:
     """``42 s``, ``3 min 05 s``, ``2 h 10 min``."""
     if not math.isfinite(seconds):
         return str(seconds)
-    if seconds < 60:
+    if seconds < 59.5:
         return f"{seconds:.2g} s" if seconds < 9.5 else f"{seconds:.0f} s"
     whole = round(seconds)
     if whole < 3600:
@@ -98,7 +98,10 @@ def student_of(metrics: dict[str, Any]) -> str | None:
 
 
 def headline(metrics: dict[str, Any]) -> str:
-    """``12 → 6 blocks: 1.93× faster sampling (ideal 2.00×), FID 9.2 → 12.0, accuracy 98% → 96%``, as far as it was measured."""
+    """The run in a sentence, as far as it was measured.
+
+    ``12 → 6 blocks: 1.93× faster sampling (ideal 2.00×), FID 9.2 → 12.0, accuracy 98% → 96%``
+    """
     student = student_of(metrics)
     if student is None:
         present = [model for model in MODELS if numbers(metrics.get(model))]
@@ -126,7 +129,7 @@ def feature_note(protocol: dict[str, Any]) -> str:
     """Plainly: in whose features the Fréchet distance was taken, and what it may be compared with."""
     network = protocol.get("feature_network")
     if not network:
-        return "FID is a Fréchet distance; this run does not say which feature network it was taken in, so compare it with nothing."
+        return "FID is a Fréchet distance; the run does not say in whose features, so compare it with nothing."
     if "inception" in str(network).lower():
         return f"FID is the Fréchet distance between features of the Inception network ({network}), the usual one."
     return (

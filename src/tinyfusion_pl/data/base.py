@@ -1,0 +1,111 @@
+"""What every data set of latents and labels shares: a resumable stream of batches, and the way back to pictures."""
+
+import math
+from abc import ABC, abstractmethod
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from tinyfusion_pl.data.sampler import StreamLoader, StreamSampler
+
+
+class GenerationDataModule(LightningDataModule, ABC):
+    """Training batches ``(x, y)``: x float32 (N, C, H, W) as the denoiser eats it, y int64 (N,) labels.
+
+    A subclass gives `latent_shape`, `num_classes`, `train_set`, `decode` and `reference_pictures`.
+
+    Every batch is full: an epoch's rest opens the first batch of the next epoch. The order depends on `seed` alone, and
+    the checkpoint holds the position, so that a resumed run sees the very batches that the interrupted one would have
+    seen, with any number of workers or accumulated batches. With `Trainer(max_steps=...)` alone one Lightning "epoch" is
+    the whole fit; with `max_epochs` it is one pass over the data.
+
+    Args:
+        batch_size: Samples a batch and process.
+        seed: Fixes the order of samples.
+        num_workers: Worker processes that load samples; 0 loads them in the training process.
+    """
+
+    latent_shape: tuple[int, int, int]
+    num_classes: int
+
+    def __init__(self, *, batch_size: int, seed: int = 0, num_workers: int = 0) -> None:
+        super().__init__()
+        for name, value, least in (("batch_size", batch_size, 1), ("seed", seed, 0), ("num_workers", num_workers, 0)):
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} is {value!r}. Give a whole number, {least} or more.")
+        self.batch_size = batch_size
+        self.seed = seed
+        self.num_workers = num_workers
+        self._restored = {"num_batches": 0, "num_draws": 0}
+
+    @abstractmethod
+    def train_set(self) -> Dataset:
+        """The training samples: a map-style dataset of ``(x (C, H, W), y ())``."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (N, C, H, W) to pictures (N, channels, height, width), uint8."""
+
+    @abstractmethod
+    def reference_pictures(self) -> tuple[Tensor, Tensor]:
+        """Real pictures in the form that `decode` gives, and their labels (N,): what samples are held against."""
+
+    def train_dataloader(self) -> StreamLoader:
+        if self.trainer is not None and self.trainer.overfit_batches > 0:
+            raise ValueError(
+                f"Trainer(overfit_batches={self.trainer.overfit_batches}) would replace the order of samples, which could "
+                "not be resumed then. Leave it out; max_steps and limit_train_batches shorten a run."
+            )
+        dataset = self.train_set()
+        ranks = self._ranks
+        sampler = StreamSampler(
+            len(dataset),
+            num_draws=self.batch_size * self._batches_per_pass(len(dataset)),
+            seed=self.seed,
+            first_draw=self._num_draws,
+            **ranks,
+        )
+        return StreamLoader(
+            dataset,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+            # without one of its own the loader would draw its workers' seeds from the generator of the training noise
+            generator=torch.Generator().manual_seed(self.seed + ranks["rank"]),
+        )
+
+    def setup(self, stage: str) -> None:
+        self._restored = {
+            "num_batches": 0,
+            "num_draws": 0,
+        }  # an earlier fit's; Lightning restores this one's after setup
+
+    def state_dict(self) -> dict[str, int]:
+        """Position in the stream: batches that each process has trained on, and samples of all processes together."""
+        return {"num_batches": self._num_batches(), "num_draws": self._num_draws()}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self._restored = dict(state_dict)
+
+    @property
+    def _ranks(self) -> dict[str, int]:
+        return (self.trainer and self.trainer.distributed_sampler_kwargs) or {"rank": 0, "num_replicas": 1}
+
+    def _batches_per_pass(self, num_samples: int) -> int:
+        trainer = self.trainer
+        if trainer is not None and trainer.max_steps > 0 and trainer.max_epochs in (None, -1):
+            return trainer.max_steps * trainer.accumulate_grad_batches
+        return math.ceil(num_samples / (self.batch_size * self._ranks["num_replicas"]))
+
+    def _num_batches(self) -> int:
+        # `processed` counts a batch from the end of its training step on: before callbacks save their checkpoints, and
+        # never for a step that was cut short. Lightning restores it later than this object's state: hence the larger.
+        trained = 0 if self.trainer is None else self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
+        return max(self._restored["num_batches"], trained)
+
+    def _num_draws(self) -> int:
+        since = self._num_batches() - self._restored["num_batches"]
+        return self._restored["num_draws"] + since * self.batch_size * self._ranks["num_replicas"]

@@ -1,0 +1,51 @@
+"""scikit-learn's digits: 1797 real handwritten digits, 8x8 pixels of 17 grey levels, shipped inside that package.
+
+Source: E. Alpaydin, C. Kaynak, Optical Recognition of Handwritten Digits (test part), UCI Machine Learning Repository,
+1998.
+"""
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, TensorDataset
+
+from tinyfusion_pl.data.base import GenerationDataModule
+
+
+class DigitsDataModule(GenerationDataModule):
+    """Digits as latents: x (N, 1, 8, 8) in [-1, 1] (white on black), y in 0..9. All 1797 are trained on.
+
+    Example:
+        >>> x, y = next(iter(DigitsDataModule(batch_size=4).train_dataloader()))
+        >>> tuple(x.shape), tuple(y.shape)
+        ((4, 1, 8, 8), (4,))
+    """
+
+    latent_shape = (1, 8, 8)
+    num_classes = 10
+
+    def __init__(self, batch_size: int = 128, *, seed: int = 0, num_workers: int = 0) -> None:
+        super().__init__(batch_size=batch_size, seed=seed, num_workers=num_workers)
+
+    def train_set(self) -> Dataset:
+        return TensorDataset(*_digits())
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """[-1, 1] to 0..255, values outside clamped; rounded to uint8 but not to the 17 levels of the real digits."""
+        if latents.ndim != 4 or tuple(latents.shape[1:]) != self.latent_shape:
+            raise ValueError(f"Digit latents are (N, 1, 8, 8); these are {tuple(latents.shape)}.")
+        if not torch.isfinite(latents).all():
+            raise ValueError("The latents hold values that are not finite: the model that made them has diverged.")
+        return (latents.float().clamp(-1, 1) + 1).mul(127.5).round().to(torch.uint8)  # (N, 1, 8, 8)
+
+    def reference_pictures(self) -> tuple[Tensor, Tensor]:
+        """All 1797 digits as pictures (1797, 1, 8, 8) and their labels, through `decode` as the samples are."""
+        x, y = _digits()
+        return self.decode(x), y
+
+
+def _digits() -> tuple[Tensor, Tensor]:
+    from sklearn.datasets import load_digits  # a second to import, and only needed here
+
+    images, labels = load_digits(return_X_y=True)
+    x = torch.from_numpy(images).float().view(-1, 1, 8, 8) / 8 - 1  # (1797, 1, 8, 8)
+    return x, torch.from_numpy(labels).long()

@@ -1,0 +1,198 @@
+"""The sections of the page, each a function from a run and its pictures to HTML."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from .markup import about, code, fold, image, listing, missing, table, text
+from .reading import CONFIG, DECISIONS, LOGS, METRICS, MODELS, RECORD, SAMPLES, Run, members, numbers
+from .words import METRICS as EXPLAINED
+from .words import STAGES, duration, label, metric_keys, stage_label, student_of, value
+
+Pictures = dict[str, bytes]  # PNG by figure name
+
+
+def samples(run: Run, pictures: Pictures) -> str:
+    if not run.samples:
+        return missing(SAMPLES)
+    rows = ", ".join(model for model in MODELS if model in run.samples)
+    return image(
+        pictures,
+        "samples",
+        alt=f"Generated pictures in a grid: rows {rows}; columns by label",
+        caption=f"In each column all rows ({rows}) start from the same noise and label: only the model differs.",
+    )
+
+
+def results(run: Run, pictures: Pictures) -> str:
+    metrics = run.metrics or {}
+    models = {model: numbers(metrics.get(model)) for model in MODELS if numbers(metrics.get(model))}
+    if not models:
+        return missing(METRICS)
+    rows = []
+    for key in metric_keys(*models.values()):
+        cells = [value(key, own.get(key)) for own in models.values()]
+        rows.append([text(label(key)), *cells, about(EXPLAINED.get(key, ("", ""))[1])])
+    explained = {
+        "measured": "the shallow model's images/s over the teacher's",
+        "ideal": "the teacher's number of blocks over the shallow model's",
+    }
+    student, speedup = student_of(metrics), numbers(metrics.get("speedup"))
+    for key, explanation in explained.items():
+        if key in speedup and student:
+            cells = [f"{speedup[key]:.2f}×" if model == student else "" for model in models]
+            rows.append([f"speed-up, {key}", *cells, about(explanation)])
+    header = ["", *(f'<span class="{model}">{model}</span>' for model in models), ""]
+    parts = [table(header, rows, numeric=range(1, len(models) + 1))]
+    if "overview" in pictures:
+        alt = f"Bars of sampling speed, FID and accuracy for {', '.join(models)}"
+        parts.append(image(pictures, "overview", alt=alt, caption="The same figures as bars."))
+    return "\n".join(parts)
+
+
+def cost(run: Run, pictures: Pictures) -> str:
+    metrics = run.metrics or {}
+    seconds, peak = numbers(metrics.get("seconds")), numbers(metrics).get("peak_memory_mib")
+    if not seconds:
+        return missing(f"seconds in {METRICS}")
+    total = sum(seconds.values())
+    rows = [
+        [
+            text(stage_label(stage)),
+            f'<span title="{spent:.1f} s">{duration(spent)}</span>',
+            f'<span class="share" style="width: {100 * spent / (total or 1):.1f}%"></span>',
+            about(STAGES.get(stage, ("", ""))[1]),
+        ]
+        for stage, spent in seconds.items()
+    ]
+    rows.append(["all together", f"<strong>{duration(total)}</strong>", "", ""])
+    memory = "" if peak is None else f"<p>Peak memory: <strong>{peak:,.0f} MiB</strong>.</p>"
+    return table(["stage", "time", '<span class="about bar">share</span>', ""], rows, numeric=range(1, 2)) + memory
+
+
+def blocks(run: Run, pictures: Pictures) -> str:
+    parts = [_strip(path, stack) for path, stack in _stored_stacks(run).items()]
+    if not run.stacks:
+        return "\n".join([*parts, missing(DECISIONS)])
+    parts.append(
+        image(
+            pictures,
+            "decisions",
+            alt="For each block, at which training steps the decision keeps it; opacity is the confidence of its group",
+            caption="A mark where the decision of that step keeps the block; the more opaque, the surer its group. "
+            "Thin lines part the groups.",
+        )
+    )
+    parts.append(
+        image(
+            pictures,
+            "block_probabilities",
+            alt="Each block's probability of staying, over the steps as shades and at the end as bars; kept ones dark",
+            caption="Dotted: what every block of the group would have if none were preferred.",
+        )
+    )
+    parts.append(fold("The decision, group by group", _groups(run)))
+    if run.num_torn_lines:
+        count = f"{run.num_torn_lines} torn line{'s' if run.num_torn_lines > 1 else ''}"
+        parts.append(f'<p class="soft">{count} in {DECISIONS}, left by a killed process, skipped.</p>')
+    return "\n".join(parts)
+
+
+def _stored_stacks(run: Run) -> dict[str, dict[str, Any]]:
+    """Of each stack, kept blocks and groups: from the record, else (no shallow model yet) from the last decision."""
+    if run.record and (stacks := run.record.get("stacks")):
+        together = {path: [{"start": 0, "num_blocks": stack["num_blocks"]}] for path, stack in stacks.items()}
+        return {
+            path: {
+                **stack,
+                "groups": [members(group, stack.get("units")) for group in stack.get("groups") or together[path]],
+            }
+            for path, stack in stacks.items()
+        }
+    return {
+        path: {"kept_blocks": history.kept[-1].nonzero()[0], "groups": [group["members"] for group in history.groups]}
+        for path, history in run.stacks.items()
+    }
+
+
+def _strip(path: str, stack: dict[str, Any]) -> str:
+    kept = set(map(int, stack["kept_blocks"]))
+
+    def block(number: int) -> str:
+        kind, word = ("block kept", "stays") if number in kept else ("block", "left")
+        return f'<span class="{kind}" title="block {number} {word}">{number}</span>'
+
+    groups = "".join(f'<li class="group">{"".join(map(block, group))}</li>' for group in stack["groups"])
+    pattern = f", pattern {text(str(stack['pattern']))} (N:M keeps N of M)" if stack.get("pattern") else ""
+    num_blocks = sum(map(len, stack["groups"]))
+    return (
+        f"<p>Stack {code(path)}: <strong>{len(kept)} of {num_blocks}</strong> blocks stay{pattern}. "
+        f'Filled: stays. Struck out: left for good.</p>\n<ol class="strip">{groups}</ol>'
+    )
+
+
+def _groups(run: Run) -> str:
+    rows = []
+    for path, history in run.stacks.items():
+        for group in history.groups:
+            stay = [block for block in group["members"] if history.kept[-1][block]]
+            keeps = f"{group['num_kept']} of {group['num_blocks']}"
+            sure, open_ = f"{100 * group['confidence']:.1f}%", value("entropy", group.get("entropy"))
+            rows.append([f"{text(path)}: {_joined(group['members'])}", keeps, _joined(stay), sure, open_])
+    hint = "Confidence: probability of the choice that was made. Entropy: how open the choice still was; 0 is decided."
+    header = ["blocks of the group", "keeps", "stay", "confidence", "entropy (nats)"]
+    return f'<p class="soft">{hint}</p>{table(header, rows, numeric=range(3, 5))}'
+
+
+def _joined(numbers_: list[int]) -> str:
+    return ", ".join(map(str, numbers_))
+
+
+def curves(run: Run, pictures: Pictures) -> str:
+    parts = []
+    for stage in run.curves:
+        if (name := f"curves_{stage}") in pictures:
+            parts.append(f"<h3>{text(stage_label(stage).capitalize())}</h3>")
+            parts.append(f'<p class="soft">{STAGES[stage][1].capitalize()}.</p>' if stage in STAGES else "")
+            alt = f"Curves logged during {stage_label(stage)}, over its training steps"
+            parts.append(image(pictures, name, alt=alt, caption="Losses thin as logged, bold smoothed."))
+    return "\n".join(parts) or missing(f"{LOGS}/<stage>/**/metrics.csv")
+
+
+def protocol(run: Run, pictures: Pictures) -> str:
+    settings = (run.metrics or {}).get("protocol")
+    if not settings:
+        return missing(f"protocol in {METRICS}")
+    shown = {key: setting if isinstance(setting, str) else json.dumps(setting) for key, setting in settings.items()}
+    return table(["setting", "value"], [[text(key), code(setting)] for key, setting in shown.items()])
+
+
+def record(run: Run, pictures: Pictures) -> str:
+    if not run.record:
+        return missing(RECORD)
+    source = run.record.get("source")
+    source = source if isinstance(source, dict) else {"source": source} if source else {}
+    rows = [[text(key), code(content)] for key, content in source.items()]
+    origin = "<h3>Where the weights come from</h3>" + table(["what", "value"], rows) if rows else ""
+    return origin + fold(RECORD, listing(_readable_json(_shortened(run.record))))
+
+
+def _shortened(content: Any, *, longest: int = 64) -> Any:
+    """Without the long lists: the candidate probabilities of one group of 7:14 are 3432 numbers."""
+    if isinstance(content, dict):
+        return {key: _shortened(inner) for key, inner in content.items()}
+    if isinstance(content, list):
+        return [_shortened(inner) for inner in content] if len(content) <= longest else f"({len(content)} entries)"
+    return content
+
+
+def _readable_json(content: Any) -> str:
+    """Indented JSON with innermost lists on one line."""
+    innermost = re.compile(r"\[\s+([^\[\]{}]*?)\s+\]")
+    return innermost.sub(lambda found: "[" + re.sub(r",\s+", ", ", found[1]) + "]", json.dumps(content, indent=2))
+
+
+def config(run: Run, pictures: Pictures) -> str:
+    return fold(CONFIG, listing(run.config)) if run.config else missing(CONFIG)

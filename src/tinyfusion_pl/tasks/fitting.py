@@ -1,0 +1,80 @@
+"""One resumable fit: a Trainer with what every stage needs, going on from the stage's last checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.trainer.states import TrainerStatus
+
+from tinyfusion_pl.callbacks import Clock, RandomState
+from tinyfusion_pl.tasks.folder import RunFolder
+
+
+@dataclass(kw_only=True)
+class Fit:
+    """How a stage trains.
+
+    Args:
+        trainer: Makes the Trainer from callbacks, logger and default_root_dir.
+        callbacks: Further callbacks by name, as in a config.
+        logger: Makes a logger from ``save_dir`` and ``version`` (the stage); None: none.
+        checkpoint_every_n_steps: Optimizer steps between checkpoints: the most work that an interruption costs.
+    """
+
+    trainer: Callable[..., Trainer]
+    callbacks: Mapping[str, Callback] = field(default_factory=dict)
+    logger: Callable[..., Logger] | None = None
+    checkpoint_every_n_steps: int = 50
+
+    def run(self, stage: str, folder: RunFolder, module: LightningModule, data: LightningDataModule, *,
+            first: Sequence[Callback] = ()) -> float:
+        """Fit `module` on `data`, from the stage's last checkpoint where there is one; returns the seconds of training.
+
+        `first` are callbacks that must come before all others.
+        """
+        clock = Clock()
+        checkpoint = folder.checkpoint(stage)
+        saving = ModelCheckpoint(dirpath=checkpoint.parent, filename=checkpoint.stem, every_n_train_steps=self.checkpoint_every_n_steps,
+                                 save_on_train_epoch_end=False, enable_version_counter=False)
+        trainer = self.trainer(
+            callbacks=[*first, _SaveAtEnd(checkpoint), *self.callbacks.values(), RandomState(), clock, saving],
+            default_root_dir=folder / stage,
+            logger=False if self.logger is None else self.logger(save_dir=folder / "logs", version=stage),
+        )
+        fit_or_interrupt(trainer, module, datamodule=data, ckpt_path=checkpoint if checkpoint.exists() else None)
+        return clock.seconds
+
+
+class _SaveAtEnd(Callback):
+    """Checkpoint the last step, before a weight averaging callback writes averaged weights over the raw ones."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.save_checkpoint(self.path)
+
+
+def fit_or_interrupt(trainer: Trainer, module: LightningModule, **kwargs: Any) -> None:
+    """``trainer.fit``; Lightning turns Ctrl-C into an exit, this turns it back into the KeyboardInterrupt that it was."""
+    torch.set_float32_matmul_precision("high")
+    try:
+        trainer.fit(module, **kwargs)
+    except SystemExit:
+        if trainer.state.status == TrainerStatus.INTERRUPTED:
+            raise KeyboardInterrupt from None
+        raise
+
+
+def wandb_logger(*, save_dir: str | Path, version: str, experiment: str, **kwargs: Any) -> Logger:
+    """Lightning's W&B logger: one W&B run a stage, grouped by experiment."""
+    from lightning.pytorch.loggers import WandbLogger  # imports wandb, which only this logger needs
+
+    return WandbLogger(save_dir=save_dir, name=f"{experiment}-{version}", group=experiment, **kwargs)

@@ -1,0 +1,69 @@
+"""A run folder: where each stage writes, what is done, and what a stranger reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_only
+from torch import nn
+
+from tinyfusion_pl.artifacts import read_json, write_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What every stage works on: the experiment's name and seed, the trained denoiser, its objective and the data."""
+
+    name: str
+    seed: int
+    teacher: nn.Module
+    objective: Any
+    data: LightningDataModule
+
+
+class RunFolder:
+    """Paths of a run and the stages that are finished.
+
+    A stage is finished once ``stages/<stage>.json`` exists; it is written last and whole, so an interrupted stage is run again, from its
+    last checkpoint.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    def result(self, stage: str) -> dict[str, Any] | None:
+        """What `stage` left when it finished; None if it has not."""
+        file = self / "stages" / f"{stage}.json"
+        return read_json(file) if file.exists() else None
+
+    @rank_zero_only
+    def finish(self, stage: str, result: dict[str, Any]) -> None:
+        """Mark `stage` finished with `result`."""
+        (self / "stages").mkdir(parents=True, exist_ok=True)
+        write_json(self / "stages" / f"{stage}.json", result)
+
+    def checkpoint(self, stage: str) -> Path:
+        """The file that `stage` goes on from."""
+        return self / stage / "checkpoints" / "last.ckpt"
+
+    @property
+    def shallow(self) -> Path:
+        """The pruned model before recovery."""
+        return self / "shallow"
+
+    @property
+    def recovered(self) -> Path:
+        """The recovered model."""
+        return self / "recovered"
+
+
+@rank_zero_only
+def say(line: str) -> None:
+    """One line for the person who watches."""
+    print(line, flush=True)

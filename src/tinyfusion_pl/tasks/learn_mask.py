@@ -1,0 +1,45 @@
+"""Stage 1: learn which blocks can go, and freeze the answer into a shallow model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lightning.pytorch import seed_everything
+
+from tinyfusion_pl.callbacks import DepthPruningCallback
+from tinyfusion_pl.modules import MaskLearning
+from tinyfusion_pl.tasks.fitting import Fit
+from tinyfusion_pl.tasks.folder import Inputs, RunFolder, say
+
+
+@dataclass(kw_only=True)
+class LearnMask:
+    """Mask learning on a copy of the teacher; leaves the shallow model in ``shallow/``.
+
+    Args:
+        module: Makes `MaskLearning` from a denoiser and ``objective=``.
+        pruning: Makes `DepthPruningCallback` from ``save_dir=``, ``decisions_path=`` and ``source=``.
+        fit: How it trains.
+    """
+
+    module: Callable[..., MaskLearning]
+    pruning: Callable[..., DepthPruningCallback]
+    fit: Fit
+
+    def __post_init__(self) -> None:
+        self.pruning()  # a wrong pattern or temperature is found before anything runs
+
+    def run(self, folder: RunFolder, inputs: Inputs) -> None:
+        if (done := folder.result("learn_mask")) is not None:
+            say(f"learn_mask: done before, kept {done['kept_blocks']}; shallow model in {folder.shallow}")
+            return
+        say(f"learn_mask: learning which blocks can go; decisions go to {folder / 'learn_mask'}, the shallow model to {folder.shallow}")
+        seed_everything(inputs.seed, workers=True)
+        callback = self.pruning(save_dir=folder.shallow, decisions_path=folder / "learn_mask" / "decisions.jsonl",
+                                source=getattr(inputs.teacher, "source", None))
+        module = self.module(copy.deepcopy(inputs.teacher).train(), objective=inputs.objective)
+        seconds = self.fit.run("learn_mask", folder, module, inputs.data, first=[callback])
+        folder.finish("learn_mask", {"seconds": seconds, "kept_blocks": callback.decision.kept_blocks,
+                                     "num_skipped_steps": callback.guard.num_skipped})

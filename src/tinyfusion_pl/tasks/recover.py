@@ -1,0 +1,54 @@
+"""Stage 2: recover the shallow model by (masked) distillation from the teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lightning.pytorch import seed_everything
+
+from tinyfusion_pl.artifacts import read_json
+from tinyfusion_pl.callbacks import NonFiniteGuard
+from tinyfusion_pl.models import load_checkpoint, load_decision, load_shallow, load_weights, save_shallow
+from tinyfusion_pl.modules import Recovery
+from tinyfusion_pl.tasks.fitting import Fit
+from tinyfusion_pl.tasks.folder import Inputs, RunFolder, say
+
+
+@dataclass(kw_only=True)
+class Recover:
+    """Recovery of the model in ``shallow/``; leaves it in ``recovered/``.
+
+    Args:
+        module: Makes `Recovery` from a student and ``teacher=``, ``decision=``, ``objective=``.
+        fit: How it trains; weight averaging is among its callbacks where averaged weights are wanted.
+        weights: ``"ema"`` or ``"raw"``: which weights the recovered model gets.
+    """
+
+    module: Callable[..., Recovery]
+    fit: Fit
+    weights: str = "ema"
+
+    def __post_init__(self) -> None:
+        if self.weights not in ("ema", "raw"):
+            raise ValueError(f"recover.weights is {self.weights!r}; give 'ema' or 'raw'.")
+
+    def run(self, folder: RunFolder, inputs: Inputs) -> None:
+        if folder.result("recover") is not None:
+            say(f"recover: done before; recovered model in {folder.recovered}")
+            return
+        if folder.result("learn_mask") is None:
+            raise ValueError(f"There is no finished mask learning in {folder.path}; run task=learn_mask (or task=pipeline) there first.")
+        say(f"recover: the shallow model learns from the teacher; checkpoints go to {folder / 'recover'}, the model to {folder.recovered}")
+        seed_everything(inputs.seed + 1, workers=True)
+        module = self.module(load_shallow(folder.shallow).train(), teacher=inputs.teacher, decision=load_decision(folder.shallow),
+                             objective=inputs.objective)
+        guard = NonFiniteGuard()
+        seconds = self.fit.run("recover", folder, module, inputs.data, first=[guard])
+        student = load_shallow(folder.shallow)
+        load_weights(student, load_checkpoint(folder.checkpoint("recover"), weights=self.weights, prefix="denoiser."))
+        record = {k: v for k, v in read_json(folder.shallow / "record.json").items() if k in ("stacks", "configuration", "seed")}
+        save_shallow(folder.recovered, student, {
+            **record, "source": {"path": str(folder.shallow.name), "weights": self.weights},
+        })
+        folder.finish("recover", {"seconds": seconds, "num_skipped_steps": guard.num_skipped})

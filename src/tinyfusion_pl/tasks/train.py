@@ -1,0 +1,68 @@
+"""Training a denoiser from scratch: how the shipped digits teacher was made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningDataModule, seed_everything
+from torch import nn
+
+from tinyfusion_pl.artifacts import save_tensors, sha256, write_json
+from tinyfusion_pl.models import create_model, library_versions, load_checkpoint, load_weights
+from tinyfusion_pl.modules import Denoising
+from tinyfusion_pl.tasks.evaluate import Evaluate, describe
+from tinyfusion_pl.tasks.fitting import Fit
+from tinyfusion_pl.tasks.folder import Inputs, RunFolder, say
+
+
+@dataclass(kw_only=True)
+class Train:
+    """Training of a new model.
+
+    Args:
+        module: Makes `Denoising` from a denoiser and ``objective=``.
+        fit: How it trains.
+        weights: ``"ema"`` or ``"raw"``: which weights the model gets.
+    """
+
+    module: Callable[..., Denoising]
+    fit: Fit
+    weights: str = "ema"
+
+    def __post_init__(self) -> None:
+        if self.weights not in ("ema", "raw"):
+            raise ValueError(f"train.weights is {self.weights!r}; give 'ema' or 'raw'.")
+
+
+def train_denoiser(*, run_dir: str | Path, name: str, seed: int, model: str, objective: Any, data: LightningDataModule, train: Train,
+                   evaluate: Evaluate, recipe: str, overrides: dict[str, Any] | None = None) -> None:
+    """Train a new `model` and leave ``trained/model.safetensors`` with ``trained/record.json``: recipe, seed, metrics.
+
+    The folder is what ``model.checkpoint`` takes and what the package ships.
+    """
+    folder = RunFolder(run_dir)
+    seed_everything(seed, workers=True)
+    denoiser: nn.Module = create_model(model, **(overrides or {}))
+    if folder.result("train") is None:
+        say(f"train: {name}; checkpoints go to {folder / 'train'}, the model to {folder / 'trained'}")
+        module = train.module(denoiser, objective=objective)
+        seconds = train.fit.run("train", folder, module, data)
+        load_weights(denoiser, load_checkpoint(folder.checkpoint("train"), weights=train.weights, prefix="denoiser."))
+        (folder / "trained").mkdir(parents=True, exist_ok=True)
+        save_tensors(folder / "trained" / "model.safetensors", denoiser.state_dict())
+        folder.finish("train", {"seconds": seconds})
+    load_weights(denoiser, folder / "trained" / "model.safetensors")
+    say(f"train: measuring {evaluate.num_samples} samples")
+    evaluate.metrics.update_reference(data.reference_pictures()[0])
+    shell = evaluate.generation(denoiser, Inputs(name=name, seed=seed, teacher=denoiser, objective=objective, data=data))
+    evaluate.measure(shell, folder)
+    metrics = {**describe(denoiser), **shell.results}
+    write_json(folder / "trained" / "record.json", {
+        "model": {"name": denoiser.model_name, "kwargs": denoiser.config}, "recipe": recipe, "seed": seed, "metrics": metrics,
+        "seconds": folder.result("train")["seconds"], "protocol": evaluate.protocol(seed), "versions": library_versions(),
+        "weights": {"file": "model.safetensors", "sha256": sha256(folder / "trained" / "model.safetensors"), "kind": train.weights},
+    })
+    say(f"Done. {folder / 'trained'}: {metrics}")

@@ -1,0 +1,53 @@
+"""The digits are scikit-learn's, and go to latents and back without loss."""
+
+import pytest
+import torch
+from sklearn.datasets import load_digits
+
+from tinyfusion_pl.data import DigitsDataModule
+
+
+def test_latents_are_the_digits_scaled_to_plus_minus_one():
+    images, labels = load_digits(return_X_y=True)
+    x, y = DigitsDataModule().train_set().tensors
+    assert torch.equal((x + 1) * 8, torch.tensor(images).float().view(-1, 1, 8, 8))
+    assert torch.equal(y, torch.tensor(labels)) and y.dtype == torch.int64
+    assert (x.min(), x.max(), x.dtype) == (-1, 1, torch.float32)
+
+
+def test_class_describes_its_data():
+    x, y = DigitsDataModule().train_set()[0]
+    assert x.shape == DigitsDataModule.latent_shape
+    assert set(DigitsDataModule().train_set().tensors[1].tolist()) == set(range(DigitsDataModule.num_classes))
+
+
+def test_reference_pictures_are_all_digits_in_256_levels():
+    images, labels = load_digits(return_X_y=True)
+    pictures, y = DigitsDataModule().reference_pictures()
+    expected = torch.tensor(images).mul(255 / 16).round().to(torch.uint8).view(-1, 1, 8, 8)
+    assert pictures.dtype == torch.uint8 and torch.equal(pictures, expected)
+    assert torch.equal(y, torch.tensor(labels))
+
+
+def test_decode_clamps_and_rounds_to_the_nearest_level():
+    latents = torch.tensor([-9.0, -1.0, -0.999, -0.99, 0.0, 0.9, 1.0, 1.5]).view(-1, 1, 1, 1).expand(-1, 1, 8, 8)
+    assert DigitsDataModule().decode(latents)[:, 0, 0, 0].tolist() == [0, 0, 0, 1, 128, 242, 255, 255]
+
+
+def test_decode_of_half_precision_latents_is_that_of_their_values():
+    latents = torch.linspace(-1, 1, 128).view(2, 1, 8, 8).bfloat16()
+    assert torch.equal(DigitsDataModule().decode(latents), DigitsDataModule().decode(latents.float()))
+
+
+def test_decode_refuses_other_shapes_and_values_that_are_not_finite():
+    with pytest.raises(ValueError, match=r"\(N, 1, 8, 8\); these are \(2, 4, 8, 8\)"):
+        DigitsDataModule().decode(torch.zeros(2, 4, 8, 8))
+    with pytest.raises(ValueError, match="not finite"):
+        DigitsDataModule().decode(torch.full((1, 1, 8, 8), float("nan")))
+
+
+@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"batch_size": 1.5}, {"seed": -1}, {"num_workers": "2"}])
+def test_wrong_arguments_are_named(wrong):
+    (name, value), *_ = wrong.items()
+    with pytest.raises(ValueError, match=f"{name} is {value!r}. Give a whole number"):
+        DigitsDataModule(**wrong)

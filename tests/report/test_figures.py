@@ -1,0 +1,229 @@
+from itertools import combinations
+
+import numpy as np
+import pytest
+from matplotlib.collections import LineCollection, QuadMesh
+from matplotlib.colors import to_hex, to_rgba
+
+from tinyfusion_pl.report.figures import (
+    COLORS,
+    DROPPED,
+    KEPT,
+    MAX_STEPS_DRAWN,
+    opacity,
+    plot_block_probabilities,
+    plot_curves,
+    plot_decisions,
+    plot_overview,
+    plot_samples,
+)
+from tinyfusion_pl.report.reading import StackHistory, read_run
+
+
+def history(num_steps=3, num_blocks=4, *, group_size=2, every=10):
+    rng = np.random.default_rng(0)
+    groups = tuple(
+        {"members": list(range(start, start + group_size)), "num_kept": 1, "num_blocks": group_size}
+        for start in range(0, num_blocks, group_size)
+    )
+    kept = np.zeros((num_steps, num_blocks), dtype=bool)
+    for group in groups:
+        kept[np.arange(num_steps), rng.choice(group["members"], num_steps)] = True
+    confidence = np.repeat(rng.uniform(0.1, 1, (num_steps, len(groups))), group_size, axis=1)
+    return StackHistory(np.arange(num_steps) * every, kept, rng.uniform(0, 1, kept.shape), confidence, groups)
+
+
+def mesh(axes):
+    (found,) = [collection for collection in axes.collections if isinstance(collection, QuadMesh)]
+    return found
+
+
+def borders(axes):
+    return [artist.get_ydata()[0] for artist in axes.lines if artist.get_gid() == "group border"]
+
+
+def test_a_mark_stands_where_a_block_is_kept_as_opaque_as_its_group_is_confident():
+    own = history()
+    panel = plot_decisions({"blocks": own}).axes[0]
+    colors = mesh(panel).get_array()  # (B, T, RGBA)
+    np.testing.assert_allclose(colors[..., 3], np.where(own.kept, opacity(own.confidence), 0).T)
+    np.testing.assert_allclose(colors[..., :3], np.broadcast_to(to_rgba(KEPT)[:3], (4, 3, 3)))
+    assert mesh(panel).get_coordinates()[0, :, 0].tolist() == [0, 10, 20, 30]  # each lasts until the next record
+    assert panel.get_ylim() == (3.5, -0.5), "block 0 is on top"
+
+
+def test_opacity_is_the_confidence_above_a_visible_floor():
+    steps = opacity(np.array([0.0, 0.5, 1.0]))
+    assert 0 < steps[0] < 0.2
+    assert steps[2] == 1
+    assert steps[1] - steps[0] == pytest.approx(steps[2] - steps[1])
+
+
+def test_each_stack_has_a_panel_that_says_its_name_and_how_many_stay():
+    figure = plot_decisions({"encoder": history(), "decoder": history(num_blocks=6, group_size=3)})
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert any(title.startswith("encoder: 2 of 4 blocks stay") for title in titles)
+    assert any(title.startswith("decoder: 2 of 6 blocks stay") for title in titles)
+
+
+def test_long_histories_are_thinned_but_end_with_the_final_decision():
+    own = history(num_steps=5000, num_blocks=28, group_size=14)
+    panel = plot_decisions({"blocks": own}).axes[0]
+    colors = mesh(panel).get_array()
+    assert colors.shape[1] == MAX_STEPS_DRAWN
+    np.testing.assert_array_equal(colors[:, -1, 3] > 0, own.kept[-1])
+
+
+def test_a_single_recorded_step_can_be_drawn():
+    own = history(num_steps=1)
+    assert (mesh(plot_decisions({"blocks": own}).axes[0]).get_array()[..., 3] > 0).sum() == 2
+    assert plot_block_probabilities({"blocks": own})
+
+
+def test_bars_show_the_final_probabilities_with_kept_blocks_highlighted():
+    own = history()
+    heat, bars = plot_block_probabilities({"blocks": own}).axes
+    assert [bar.get_width() for bar in bars.patches] == own.probabilities[-1].tolist()
+    colors = [to_hex(bar.get_facecolor()).upper() for bar in bars.patches]
+    assert colors == [KEPT if kept else DROPPED for kept in own.kept[-1]]
+    shades = mesh(heat).get_array()
+    order = np.argsort(own.probabilities[:, 0])
+    assert np.all(np.diff(shades[0, order, 0]) < 0), "the more probable, the darker"
+
+
+def test_group_borders_and_the_indifferent_probability_are_drawn():
+    heat, bars = plot_block_probabilities({"blocks": history(num_blocks=9, group_size=3)}).axes
+    assert borders(heat) == borders(bars) == [2.5, 5.5]
+    dotted = [segment for c in bars.collections if isinstance(c, LineCollection) for segment in c.get_segments()]
+    assert [segment[0][0] for segment in dotted] == pytest.approx([1 / 3] * 9)
+
+
+def pictures(num, channels=1, size=8):
+    rng = np.random.default_rng(3)
+    return {model: rng.integers(0, 256, (num, channels, size, size), dtype=np.uint8) for model in COLORS}
+
+
+def shown(figure):
+    return {image.get_gid(): image for image in figure.axes[0].images}
+
+
+def test_samples_of_one_noise_and_label_stand_below_each_other():
+    samples = {"labels": np.array([2, 0, 1] * 2 + [5, 6, 7]), **pictures(9)}
+    images = shown(plot_samples(samples))
+    for index in range(9):
+        columns = {images[f"{model}/{index}"].get_extent()[0] for model in COLORS}
+        assert len(columns) == 1
+        tops = [images[f"{model}/{index}"].get_extent()[3] for model in COLORS]
+        assert tops == sorted(tops), "teacher above pruned above recovered"
+    np.testing.assert_array_equal(images["pruned/3"].get_array()[..., 0], samples["pruned"][3, 0])
+
+
+def test_columns_are_ordered_and_headed_by_label():
+    figure = plot_samples({"labels": np.array([2, 0, 1, 3, 4, 5]), **pictures(6)})
+    headers = [(t.get_position()[0], t.get_text()) for t in figure.axes[0].texts if t.get_text().startswith("label")]
+    assert [text for _, text in sorted(headers)] == [f"label {label}" for label in range(6)]
+    assert shown(figure)["teacher/1"].get_extent()[0] < shown(figure)["teacher/2"].get_extent()[0]
+
+
+def test_rows_are_named_with_depth_in_the_models_colour():
+    samples = {"labels": np.arange(6), **pictures(6)}
+    del samples["recovered"]
+    texts = {t.get_text(): t.get_color() for t in plot_samples(samples, depths={"teacher": 28}).axes[0].texts}
+    assert texts["teacher\n28 blocks"] == COLORS["teacher"]
+    assert texts["pruned"] == COLORS["pruned"]
+    assert not any(text.startswith("recovered") for text in texts)
+
+
+def test_pictures_are_upscaled_without_blur_and_keep_their_grey_values():
+    samples = {"labels": np.arange(6), **pictures(6)}
+    for image in shown(plot_samples(samples)).values():
+        assert image.get_interpolation() == "nearest"
+        assert image.get_array().shape == (8, 8, 3), "grey as RGB: no colour map stretches it"
+
+
+def test_of_many_labels_ten_are_shown():
+    samples = {"labels": np.arange(100, 164), **pictures(64, channels=3)}
+    images = shown(plot_samples(samples))
+    assert len(images) == 3 * 10
+    assert {"teacher/0", "teacher/63"} <= images.keys()
+
+
+def test_curves_show_every_logged_value_and_a_smoothed_line():
+    steps = np.arange(0, 4000, 10)
+    values = 5 + np.random.default_rng(0).normal(0, 1, 400)
+    axes = plot_curves({"train/loss": (steps, values)}).axes[0]
+    raw, smooth = axes.lines
+    np.testing.assert_array_equal(raw.get_xydata(), np.stack([steps, values], axis=1))
+    assert np.std(smooth.get_ydata()) < 0.5 * np.std(values)
+    assert np.mean(smooth.get_ydata()) == pytest.approx(5, abs=0.15)
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("training step", "train/loss")
+
+
+def test_smoothing_keeps_a_straight_line_and_passes_over_nan():
+    steps = np.arange(400.0)
+    values = np.where(steps == 200, np.nan, 2.0)
+    smooth = plot_curves({"train/loss": (steps, values)}).axes[0].lines[1].get_ydata()
+    np.testing.assert_allclose(smooth, 2.0)
+
+
+def test_losses_over_orders_of_magnitude_are_drawn_logarithmically():
+    steps = np.arange(100)
+    figure = plot_curves({"train/loss": (steps, 10.0 ** (-steps / 30)), "train/loss_kd": (steps, 2.0 + steps / 100)})
+    assert [axes.get_yscale() for axes in figure.axes] == ["log", "linear"]
+
+
+def test_curves_without_a_known_column_give_no_figure():
+    assert plot_curves({"lr-AdamW": (np.arange(3), np.ones(3)), "epoch": (np.arange(3), np.ones(3))}) is None
+
+
+def test_losses_that_were_never_finite_are_said_to_be_so():
+    figure = plot_curves({"train/loss": (np.arange(3), np.full(3, np.nan))})
+    assert "never finite" in figure.axes[0].get_title(loc="left")
+
+
+def test_overview_bars_are_the_measured_values_in_the_models_colours(new_run):
+    metrics = read_run(new_run()).metrics
+    figure = plot_overview(metrics)
+    for axes, key in zip(figure.axes, ("images_per_second", "fid", "accuracy")):
+        assert [bar.get_width() for bar in axes.patches] == [metrics[model][key] for model in COLORS]
+        assert [to_hex(bar.get_facecolor()).upper() for bar in axes.patches] == list(COLORS.values())
+
+
+def test_overview_leaves_out_what_was_not_measured():
+    figure = plot_overview({"teacher": {"fid": 3.0}, "pruned": {"depth": 6, "fid": float("nan")}})
+    assert [len(axes.patches) for axes in figure.axes] == [1]
+    assert plot_overview({"teacher": {"depth": 12}}) is None
+
+
+def overlaps(figure):
+    """Pairs of texts that cover each other once the figure is laid out."""
+    figure.draw_without_rendering()
+    texts = []
+    for axes in figure.axes:
+        titles = [axes.title, axes._left_title, axes.xaxis.label, axes.yaxis.label]
+        ticks = [
+            text
+            for axis in (axes.xaxis, axes.yaxis)
+            for text, place in zip(axis.get_ticklabels(), axis.get_ticklocs())
+            if min(axis.get_view_interval()) <= place <= max(axis.get_view_interval())
+        ]
+        texts += [*axes.texts, *(titles + ticks if axes.axison else [])]
+    boxes = [(text.get_text(), text.get_window_extent()) for text in texts if text.get_text().strip()]
+    pairs = combinations(boxes, 2)
+    return [(a, b) for (a, box), (b, other) in pairs if box.padded(-1).overlaps(other.padded(-1))]
+
+
+def test_no_text_covers_another_with_28_blocks_in_groups_of_14():
+    stacks = {"blocks": history(num_steps=50, num_blocks=28, group_size=14, every=2000)}
+    assert overlaps(plot_decisions(stacks)) == []
+    assert overlaps(plot_block_probabilities(stacks)) == []
+
+
+def test_no_text_covers_another_in_a_whole_run(new_run):
+    run = read_run(new_run())
+    assert overlaps(plot_decisions(run.stacks)) == []
+    assert overlaps(plot_block_probabilities(run.stacks)) == []
+    assert overlaps(plot_samples(run.samples, depths={"teacher": 12, "pruned": 6, "recovered": 6})) == []
+    assert overlaps(plot_overview(run.metrics)) == []
+    for curves in run.curves.values():
+        assert overlaps(plot_curves(curves)) == []

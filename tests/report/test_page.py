@@ -1,0 +1,267 @@
+import base64
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+
+import pytest
+
+from tinyfusion_pl.artifacts import ArtifactError
+from tinyfusion_pl.report import headline, write_report
+from tinyfusion_pl.report import page as page_module
+from tinyfusion_pl.report.words import duration, feature_note, value
+
+VOID = {"meta", "img", "br", "hr", "link", "input"}
+
+
+class Page(HTMLParser):
+    """The page parsed: every tag closed in order, texts, attributes."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.source = path.read_text()
+        self.open, self.tags, self.texts = [], [], []
+        self.feed(self.source)
+        self.close()
+        assert self.open == [], "tags were left open"
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, f"</{tag}> closes nothing"
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+    @property
+    def text(self):
+        return re.sub(r"\s+", " ", " ".join(self.texts))
+
+    def all(self, tag):
+        return [attrs for name, attrs in self.tags if name == tag]
+
+
+@pytest.fixture(autouse=True)
+def coarse(monkeypatch):
+    monkeypatch.setattr(page_module, "DPI", 40)
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Figures are made but not rendered, which takes most of the time: the names of those that would be saved."""
+    names = []
+    monkeypatch.setattr(page_module, "_save", lambda figure, path: names.append(path.stem) or b"")
+    return names
+
+
+@pytest.fixture
+def rows():
+    """`rows(page)`: the cells of each table row, by the row's heading."""
+
+    def read(page):
+        found = re.findall(r"<tr>(.*?)</tr>", page.source, re.S)
+        cells = [re.findall(r"<t[hd].*?>(.*?)</t[hd]>", row) for row in found]
+        texts = [[re.sub(r"<[^>]*>", "", cell) for cell in row] for row in cells]
+        return {row[0]: row[1:] for row in texts}
+
+    return read
+
+
+def test_page_of_a_whole_run_is_self_contained_and_well_formed(new_run):
+    run = new_run()
+    target = write_report(run)
+    assert target == run / "report.html"
+    page = Page(target)
+    assert re.findall(r"https?:|//[a-z]|@import|url\(", re.sub(r"base64,[^\"]*", "", page.source)) == []
+    assert page.all("script") == page.all("link") == []
+    anchors = [link["href"].removeprefix("#") for link in page.all("a")]
+    assert set(anchors) == {section["id"] for section in page.all("section")}
+
+
+def test_page_shows_the_figures_of_the_folder_with_words_for_those_who_do_not_see_them(new_run):
+    run = new_run()
+    page = Page(write_report(run))
+    names = {"samples", "overview", "decisions", "block_probabilities", "curves_learn_mask", "curves_recover"}
+    assert {path.name for path in (run / "figures").iterdir()} == {f"{name}.png" for name in names}
+    embedded = {base64.b64decode(image["src"].removeprefix("data:image/png;base64,")) for image in page.all("img")}
+    assert embedded == {path.read_bytes() for path in (run / "figures").iterdir()}
+    assert all(data.startswith(b"\x89PNG") for data in embedded)
+    assert all(len(image["alt"]) > 20 for image in page.all("img"))
+
+
+def test_tables_hold_the_metrics_costs_and_protocol(new_run, undrawn, rows):
+    page = Page(write_report(new_run()))
+    table = rows(page)
+    assert table["blocks"][:3] == ["12", "6", "6"]
+    assert table["parameters"][:3] == ["1,012,345", "523,456", "523,456"]
+    assert table["FID"][:3] == ["9.213", "1,069", "12.04"]
+    assert table["Inception score"][:3] == ["9.41", "2.13", "9.02"]
+    assert table["accuracy"][:3] == ["97.9%", "18.7%", "96.1%"]
+    assert table["images/s"][:3] == ["410.2", "790.8", "791.7"]
+    assert table["speed-up, measured"][2] == "1.93×"
+    assert table["speed-up, ideal"][2] == "2.00×"
+    assert table["recovery"][0] == "1 min 33 s"
+    assert table["all together"][0] == "3 min 26 s"
+    assert table["guidance_scale"] == ["1.5"]
+    assert table["guidance_channels"] == ["null"]
+    assert table["seed"] == ["0"]
+    assert "1,123 MiB" in page.text
+
+
+def test_page_says_which_blocks_stay(new_run, undrawn):
+    run = new_run(patterns={"blocks": [(3, 4), (2, 4)]})
+    page = Page(write_report(run))
+    kept = json.loads((run / "shallow/record.json").read_text())["stacks"]["blocks"]["kept_blocks"]
+    titles = {attrs["title"] for attrs in page.all("span") if attrs.get("class", "").startswith("block")}
+    assert titles == {f"block {b} {'stays' if b in kept else 'left'}" for b in range(8)}
+    assert "5 of 8" in page.text
+
+
+def test_unknown_metrics_become_rows_and_values_that_are_no_numbers_do_not(new_run, undrawn, rows):
+    run = new_run()
+    metrics = json.loads((run / "metrics.json").read_text())
+    metrics["recovered"] |= {"sfid": 6.25, "note": "hello", "broken": None}
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    table = rows(Page(write_report(run)))
+    assert table["sfid"][:3] == ["–", "–", "6.25"]
+    assert not {"note", "broken"} & table.keys()
+
+
+def test_values_are_escaped(new_run, undrawn):
+    run = new_run()
+    evil = '<script>alert("1")</script>'
+    metrics = json.loads((run / "metrics.json").read_text())
+    metrics["name"] = metrics["protocol"]["feature_network"] = metrics["protocol"][evil] = evil
+    metrics["seconds"][evil] = 1.0
+    metrics["teacher"][evil] = 1.0
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    (run / "config.yaml").write_text(f"name: {evil}\n")
+    record = json.loads((run / "shallow/record.json").read_text())
+    record["source"] = {evil: evil}
+    record["stacks"] = {evil: record["stacks"]["blocks"] | {"pattern": evil}}
+    (run / "shallow/record.json").write_text(json.dumps(record))
+    (run / "logs/recover").rename(run / "logs/<script>")
+    page = Page(write_report(run))
+    assert page.all("script") == []
+    assert page.text.count(evil) >= 9
+
+
+PARTS = {
+    "samples.safetensors": "samples",
+    "learn_mask/decisions.jsonl": "decisions",
+    "config.yaml": None,
+    "shallow/record.json": None,
+    "logs": "curves_recover",
+    "metrics.json": "overview",
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_missing_part_is_left_out_with_a_line_that_says_so(new_run, undrawn, part):
+    run = new_run()
+    shutil.rmtree(run / part) if (run / part).is_dir() else (run / part).unlink()
+    page = Page(write_report(run))
+    assert "Not there yet: this run has no " + (part if part != "logs" else "logs/<stage>/**/metrics.csv") in page.text
+    assert len(undrawn) >= 4
+    assert PARTS[part] not in undrawn
+
+
+def test_folder_with_nothing_but_a_config_gives_a_page_without_pictures(tmp_path):
+    (tmp_path / "config.yaml").write_text("seed: 0\n")
+    page = Page(write_report(tmp_path))
+    assert "Nothing was measured yet" in page.text
+    assert page.all("img") == []
+
+
+def test_torn_decision_line_is_mentioned(new_run, undrawn):
+    run = new_run()
+    with (run / "learn_mask/decisions.jsonl").open("a") as file:
+        file.write('{"step": 510, "ta')
+    assert "1 torn line in learn_mask/decisions.jsonl" in Page(write_report(run)).text
+
+
+def test_long_lists_of_a_record_are_counted_not_printed(new_run, undrawn):
+    run = new_run()
+    record = json.loads((run / "shallow/record.json").read_text())
+    record["stacks"]["blocks"]["groups"][0]["probabilities"] = [0.123456] * 3432
+    (run / "shallow/record.json").write_text(json.dumps(record))
+    page = Page(write_report(run))
+    assert "(3432 entries)" in page.text
+    assert "0.123456" not in page.text
+    assert f'"kept_blocks": {record["stacks"]["blocks"]["kept_blocks"]}' in page.text
+
+
+def test_equal_runs_give_equal_bytes(new_run):
+    a, b = new_run("a"), new_run("b")
+    assert write_report(a).read_bytes() == write_report(b).read_bytes()
+
+
+def test_broken_metrics_leave_the_old_page_as_it_was(new_run):
+    run = new_run()
+    (run / "report.html").write_text("old")
+    (run / "metrics.json").write_text('{"name": ')
+    with pytest.raises(ArtifactError, match=r"metrics\.json"):
+        write_report(run)
+    assert (run / "report.html").read_text() == "old"
+
+
+def metrics(**changes):
+    return {
+        "teacher": {"depth": 12, "fid": 9.21, "accuracy": 0.979},
+        "pruned": {"depth": 6, "fid": 1069.3, "accuracy": 0.19},
+        "recovered": {"depth": 6, "fid": 12.04, "accuracy": 0.961},
+        "speedup": {"measured": 1.93, "ideal": 2.0},
+        **changes,
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({}, "12 → 6 blocks: 1.93× faster sampling (ideal 2.00×), FID 9.2 → 12.0, accuracy 98% → 96%"),
+        (
+            {"recovered": {}},
+            "12 → 6 blocks (before recovery): 1.93× faster sampling (ideal 2.00×), "
+            "FID 9.2 → 1069.3, accuracy 98% → 19%",
+        ),
+        ({"speedup": {}, "teacher": {"depth": 12}}, "12 → 6 blocks: FID 12.0, accuracy 96%"),
+        ({"speedup": {}, "teacher": {}, "recovered": {"depth": 6}}, "6 blocks"),
+        ({"recovered": {}, "pruned": {}}, "Only the teacher was measured"),
+        ({"recovered": {}, "pruned": {}, "teacher": {}}, "Nothing was measured yet"),
+    ],
+)
+def test_headline_says_what_was_measured(changes, sentence):
+    assert headline(metrics(**changes)) == sentence
+
+
+@pytest.mark.parametrize(
+    ("network", "words"),
+    [
+        ("digits_classifier", "never with FID figures published elsewhere"),
+        ("InceptionV3 (torch-fidelity)", "the usual one"),
+        (None, "does not say"),
+    ],
+)
+def test_note_says_what_the_frechet_distance_may_be_compared_with(network, words):
+    note = feature_note({"feature_network": network} if network else {})
+    assert words in note
+    assert network is None or network in note
+
+
+@pytest.mark.parametrize(
+    ("seconds", "written"),
+    [(0.25, "0.25 s"), (9.7, "10 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (185, "3 min 05 s"), (7810, "2 h 10 min")],
+)
+def test_durations_are_written_for_people(seconds, written):
+    assert duration(seconds) == written
+
+
+@pytest.mark.parametrize(
+    ("key", "number", "written"),
+    [("fid", None, "–"), ("fid", float("nan"), "nan"), ("accuracy", 1.0, "100.0%"), ("num_params", 675_129, "675,129")],
+)
+def test_values_are_written_for_people(key, number, written):
+    assert value(key, number) == written
