@@ -12,6 +12,11 @@ from tinyfusion_pl.data import DigitsDataModule, GenerationDataModule
 from tinyfusion_pl.data.sampler import epoch_order
 
 NUM_SAMPLES, BATCH_SIZE = 23, 4
+pytestmark = [  # Lightning's own; the warning that matters here is an error in `fit`
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
+    pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*treespec"),
+]
 
 
 class Numbered(GenerationDataModule):

@@ -77,7 +77,7 @@ def fake_decisions(patterns: dict[str, list[tuple[int, int]]], *, num_steps: int
         stacks = {}
         for path, own in groups.items():
             stack = {"kept_blocks": [], "block_probabilities": [], "groups": []}
-            for (n, m, candidates), goal in zip(own, goals[path]):
+            for (n, m, candidates), goal in zip(own, goals[path], strict=True):
                 start = len(stack["block_probabilities"])
                 logits = progress * goal * 5 + rng.normal(0, 0.25 * (1 - progress), len(goal))
                 p = np.exp(logits - logits.max())

@@ -94,8 +94,8 @@ def test_what_only_one_run_measured_has_no_difference(two_runs):
         del metrics["pruned"], metrics["peak_memory_mib"]
 
     table = compare(*two_runs(change))
-    assert rows(table, "recovered")["sfid"] == ["–", "6.25"]
-    assert rows(table, "pruned")["FID"] == ["1,069", "–"]
+    assert rows(table, "recovered")["sfid"] == ["—", "6.25"]
+    assert rows(table, "pruned")["FID"] == ["1,069", "—"]
 
 
 def test_columns_are_aligned(two_runs):

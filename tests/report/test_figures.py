@@ -184,7 +184,7 @@ def test_losses_that_were_never_finite_are_said_to_be_so():
 def test_overview_bars_are_the_measured_values_in_the_models_colours(new_run):
     metrics = read_run(new_run()).metrics
     figure = plot_overview(metrics)
-    for axes, key in zip(figure.axes, ("images_per_second", "fid", "accuracy")):
+    for axes, key in zip(figure.axes, ("images_per_second", "fid", "accuracy"), strict=True):
         assert [bar.get_width() for bar in axes.patches] == [metrics[model][key] for model in COLORS]
         assert [to_hex(bar.get_facecolor()).upper() for bar in axes.patches] == list(COLORS.values())
 
@@ -204,7 +204,7 @@ def overlaps(figure):
         ticks = [
             text
             for axis in (axes.xaxis, axes.yaxis)
-            for text, place in zip(axis.get_ticklabels(), axis.get_ticklocs())
+            for text, place in zip(axis.get_ticklabels(), axis.get_ticklocs(), strict=True)
             if min(axis.get_view_interval()) <= place <= max(axis.get_view_interval())
         ]
         texts += [*axes.texts, *(titles + ticks if axes.axison else [])]

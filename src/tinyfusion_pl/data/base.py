@@ -18,8 +18,8 @@ class GenerationDataModule(LightningDataModule, ABC):
 
     Every batch is full: an epoch's rest opens the first batch of the next epoch. The order depends on `seed` alone, and
     the checkpoint holds the position, so that a resumed run sees the very batches that the interrupted one would have
-    seen, with any number of workers or accumulated batches. With `Trainer(max_steps=...)` alone one Lightning "epoch" is
-    the whole fit; with `max_epochs` it is one pass over the data.
+    seen, with any number of workers or accumulated batches. With `Trainer(max_steps=...)` alone one Lightning "epoch"
+    is the whole fit; with `max_epochs` it is one pass over the data.
 
     Args:
         batch_size: Samples a batch and process.
@@ -55,8 +55,8 @@ class GenerationDataModule(LightningDataModule, ABC):
     def train_dataloader(self) -> StreamLoader:
         if self.trainer is not None and self.trainer.overfit_batches > 0:
             raise ValueError(
-                f"Trainer(overfit_batches={self.trainer.overfit_batches}) would replace the order of samples, which could "
-                "not be resumed then. Leave it out; max_steps and limit_train_batches shorten a run."
+                f"Trainer(overfit_batches={self.trainer.overfit_batches}) would put an order of its own in place of this "
+                "one, which can be resumed. Leave it out; max_steps and limit_train_batches shorten a run."
             )
         dataset = self.train_set()
         ranks = self._ranks

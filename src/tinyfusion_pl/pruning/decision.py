@@ -74,6 +74,7 @@ class Decision:
         return {
             path: {
                 "kept_blocks": stack.kept_blocks,
+                "units": stack.units,
                 "block_probabilities": [round(p, 6) for p in stack.block_probabilities],
                 "groups": [{"start": g.start, "num_kept": g.num_kept, "num_blocks": g.num_blocks,
                             "confidence": round(g.confidence, 6), "entropy": round(g.entropy, 6)} for g in stack.groups],

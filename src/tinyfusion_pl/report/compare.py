@@ -62,7 +62,7 @@ def _rows(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, ...]]:
     memory = [numbers(metrics).get("peak_memory_mib") for metrics in (a, b)]
     if any(peak is not None for peak in memory):
         change = f"{memory[1] - memory[0]:+,.0f} MiB" if None not in memory else ""
-        rows.append(("peak memory", *("–" if peak is None else f"{peak:,.0f} MiB" for peak in memory), change))
+        rows.append(("peak memory", *("—" if peak is None else f"{peak:,.0f} MiB" for peak in memory), change))
     return rows
 
 
@@ -70,7 +70,7 @@ def _section(a: dict, b: dict, section: str, name: Any, form: Any) -> list[tuple
     ours, theirs = numbers(a.get(section)), numbers(b.get(section))
     rows = [({"speedup": "speed-up", "seconds": "time"}[section],)] if ours or theirs else []
     for key in {**ours, **theirs}:
-        cells = [form(side[key]) if key in side else "–" for side in (ours, theirs)]
+        cells = [form(side[key]) if key in side else "—" for side in (ours, theirs)]
         change = theirs[key] - ours[key] if key in ours and key in theirs else None
         sign = "" if change is None else "-" if change < 0 else "+"
         rows.append((f"  {name(key)}", *cells, "" if change is None else sign + form(abs(change))))

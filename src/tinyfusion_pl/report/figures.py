@@ -37,7 +37,7 @@ def opacity(confidence: Any) -> Any:
 def plot_decisions(stacks: dict[str, StackHistory]) -> Figure:
     """A row for each block: marked where the decision of a step keeps it, as opaque as its group is confident."""
     figure, rows = _stack_figure(stacks, width_ratios=(60, 1))
-    for (path, history), (axes, key) in zip(stacks.items(), rows):
+    for (path, history), (axes, key) in zip(stacks.items(), rows, strict=True):
         chosen = _thin(len(history.steps))
         shade = np.empty((history.num_blocks, len(chosen), 4))  # (B, T, RGBA)
         shade[..., :3] = to_rgb(KEPT)
@@ -60,7 +60,7 @@ def plot_decisions(stacks: dict[str, StackHistory]) -> Figure:
 def plot_block_probabilities(stacks: dict[str, StackHistory]) -> Figure:
     """Each block's probability of staying: over the steps as shades, at the end as bars, kept ones dark."""
     figure, rows = _stack_figure(stacks, width_ratios=(2, 1))
-    for (path, history), (heat, bars) in zip(stacks.items(), rows):
+    for (path, history), (heat, bars) in zip(stacks.items(), rows, strict=True):
         chosen = _thin(len(history.steps))
         _raster(heat, history, chosen, _PROBABILITY(np.clip(history.probabilities[chosen], 0, 1).T))
         stack = f"{path}: " if len(stacks) > 1 else ""
@@ -182,7 +182,7 @@ def plot_overview(metrics: dict[str, Any]) -> Figure | None:
         axes.set_yticks(range(len(models)), models if number == 1 else [""] * len(models))
         _dress(axes)
         axes.spines["bottom"].set_visible(False)
-        for tick, model in zip(axes.get_yticklabels(), models):
+        for tick, model in zip(axes.get_yticklabels(), models, strict=True):
             tick.set(color=COLORS[model], fontweight="bold", fontsize=10)
     return figure
 

@@ -42,7 +42,7 @@ def table(header: list[str], rows: list[list[str]], *, numeric: range = range(0)
 
     def line(tags: list[str], cells: list[str]) -> str:
         kinds = [' class="number"' if column in numeric else "" for column in range(len(cells))]
-        return "".join(f"<{tag}{kind}>{cell}</{tag}>" for tag, kind, cell in zip(tags, kinds, cells))
+        return "".join(f"<{tag}{kind}>{cell}</{tag}>" for tag, kind, cell in zip(tags, kinds, cells, strict=True))
 
     head = line(["th"] * len(header), header)
     body = "\n".join(f"<tr>{line(['th'] + ['td'] * (len(row) - 1), row)}</tr>" for row in rows)

@@ -199,7 +199,7 @@ def _natural(path: Path) -> list[tuple[int, str]]:
 def read_curves(folder: Path) -> dict[str, Curves]:
     """The scalars of each stage, `<stage>/**/metrics.csv`, known stages first; of several files the later wins."""
     cells: dict[str, dict[str, dict[int, float]]] = {}
-    for path in sorted(folder.glob("*/**/metrics.csv"), key=str):
+    for path in sorted(folder.glob("*/**/metrics.csv"), key=_natural):
         columns = cells.setdefault(path.relative_to(folder).parts[0], {})
         for name, column in _read_csv(path).items():
             columns.setdefault(name, {}).update(column)

@@ -42,7 +42,7 @@ def results(run: Run, pictures: Pictures) -> str:
     student, speedup = student_of(metrics), numbers(metrics.get("speedup"))
     for key, explanation in explained.items():
         if key in speedup and student:
-            cells = [f"{speedup[key]:.2f}×" if model == student else "" for model in models]
+            cells = [f"{speedup[key]:.2f}x" if model == student else "" for model in models]
             rows.append([f"speed-up, {key}", *cells, about(explanation)])
     header = ["", *(f'<span class="{model}">{model}</span>' for model in models), ""]
     parts = [table(header, rows, numeric=range(1, len(models) + 1))]

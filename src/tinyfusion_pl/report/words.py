@@ -60,7 +60,7 @@ def metric_keys(*sections: dict[str, Any]) -> list[str]:
 def value(key: str, number: float | None) -> str:
     """A metric as a person writes it: ``1,234,567`` parameters, 97.5%, 9.23."""
     if number is None:
-        return "–"
+        return "—"
     if not math.isfinite(number):
         return str(number)
     if key == "accuracy":
@@ -100,7 +100,7 @@ def student_of(metrics: dict[str, Any]) -> str | None:
 def headline(metrics: dict[str, Any]) -> str:
     """The run in a sentence, as far as it was measured.
 
-    ``12 → 6 blocks: 1.93× faster sampling (ideal 2.00×), FID 9.2 → 12.0, accuracy 98% → 96%``
+    ``12 → 6 blocks: 1.93x faster sampling (ideal 2.00x), FID 9.2 → 12.0, accuracy 98% → 96%``
     """
     student = student_of(metrics)
     if student is None:
@@ -116,8 +116,8 @@ def headline(metrics: dict[str, Any]) -> str:
     facts = []
     speedup = numbers(metrics.get("speedup"))
     if "measured" in speedup:
-        ideal = f" (ideal {speedup['ideal']:.2f}×)" if "ideal" in speedup else ""
-        facts.append(f"{speedup['measured']:.2f}× faster sampling{ideal}")
+        ideal = f" (ideal {speedup['ideal']:.2f}x)" if "ideal" in speedup else ""
+        facts.append(f"{speedup['measured']:.2f}x faster sampling{ideal}")
     facts += [f"FID {fid}" for fid in [change("fid", "{:.1f}")] if fid]
     facts += [f"accuracy {accuracy}" for accuracy in [change("accuracy", "{:.0%}")] if accuracy]
     depth = change("depth", "{:.0f}")

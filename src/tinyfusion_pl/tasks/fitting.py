@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.trainer.states import TrainerStatus
 
 from tinyfusion_pl.callbacks import Clock, RandomState
@@ -24,7 +25,7 @@ class Fit:
     Args:
         trainer: Makes the Trainer from callbacks, logger and default_root_dir.
         callbacks: Further callbacks by name, as in a config.
-        logger: Makes a logger from ``save_dir`` and ``version`` (the stage); None: none.
+        logger: Makes a logger from ``folder=`` and ``stage=`` (`csv_logger`, `wandb_logger`); None: none.
         checkpoint_every_n_steps: Optimizer steps between checkpoints: the most work that an interruption costs.
     """
 
@@ -46,7 +47,7 @@ class Fit:
         trainer = self.trainer(
             callbacks=[*first, _SaveAtEnd(checkpoint), *self.callbacks.values(), RandomState(), clock, saving],
             default_root_dir=folder / stage,
-            logger=False if self.logger is None else self.logger(save_dir=folder / "logs", version=stage),
+            logger=False if self.logger is None else self.logger(folder=folder / "logs" / stage, stage=stage),
         )
         fit_or_interrupt(trainer, module, datamodule=data, ckpt_path=checkpoint if checkpoint.exists() else None)
         return clock.seconds
@@ -73,8 +74,15 @@ def fit_or_interrupt(trainer: Trainer, module: LightningModule, **kwargs: Any) -
         raise
 
 
-def wandb_logger(*, save_dir: str | Path, version: str, experiment: str, **kwargs: Any) -> Logger:
-    """Lightning's W&B logger: one W&B run a stage, grouped by experiment."""
+def csv_logger(*, folder: Path, stage: str) -> Logger:
+    """Lightning's CSV logger; each attempt has its own ``version_<k>``, since Lightning would overwrite an earlier one's file."""
+    return CSVLogger(folder, name="", flush_logs_every_n_steps=10)
+
+
+def wandb_logger(*, folder: Path, stage: str, experiment: str, **kwargs: Any) -> Logger:
+    """Lightning's W&B logger: one W&B run a stage, grouped by experiment; a resumed stage goes on in its run."""
     from lightning.pytorch.loggers import WandbLogger  # imports wandb, which only this logger needs
 
-    return WandbLogger(save_dir=save_dir, name=f"{experiment}-{version}", group=experiment, **kwargs)
+    folder.mkdir(parents=True, exist_ok=True)
+    run_id = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    return WandbLogger(save_dir=folder, name=f"{experiment}-{stage}", group=experiment, id=run_id, resume="allow", **kwargs)

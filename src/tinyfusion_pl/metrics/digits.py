@@ -1,0 +1,44 @@
+"""The feature network for digits: a small convolutional classifier, shipped with the package.
+
+Its recipe, and how to run it again, is in `tinyfusion_pl.metrics.classifier`.
+"""
+
+from importlib.resources import as_file, files
+
+from torch import Tensor, nn
+
+from tinyfusion_pl.artifacts import load_tensors
+from tinyfusion_pl.metrics.features import Features, check_pictures
+
+ASSETS = files("tinyfusion_pl") / "assets" / "digits_classifier"  # model.safetensors and record.json
+
+
+class DigitsClassifier(nn.Module):
+    """Grey 8x8 pictures, uint8 (N, 1, 8, 8), to features (N, 64) and logits (N, 10) of the digits 0..9."""
+
+    num_features = 64
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(_conv(1, 32), _conv(32, 32), nn.MaxPool2d(2), _conv(32, 64), nn.MaxPool2d(2))
+        self.neck = nn.Sequential(nn.Flatten(), nn.Linear(256, self.num_features), nn.ReLU())
+        self.head = nn.Linear(self.num_features, 10)
+
+    def forward(self, pictures: Tensor) -> Features:
+        check_pictures(pictures, num_channels=1, size=(8, 8))
+        x = pictures.to(self.head.weight.dtype) / 127.5 - 1  # (N, 1, 8, 8)
+        features = self.neck(self.body(x))  # (N, 64)
+        return Features(features, self.head(features))  # (N, 64), (N, 10)
+
+
+def load_digits_classifier() -> DigitsClassifier:
+    """The shipped classifier, frozen and in evaluation mode."""
+    classifier = DigitsClassifier()
+    with as_file(ASSETS / "model.safetensors") as path:
+        classifier.load_state_dict(load_tensors(path))
+    return classifier.eval().requires_grad_(False)
+
+
+def _conv(in_channels: int, out_channels: int) -> nn.Module:
+    conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(out_channels), nn.ReLU())

@@ -1,0 +1,100 @@
+"""Reading weights from files, never executing what they hold, and putting them into a model."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tinyfusion_pl.artifacts import ArtifactError, load_tensors
+
+WEIGHTS = ("ema", "raw")
+NUM_NAMED = 5
+
+
+def load_checkpoint(path: str | Path, *, weights: str = "ema", prefix: str = "") -> dict[str, Tensor]:
+    """The state dict in a file.
+
+    Read are ``.safetensors``; ``.pt``, bare or as ``{"ema": ..., "model": ...}``, an ``argparse.Namespace`` beside them allowed; and
+    Lightning's ``.ckpt``, where weight averaging keeps the averaged weights under ``state_dict``, the raw under ``current_model_state``.
+
+    Args:
+        path: The file.
+        weights: ``"ema"`` (where the file has both) or ``"raw"``.
+        prefix: Take only keys that start with it, without it, e.g. ``"denoiser."``.
+
+    Raises:
+        ValueError: for another `weights`, or when no key has the prefix.
+        ArtifactError: for a file that is missing, truncated, without a state dict, or that would execute code.
+    """
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights is {weights!r}; give 'ema' or 'raw'.")
+    path = Path(path)
+    if not path.is_file():
+        raise ArtifactError(f"There is no checkpoint at {path}. Give the path of a .safetensors, .pt or .ckpt file.")
+    state = load_tensors(path) if path.suffix == ".safetensors" else _state_dict(_unpickle(path), weights, path)
+    if prefix:
+        state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        if not state:
+            raise ValueError(f"No key in {path} starts with {prefix!r}.")
+    return state
+
+
+def _unpickle(path: Path) -> Any:
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "weights_only" in str(error).lower() or "unsupported" in str(error).lower():
+            raise ArtifactError(
+                f"{path} is refused: it holds more than tensors and plain values, and reading that could execute code. Only tensors, plain "
+                "containers and argparse.Namespace are read. Export the weights as .safetensors where you trust them."
+            ) from error
+        raise ArtifactError(f"{path} cannot be read: it is truncated or no torch file. Copy or download it again.") from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise ArtifactError(f"{path} cannot be read: it is truncated or no torch file ({error}). Copy or download it again.") from error
+
+
+def _state_dict(content: Any, weights: str, path: Path) -> dict[str, Tensor]:
+    order = ["ema", "state_dict", "model"] if weights == "ema" else ["model", "current_model_state", "state_dict", "ema"]
+    candidates = [content[key] for key in order if isinstance(content, Mapping) and isinstance(content.get(key), Mapping)] + [content]
+    for state in candidates:
+        if isinstance(state, Mapping) and state and all(isinstance(value, Tensor) for value in state.values()):
+            return dict(state)
+    held = list(content)[:NUM_NAMED] if isinstance(content, Mapping) else type(content).__name__
+    raise ArtifactError(f"{path} holds no state dict: a mapping from names to tensors, bare or under 'ema', 'model' or 'state_dict', was "
+                        f"expected; found {held}.")
+
+
+def load_weights(model: nn.Module, source: str | Path | Mapping[str, Tensor], *, weights: str = "ema", prefix: str = "") -> nn.Module:
+    """Put weights into `model`; every key and shape must fit.
+
+    Args:
+        model: Changed in place, and returned.
+        source: A file (see `load_checkpoint`) or a state dict.
+        weights, prefix: See `load_checkpoint`.
+
+    Raises:
+        ValueError: names missing and unexpected keys and tensors of another shape; the model is then unchanged.
+    """
+    where = "The given state dict" if isinstance(source, Mapping) else str(source)
+    state = dict(source) if isinstance(source, Mapping) else load_checkpoint(source, weights=weights, prefix=prefix)
+    own = model.state_dict()
+    problems = {
+        "missing": [k for k in own if k not in state],
+        "unexpected": [k for k in state if k not in own],
+        "of another shape": [f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}" for k in own
+                             if k in state and state[k].shape != own[k].shape],
+    }
+    if any(problems.values()):
+        said = "; ".join(f"{len(keys)} {what}: {', '.join(keys[:NUM_NAMED])}{', ...' if len(keys) > NUM_NAMED else ''}"
+                         for what, keys in problems.items() if keys)
+        raise ValueError(f"{where} does not fit {getattr(model, 'model_name', type(model).__name__)}: {said}. "
+                         "Give the checkpoint of this model, or the model's own size and depth.")
+    model.load_state_dict(state)
+    return model

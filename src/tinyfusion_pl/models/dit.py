@@ -1,0 +1,160 @@
+"""DiT: diffusion transformers with adaLN-Zero conditioning (Peebles & Xie, arXiv 2212.09748).
+
+Own code; parameter names and layout are those of the published checkpoints (facebookresearch/DiT).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from timm.layers import Mlp, PatchEmbed
+from timm.models.vision_transformer import Attention
+from torch import Tensor, nn
+
+FREQUENCY_CHANNELS = 256
+
+
+def sincos_position_embedding(hidden_size: int, grid_size: int) -> Tensor:
+    """Fixed 2-D sine-cosine embedding, float32 (grid_size**2, hidden_size): half of the channels for the column, half for the row."""
+    frequencies = 10000.0 ** -(torch.arange(hidden_size // 4, dtype=torch.float64) / (hidden_size / 4))
+    angles = torch.arange(grid_size, dtype=torch.float64)[:, None] * frequencies  # (G, D/4)
+    axis = torch.cat([angles.sin(), angles.cos()], 1)  # (G, D/2)
+    columns, rows = axis.repeat(grid_size, 1), axis.repeat_interleave(grid_size, 0)  # (G*G, D/2)
+    return torch.cat([columns, rows], 1).float()
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return x * (1 + scale[:, None]) + shift[:, None]  # (N, T, D)
+
+
+class TimestepEmbedder(nn.Module):
+    """Sinusoidal timestep features through a two-layer perceptron."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(FREQUENCY_CHANNELS, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+
+    def forward(self, t: Tensor) -> Tensor:
+        half = FREQUENCY_CHANNELS // 2
+        frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+        angles = t[:, None].float() * frequencies  # (N, 128)
+        features = torch.cat([angles.cos(), angles.sin()], 1)  # (N, 256)
+        return self.mlp(features.to(self.mlp[0].weight.dtype))  # (N, D)
+
+
+class LabelEmbedder(nn.Module):
+    """Class embeddings; with label dropout in training the table has a last row for the null label."""
+
+    def __init__(self, num_classes: int, hidden_size: int, *, has_null: bool) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + has_null, hidden_size)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.embedding_table(y)  # (N, D)
+
+
+class DiTBlock(nn.Module):
+    """Attention and MLP, each modulated and gated by the conditioning (adaLN-Zero)."""
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(hidden_size, num_heads=num_heads, qkv_bias=True)
+        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=lambda: nn.GELU(approximate="tanh"))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, 1)  # each (N, D)
+        x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1))  # (N, T, D)
+        return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))  # (N, T, D)
+
+
+class FinalLayer(nn.Module):
+    """Modulated normalisation and projection to patches."""
+
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(hidden_size, patch_size**2 * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c).chunk(2, 1)  # each (N, D)
+        return self.linear(modulate(self.norm_final(x), shift, scale))  # (N, T, P*P*C_out)
+
+
+class DiT(nn.Module):
+    """Diffusion transformer.
+
+    Args:
+        input_size: Height and width of the latents, a multiple of `patch_size`.
+        patch_size: Height and width of a patch.
+        in_channels: Channels of the latents.
+        hidden_size: Width, a multiple of `num_heads` and of 4.
+        depth: Number of blocks.
+        num_heads: Attention heads.
+        mlp_ratio: Hidden width of the MLP over `hidden_size`.
+        num_classes: Labels are 0 .. num_classes - 1; num_classes is the null label of classifier-free guidance.
+        class_dropout_prob: Above 0 the label table has the null row. Dropping labels is the training module's part.
+        learn_sigma: Predict the variance too: twice the channels come out.
+
+    Raises:
+        ValueError: for sizes that do not fit together.
+    """
+
+    STACKS = {"blocks": "depth"}
+
+    def __init__(self, *, input_size: int = 32, patch_size: int = 2, in_channels: int = 4, hidden_size: int = 1152, depth: int = 28,
+                 num_heads: int = 16, mlp_ratio: float = 4.0, num_classes: int = 1000, class_dropout_prob: float = 0.1,
+                 learn_sigma: bool = True) -> None:
+        super().__init__()
+        if input_size % patch_size:
+            raise ValueError(f"input_size {input_size} is no multiple of patch_size {patch_size}.")
+        if hidden_size % num_heads or hidden_size % 4:
+            raise ValueError(f"hidden_size {hidden_size} must be a multiple of num_heads ({num_heads}) and of 4.")
+        if depth < 1:
+            raise ValueError(f"depth is {depth}; give at least 1 block.")
+        self.config = dict(input_size=input_size, patch_size=patch_size, in_channels=in_channels, hidden_size=hidden_size, depth=depth,
+                           num_heads=num_heads, mlp_ratio=mlp_ratio, num_classes=num_classes, class_dropout_prob=class_dropout_prob,
+                           learn_sigma=learn_sigma)
+        self.patch_size, self.num_classes, self.learn_sigma = patch_size, num_classes, learn_sigma
+        self.out_channels = in_channels * 2 if learn_sigma else in_channels
+        self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size, has_null=class_dropout_prob > 0)
+        self.pos_embed = nn.Parameter(sincos_position_embedding(hidden_size, input_size // patch_size)[None], requires_grad=False)
+        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
+        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
+        self.initialize_weights()
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """adaLN-Zero: every block starts as the identity, the output as zero (section 3.2)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        projection = self.x_embedder.proj
+        nn.init.xavier_uniform_(projection.weight.view(projection.weight.shape[0], -1))
+        nn.init.zeros_(projection.bias)
+        for weight in (self.y_embedder.embedding_table.weight, self.t_embedder.mlp[0].weight, self.t_embedder.mlp[2].weight):
+            nn.init.normal_(weight, std=0.02)
+        for zero in (*(block.adaLN_modulation[1] for block in self.blocks), self.final_layer.adaLN_modulation[1], self.final_layer.linear):
+            nn.init.zeros_(zero.weight)
+
+    def unpatchify(self, x: Tensor) -> Tensor:
+        """Patches (N, T, P*P*C) -> (N, C, H, W)."""
+        n, num_patches, _ = x.shape
+        grid, p = math.isqrt(num_patches), self.patch_size
+        x = x.view(n, grid, grid, p, p, self.out_channels).permute(0, 5, 1, 3, 2, 4)  # (N, C, G, P, G, P)
+        return x.reshape(n, self.out_channels, grid * p, grid * p)  # (N, C, H, W)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Predict for latents `x` (N, C, H, W) at timesteps `t` (N,) with labels `y` (N,): (N, C or 2C, H, W)."""
+        x = self.x_embedder(x) + self.pos_embed  # (N, T, D)
+        c = self.t_embedder(t) + self.y_embedder(y)  # (N, D)
+        for block in self.blocks:
+            x = block(x, c)  # (N, T, D)
+        return self.unpatchify(self.final_layer(x, c))  # (N, C_out, H, W)

@@ -1,0 +1,34 @@
+"""What training modules and samplers need of an objective."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+
+@dataclass
+class Draw:
+    """One random draw of the noising process, shared by teacher and student: data, noised data (N, ...), time (N,), noise (N, ...)."""
+
+    x0: Tensor
+    x_t: Tensor
+    t: Tensor
+    noise: Tensor
+
+
+class Objective(Protocol):
+    """A noising process with its loss, its distillation loss in its own prediction space, and its samplers."""
+
+    def draw(self, x0: Tensor, *, t: Tensor | None = None, noise: Tensor | None = None) -> Draw:
+        """Noise `x0` (N, ...) at random times, or at those given."""
+
+    def losses(self, output: Tensor, draw: Draw) -> dict[str, Tensor]:
+        """Per-sample (N,) "loss" and its terms for the denoiser's `output` at ``(draw.x_t, draw.t)``."""
+
+    def distillation_losses(self, output: Tensor, teacher_output: Tensor, draw: Draw) -> dict[str, Tensor]:
+        """Per-sample (N,) "loss_kd" and its terms for the student's output against the teacher's."""
+
+    def sample(self, denoiser: nn.Module, z: Tensor, y: Tensor, **options: Any) -> Tensor:
+        """Samples (N, ...) from noise `z` (N, ...) with labels `y` (N,)."""

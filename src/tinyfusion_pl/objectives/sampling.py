@@ -1,0 +1,81 @@
+"""DDPM and DDIM over respaced timesteps, with classifier-free guidance (Ho 2006.11239; Song 2010.02502, equation 12; Ho 2207.12598)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from tinyfusion_pl.objectives.gaussian_diffusion import GaussianDiffusion
+
+SAMPLERS = ("ddpm", "ddim")
+
+
+def guided(denoiser: nn.Module, x: Tensor, t: Tensor, y: Tensor, *, guidance_scale: float, guidance_channels: int | None) -> Tensor:
+    """The denoiser's output with classifier-free guidance: e + (s - 1)(e - e_null) in the first `guidance_channels` channels.
+
+    Args:
+        denoiser: Its ``num_classes`` is the null label.
+        x, t, y: (N, C, H, W), (N,), (N,).
+        guidance_scale: 1 is no guidance, and runs the batch once.
+        guidance_channels: Channels that are guided (published: 3); None or more than there are: all C of the prediction.
+    """
+    if guidance_scale == 1:
+        return denoiser(x, t, y)
+    null = torch.full_like(y, denoiser.num_classes)
+    conditional, unconditional = denoiser(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null])).chunk(2)
+    k = x.shape[1] if guidance_channels is None else min(guidance_channels, x.shape[1])
+    mixed = unconditional[:, :k] + guidance_scale * (conditional[:, :k] - unconditional[:, :k])
+    return torch.cat([mixed, conditional[:, k:]], 1)
+
+
+def sample_chain(objective: GaussianDiffusion, denoiser: nn.Module, z: Tensor, y: Tensor, *, num_sampling_steps: int = 250,
+                 sampler: str = "ddpm", eta: float = 0.0, guidance_scale: float = 1.0, guidance_channels: int | None = 3,
+                 noise: Tensor | None = None, generator: torch.Generator | None = None, clip_denoised: bool = False) -> Tensor:
+    """Run the reverse process from `z` (N, C, H, W) with labels `y` (N,).
+
+    Args:
+        objective, denoiser: The process and the network, called with the original timestep numbers.
+        num_sampling_steps: Timesteps visited, evenly spread, 1 to the process's number (published: 250).
+        sampler: ``"ddpm"`` or ``"ddim"``.
+        eta: Noise of DDIM, 0 (none) to 1.
+        guidance_scale, guidance_channels: See `guided` (published: 1.5 for tables, 4.0 for pictures; 3 channels).
+        noise: (num_sampling_steps, N, C, H, W), the first for the noisiest step; default: drawn.
+        generator: Where noise is drawn from.
+        clip_denoised: Clip predicted x0 to [-1, 1].
+
+    Raises:
+        ValueError: for settings out of range or noise of another shape.
+    """
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler is {sampler!r}; give one of {', '.join(map(repr, SAMPLERS))}.")
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta is {eta}; give a number in [0, 1].")
+    tables, timesteps = objective.respaced(num_sampling_steps)
+    if noise is not None and noise.shape != (expected := (num_sampling_steps, *z.shape)):
+        raise ValueError(f"noise has shape {tuple(noise.shape)}; expected {tuple(expected)} (steps, then the shape of z).")
+    x = z
+    for i, step in enumerate(reversed(range(num_sampling_steps))):
+        t = torch.full((len(x),), step, device=x.device)
+        output = guided(denoiser, x, timesteps[step].to(x.device).expand(len(x)), y, guidance_scale=guidance_scale,
+                        guidance_channels=guidance_channels)
+        epsilon, fraction = objective.split(output, x)
+        x0 = tables.x0_from_epsilon(x, t, epsilon)
+        if clip_denoised:
+            x0 = x0.clamp(-1, 1)
+        if sampler == "ddpm":
+            mean = tables.posterior_mean(x0, x, t)
+            deviation = (0.5 * tables.log_variance(fraction, t, x)).exp()
+        else:
+            a, before = tables.at(tables.alphas_cumprod, t, x), tables.at(tables.alphas_cumprod_prev, t, x)
+            epsilon = (x / a.sqrt() - x0) / (1 / a - 1).sqrt()  # of the clipped x0
+            deviation = eta * ((1 - before) / (1 - a)).sqrt() * (1 - a / before).sqrt()
+            mean = x0 * before.sqrt() + (1 - before - deviation**2).sqrt() * epsilon
+        if step > 0 and (sampler == "ddpm" or eta > 0):
+            drawn = noise[i] if noise is not None else torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+            x = mean + deviation * drawn
+        else:
+            x = mean
+    return x
