@@ -53,10 +53,10 @@ class GenerationDataModule(LightningDataModule, ABC):
         """Real pictures in the form that `decode` gives, and their labels (N,): what samples are held against."""
 
     def train_dataloader(self) -> StreamLoader:
-        if self.trainer is not None and self.trainer.overfit_batches > 0:
+        if self.trainer is not None and (overfit_batches := self.trainer.overfit_batches):
             raise ValueError(
-                f"Trainer(overfit_batches={self.trainer.overfit_batches}) would put an order of its own in place of this "
-                "one, which can be resumed. Leave it out; max_steps and limit_train_batches shorten a run."
+                f"Trainer(overfit_batches={overfit_batches}) would put an order of its own in place of this one, which "
+                "can be resumed. Leave it out; max_steps and limit_train_batches shorten a run."
             )
         dataset = self.train_set()
         ranks = self._ranks

@@ -1,0 +1,79 @@
+"""The feature network for pictures: the InceptionV3 of 2015 that published FID and IS are measured with.
+
+Architecture, weights and TensorFlow-1 resizing are torch-fidelity's, which reproduces the reference implementation's numbers.
+"""
+
+import http.client
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from tinyfusion_pl.artifacts import ArtifactError
+from tinyfusion_pl.metrics.features import Features, check_pictures
+
+
+class InceptionFeatures(nn.Module):
+    """Colour pictures of any size, uint8 (N, 3, H, W), to features (N, 2048) and bias-free logits (N, 1008).
+
+    The logits are ImageNet's classes in the order of 2015, not that of today's labels: give `GenerationMetrics` no labels.
+
+    Args:
+        weights_path: torch-fidelity's weights file. None: its copy in torch's download folder, fetched when missing.
+
+    Raises:
+        ArtifactError: The weights are not there and cannot be fetched, or the file is something else.
+    """
+
+    num_features = 2048
+
+    def __init__(self, weights_path: str | os.PathLike | None = None) -> None:
+        super().__init__()
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+        path = _downloaded() if weights_path is None else Path(weights_path)
+        _check_is_data(path)  # torch-fidelity would run code that a pickle holds
+        try:
+            self.network = FeatureExtractorInceptionV3(
+                "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path)
+            )
+        except (RuntimeError, TypeError) as error:
+            raise _not_weights(path, error) from error
+
+    def forward(self, pictures: Tensor) -> Features:
+        check_pictures(pictures, num_channels=3)
+        return Features(*self.network(pictures))  # (N, 2048), (N, 1008)
+
+
+def _downloaded() -> Path:
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3 as URL
+
+    path = Path(torch.hub.get_dir()) / "checkpoints" / URL.rsplit("/", 1)[1]  # where torch-fidelity itself keeps it
+    if not path.exists():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(URL, str(path), progress=False)
+        except (OSError, http.client.HTTPException) as error:
+            raise ArtifactError(
+                f"InceptionV3's weights cannot be fetched from {URL} ({error}). Download that file elsewhere and put it at "
+                f"{path}, or give its place as weights_path."
+            ) from error
+    return path
+
+
+def _check_is_data(path: Path) -> None:
+    if not path.is_file():
+        raise ArtifactError(f"There is no file {path}, where InceptionV3's weights were expected. Check weights_path.")
+    try:
+        torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a broken or foreign file makes torch.load raise
+        raise _not_weights(path, error) from error
+
+
+def _not_weights(path: Path, error: Exception) -> ArtifactError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return ArtifactError(
+        f"{path} does not hold torch-fidelity's InceptionV3 weights ({reason}). It may be truncated, or another network's: "
+        "remove it and download it again."
+    )

@@ -1,0 +1,91 @@
+"""Every experiment and sweep composes, and patterns stay strings: YAML reads an unquoted 1:2 as 62."""
+
+from itertools import product
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_module
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+
+import tinyfusion_pl.cli  # noqa: F401  (registers the resolvers that main.yaml uses)
+
+CONF = Path(__file__).parents[2] / "conf"
+EXPERIMENTS, SWEEPS, DEBUGS = (sorted(file.stem for file in (CONF / group).glob("*.yaml")) for group in ("experiment", "sweep", "debug"))
+
+
+@pytest.fixture(autouse=True)
+def _hydra():
+    with initialize_config_module("tinyfusion_pl.conf", version_base="1.3"):
+        yield
+
+
+def patterns(node, path=""):
+    """Every value under a key `pattern`, with its path."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            if key == "pattern":
+                yield f"{path}{key}", value
+            else:
+                yield from patterns(value, f"{path}{key}.")
+    elif isinstance(node, list):
+        for index, value in enumerate(node):
+            yield from patterns(value, f"{path}{index}.")
+
+
+def assert_patterns_are_strings(cfg):
+    found = dict(patterns(OmegaConf.to_container(cfg, resolve=False)))
+    assert found and all(type(value) is str for value in found.values()), found
+
+
+def jobs(sweep):
+    """The overrides of each job of a sweep, as Hydra's basic sweeper makes them."""
+    params = compose("main", [f"+sweep={sweep}"], return_hydra_config=True).hydra.sweeper.params
+    axes = [
+        [f"{axis.get_key_element()}={value}" for value in axis.sweep_string_iterator()]
+        if axis.is_sweep_override()
+        else [axis.input_line]
+        for axis in OverridesParser.create().parse_overrides([f"{key}={value}" for key, value in params.items()])
+    ]
+    return [list(job) for job in product(*axes)]
+
+
+def test_default_composes_with_string_patterns():
+    assert_patterns_are_strings(compose("main"))
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiment_composes_with_string_patterns(name):
+    cfg = compose("main", [f"+experiment={name}"])
+    assert cfg.name == name  # its run folder is named after it
+    assert_patterns_are_strings(cfg)
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_every_job_of_a_sweep_composes_with_string_patterns(name):
+    overrides = jobs(name)
+    assert len(overrides) > 1
+    for job in overrides:
+        assert_patterns_are_strings(compose("main", [f"+sweep={name}", *job]))
+
+
+@pytest.mark.parametrize("name", DEBUGS)
+@pytest.mark.parametrize("experiment", [[], *([f"+experiment={name}"] for name in EXPERIMENTS)], ids=str)
+def test_debug_shortens_every_fit_of_an_experiment(experiment, name):
+    cfg = OmegaConf.to_container(compose("main", [*experiment, f"+debug={name}"]), resolve=False)
+    steps = {stage: cfg[stage]["fit"]["trainer"]["max_steps"] for stage in cfg if "fit" in (cfg[stage] or ()) and stage != "task"}
+    assert steps and all(count <= 10 for count in steps.values()), steps
+
+
+def test_an_unquoted_pattern_is_found(tmp_path):
+    (tmp_path / "pruning.yaml").write_text("pruning: {pattern: 1:2}\nquoted: [{pattern: '1:2'}]\n")
+    cfg = OmegaConf.load(tmp_path / "pruning.yaml")
+    assert dict(patterns(OmegaConf.to_container(cfg))) == {"pruning.pattern": 62, "quoted.0.pattern": "1:2"}
+    with pytest.raises(AssertionError):
+        assert_patterns_are_strings(cfg)
+
+
+def test_a_pattern_sweep_on_the_command_line_keeps_strings():
+    parsed = OverridesParser.create().parse_override("pruning.pattern='1:2','2:4+1:2'")
+    values = list(parsed.sweep_string_iterator())
+    assert [compose("main", [f"pruning.pattern={value}"]).pruning.pattern for value in values] == ["1:2", "2:4+1:2"]

@@ -1,0 +1,97 @@
+"""InceptionV3 with random weights in a file of the published layout; a missing or foreign file in one clear sentence."""
+
+import os
+import urllib.error
+from pathlib import Path
+
+import pytest
+import torch
+from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+
+from tinyfusion_pl.artifacts import ArtifactError
+from tinyfusion_pl.metrics import GenerationMetrics, InceptionFeatures
+
+
+@pytest.fixture(scope="module")
+def weights_path(tmp_path_factory):
+    """A file with the keys and shapes of the published one: read off the architecture, its values random."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, _: None)
+        patch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", lambda *_, **__: None)
+        torch.manual_seed(0)
+        network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
+    path = tmp_path_factory.mktemp("weights") / "inception.pth"
+    torch.save(network.state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def empty_hub(tmp_path, monkeypatch):
+    """No copy downloaded before, and no network."""
+
+    def refuse(url, *_, **__):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    return tmp_path / "checkpoints" / Path(URL_INCEPTION_V3).name
+
+
+def test_weights_file_gives_features_and_logits_of_colour_pictures(weights_path):
+    network = InceptionFeatures(weights_path)
+    features, logits = network(torch.randint(0, 256, (2, 3, 32, 48), dtype=torch.uint8))
+    assert features.shape == (2, network.num_features) and logits.shape == (2, 1008)
+    torch.testing.assert_close(logits, features @ network.network.fc.weight.T)  # without bias
+    with pytest.raises(ValueError, match="sees colour pictures .* these are grey ones"):
+        network(torch.zeros(2, 1, 32, 32, dtype=torch.uint8))
+
+
+def test_downloaded_copy_is_used_without_a_network(weights_path, empty_hub):
+    empty_hub.parent.mkdir()
+    os.symlink(weights_path, empty_hub)
+    expected = torch.load(weights_path)["fc.weight"]
+    assert torch.equal(InceptionFeatures().network.fc.weight, expected)
+
+
+def test_offline_error_names_url_place_and_option(empty_hub):
+    with pytest.raises(ArtifactError) as error:
+        InceptionFeatures()
+    assert all(
+        part in str(error.value) for part in (URL_INCEPTION_V3, str(empty_hub), "weights_path", "no route to host")
+    )
+
+
+class Code:
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_pickle_with_code_in_it_is_refused_and_not_run(tmp_path):
+    code = Code()
+    code.path = str(tmp_path / "ran")
+    torch.save({"fc.weight": code}, tmp_path / "x.pth")
+    with pytest.raises(ArtifactError, match="x.pth does not hold torch-fidelity's InceptionV3 weights"):
+        InceptionFeatures(tmp_path / "x.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_missing_truncated_and_foreign_files_are_named(tmp_path, weights_path):
+    with pytest.raises(ArtifactError, match=f"There is no file {tmp_path / 'missing'}"):
+        InceptionFeatures(tmp_path / "missing")
+    (tmp_path / "cut").write_bytes(weights_path.read_bytes()[:1_000_000])
+    (tmp_path / "page").write_text("404: not found")
+    torch.save({"blocks.0.weight": torch.zeros(3)}, tmp_path / "other")
+    torch.save([1, 2], tmp_path / "list")
+    for name in ("cut", "page", "other", "list"):
+        with pytest.raises(ArtifactError, match=f"{name} does not hold torch-fidelity's InceptionV3 weights .*again"):
+            InceptionFeatures(tmp_path / name)
+
+
+@pytest.mark.slow
+def test_generation_metrics_run_over_inception(weights_path):
+    metrics = GenerationMetrics(InceptionFeatures(weights_path))
+    real = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
+    metrics.update_reference(real)
+    metrics.update(real)
+    results = metrics.compute()
+    assert results["fid"] == pytest.approx(0, abs=1e-3) and results["inception_score"] >= 1

@@ -1,0 +1,83 @@
+"""What travels in the package, and that it works where the checkout is not."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pytest brings it along
+
+ROOT = Path(__file__).parents[2]
+SOURCES = ROOT / "src" / "tinyfusion_pl"
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_package_list_equals_what_is_on_disk():
+    on_disk = {"tinyfusion_pl.conf"} | {
+        ".".join(file.parent.relative_to(ROOT / "src").parts) for file in SOURCES.rglob("__init__.py")
+    }
+    assert sorted(on_disk) == PYPROJECT["tool"]["setuptools"]["packages"]
+
+
+def test_every_folder_with_code_is_a_package():
+    assert [str(file) for file in SOURCES.rglob("*.py") if not (file.parent / "__init__.py").exists()] == []
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The wheel, built from the sdist of a copy without what lies around in a checkout."""
+    pytest.importorskip("build", reason="pip install build")
+    pytest.importorskip("setuptools", minversion="77", reason="pip install 'setuptools>=77'")
+    folder = tmp_path_factory.mktemp("wheel")
+    ignore = shutil.ignore_patterns("*.egg-info", "__pycache__")
+    for name in ("src", "conf"):
+        shutil.copytree(ROOT / name, folder / "checkout" / name, ignore=ignore)
+    for name in ("pyproject.toml", "LICENSE", "README.md"):
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, folder / "checkout")
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder / "dist", folder / "checkout", cwd=folder)
+    (built,) = (folder / "dist").glob("*.whl")
+    return built
+
+
+def run(*command, cwd, **environment):
+    result = subprocess.run(
+        [str(part) for part in command], cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.mark.slow
+def test_wheel_contains_every_module_configuration_and_asset(wheel):
+    expected = {"tinyfusion_pl/conf/" + file.relative_to(ROOT / "conf").as_posix() for file in (ROOT / "conf").rglob("*.yaml")}
+    expected |= {file.relative_to(ROOT / "src").as_posix() for file in SOURCES.rglob("*.py")}
+    assets = (SOURCES / "assets").rglob("*")
+    expected |= {file.relative_to(ROOT / "src").as_posix() for file in assets if file.is_file()}
+    packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert packed - {"tinyfusion_pl/conf/__init__.py"} == expected
+
+
+@pytest.mark.slow
+def test_cli_of_the_installed_wheel_works_in_another_directory(wheel, tmp_path):
+    run(sys.executable, "-m", "pip", "install", "--no-deps", "--quiet", "--target", tmp_path / "site", wheel, cwd=tmp_path)
+    # A target folder comes before the environment's own packages, where an editable install of the checkout may be.
+    there = {"PYTHONPATH": str(tmp_path / "site"), "PYTHONDONTWRITEBYTECODE": "1"}
+    (tmp_path / "elsewhere").mkdir()
+    origins = run(
+        sys.executable, "-c", "import tinyfusion_pl, tinyfusion_pl.conf as c; print(tinyfusion_pl.__file__, c.__file__)",
+        cwd=tmp_path / "elsewhere", **there,
+    ).split()  # fmt: skip
+    assert all(Path(origin).is_relative_to(tmp_path / "site") for origin in origins)
+    cli = (sys.executable, "-m", "tinyfusion_pl")
+    assert "task: " in run(*cli, "--help", cwd=tmp_path / "elsewhere", **there)
+    assert "name: digits_d6" in run(*cli, "--cfg", "job", cwd=tmp_path / "elsewhere", **there)
+    script = tmp_path / "site" / "bin" / "tinyfusion"
+    assert "name: digits_d6" in run(sys.executable, script, "--cfg", "job", cwd=tmp_path / "elsewhere", **there)

@@ -1,0 +1,112 @@
+"""ARCHITECTURE.md's table of rooms, held against what the files import."""
+
+import ast
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "src" / "tinyfusion_pl"
+
+
+@dataclass(frozen=True)
+class Room:
+    floor: int
+    may_know: str
+
+
+def rooms() -> dict[str, Room]:
+    """Room -> floor and what the table says that it may know; a remark behind a room's name counts for that room alone."""
+    table = {}
+    for floor, names, may_know in re.findall(r"^\| (\d+) \| (.+) \| (.+) \|$", (ROOT / "ARCHITECTURE.md").read_text(), re.M):
+        for name, remark in re.findall(r"`(\w+)(?:/|\.py)`(?: \((.*?)\))?", names):
+            table[name] = Room(int(floor), f"{may_know}, {remark}")
+    return table
+
+
+ROOMS = rooms()
+
+
+def room_of(file: Path) -> str:
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(source: str, module: str) -> set[str]:
+    """Full names of the modules and members that a file of `module`'s package imports, relative imports resolved."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join([*module.split(".")[: -node.level], *filter(None, [node.module])]) if node.level else node.module
+            names |= {f"{base}.{alias.name}" for alias in node.names}
+    return names
+
+
+def violations(source: str, *, room: str, module: str) -> list[str]:
+    here, found = ROOMS[room], []
+    for name in sorted(imported(source, module)):
+        top, *rest = name.split(".")
+        if top == "tinyfusion_pl":
+            there = rest[0] if rest else ""
+            if there not in ROOMS:
+                found.append(f"{name}: a room imports rooms, not the package's public names")
+            elif there != room and ROOMS[there].floor >= here.floor:
+                found.append(f"{name}: {there} (floor {ROOMS[there].floor}) is not below {room} (floor {here.floor})")
+        elif top in ("lightning", "pytorch_lightning", "lightning_fabric") and "Lightning" not in here.may_know:
+            found.append(f"{name}: no Lightning in {room}")
+        elif top in ("hydra", "omegaconf") and "Hydra" not in here.may_know:
+            found.append(f"{name}: no Hydra in {room}")
+        elif here.floor <= 4 and top not in sys.stdlib_module_names and top not in here.may_know:
+            found.append(f"{name}: {room} knows {here.may_know.strip(', ')} and the standard library")
+    return found
+
+
+FILES = sorted(file for file in PACKAGE.rglob("*.py") if file.parent != PACKAGE or file.name != "__init__.py")
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_imports_go_downward_only(file):
+    module = ".".join(("tinyfusion_pl", *file.relative_to(PACKAGE).with_suffix("").parts))
+    assert violations(file.read_text(), room=room_of(file), module=module) == []
+
+
+def test_the_table_names_every_room_on_disk():
+    on_disk = {room_of(file) for file in FILES if file.stat().st_size}
+    assert on_disk <= set(ROOMS)
+    assert {room.floor for room in ROOMS.values()} == {2, 3, 4, 5, 6, 7, 8}
+
+
+@pytest.mark.parametrize(
+    ("source", "room"),
+    [
+        ("import tinyfusion_pl.tasks", "pruning"),
+        ("from tinyfusion_pl.modules import Recovery", "callbacks"),
+        ("from ..callbacks import Clock", "modules"),
+        ("from tinyfusion_pl import MaskLearning", "tasks"),
+        ("def f():\n    import lightning.pytorch as pl", "report"),
+        ("from hydra.utils import instantiate", "tasks"),
+        ("from lightning.pytorch import Trainer", "cli"),
+        ("import torchmetrics", "models"),
+        ("import numpy", "pruning"),
+    ],
+)
+def test_an_upward_or_foreign_import_is_found(source, room):
+    assert len(violations(source, room=room, module=f"tinyfusion_pl.{room}.file")) == 1
+
+
+@pytest.mark.parametrize(
+    ("source", "room"),
+    [
+        ("from tinyfusion_pl.pruning import Pattern", "callbacks"),
+        ("from .reading import Run", "report"),
+        ("from lightning.pytorch import LightningDataModule", "data"),
+        ("from hydra import main\nfrom tinyfusion_pl import tasks", "cli"),
+        ("import math, torch", "pruning"),
+    ],
+)
+def test_a_downward_import_is_fine(source, room):
+    assert violations(source, room=room, module=f"tinyfusion_pl.{room}.file") == []
