@@ -25,10 +25,10 @@ def note(part: Part, *, run_dir: Path, seed: int, stages: list[str]) -> str:
     return part.pattern
 
 
-def fail(part: Part, *, run_dir: Path, seed: int, error: str) -> None:
+def fail(part: Part, *, run_dir: Path, seed: int, stages: list[str], error: str) -> None:
     if seed == 0:
         raise {"value": ValueError, "bug": KeyError, "interrupt": KeyboardInterrupt}[error]("it went wrong")
-    note(part, run_dir=run_dir, seed=seed, stages=[])
+    note(part, run_dir=run_dir, seed=seed, stages=stages)
 
 
 class _Line(LightningModule):

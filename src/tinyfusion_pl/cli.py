@@ -9,10 +9,12 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import logging
 import os
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
@@ -43,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     ``hydra.verbose=true`` shows where an error comes from.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # each stage says in one line what Lightning says in ten
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning 2.6 beside newer torch
     try:
         if arguments and "=" not in arguments[0] and not arguments[0].startswith(("-", "+", "~")):
             return _run_word(*arguments)

@@ -1,6 +1,7 @@
 """FID, Inception score and accuracy against the formulas in NumPy and SciPy, in one process and in two."""
 
 import pickle
+from datetime import timedelta
 
 import numpy as np
 import pytest
@@ -219,7 +220,9 @@ def test_wrong_labels_are_refused_and_nothing_counted(metrics):
 def one_of_two(rank, folder, sizes):
     """Each process sees its share, in batches of its own number; both must get what one process gets of everything."""
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+    )
     metrics = GenerationMetrics(Toy())
     metrics.update_reference(REAL[rank::2])
     first, last = (0, sizes[0]) if rank == 0 else (sizes[0], sum(sizes))
@@ -238,7 +241,7 @@ def one_of_two(rank, folder, sizes):
 
 @pytest.mark.parametrize("sizes", [(15, 15), (28, 2), (30, 0)])
 def test_two_processes_give_the_numbers_of_one(tmp_path, sizes):
-    torch.multiprocessing.spawn(one_of_two, (tmp_path, sizes), nprocs=2)
+    torch.multiprocessing.start_processes(one_of_two, (tmp_path, sizes), nprocs=2, start_method="fork")
     for rank in range(2):
         results = torch.load(tmp_path / f"{rank}.pt")
         assert "generated pictures and has 0" in results.pop("error")

@@ -1,4 +1,4 @@
-"""InceptionV3 with random weights in a file of the published layout; a missing or foreign file in one clear sentence."""
+"""InceptionV3 with random weights in a file of the published layout; missing and foreign files in one sentence."""
 
 import os
 import urllib.error

@@ -267,13 +267,12 @@ class DepthPruningCallback(Callback):
 
     def record(self) -> dict[str, Any]:
         """What goes beside the shallow weights: decision, source, configuration, seed."""
-        kind = self.weight_update.kind
         return {
             "stacks": self.decision.as_dict(),
             "source": dict(self.source or {}),
             "model_factory": None if self.model_factory is None else dict(self.model_factory),
             "configuration": {
-                "weight_update": kind if isinstance(kind, str) else kind.to_dict(), "delta_w": self.delta_w, "tau_start": self.tau_start,
+                "weight_update": self.weight_update.describe(), "delta_w": self.delta_w, "tau_start": self.tau_start,
                 "tau_end": self.tau_end, "num_steps": self._num_steps, "logits_lr": self.logits_lr, "logits_clip": self.logits_clip,
                 **{k: v for k, v in self.gate_options.items() if k != "units"},
             },

@@ -15,6 +15,7 @@ class DigitsDataModule(GenerationDataModule):
     """Digits as latents: x (N, 1, 8, 8) in [-1, 1] (white on black), y in 0..9. All 1797 are trained on.
 
     Example:
+        >>> from tinyfusion_pl.data import DigitsDataModule
         >>> x, y = next(iter(DigitsDataModule(batch_size=4).train_dataloader()))
         >>> tuple(x.shape), tuple(y.shape)
         ((4, 1, 8, 8), (4,))

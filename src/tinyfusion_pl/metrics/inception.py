@@ -1,6 +1,6 @@
 """The feature network for pictures: the InceptionV3 of 2015 that published FID and IS are measured with.
 
-Architecture, weights and TensorFlow-1 resizing are torch-fidelity's, which reproduces the reference implementation's numbers.
+Architecture, weights and TensorFlow-1 resizing are torch-fidelity's, which reproduces the reference implementation.
 """
 
 import http.client
@@ -17,7 +17,7 @@ from tinyfusion_pl.metrics.features import Features, check_pictures
 class InceptionFeatures(nn.Module):
     """Colour pictures of any size, uint8 (N, 3, H, W), to features (N, 2048) and bias-free logits (N, 1008).
 
-    The logits are ImageNet's classes in the order of 2015, not that of today's labels: give `GenerationMetrics` no labels.
+    The logits are ImageNet's classes in an order of their own: give `GenerationMetrics` no labels with this network.
 
     Args:
         weights_path: torch-fidelity's weights file. None: its copy in torch's download folder, fetched when missing.
@@ -56,8 +56,8 @@ def _downloaded() -> Path:
             torch.hub.download_url_to_file(URL, str(path), progress=False)
         except (OSError, http.client.HTTPException) as error:
             raise ArtifactError(
-                f"InceptionV3's weights cannot be fetched from {URL} ({error}). Download that file elsewhere and put it at "
-                f"{path}, or give its place as weights_path."
+                f"InceptionV3's weights cannot be fetched from {URL} ({error}). Download that file elsewhere and put "
+                f"it at {path}, or give its place as weights_path."
             ) from error
     return path
 
@@ -74,6 +74,6 @@ def _check_is_data(path: Path) -> None:
 def _not_weights(path: Path, error: Exception) -> ArtifactError:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return ArtifactError(
-        f"{path} does not hold torch-fidelity's InceptionV3 weights ({reason}). It may be truncated, or another network's: "
-        "remove it and download it again."
+        f"{path} does not hold torch-fidelity's InceptionV3 weights ({reason}). It may be truncated, or another "
+        "network's: remove it and download it again."
     )

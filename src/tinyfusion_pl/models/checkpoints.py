@@ -15,6 +15,7 @@ from tinyfusion_pl.artifacts import ArtifactError, load_tensors
 
 WEIGHTS = ("ema", "raw")
 NUM_NAMED = 5
+DENOISER = "denoiser."
 
 
 def load_checkpoint(path: str | Path, *, weights: str = "ema", prefix: str = "") -> dict[str, Tensor]:
@@ -26,7 +27,7 @@ def load_checkpoint(path: str | Path, *, weights: str = "ema", prefix: str = "")
     Args:
         path: The file.
         weights: ``"ema"`` (where the file has both) or ``"raw"``.
-        prefix: Take only keys that start with it, without it, e.g. ``"denoiser."``.
+        prefix: Take only keys that start with it, without it; checkpoints of this project's modules need none.
 
     Raises:
         ValueError: for another `weights`, or when no key has the prefix.
@@ -38,6 +39,8 @@ def load_checkpoint(path: str | Path, *, weights: str = "ema", prefix: str = "")
     if not path.is_file():
         raise ArtifactError(f"There is no checkpoint at {path}. Give the path of a .safetensors, .pt or .ckpt file.")
     state = load_tensors(path) if path.suffix == ".safetensors" else _state_dict(_unpickle(path), weights, path)
+    if not prefix and all(key.startswith(DENOISER) for key in state):  # this project's own modules
+        prefix = DENOISER
     if prefix:
         state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
         if not state:

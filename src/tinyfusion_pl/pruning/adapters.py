@@ -39,6 +39,13 @@ class WeightUpdate:
         self.original: dict[str, Tensor] = {}
         self.trainable: dict[str, bool] = {}
 
+    def describe(self) -> str | dict[str, Any]:
+        """The kind, or the peft config's settings in JSON-able types without those left at nothing."""
+        if isinstance(self.kind, str):
+            return self.kind
+        settings = self.kind.to_dict()
+        return {k: sorted(v) if isinstance(v, set) else v for k, v in settings.items() if v not in (None, False, {}, [], set())}
+
     def start(self, model: nn.Module) -> None:
         """Remember what can change and set up `model` in place: adapters in, parameters frozen or free."""
         self.trainable = {name: p.requires_grad for name, p in model.named_parameters()}

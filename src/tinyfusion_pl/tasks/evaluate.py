@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
-from torch.utils.data import DataLoader, Subset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from tinyfusion_pl.artifacts import save_tensors, write_json
 from tinyfusion_pl.models import load_shallow
@@ -63,12 +63,12 @@ class Evaluate:
         for role, path in {"pruned": folder.shallow, "recovered": folder.recovered}.items():
             if path.exists():
                 models[role] = load_shallow(path)
-        self.metrics.update_reference(inputs.data.reference_pictures()[0])
+        reference = inputs.data.reference_pictures()[0]
         shells = {role: self.generation(model, inputs) for role, model in models.items()}
         for role, shell in shells.items():
             if folder.result(f"evaluate_{role}") is None:
                 say(f"evaluate: {role}")
-                seconds = self.measure(shell, folder)
+                seconds = self.measure(shell, folder, reference=reference)
                 folder.finish(f"evaluate_{role}", {**describe(models[role]), **shell.results, "seconds": seconds})
         self.write(folder, inputs, models=models, speed=self.images_per_second(shells), shown=self.shown(shells))
 
@@ -76,14 +76,19 @@ class Evaluate:
         return Generation(model.eval(), objective=inputs.objective, latent_shape=inputs.data.latent_shape, decode=inputs.data.decode,
                           metrics=self.metrics, sampling=self.sampling, seed=inputs.seed)
 
-    def measure(self, shell: Generation, folder: RunFolder) -> float:
-        """Run `shell` over all samples; its results are then in ``shell.results``. Returns seconds."""
+    def measure(self, shell: Generation, folder: RunFolder, *, reference: torch.Tensor) -> float:
+        """Run `shell` over all samples and hold them against the `reference` pictures; its results are then in ``shell.results``.
+
+        Returns seconds.
+        """
         start = time.monotonic()
         trainer = self.trainer(default_root_dir=folder.path)
         labels = balanced_labels(self.num_samples, shell.denoiser.num_classes)
-        # Every rank takes its own indices: no sample is padded or counted twice.
-        mine = Subset(TensorDataset(torch.arange(self.num_samples), labels), range(trainer.global_rank, self.num_samples, trainer.world_size))
-        self.metrics.reset()
+        # Every rank takes its own share, of samples and reference: none is padded or counted twice.
+        share = slice(trainer.global_rank, None, trainer.world_size)
+        mine = TensorDataset(torch.arange(self.num_samples)[share], labels[share])
+        self.metrics.reset(reference=True)
+        self.metrics.update_reference(reference[share])
         trainer.test(shell, DataLoader(mine, batch_size=self.batch_size), verbose=False)
         return time.monotonic() - start
 
@@ -120,14 +125,14 @@ class Evaluate:
             depth = {role: results[role]["depth"] for role in ("teacher", last)}
             results["speedup"] = {"measured": speed[last] / speed["teacher"], "ideal": depth["teacher"] / depth[last]}
         results["peak_memory_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        results["protocol"] = self.protocol(inputs.seed)
+        results["protocol"] = self.protocol(inputs)
         write_json(folder / "metrics.json", results)
         folder.finish("evaluate", {"seconds": seconds["evaluate"]})
 
-    def protocol(self, seed: int) -> dict[str, Any]:
+    def protocol(self, inputs: Inputs) -> dict[str, Any]:
         """What two results must share to be comparable."""
-        return {"num_samples": self.num_samples, "labels": "balanced", "seed": seed, "batch_size_timed": min(self.batch_size, self.num_samples),
-                **self.sampling, **self.metrics.protocol()}
+        return {"num_samples": self.num_samples, "num_reference": len(inputs.data.reference_pictures()[0]), "labels": "balanced",
+                "seed": inputs.seed, **self.sampling, "feature_network": type(self.metrics.feature_network).__name__}
 
 
 def describe(model: nn.Module) -> dict[str, int]:

@@ -49,7 +49,7 @@ class Fit:
             default_root_dir=folder / stage,
             logger=False if self.logger is None else self.logger(folder=folder / "logs" / stage, stage=stage),
         )
-        fit_or_interrupt(trainer, module, datamodule=data, ckpt_path=checkpoint if checkpoint.exists() else None)
+        fit_or_interrupt(trainer, module, datamodule=data, ckpt_path=checkpoint if checkpoint.exists() else None, weights_only=True)
         return clock.seconds
 
 

@@ -46,7 +46,7 @@ class Recover:
         guard = NonFiniteGuard()
         seconds = self.fit.run("recover", folder, module, inputs.data, first=[guard])
         student = load_shallow(folder.shallow)
-        load_weights(student, load_checkpoint(folder.checkpoint("recover"), weights=self.weights, prefix="denoiser."))
+        load_weights(student, load_checkpoint(folder.checkpoint("recover"), weights=self.weights))
         record = {k: v for k, v in read_json(folder.shallow / "record.json").items() if k in ("stacks", "configuration", "seed")}
         save_shallow(folder.recovered, student, {
             **record, "source": {"path": str(folder.shallow.name), "weights": self.weights},

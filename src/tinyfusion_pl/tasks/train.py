@@ -50,19 +50,19 @@ def train_denoiser(*, run_dir: str | Path, name: str, seed: int, model: str, obj
         say(f"train: {name}; checkpoints go to {folder / 'train'}, the model to {folder / 'trained'}")
         module = train.module(denoiser, objective=objective)
         seconds = train.fit.run("train", folder, module, data)
-        load_weights(denoiser, load_checkpoint(folder.checkpoint("train"), weights=train.weights, prefix="denoiser."))
+        load_weights(denoiser, load_checkpoint(folder.checkpoint("train"), weights=train.weights))
         (folder / "trained").mkdir(parents=True, exist_ok=True)
         save_tensors(folder / "trained" / "model.safetensors", denoiser.state_dict())
         folder.finish("train", {"seconds": seconds})
     load_weights(denoiser, folder / "trained" / "model.safetensors")
     say(f"train: measuring {evaluate.num_samples} samples")
-    evaluate.metrics.update_reference(data.reference_pictures()[0])
-    shell = evaluate.generation(denoiser, Inputs(name=name, seed=seed, teacher=denoiser, objective=objective, data=data))
-    evaluate.measure(shell, folder)
+    inputs = Inputs(name=name, seed=seed, teacher=denoiser, objective=objective, data=data)
+    shell = evaluate.generation(denoiser, inputs)
+    evaluate.measure(shell, folder, reference=data.reference_pictures()[0])
     metrics = {**describe(denoiser), **shell.results}
     write_json(folder / "trained" / "record.json", {
         "model": {"name": denoiser.model_name, "kwargs": denoiser.config}, "recipe": recipe, "seed": seed, "metrics": metrics,
-        "seconds": folder.result("train")["seconds"], "protocol": evaluate.protocol(seed), "versions": library_versions(),
+        "seconds": folder.result("train")["seconds"], "protocol": evaluate.protocol(inputs), "versions": library_versions(),
         "weights": {"file": "model.safetensors", "sha256": sha256(folder / "trained" / "model.safetensors"), "kind": train.weights},
     })
     say(f"Done. {folder / 'trained'}: {metrics}")
