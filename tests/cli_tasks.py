@@ -31,6 +31,9 @@ def fail(part: Part, *, run_dir: Path, seed: int, stages: list[str], error: str)
     note(part, run_dir=run_dir, seed=seed, stages=stages)
 
 
+QUIET = {"enable_progress_bar": False, "enable_checkpointing": False, "enable_model_summary": False}
+
+
 class _Line(LightningModule):
     def __init__(self) -> None:
         super().__init__()
@@ -46,8 +49,7 @@ class _Line(LightningModule):
 def train_twice_on_two_processes(*, run_dir: Path, seed: int) -> None:
     """Two fits in one task, as the pipeline has them; every process leaves a file."""
     for _ in range(2):
-        trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", max_steps=1, logger=False, enable_progress_bar=False,
-                          enable_checkpointing=False, enable_model_summary=False)  # fmt: skip
+        trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", max_steps=1, logger=False, **QUIET)
         trainer.fit(_Line(), DataLoader(TensorDataset(torch.ones(4, 2)), batch_size=2))
     name = f"rank{trainer.global_rank}.json"
     write_json(run_dir / name, {"seed": seed, "world_size": trainer.world_size, "process": os.getpid()})

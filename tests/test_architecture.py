@@ -19,9 +19,9 @@ class Room:
 
 
 def rooms() -> dict[str, Room]:
-    """Room -> floor and what the table says that it may know; a remark behind a room's name counts for that room alone."""
-    table = {}
-    for floor, names, may_know in re.findall(r"^\| (\d+) \| (.+) \| (.+) \|$", (ROOT / "ARCHITECTURE.md").read_text(), re.M):
+    """Room -> floor and what it may know; a remark behind a room's name counts for that room alone."""
+    page, table = (ROOT / "ARCHITECTURE.md").read_text(), {}
+    for floor, names, may_know in re.findall(r"^\| (\d+) \| (.+) \| (.+) \|$", page, re.M):
         for name, remark in re.findall(r"`(\w+)(?:/|\.py)`(?: \((.*?)\))?", names):
             table[name] = Room(int(floor), f"{may_know}, {remark}")
     return table
@@ -41,7 +41,8 @@ def imported(source: str, module: str) -> set[str]:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            base = ".".join([*module.split(".")[: -node.level], *filter(None, [node.module])]) if node.level else node.module
+            package = module.split(".")[: -node.level] if node.level else []
+            base = ".".join([*package, *filter(None, [node.module])])
             names |= {f"{base}.{alias.name}" for alias in node.names}
     return names
 

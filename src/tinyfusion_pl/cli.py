@@ -1,7 +1,7 @@
-"""The command line: words that are no settings go to functions, everything else to Hydra, which composes and runs a task.
+"""The command line: words that are no settings go to functions, everything else to Hydra, which runs a task.
 
-``tinyfusion`` and ``python -m tinyfusion_pl`` are the same. A task's run folder is named after its configuration, so the
-same command goes on where it was, and another configuration never writes there.
+``tinyfusion`` and ``python -m tinyfusion_pl`` are the same. A task's run folder is named after its configuration, so
+the same command goes on where it was, and another configuration never writes there.
 """
 
 from __future__ import annotations
@@ -45,7 +45,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     ``hydra.verbose=true`` shows where an error comes from.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # each stage says in one line what Lightning says in ten
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning 2.6 beside newer torch
     try:
         if arguments and "=" not in arguments[0] and not arguments[0].startswith(("-", "+", "~")):
@@ -117,16 +116,17 @@ def run(cfg: DictConfig, run_dir: Path) -> Any:
     _check_complete(cfg.task)
     task = hydra.utils.instantiate(cfg.task, _convert_="all")
     _write_config(run_dir, cfg)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its import set INFO; a stage says it in one line
     return task(run_dir=run_dir)
 
 
-# --- the run folder and its configuration --------------------------------------------------------------------------------
+# --- the run folder and its configuration -----------------------------------------------------------------------------
 
 
 def identity(cfg: DictConfig) -> dict[str, Any]:
     """What decides a run's numbers, as plain data: everything but `NOT_IDENTITY`.
 
-    A reference to a single value becomes that value; one to a whole group, or to where the run is, stays as it is written.
+    A reference to a single value becomes that value; one to a whole group, or to where the run is, stays as written.
     """
     raw = OmegaConf.to_container(cfg, resolve=False)
     kept = OmegaConf.create({key: value for key, value in raw.items() if key not in NOT_IDENTITY})
@@ -209,13 +209,13 @@ OmegaConf.register_new_resolver("absolute_path", os.path.abspath, replace=True)
 OmegaConf.register_new_resolver("words", lambda: ", ".join(COMMANDS), replace=True)
 
 
-# --- processes -----------------------------------------------------------------------------------------------------------
+# --- processes --------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def _process(argv: Sequence[str], **environment: str) -> Iterator[None]:
-    """Another command line and environment for a while. Distributed training's own marks in the environment go afterwards,
-    so that the next job of a sweep starts processes of its own."""
+    """Another command line and environment for a while; what distributed training left there goes afterwards, so that
+    the next job of a sweep starts processes of its own."""
     argv_before, environment_before = sys.argv, dict(os.environ)
     sys.argv = list(argv)
     os.environ.update(environment)
@@ -232,8 +232,8 @@ def _process(argv: Sequence[str], **environment: str) -> Iterator[None]:
 
 
 def _as_single_run(argv: Sequence[str], job: DictConfig) -> list[str]:
-    """The command line of this one job of a sweep. Lightning's DDP starts its other processes with ``sys.argv``: with the
-    sweep's they would run the whole sweep."""
+    """The command line of this one job of a sweep. Lightning's DDP starts its other processes with ``sys.argv``: with
+    the sweep's they would run the whole sweep."""
     overrides = get_args_parser().parse_args(argv).overrides
     flags = [argument for argument in argv if argument not in (*overrides, "-m", "--multirun")]
     of_hydra = [each for each in job.overrides.hydra if not each.startswith(("hydra.mode=", "hydra.sweep"))]
@@ -244,7 +244,7 @@ def _is_first_process() -> bool:
     return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
 
 
-# --- errors --------------------------------------------------------------------------------------------------------------
+# --- errors -----------------------------------------------------------------------------------------------------------
 
 
 class _Told(Exception):
@@ -255,8 +255,8 @@ def _tell(error: Exception) -> int:
     if isinstance(error, _Told):
         return 1
     sentence = _sentence(error)
-    wants_all = os.environ.get("TINYFUSION_TRACEBACK") == "1" or (HydraConfig.initialized() and HydraConfig.get().verbose)
-    if sentence is None or wants_all:
+    verbose = HydraConfig.initialized() and HydraConfig.get().verbose
+    if sentence is None or verbose or os.environ.get("TINYFUSION_TRACEBACK") == "1":
         traceback.print_exception(error)
     print(f"error: {sentence or repr(error)}", file=sys.stderr)
     return 1
@@ -269,7 +269,8 @@ def _sentence(error: Exception) -> str | None:
     cause: BaseException = error
     while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
         cause = cause.__cause__
-    if isinstance(cause, OmegaConfBaseException) and (missing := re.search(r"Missing mandatory value: (\S+)", str(cause))):
+    missing = re.search(r"Missing mandatory value: (\S+)", str(cause))
+    if isinstance(cause, OmegaConfBaseException) and missing:
         return f"{missing[1]} has no value. Give one: {missing[1]}=VALUE."
     if isinstance(cause, HydraException):
         return "\n".join(str(each) for each in (cause, cause.__cause__) if each is not None)
@@ -279,7 +280,7 @@ def _sentence(error: Exception) -> str | None:
         return str(cause)
     if type(cause).__name__ == "MisconfigurationException":  # Lightning's, for a Trainer that this machine cannot run
         return str(cause)
-    if cause is not error and isinstance(cause, (TypeError, ImportError)):  # a constructor is called wrongly or is not there
+    if cause is not error and isinstance(cause, (TypeError, ImportError)):  # a wrong argument, or no such constructor
         key = re.search(r"full_key: (\S+)", str(error))
         return f"{key[1]}: {cause}" if key else str(error)
     return None

@@ -49,7 +49,12 @@ def wheel(tmp_path_factory):
 
 def run(*command, cwd, **environment):
     result = subprocess.run(
-        [str(part) for part in command], cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=300
+        [str(part) for part in command],
+        cwd=cwd,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
@@ -57,7 +62,8 @@ def run(*command, cwd, **environment):
 
 @pytest.mark.slow
 def test_wheel_contains_every_module_configuration_and_asset(wheel):
-    expected = {"tinyfusion_pl/conf/" + file.relative_to(ROOT / "conf").as_posix() for file in (ROOT / "conf").rglob("*.yaml")}
+    conf = ROOT / "conf"
+    expected = {"tinyfusion_pl/conf/" + file.relative_to(conf).as_posix() for file in conf.rglob("*.yaml")}
     expected |= {file.relative_to(ROOT / "src").as_posix() for file in SOURCES.rglob("*.py")}
     assets = (SOURCES / "assets").rglob("*")
     expected |= {file.relative_to(ROOT / "src").as_posix() for file in assets if file.is_file()}
@@ -67,8 +73,8 @@ def test_wheel_contains_every_module_configuration_and_asset(wheel):
 
 @pytest.mark.slow
 def test_cli_of_the_installed_wheel_works_in_another_directory(wheel, tmp_path):
-    run(sys.executable, "-m", "pip", "install", "--no-deps", "--quiet", "--target", tmp_path / "site", wheel, cwd=tmp_path)
     site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
+    run(sys.executable, "-m", "pip", "install", "--no-deps", "--quiet", "--target", site, wheel, cwd=tmp_path)
     elsewhere.mkdir()
     main = site / "tinyfusion_pl" / "conf" / "main.yaml"  # marked, so that no other copy can answer
     main.write_text(main.read_text().replace("name: digits_d6", "name: of_the_wheel"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from tinyfusion_pl.artifacts import ArtifactError, load_tensors
 WEIGHTS = ("ema", "raw")
 NUM_NAMED = 5
 DENOISER = "denoiser."
+UNSAFE = re.compile(r"unsupported global:? (?:GLOBAL )?([\w.]+)", re.IGNORECASE)  # torch names the class that it refused
 
 
 def load_checkpoint(path: str | Path, *, weights: str = "ema", prefix: str = "") -> dict[str, Tensor]:
@@ -39,35 +40,42 @@ def load_checkpoint(path: str | Path, *, weights: str = "ema", prefix: str = "")
     if not path.is_file():
         raise ArtifactError(f"There is no checkpoint at {path}. Give the path of a .safetensors, .pt or .ckpt file.")
     state = load_tensors(path) if path.suffix == ".safetensors" else _state_dict(_unpickle(path), weights, path)
-    if not prefix and all(key.startswith(DENOISER) for key in state):  # this project's own modules
+    if not prefix and state and all(key.startswith(DENOISER) for key in state):  # this project's own modules
         prefix = DENOISER
-    if prefix:
-        state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-        if not state:
-            raise ValueError(f"No key in {path} starts with {prefix!r}.")
-    return state
+    return _without(prefix, state, path)
+
+
+def _without(prefix: str, state: dict[str, Tensor], where: str | Path) -> dict[str, Tensor]:
+    found = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    if prefix and not found:
+        raise ValueError(f"No key in {where} starts with {prefix!r}; it has {', '.join(list(state)[:NUM_NAMED])}.")
+    return found
 
 
 def _unpickle(path: Path) -> Any:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "weights_only" in str(error).lower() or "unsupported" in str(error).lower():
+    except OSError as error:
+        raise ArtifactError(f"Cannot read {path}: {error.strerror}.") from error
+    except Exception as error:  # broken files show as errors of many types: RuntimeError, EOFError, IndexError, struct.error
+        if found := UNSAFE.search(str(error)):
             raise ArtifactError(
-                f"{path} is refused: it holds more than tensors and plain values, and reading that could execute code. Only tensors, plain "
+                f"{path} is refused: it holds a pickled {found[1]}, and reading that could execute code. Only tensors, plain "
                 "containers and argparse.Namespace are read. Export the weights as .safetensors where you trust them."
             ) from error
-        raise ArtifactError(f"{path} cannot be read: it is truncated or no torch file. Copy or download it again.") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise ArtifactError(f"{path} cannot be read: it is truncated or no torch file ({error}). Copy or download it again.") from error
+        raise ArtifactError(
+            f"{path} cannot be read: it is truncated or no torch checkpoint. Copy or download it again."
+        ) from error
 
 
 def _state_dict(content: Any, weights: str, path: Path) -> dict[str, Tensor]:
     order = ["ema", "state_dict", "model"] if weights == "ema" else ["model", "current_model_state", "state_dict", "ema"]
     candidates = [content[key] for key in order if isinstance(content, Mapping) and isinstance(content.get(key), Mapping)] + [content]
     for state in candidates:
-        if isinstance(state, Mapping) and state and all(isinstance(value, Tensor) for value in state.values()):
+        if isinstance(state, Mapping) and state and all(
+            isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+        ):
             return dict(state)
     held = list(content)[:NUM_NAMED] if isinstance(content, Mapping) else type(content).__name__
     raise ArtifactError(f"{path} holds no state dict: a mapping from names to tensors, bare or under 'ema', 'model' or 'state_dict', was "
@@ -86,11 +94,14 @@ def load_weights(model: nn.Module, source: str | Path | Mapping[str, Tensor], *,
         ValueError: names missing and unexpected keys and tensors of another shape; the model is then unchanged.
     """
     where = "The given state dict" if isinstance(source, Mapping) else str(source)
-    state = dict(source) if isinstance(source, Mapping) else load_checkpoint(source, weights=weights, prefix=prefix)
+    if isinstance(source, Mapping):
+        state = _without(prefix, dict(source), "the given state dict")
+    else:
+        state = load_checkpoint(source, weights=weights, prefix=prefix)
     own = model.state_dict()
     problems = {
-        "missing": [k for k in own if k not in state],
-        "unexpected": [k for k in state if k not in own],
+        "missing": [f"{k} {tuple(own[k].shape)}" for k in own if k not in state],
+        "unexpected": [f"{k} {tuple(state[k].shape)}" for k in state if k not in own],
         "of another shape": [f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}" for k in own
                              if k in state and state[k].shape != own[k].shape],
     }

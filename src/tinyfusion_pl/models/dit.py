@@ -110,12 +110,16 @@ class DiT(nn.Module):
                  num_heads: int = 16, mlp_ratio: float = 4.0, num_classes: int = 1000, class_dropout_prob: float = 0.1,
                  learn_sigma: bool = True) -> None:
         super().__init__()
+        sizes = {"input_size": input_size, "patch_size": patch_size, "in_channels": in_channels, "hidden_size": hidden_size,
+                 "depth": depth, "num_heads": num_heads, "num_classes": num_classes}
+        if wrong := {name: size for name, size in sizes.items() if size < 1}:
+            raise ValueError(f"A DiT's sizes must be at least 1, got {', '.join(f'{k}={v}' for k, v in wrong.items())}.")
+        if not 0 <= class_dropout_prob <= 1:
+            raise ValueError(f"class_dropout_prob is {class_dropout_prob}; give a probability in [0, 1] (published: 0.1).")
         if input_size % patch_size:
             raise ValueError(f"input_size {input_size} is no multiple of patch_size {patch_size}.")
         if hidden_size % num_heads or hidden_size % 4:
             raise ValueError(f"hidden_size {hidden_size} must be a multiple of num_heads ({num_heads}) and of 4.")
-        if depth < 1:
-            raise ValueError(f"depth is {depth}; give at least 1 block.")
         self.config = dict(input_size=input_size, patch_size=patch_size, in_channels=in_channels, hidden_size=hidden_size, depth=depth,
                            num_heads=num_heads, mlp_ratio=mlp_ratio, num_classes=num_classes, class_dropout_prob=class_dropout_prob,
                            learn_sigma=learn_sigma)

@@ -7,7 +7,7 @@ equation 16), Dhariwal & Nichol 2105.05233. Tables are float64; what is gathered
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from itertools import accumulate, repeat
 from typing import Any
 
 import torch
@@ -37,7 +37,8 @@ def spaced_timesteps(num_timesteps: int, num_sampling_steps: int) -> Tensor:
     if num_sampling_steps == 1:
         return torch.zeros(1, dtype=torch.int64)
     stride = (num_timesteps - 1) / (num_sampling_steps - 1)
-    return torch.tensor([round(i * stride) for i in range(num_sampling_steps)])
+    # Added up, not multiplied: published steps round that sum, which differs where a step falls halfway between two timesteps.
+    return torch.tensor([round(t) for t in accumulate(repeat(stride, num_sampling_steps - 1), initial=0.0)])
 
 
 class GaussianTables:
@@ -58,11 +59,15 @@ class GaussianTables:
 
     def at(self, table: Tensor, t: Tensor, like: Tensor) -> Tensor:
         """`table` at `t` (N,), float32, shaped to broadcast over `like` (N, ...)."""
-        return table.to(t.device)[t].float().view(-1, *[1] * (like.ndim - 1))
+        return table.float().to(t.device)[t].view(-1, *[1] * (like.ndim - 1))
 
     def x0_from_epsilon(self, x_t: Tensor, t: Tensor, epsilon: Tensor) -> Tensor:
         a = self.alphas_cumprod
         return self.at((1 / a).sqrt(), t, x_t) * x_t - self.at((1 / a - 1).sqrt(), t, x_t) * epsilon
+
+    def epsilon_from_x0(self, x_t: Tensor, t: Tensor, x0: Tensor) -> Tensor:
+        a = self.alphas_cumprod
+        return (self.at((1 / a).sqrt(), t, x_t) * x_t - x0) / self.at((1 / a - 1).sqrt(), t, x_t)
 
     def posterior_mean(self, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         return self.at(self.posterior_mean_x0, t, x_t) * x0 + self.at(self.posterior_mean_xt, t, x_t) * x_t
@@ -82,7 +87,7 @@ class GaussianDiffusion:
     """The diffusion process, its training and distillation losses, and DDPM and DDIM sampling.
 
     Args:
-        num_timesteps: Steps of the forward process, >= 2.
+        num_timesteps: Steps of the forward process, > 20: with fewer the linear schedule's last beta would reach 1.
         noise_schedule: ``"linear"``.
         learn_sigma: The denoiser predicts the variance in a second half of its channels.
 
@@ -93,10 +98,11 @@ class GaussianDiffusion:
     def __init__(self, *, num_timesteps: int = 1000, noise_schedule: str = "linear", learn_sigma: bool = True) -> None:
         if noise_schedule not in NOISE_SCHEDULES:
             raise ValueError(f"noise_schedule is {noise_schedule!r}; give one of {', '.join(map(repr, NOISE_SCHEDULES))}.")
-        if num_timesteps < 2:
-            raise ValueError(f"num_timesteps is {num_timesteps}; give at least 2 (published: 1000).")
+        if num_timesteps < 1 or not (betas := linear_betas(num_timesteps)).max() < 1:
+            raise ValueError(f"num_timesteps is {num_timesteps}, too few for the linear schedule, whose last beta would reach 1; give at "
+                             "least 21 (published: 1000).")
         self.num_timesteps, self.learn_sigma = num_timesteps, learn_sigma
-        self.tables = GaussianTables(linear_betas(num_timesteps))
+        self.tables = GaussianTables(betas)
 
     def respaced(self, num_sampling_steps: int) -> tuple[GaussianTables, Tensor]:
         """Tables of the process that visits fewer timesteps, and those timesteps (ascending)."""

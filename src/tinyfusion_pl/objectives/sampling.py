@@ -43,7 +43,7 @@ def sample_chain(objective: GaussianDiffusion, denoiser: nn.Module, z: Tensor, y
         eta: Noise of DDIM, 0 (none) to 1.
         guidance_scale, guidance_channels: See `guided` (published: 1.5 for tables, 4.0 for pictures; 3 channels).
         noise: (num_sampling_steps, N, C, H, W), the first for the noisiest step; default: drawn.
-        generator: Where noise is drawn from.
+        generator: Where noise is drawn from; its device may be another than that of `z`.
         clip_denoised: Clip predicted x0 to [-1, 1].
 
     Raises:
@@ -51,6 +51,8 @@ def sample_chain(objective: GaussianDiffusion, denoiser: nn.Module, z: Tensor, y
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler is {sampler!r}; give one of {', '.join(map(repr, SAMPLERS))}.")
+    if guidance_channels is not None and guidance_channels < 1:
+        raise ValueError(f"guidance_channels is {guidance_channels}; give at least 1 (published: 3), or null for all.")
     if not 0 <= eta <= 1:
         raise ValueError(f"eta is {eta}; give a number in [0, 1].")
     tables, timesteps = objective.respaced(num_sampling_steps)
@@ -70,12 +72,17 @@ def sample_chain(objective: GaussianDiffusion, denoiser: nn.Module, z: Tensor, y
             deviation = (0.5 * tables.log_variance(fraction, t, x)).exp()
         else:
             a, before = tables.at(tables.alphas_cumprod, t, x), tables.at(tables.alphas_cumprod_prev, t, x)
-            epsilon = (x / a.sqrt() - x0) / (1 / a - 1).sqrt()  # of the clipped x0
+            epsilon = tables.epsilon_from_x0(x, t, x0)  # of the clipped x0
             deviation = eta * ((1 - before) / (1 - a)).sqrt() * (1 - a / before).sqrt()
             mean = x0 * before.sqrt() + (1 - before - deviation**2).sqrt() * epsilon
         if step > 0 and (sampler == "ddpm" or eta > 0):
-            drawn = noise[i] if noise is not None else torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+            drawn = noise[i] if noise is not None else _randn_like(x, generator)
             x = mean + deviation * drawn
         else:
             x = mean
     return x
+
+
+def _randn_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
+    device = x.device if generator is None else generator.device
+    return torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)
