@@ -65,7 +65,8 @@ class Case:
         self.gates = DepthGates(self.model, args.pattern, tau=1.0).to(self.device)
         self.objective, c = GaussianDiffusion(), self.model.config
         self.y = torch.randint(c["num_classes"], (args.batch_size,), device=self.device)
-        self.draw = self.objective.draw(torch.randn(args.batch_size, c["in_channels"], c["input_size"], c["input_size"], device=self.device))
+        shape = (args.batch_size, c["in_channels"], c["input_size"], c["input_size"])
+        self.draw = self.objective.draw(torch.randn(shape, device=self.device))
         self.parameters = [p for p in (*self.model.parameters(), *self.gates.parameters()) if p.requires_grad]
 
     def loss(self, gather: bool) -> torch.Tensor:

@@ -9,7 +9,6 @@ import os
 from pathlib import Path
 
 import pytest
-
 from safetensors.torch import load_file
 
 from tinyfusion_pl.models import DiT

@@ -1,7 +1,25 @@
 """Making trained diffusion transformers shallow (TinyFusion, arXiv 2412.01199) as a PyTorch Lightning plugin."""
 
-from tinyfusion_pl.callbacks import DepthPruningCallback
-from tinyfusion_pl.models import create_model, load_shallow
-from tinyfusion_pl.modules import MaskLearning, Recovery
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tinyfusion_pl.callbacks import DepthPruningCallback
+    from tinyfusion_pl.models import create_model, load_shallow
+    from tinyfusion_pl.modules import MaskLearning, Recovery
 
 __all__ = ["DepthPruningCallback", "MaskLearning", "Recovery", "create_model", "load_shallow"]
+
+# Imported when asked for: torch and Lightning take seconds, which `tinyfusion --help` need not wait for.
+_HOMES = {"DepthPruningCallback": "callbacks", "MaskLearning": "modules", "Recovery": "modules", "create_model": "models",
+          "load_shallow": "models"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"tinyfusion_pl.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'tinyfusion_pl' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -21,7 +21,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import hydra
+# Before torch is loaded. OpenMP threads that spin at barriers slow training tenfold as soon as anything else runs on a small machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import hydra  # noqa: E402
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
@@ -114,10 +117,27 @@ def run(cfg: DictConfig, run_dir: Path) -> Any:
     """
     _check_folder(run_dir, cfg)
     _check_complete(cfg.task)
-    task = hydra.utils.instantiate(cfg.task, _convert_="all")
+    task = _build(cfg.task)
     _write_config(run_dir, cfg)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its import set INFO; a stage says it in one line
     return task(run_dir=run_dir)
+
+
+def _build(node: DictConfig) -> Any:
+    """Instantiate `node`; where several of its parts cannot be built, the error tells of each."""
+    try:
+        return hydra.utils.instantiate(node, _convert_="all")
+    except Exception as error:
+        sentences = []
+        for key in node:
+            if OmegaConf.is_config(part := node[key]) and "_target_" in part:
+                try:
+                    hydra.utils.instantiate(part, _convert_="all")
+                except Exception as of_part:
+                    sentences.append(_sentence(of_part))
+        if len(sentences) < 2 or None in sentences:
+            raise
+        raise ValueError("\n".join(sentences)) from error
 
 
 # --- the run folder and its configuration -----------------------------------------------------------------------------

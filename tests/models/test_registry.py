@@ -35,7 +35,9 @@ def test_a_registered_model_is_made_by_its_name_and_alias(monkeypatch):
     assert "my_line" in list_models()
 
 
-@pytest.mark.parametrize(("name", "near"), [("dit_xl2", "dit_xl_2"), ("DiT-XL-2", "dit_xl_2"), ("digits", "dit_digits")])
+@pytest.mark.parametrize(
+    ("name", "near"), [("dit_xl2", "dit_xl_2"), ("DiT-XL-2", "dit_xl_2"), ("digits", "dit_digits")]
+)
 def test_an_unknown_name_is_told_the_near_ones(name, near):
     with pytest.raises(ValueError, match=f"no model '{name}'.*Did you mean .*{near}"):
         create_model(name)

@@ -2,6 +2,7 @@
 
 from tinyfusion_pl.data.base import GenerationDataModule
 from tinyfusion_pl.data.digits import DigitsDataModule
+from tinyfusion_pl.data.latents import ImageNetLatents
 from tinyfusion_pl.data.sampler import StreamLoader, StreamSampler
 
-__all__ = ["DigitsDataModule", "GenerationDataModule", "StreamLoader", "StreamSampler"]
+__all__ = ["DigitsDataModule", "GenerationDataModule", "ImageNetLatents", "StreamLoader", "StreamSampler"]

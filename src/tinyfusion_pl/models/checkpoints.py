@@ -16,7 +16,8 @@ from tinyfusion_pl.artifacts import ArtifactError, load_tensors
 WEIGHTS = ("ema", "raw")
 NUM_NAMED = 5
 DENOISER = "denoiser."
-UNSAFE = re.compile(r"unsupported global:? (?:GLOBAL )?([\w.]+)", re.IGNORECASE)  # torch names the class that it refused
+# How torch names what it refused to unpickle.
+UNSAFE = re.compile(r"unsupported global:? (?:GLOBAL )?([\w.]+)", re.IGNORECASE)
 
 
 def load_checkpoint(path: str | Path, *, weights: str = "ema", prefix: str = "") -> dict[str, Tensor]:

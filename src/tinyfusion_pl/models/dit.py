@@ -110,8 +110,8 @@ class DiT(nn.Module):
                  num_heads: int = 16, mlp_ratio: float = 4.0, num_classes: int = 1000, class_dropout_prob: float = 0.1,
                  learn_sigma: bool = True) -> None:
         super().__init__()
-        sizes = {"input_size": input_size, "patch_size": patch_size, "in_channels": in_channels, "hidden_size": hidden_size,
-                 "depth": depth, "num_heads": num_heads, "num_classes": num_classes}
+        sizes = {"input_size": input_size, "patch_size": patch_size, "in_channels": in_channels, "depth": depth,
+                 "hidden_size": hidden_size, "num_heads": num_heads, "num_classes": num_classes}
         if wrong := {name: size for name, size in sizes.items() if size < 1}:
             raise ValueError(f"A DiT's sizes must be at least 1, got {', '.join(f'{k}={v}' for k, v in wrong.items())}.")
         if not 0 <= class_dropout_prob <= 1:

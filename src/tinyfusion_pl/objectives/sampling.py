@@ -74,7 +74,9 @@ def sample_chain(objective: GaussianDiffusion, denoiser: nn.Module, z: Tensor, y
             a, before = tables.at(tables.alphas_cumprod, t, x), tables.at(tables.alphas_cumprod_prev, t, x)
             epsilon = tables.epsilon_from_x0(x, t, x0)  # of the clipped x0
             deviation = eta * ((1 - before) / (1 - a)).sqrt() * (1 - a / before).sqrt()
-            mean = x0 * before.sqrt() + (1 - before - deviation**2).sqrt() * epsilon
+            # Never negative but for rounding, which would give NaN at eta 1 and few steps.
+            direction = (1 - before - deviation**2).clamp_min(0).sqrt()
+            mean = x0 * before.sqrt() + direction * epsilon
         if step > 0 and (sampler == "ddpm" or eta > 0):
             drawn = noise[i] if noise is not None else _randn_like(x, generator)
             x = mean + deviation * drawn

@@ -9,4 +9,7 @@ from tinyfusion_pl.tasks.report import Report
 from tinyfusion_pl.tasks.stages import run_stages
 from tinyfusion_pl.tasks.train import Train, train_denoiser
 
-__all__ = ["Evaluate", "Fit", "Inputs", "LearnMask", "Recover", "Report", "RunFolder", "Train", "csv_logger", "run_stages", "train_denoiser", "wandb_logger"]
+__all__ = [
+    "Evaluate", "Fit", "Inputs", "LearnMask", "Recover", "Report", "RunFolder", "Train", "csv_logger", "run_stages", "train_denoiser",
+    "wandb_logger",
+]

@@ -27,5 +27,7 @@ def run_stages(stages: Sequence[str], *, run_dir: str | Path, name: str, seed: i
         raise ValueError(f"Unknown stages {unknown}; known are {list(known)}.")
     folder = RunFolder(run_dir)
     inputs = Inputs(name=name, seed=seed, teacher=teacher, objective=objective, data=data)
+    if "evaluate" in stages:
+        data.reference_pictures()  # data that cannot be evaluated are found out now, not after the training
     for stage in stages:
         known[stage].run(folder, inputs)
