@@ -24,7 +24,7 @@ from typing import Any
 # Before torch is loaded. OpenMP threads that spin at barriers slow training tenfold as soon as anything else runs on a small machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import hydra  # noqa: E402
+import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException

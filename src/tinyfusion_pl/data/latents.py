@@ -47,8 +47,8 @@ class ImageNetLatents(GenerationDataModule):
 
     def __init__(self, root: str | Path | None, *, batch_size: int = 256, seed: int = 0, num_workers: int = 8) -> None:
         super().__init__(batch_size=batch_size, seed=seed, num_workers=num_workers)
-        wanted = ("It needs ImageNet's VAE latents: a folder with imagenet256_features/N.npy (1, 4, 32, 32) and imagenet256_labels/N.npy, as "
-                  "the published extraction script writes them (train/ of ImageNet-1k through the SD VAE, scaled by 0.18215).")
+        wanted = ("It needs ImageNet's VAE latents: a folder with imagenet256_features/N.npy (1, 4, 32, 32) and imagenet256_labels/N.npy, "
+                  "as the published extraction script writes them (train/ of ImageNet-1k through the SD VAE, scaled by 0.18215).")
         if root is None:
             raise ValueError(f"data.root is not set. {wanted} Give data.root=FOLDER.")
         self.features, self.labels = Path(root) / "imagenet256_features", Path(root) / "imagenet256_labels"
@@ -56,7 +56,8 @@ class ImageNetLatents(GenerationDataModule):
             raise ValueError(f"There is no {' and no '.join(missing)}. {wanted}")
         features, labels = ({path.name for path in folder.glob("*.npy")} for folder in (self.features, self.labels))
         if not features or features != labels:
-            raise ValueError(f"{self.features} holds {len(features)} latents, {self.labels} {len(labels)} labels; each N.npy must be in both.")
+            raise ValueError(f"{self.features} holds {len(features)} latents, {self.labels} {len(labels)} labels; "
+                             "each N.npy must be in both.")
 
     def train_set(self) -> Dataset:
         return NumpyFolders(self.features, self.labels)

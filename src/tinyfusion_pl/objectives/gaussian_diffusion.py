@@ -146,6 +146,9 @@ class GaussianDiffusion:
     def distillation_losses(self, output: Tensor, teacher_output: Tensor, draw: Draw) -> dict[str, Tensor]:
         """Per sample (N,): "mse_kd" of the student's epsilon to the teacher's, "vb_kd", the KL divergence in bits per dimension of the
         student's step from the teacher's (the student's mean detached, so that it teaches the variance only), and their sum "loss_kd".
+
+        At t = 0 "vb_kd" is the student's likelihood of the data, as "vb" is. Published recovery: 0.9 * "loss_kd" + 0.1 * the "loss" of
+        `losses` + 0.01 * the feature loss of `tinyfusion_pl.distill`.
         """
         (epsilon, fraction), (teacher_epsilon, teacher_fraction) = (self.split(o, draw.x_t) for o in (output, teacher_output.detach()))
         terms = {"mse_kd": _mean((teacher_epsilon - epsilon).square())}
