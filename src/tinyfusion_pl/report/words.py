@@ -100,7 +100,7 @@ def student_of(metrics: dict[str, Any]) -> str | None:
 def headline(metrics: dict[str, Any]) -> str:
     """The run in a sentence, as far as it was measured.
 
-    ``12 → 6 blocks: 1.93x faster sampling (ideal 2.00x), FID 9.2 → 12.0, accuracy 98% → 96%``
+    ``12 → 6 blocks: 1.93x faster sampling (ideal 2.00x), FID 9.2 → 12.0, accuracy 98.0% → 96.1%``
     """
     student = student_of(metrics)
     if student is None:
@@ -119,7 +119,7 @@ def headline(metrics: dict[str, Any]) -> str:
         ideal = f" (ideal {speedup['ideal']:.2f}x)" if "ideal" in speedup else ""
         facts.append(f"{speedup['measured']:.2f}x faster sampling{ideal}")
     facts += [f"FID {fid}" for fid in [change("fid", "{:.1f}")] if fid]
-    facts += [f"accuracy {accuracy}" for accuracy in [change("accuracy", "{:.0%}")] if accuracy]
+    facts += [f"accuracy {accuracy}" for accuracy in [change("accuracy", "{:.1%}")] if accuracy]
     depth = change("depth", "{:.0f}")
     subject = (f"{depth} blocks" if depth else "Shallow model") + (" (before recovery)" if student == "pruned" else "")
     return f"{subject}: {', '.join(facts)}" if facts else subject
