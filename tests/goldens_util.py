@@ -42,8 +42,10 @@ def new_dit(state):
     c = CASES["config"]
     state = {k: v for k, v in state.items() if not k.startswith("gumbel_gates")}
     out_features = state["final_layer.linear.weight"].shape[0]
+    mlp_ratio = state["blocks.0.mlp.fc1.weight"].shape[0] / c["hidden"]
     model = DiT(input_size=c["size"], patch_size=c["patch"], in_channels=c["inch"], hidden_size=c["hidden"], depth=depth_of(state),
-                num_heads=c["heads"], num_classes=c["ncls"], learn_sigma=out_features == 2 * c["inch"] * c["patch"] ** 2)
+                num_heads=c["heads"], num_classes=c["ncls"], mlp_ratio=mlp_ratio,
+                learn_sigma=out_features == 2 * c["inch"] * c["patch"] ** 2)
     model.load_state_dict(state)
     return model.eval()
 
@@ -58,6 +60,6 @@ def assert_near(ours, theirs, tolerance, name=""):
     assert ours.shape == theirs.shape, f"{name}: {tuple(ours.shape)} instead of {tuple(theirs.shape)}"
     difference = (ours.double() - theirs.double()).abs().max().item()
     scale = theirs.double().abs().max().item()
-    assert difference <= tolerance * scale or difference <= 1e-9, f"{name}: {difference / max(scale, 1e-300):.2e} relative"
+    assert difference <= (tolerance * scale or 1e-9), f"{name}: {difference / max(scale, 1e-300):.2e} relative"
 
 

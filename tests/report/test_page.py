@@ -221,13 +221,13 @@ def metrics(**changes):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({}, "12 → 6 blocks: 1.93x faster sampling (ideal 2.00x), FID 9.2 → 12.0, accuracy 98% → 96%"),
+        ({}, "12 → 6 blocks: 1.93x faster sampling (ideal 2.00x), FID 9.2 → 12.0, accuracy 97.9% → 96.1%"),
         (
             {"recovered": {}},
             "12 → 6 blocks (before recovery): 1.93x faster sampling (ideal 2.00x), "
-            "FID 9.2 → 1069.3, accuracy 98% → 19%",
+            "FID 9.2 → 1069.3, accuracy 97.9% → 19.0%",
         ),
-        ({"speedup": {}, "teacher": {"depth": 12}}, "12 → 6 blocks: FID 12.0, accuracy 96%"),
+        ({"speedup": {}, "teacher": {"depth": 12}}, "12 → 6 blocks: FID 12.0, accuracy 96.1%"),
         ({"speedup": {}, "teacher": {}, "recovered": {"depth": 6}}, "6 blocks"),
         ({"recovered": {}, "pruned": {}}, "Only the teacher was measured"),
         ({"recovered": {}, "pruned": {}, "teacher": {}}, "Nothing was measured yet"),

@@ -19,6 +19,7 @@ from tinyfusion_pl.artifacts import save_tensors, write_json
 from tinyfusion_pl.models import load_shallow
 from tinyfusion_pl.modules import Generation, balanced_labels
 from tinyfusion_pl.pruning import find_stacks
+from tinyfusion_pl.tasks.fitting import ctrl_c
 from tinyfusion_pl.tasks.folder import Inputs, RunFolder, say
 
 ROLES = ("teacher", "pruned", "recovered")
@@ -89,7 +90,8 @@ class Evaluate:
         mine = TensorDataset(torch.arange(self.num_samples)[share], labels[share])
         self.metrics.reset(reference=True)
         self.metrics.update_reference(reference[share])
-        trainer.test(shell, DataLoader(mine, batch_size=self.batch_size), verbose=False)
+        with ctrl_c(trainer):
+            trainer.test(shell, DataLoader(mine, batch_size=self.batch_size), verbose=False)
         return time.monotonic() - start
 
     def shown(self, shells: dict[str, Generation]) -> dict[str, torch.Tensor]:

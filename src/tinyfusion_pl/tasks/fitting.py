@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger
@@ -49,7 +49,8 @@ class Fit:
             default_root_dir=folder / stage,
             logger=False if self.logger is None else self.logger(folder=folder / "logs" / stage, stage=stage),
         )
-        fit_or_interrupt(trainer, module, datamodule=data, ckpt_path=checkpoint if checkpoint.exists() else None, weights_only=True)
+        with ctrl_c(trainer):
+            trainer.fit(module, datamodule=data, ckpt_path=checkpoint if checkpoint.exists() else None, weights_only=True)
         return clock.seconds
 
 
@@ -63,11 +64,11 @@ class _SaveAtEnd(Callback):
         trainer.save_checkpoint(self.path)
 
 
-def fit_or_interrupt(trainer: Trainer, module: LightningModule, **kwargs: Any) -> None:
-    """``trainer.fit``; Lightning turns Ctrl-C into an exit, this turns it back into the KeyboardInterrupt that it was."""
-    torch.set_float32_matmul_precision("high")
+@contextmanager
+def ctrl_c(trainer: Trainer) -> Iterator[None]:
+    """Lightning turns Ctrl-C into an exit of the process; this turns it back into the KeyboardInterrupt that it was."""
     try:
-        trainer.fit(module, **kwargs)
+        yield
     except SystemExit:
         if trainer.state.status == TrainerStatus.INTERRUPTED:
             raise KeyboardInterrupt from None
