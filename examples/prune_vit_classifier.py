@@ -27,7 +27,7 @@ MODEL = {"name": "timm/vit_tiny_patch16_224",
 class Classifier(LightningModule):
     """An ordinary LightningModule: nothing in it knows of pruning."""
 
-    def __init__(self, model: nn.Module, lr: float = 1e-3) -> None:
+    def __init__(self, model: nn.Module, lr: float = 3e-3) -> None:
         super().__init__()
         self.model, self.lr = model, lr
 
@@ -71,11 +71,11 @@ def main(output_dir: str, num_steps: int) -> dict[str, float]:
     results = {f"dense, {len(dense.blocks)} blocks": accuracy(dense, held_out)}
 
     pruning = DepthPruningCallback("1:2", stacks="model.blocks", save_dir=output_dir, model_factory=MODEL)
-    fit(Classifier(dense), loader, num_steps // 2, pruning)
+    fit(Classifier(dense, lr=1e-3), loader, num_steps // 2, pruning)
 
     shallow = load_shallow(output_dir)  # the folder is all it takes
     results[f"shallow, {len(shallow.blocks)} blocks, before fine-tuning"] = accuracy(shallow, held_out)
-    fit(Classifier(shallow, lr=5e-4), loader, num_steps // 2)
+    fit(Classifier(shallow, lr=1e-3), loader, num_steps // 2)
     results[f"shallow, {len(shallow.blocks)} blocks, fine-tuned"] = accuracy(shallow, held_out)
 
     print(f"kept blocks: {pruning.decision.kept_blocks['blocks']}; saved in {output_dir}")
@@ -87,6 +87,6 @@ def main(output_dir: str, num_steps: int) -> dict[str, float]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", default="outputs/vit", help="folder of the shallow model")
-    parser.add_argument("--num-steps", type=int, default=400, help="optimizer steps of the dense model; half as many for the others")
+    parser.add_argument("--num-steps", type=int, default=500, help="optimizer steps of the dense model; half as many for the others")
     args = parser.parse_args()
     main(args.output_dir, args.num_steps)

@@ -1,0 +1,60 @@
+"""What README tells people to type works, and what it shows of the API is the API."""
+
+import re
+import runpy
+import shlex
+from pathlib import Path
+
+import pytest
+
+from tinyfusion_pl.cli import main
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def code_lines(language):
+    for block in re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL):
+        yield from (line.split("  #")[0].strip() for line in block.splitlines() if line.strip())
+
+
+COMMANDS = [line for line in code_lines("bash") if line.startswith("tinyfusion") and "compare" not in line]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_line_composes(command, capfd, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    words = [word for word in shlex.split(command)[1:] if word != "-m"]
+    assert main(words if {"--help", "--cfg"} & set(words) else [*words, "--cfg", "job"]) == 0
+    assert "pattern" in capfd.readouterr().out or "--help" in words
+
+
+def test_the_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    targets = [line.split()[1] for line in code_lines("bash") if line.startswith("make")] + ["test-all"]
+    assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets) and len(targets) == 3
+
+
+def test_every_argument_in_the_table_is_one_of_the_callback_with_that_default():
+    import inspect
+
+    from tinyfusion_pl import DepthPruningCallback
+
+    parameters = inspect.signature(DepthPruningCallback).parameters
+    rows = re.findall(r"^\| (`\w+`[^|]*) \| ([^|]*) \|", README, re.MULTILINE)
+    assert len(rows) >= 5
+    for names, defaults in rows:
+        names, defaults = re.findall(r"`(\w+)`", names), [d.strip(" `\"") for d in defaults.split(",")]
+        for name, default in zip(names, defaults):
+            assert name in parameters
+            if default not in ("", "found", "all steps"):
+                own = parameters[name].default
+                assert float(default) == own if isinstance(own, (int, float)) else default == own
+
+
+@pytest.mark.slow
+def test_the_vit_example_prunes_and_heals_a_model_that_the_project_does_not_know(tmp_path):
+    example = runpy.run_path(str(ROOT / "examples" / "prune_vit_classifier.py"))
+    results = example["main"](str(tmp_path), 120)
+    dense, pruned, healed = results.values()
+    assert dense > 0.6 and healed > pruned
