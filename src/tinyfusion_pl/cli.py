@@ -6,6 +6,7 @@ the same command goes on where it was, and another configuration never writes th
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import inspect
 import json
@@ -117,7 +118,7 @@ def run(cfg: DictConfig, run_dir: Path) -> Any:
     """
     _check_folder(run_dir, cfg)
     _check_complete(cfg.task)
-    task = _build(cfg.task)
+    task = _build(copy.deepcopy(cfg).task)  # Hydra resolves references in place; what is written keeps them
     _write_config(run_dir, cfg)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its import set INFO; a stage says it in one line
     return task(run_dir=run_dir)

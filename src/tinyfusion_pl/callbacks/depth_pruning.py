@@ -20,7 +20,7 @@ from tinyfusion_pl.callbacks.nonfinite import NonFiniteGuard
 from tinyfusion_pl.models import save_shallow
 from tinyfusion_pl.pruning import Decision, DepthGates, Pattern, WeightUpdate, linear_anneal, remove_blocks, remove_gates
 from tinyfusion_pl.pruning.adapters import adapter_state, check_delta_w, load_adapter_state
-from tinyfusion_pl.pruning.blocks import get_stack, resolve_stacks
+from tinyfusion_pl.pruning.blocks import by_path, check_units, get_stack, resolve_stacks, single_units
 
 GATES = "depth_gates"
 
@@ -145,22 +145,35 @@ class DepthPruningCallback(Callback):
         if getattr(pl_module, GATES, None) is not None:
             self.gates = getattr(pl_module, GATES)
             return
+        self._root, patterns, units = self._plan(pl_module)
+        model = pl_module.get_submodule(self._root)
+        self.weight_update.start(model)
+        self.gates = DepthGates(model, patterns, **{**self.gate_options, "units": units}, tau=self.tau_start, rank=trainer.global_rank)
+        setattr(pl_module, GATES, self.gates)
+
+    def check(self, pl_module: LightningModule) -> None:
+        """Find out whether pattern, stacks and units fit the model of `pl_module`, and change nothing.
+
+        Raises:
+            ValueError: when they do not; says what would.
+        """
+        self._plan(pl_module)
+
+    def _plan(self, pl_module: LightningModule) -> tuple[str, dict[str, Pattern], dict[str, Any]]:
+        """The attribute of `pl_module` that holds all stacks ("" for itself); pattern and units by the stacks' paths inside it."""
         paths = resolve_stacks(pl_module, self.stacks)
         heads = {path.partition(".")[0] for path in paths}
-        self._root = heads.pop() if len(heads) == 1 and all("." in path for path in paths) else ""
-        model = pl_module.get_submodule(self._root)
-        inside = {path: path.removeprefix(f"{self._root}.") if self._root else path for path in paths}
-        pattern = self.pattern
-        if isinstance(pattern, Mapping):
-            pattern = {inside.get(path, path): value for path, value in pattern.items()}
-        gates_args = dict(self.gate_options, stacks=list(inside.values()), tau=self.tau_start, rank=trainer.global_rank)
-        for path in inside.values():  # before anything is changed
-            depth = len(get_stack(model, path))
-            if gates_args["units"] is None:
-                Pattern.parse(pattern[path] if isinstance(pattern, Mapping) else pattern).groups(depth)
-        self.weight_update.start(model)
-        self.gates = DepthGates(model, pattern, **gates_args)
-        setattr(pl_module, GATES, self.gates)
+        root = heads.pop() if len(heads) == 1 and all("." in path for path in paths) else ""
+        inside = {path: path.removeprefix(f"{root}.") if root else path for path in paths}  # a mapping may be keyed by either
+        patterns, units = (
+            by_path({inside.get(path, path): each for path, each in given.items()} if isinstance(given, Mapping) else given,
+                    list(inside.values()), name) for name, given in {"pattern": self.pattern, "units": self.gate_options["units"]}.items())
+        patterns = {path: Pattern.parse(pattern) for path, pattern in patterns.items()}
+        for path, short in inside.items():
+            depth = len(get_stack(pl_module, path))
+            members = single_units(depth) if units[short] is None else check_units(units[short], depth, path)
+            patterns[short].groups(len(members))
+        return root, patterns, units
 
     # -- training -----------------------------------------------------------------------------------------------------------------------
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

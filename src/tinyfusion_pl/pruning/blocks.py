@@ -104,9 +104,11 @@ def common_root(paths: Sequence[str]) -> str:
 
 
 def by_path(value, paths: Sequence[str], what: str) -> dict:
-    """`value` for each path: a mapping must name each path, anything else holds for all of them."""
+    """`value` for each path: a mapping must name each path and nothing else, anything else holds for all of them."""
     if not isinstance(value, Mapping):
         return {path: value for path in paths}
     if missing := [path for path in paths if path not in value]:
         raise ValueError(f"{what} is given per stack for {list(value)}, but not for {missing}; name each stack of {list(paths)}.")
+    if unknown := [path for path in value if path not in paths]:
+        raise ValueError(f"{what} is given for {unknown}, where there is no stack; the stacks are {list(paths)}.")
     return {path: value[path] for path in paths}

@@ -1,4 +1,4 @@
-"""What the CLI runs: plain functions of instantiated objects, resumable, each in a run folder."""
+"""What the CLI runs: callables made of instantiated objects, resumable, each in a run folder."""
 
 from tinyfusion_pl.tasks.evaluate import Evaluate
 from tinyfusion_pl.tasks.fitting import Fit, csv_logger, wandb_logger
@@ -6,10 +6,10 @@ from tinyfusion_pl.tasks.folder import Inputs, RunFolder
 from tinyfusion_pl.tasks.learn_mask import LearnMask
 from tinyfusion_pl.tasks.recover import Recover
 from tinyfusion_pl.tasks.report import Report
-from tinyfusion_pl.tasks.stages import run_stages
+from tinyfusion_pl.tasks.stages import Pipeline
 from tinyfusion_pl.tasks.train import Train, train_denoiser
 
 __all__ = [
-    "Evaluate", "Fit", "Inputs", "LearnMask", "Recover", "Report", "RunFolder", "Train", "csv_logger", "run_stages", "train_denoiser",
+    "Evaluate", "Fit", "Inputs", "LearnMask", "Pipeline", "Recover", "Report", "RunFolder", "Train", "csv_logger", "train_denoiser",
     "wandb_logger",
 ]

@@ -31,6 +31,14 @@ class LearnMask:
     def __post_init__(self) -> None:
         self.pruning()  # a wrong pattern or temperature is found before anything runs
 
+    def check(self, inputs: Inputs) -> None:
+        """Find out whether the pattern fits the teacher.
+
+        Raises:
+            ValueError: when it does not; says which would.
+        """
+        self.pruning().check(self.module(inputs.teacher, objective=inputs.objective))
+
     def run(self, folder: RunFolder, inputs: Inputs) -> None:
         if (done := folder.result("learn_mask")) is not None:
             say(f"learn_mask: done before, kept {done['kept_blocks']}; shallow model in {folder.shallow}")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,37 @@ from tinyfusion_pl.tasks.recover import Recover
 from tinyfusion_pl.tasks.report import Report
 
 
-def run_stages(stages: Sequence[str], *, run_dir: str | Path, name: str, seed: int, teacher: nn.Module, objective: Any,
-               data: LightningDataModule, learn_mask: LearnMask, recover: Recover, evaluate: Evaluate) -> None:
-    """Run `stages`, of ``learn_mask, recover, evaluate, report``, in this order; finished ones are passed over.
+@dataclass(kw_only=True)
+class Pipeline:
+    """`stages`, of ``learn_mask, recover, evaluate, report``, in this order; call it with a run folder. Finished stages are passed over.
 
-    Everything is built before the first of them starts, so a mistake in the last one's configuration costs no training.
+    Everything is built and checked before anything is written or trained, so a mistake in the last stage's configuration costs nothing.
+
+    Raises:
+        ValueError: for unknown stages, a pattern that does not fit the teacher, data that cannot be evaluated.
     """
-    known: Mapping[str, Any] = {"learn_mask": learn_mask, "recover": recover, "evaluate": evaluate, "report": Report()}
-    if unknown := [stage for stage in stages if stage not in known]:
-        raise ValueError(f"Unknown stages {unknown}; known are {list(known)}.")
-    folder = RunFolder(run_dir)
-    inputs = Inputs(name=name, seed=seed, teacher=teacher, objective=objective, data=data)
-    if "evaluate" in stages:
-        data.reference_pictures()  # data that cannot be evaluated are found out now, not after the training
-    for stage in stages:
-        known[stage].run(folder, inputs)
+
+    stages: Sequence[str]
+    name: str
+    seed: int
+    teacher: nn.Module
+    objective: Any
+    data: LightningDataModule
+    learn_mask: LearnMask
+    recover: Recover
+    evaluate: Evaluate
+
+    def __post_init__(self) -> None:
+        self.known = {"learn_mask": self.learn_mask, "recover": self.recover, "evaluate": self.evaluate, "report": Report()}
+        if unknown := [stage for stage in self.stages if stage not in self.known]:
+            raise ValueError(f"Unknown stages {unknown}; known are {list(self.known)}.")
+        self.inputs = Inputs(name=self.name, seed=self.seed, teacher=self.teacher, objective=self.objective, data=self.data)
+        if "learn_mask" in self.stages:
+            self.learn_mask.check(self.inputs)
+        if "evaluate" in self.stages:
+            self.data.reference_pictures()
+
+    def __call__(self, *, run_dir: str | Path) -> None:
+        folder = RunFolder(run_dir)
+        for stage in self.stages:
+            self.known[stage].run(folder, self.inputs)

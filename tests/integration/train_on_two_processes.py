@@ -1,0 +1,106 @@
+"""Started by test_ddp.py with a case's name and an output folder: a real two-process fit, each rank leaving what it saw."""
+
+import sys
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
+from torch.utils.data import DataLoader, TensorDataset
+
+from tinyfusion_pl import DepthPruningCallback, MaskLearning, Recovery, create_model
+from tinyfusion_pl.callbacks import NonFiniteGuard, RandomState
+from tinyfusion_pl.distill import Distillation
+from tinyfusion_pl.objectives import GaussianDiffusion
+from tinyfusion_pl.pruning.gates import StackGates
+
+NUM_STEPS = 3
+
+
+def denoiser():
+    torch.manual_seed(3)
+    model = create_model("dit_digits", depth=4, hidden_size=16, num_heads=2, input_size=4, num_classes=5)
+    for p in model.parameters():  # the last layers start at zero, where nothing would be learned in three steps
+        torch.nn.init.normal_(p, std=0.2)
+    return model
+
+
+class Watch(Callback):
+    """Keeps what one rank drew, and its weights after each step."""
+
+    def __init__(self, objective):
+        self.seen = {"masks": [], "x_t": [], "t": [], "noise": [], "y": [], "logits": [], "weights": []}
+        build, draw = StackGates.mask, objective.draw
+
+        def mask(gates, drawn):
+            mask = build(gates, drawn)
+            self.seen["masks"].append(mask.detach().clone())
+            return mask
+
+        def drawing(x0, **kwargs):
+            drawn = draw(x0, **kwargs)
+            for name in ("x_t", "t", "noise"):
+                self.seen[name].append(getattr(drawn, name).clone())
+            return drawn
+
+        StackGates.mask, objective.draw = mask, drawing
+
+    def on_train_start(self, trainer, pl_module):
+        drop = pl_module.drop_labels
+
+        def drop_labels(y):
+            y = drop(y)
+            self.seen["y"].append(y.clone())
+            return y
+
+        pl_module.drop_labels = drop_labels
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        gates = getattr(pl_module, "depth_gates", None)
+        if gates is not None:
+            self.seen["logits"].append([p.detach().clone() for p in gates.logits()])
+        self.seen["weights"].append({k: v.clone() for k, v in pl_module.denoiser.state_dict().items()})
+
+
+def main(case, folder):
+    seed_everything(7)
+    objective = GaussianDiffusion()
+    x = torch.ones(16, 1, 4, 4)  # alike on both ranks, so that only the drawing can differ
+    if case == "nan":
+        x[1] = float("nan")  # the first batch of rank 1, and of it alone
+    loader = DataLoader(TensorDataset(x, torch.zeros(16, dtype=torch.long)), batch_size=2, shuffle=False)
+    watch = Watch(objective)
+    kwargs = {"objective": objective, "label_dropout": 0.5}
+    if case == "recovery":
+        student = denoiser()
+        student.blocks = student.blocks[:2]
+        module = Recovery(student, teacher=denoiser(), distillation=Distillation(pairs={"blocks": [[0, 1], [1, 3]]}), **kwargs)
+        callbacks = [NonFiniteGuard(), watch, RandomState()]
+    else:
+        module = MaskLearning(denoiser(), **kwargs)
+        pruning = DepthPruningCallback("1:2", weight_update="lora" if case == "lora" else "full", save_dir=folder / "shallow",
+                                       decisions_path=folder / "decisions.jsonl", init=0.0)
+        callbacks = [pruning, watch, RandomState()]
+        if case == "saturated":
+            callbacks.insert(1, Saturate())
+    trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", max_steps=NUM_STEPS, callbacks=callbacks, logger=False,
+                      enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=1,
+                      default_root_dir=folder)
+    trainer.fit(module, loader)
+    left = {**watch.seen, "teacher_in_state_dict": any("teacher" in key for key in module.state_dict())}
+    if case != "recovery":
+        left |= {"kept_blocks": pruning.decision.kept_blocks, "num_skipped": pruning.guard.num_skipped,
+                 "shallow": pruning.shallow_model.state_dict()}
+    torch.save(left, folder / f"rank{trainer.global_rank}.pt")
+
+
+class Saturate(Callback):
+    """Logits so far apart that every sample of every rank drops the same blocks."""
+
+    def on_fit_start(self, trainer, pl_module):
+        with torch.no_grad():
+            for logits in pl_module.depth_gates.logits():
+                logits.copy_(torch.tensor([50.0, -50.0]))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
