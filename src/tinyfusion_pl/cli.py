@@ -116,11 +116,14 @@ def run(cfg: DictConfig, run_dir: Path) -> Any:
     Raises:
         ValueError: a value is missing or wrong, or `run_dir` holds a run of another configuration.
     """
+    import lightning.pytorch  # noqa: F401  its import sets the level INFO; a stage says in one line what Lightning says in ten
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    _check_added(cfg)
     _check_folder(run_dir, cfg)
     _check_complete(cfg.task)
     task = _build(copy.deepcopy(cfg).task)  # Hydra resolves references in place; what is written keeps them
     _write_config(run_dir, cfg)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its import set INFO; a stage says it in one line
     return task(run_dir=run_dir)
 
 
@@ -135,8 +138,8 @@ def _build(node: DictConfig) -> Any:
                 try:
                     hydra.utils.instantiate(part, _convert_="all")
                 except Exception as of_part:
-                    sentences.append(_sentence(of_part))
-        if len(sentences) < 2 or None in sentences:
+                    sentences.append(_sentence(of_part) or repr(of_part))
+        if len(sentences) < 2:
             raise
         raise ValueError("\n".join(sentences)) from error
 
@@ -216,6 +219,17 @@ def _write_config(run_dir: Path, cfg: DictConfig) -> None:
             where[key] = OmegaConf.to_container(cfg[key], resolve=True) if OmegaConf.is_config(cfg[key]) else cfg[key]
     whole = {**identity(cfg), "task": raw["task"], **where}
     write_text(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(whole)))
+
+
+def _check_added(cfg: DictConfig) -> None:
+    """Refuse ``+experimnt=x``: Hydra adds it as a setting that nothing reads, and the default would run."""
+    if not HydraConfig.initialized():
+        return
+    for override in HydraConfig.get().overrides.task:
+        key = override.removeprefix("+").partition("=")[0]
+        if override.startswith("+") and "." not in key and "@" not in key and key in cfg and not OmegaConf.is_config(cfg[key]):
+            raise ValueError(f"There is no configuration group {key!r} to add ({override}). Groups to add are +experiment, +sweep and "
+                             "+debug; --help lists the choices.")
 
 
 def _check_complete(node: DictConfig | ListConfig) -> None:

@@ -59,10 +59,14 @@ class Denoising(LightningModule):
         parameters = [p for p in self.trained_parameters() if p.requires_grad]
         if not parameters:  # gates alone are learned: Lightning still needs something to step
             return None
+        return self.make_optimizers(parameters, num_steps=int(self.trainer.estimated_stepping_batches))
+
+    def make_optimizers(self, parameters: list[nn.Parameter], *, num_steps: int) -> Any:
+        """Optimizer and scheduler for `parameters` over `num_steps`, as ``configure_optimizers`` returns them."""
         optimizer = (self.optimizer_factory or (lambda p: torch.optim.AdamW(p, lr=self.default_lr, weight_decay=0.0)))(parameters)
         if self.scheduler_factory is None:
             return optimizer
-        scheduler = self.scheduler_factory(optimizer, num_steps=int(self.trainer.estimated_stepping_batches))
+        scheduler = self.scheduler_factory(optimizer, num_steps=num_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def trained_parameters(self) -> Iterable[nn.Parameter]:

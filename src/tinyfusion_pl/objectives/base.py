@@ -30,5 +30,8 @@ class Objective(Protocol):
     def distillation_losses(self, output: Tensor, teacher_output: Tensor, draw: Draw) -> dict[str, Tensor]:
         """Per-sample (N,) "loss_kd" and its terms for the student's output against the teacher's."""
 
+    def check_sampling(self, **options: Any) -> None:
+        """Raise ValueError for options that `sample` would refuse, and TypeError for those it does not know."""
+
     def sample(self, denoiser: nn.Module, z: Tensor, y: Tensor, **options: Any) -> Tensor:
         """Samples (N, ...) from noise `z` (N, ...) with labels `y` (N,)."""

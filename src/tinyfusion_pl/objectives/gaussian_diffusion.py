@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tinyfusion_pl.objectives.base import Draw
 from tinyfusion_pl.objectives.likelihood import discretized_gaussian_log_likelihood, gaussian_kl
-from tinyfusion_pl.objectives.sampling import sample_chain
+from tinyfusion_pl.objectives.sampling import check_options, sample_chain
 
 NOISE_SCHEDULES = ("linear",)
 
@@ -170,6 +170,10 @@ class GaussianDiffusion:
 
     # -- sampling -----------------------------------------------------------------------------------------------------------------------
     @torch.no_grad()
+    def check_sampling(self, **options: Any) -> None:
+        """Raise ValueError for options that `sample` would refuse."""
+        check_options(self, **options)
+
     def sample(self, denoiser: nn.Module, z: Tensor, y: Tensor, **options: Any) -> Tensor:
         """Samples (N, C, H, W) from noise `z`; see `tinyfusion_pl.objectives.sampling.sample_chain` for the options."""
         return sample_chain(self, denoiser, z, y, **options)

@@ -31,6 +31,18 @@ def guided(denoiser: nn.Module, x: Tensor, t: Tensor, y: Tensor, *, guidance_sca
     return torch.cat([mixed, conditional[:, k:]], 1)
 
 
+def check_options(objective: GaussianDiffusion, *, num_sampling_steps: int = 250, sampler: str = "ddpm", eta: float = 0.0,
+                  guidance_scale: float = 1.0, guidance_channels: int | None = 3, clip_denoised: bool = False) -> None:
+    """Raise the ValueError that `sample_chain` would raise for these options (see there)."""
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler is {sampler!r}; give one of {', '.join(map(repr, SAMPLERS))}.")
+    if guidance_channels is not None and guidance_channels < 1:
+        raise ValueError(f"guidance_channels is {guidance_channels}; give at least 1 (published: 3), or null for all.")
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta is {eta}; give a number in [0, 1].")
+    objective.respaced(num_sampling_steps)
+
+
 def sample_chain(objective: GaussianDiffusion, denoiser: nn.Module, z: Tensor, y: Tensor, *, num_sampling_steps: int = 250,
                  sampler: str = "ddpm", eta: float = 0.0, guidance_scale: float = 1.0, guidance_channels: int | None = 3,
                  noise: Tensor | None = None, generator: torch.Generator | None = None, clip_denoised: bool = False) -> Tensor:
@@ -49,12 +61,7 @@ def sample_chain(objective: GaussianDiffusion, denoiser: nn.Module, z: Tensor, y
     Raises:
         ValueError: for settings out of range or noise of another shape.
     """
-    if sampler not in SAMPLERS:
-        raise ValueError(f"sampler is {sampler!r}; give one of {', '.join(map(repr, SAMPLERS))}.")
-    if guidance_channels is not None and guidance_channels < 1:
-        raise ValueError(f"guidance_channels is {guidance_channels}; give at least 1 (published: 3), or null for all.")
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta is {eta}; give a number in [0, 1].")
+    check_options(objective, num_sampling_steps=num_sampling_steps, sampler=sampler, eta=eta, guidance_channels=guidance_channels)
     tables, timesteps = objective.respaced(num_sampling_steps)
     if noise is not None and noise.shape != (expected := (num_sampling_steps, *z.shape)):
         raise ValueError(f"noise has shape {tuple(noise.shape)}; expected {tuple(expected)} (steps, then the shape of z).")

@@ -54,6 +54,16 @@ class Evaluate:
         if self.num_shown > self.num_samples:
             raise ValueError(f"evaluate.num_shown={self.num_shown} is more than num_samples={self.num_samples}.")
 
+    def check(self, inputs: Inputs) -> None:
+        """Find out whether the sampling settings hold and the data can be evaluated, before anything is trained.
+
+        Raises:
+            ValueError: when they do not.
+        """
+        inputs.objective.check_sampling(**self.sampling)
+        self.trainer()
+        inputs.data.reference_pictures()
+
     def run(self, folder: RunFolder, inputs: Inputs) -> None:
         """Measure the models of a run folder; each one's numbers are kept as soon as they are there."""
         if folder.result("evaluate") is not None:

@@ -9,12 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.trainer.states import TrainerStatus
+from torch import nn
 
 from tinyfusion_pl.callbacks import Clock, RandomState
+from tinyfusion_pl.modules import Denoising
 from tinyfusion_pl.tasks.folder import RunFolder
 
 
@@ -33,6 +36,19 @@ class Fit:
     callbacks: Mapping[str, Callback] = field(default_factory=dict)
     logger: Callable[..., Logger] | None = None
     checkpoint_every_n_steps: int = 50
+
+    def check(self, stage: str, module: Denoising) -> None:
+        """Build the Trainer and the optimizer of `module` once, to find wrong settings before anything is trained.
+
+        Raises:
+            ValueError: when the number of steps is not stated; whatever Trainer, optimizer and scheduler refuse.
+        """
+        max_steps = self.trainer(callbacks=list(self.callbacks.values()), logger=False, enable_checkpointing=False).max_steps
+        if max_steps < 1:
+            raise ValueError(f"{stage}.fit.trainer.max_steps is {max_steps}; give a count of optimizer steps >= 1.")
+        if self.checkpoint_every_n_steps < 1:
+            raise ValueError(f"{stage}.fit.checkpoint_every_n_steps is {self.checkpoint_every_n_steps}; give a count >= 1.")
+        module.make_optimizers([nn.Parameter(torch.zeros(1))], num_steps=max_steps)
 
     def run(self, stage: str, folder: RunFolder, module: LightningModule, data: LightningDataModule, *,
             first: Sequence[Callback] = ()) -> float:

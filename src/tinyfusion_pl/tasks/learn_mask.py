@@ -32,12 +32,14 @@ class LearnMask:
         self.pruning()  # a wrong pattern or temperature is found before anything runs
 
     def check(self, inputs: Inputs) -> None:
-        """Find out whether the pattern fits the teacher.
+        """Find out whether the settings hold and the pattern fits the teacher, before anything is trained.
 
         Raises:
-            ValueError: when it does not; says which would.
+            ValueError: when they do not; says what would.
         """
-        self.pruning().check(self.module(inputs.teacher, objective=inputs.objective))
+        module = self.module(inputs.teacher, objective=inputs.objective)
+        self.pruning().check(module)
+        self.fit.check("learn_mask", module)
 
     def run(self, folder: RunFolder, inputs: Inputs) -> None:
         if (done := folder.result("learn_mask")) is not None:

@@ -6,11 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from lightning.pytorch import seed_everything
+from torch import nn
 
 from tinyfusion_pl.artifacts import read_json
 from tinyfusion_pl.callbacks import NonFiniteGuard
 from tinyfusion_pl.models import load_checkpoint, load_decision, load_shallow, load_weights, save_shallow
 from tinyfusion_pl.modules import Recovery
+from tinyfusion_pl.pruning import Decision
 from tinyfusion_pl.tasks.fitting import Fit
 from tinyfusion_pl.tasks.folder import Inputs, RunFolder, say
 
@@ -32,6 +34,15 @@ class Recover:
     def __post_init__(self) -> None:
         if self.weights not in ("ema", "raw"):
             raise ValueError(f"recover.weights is {self.weights!r}; give 'ema' or 'raw'.")
+
+    def check(self, inputs: Inputs) -> None:
+        """Find out whether the settings hold, before anything is trained; layer pairs are checked against the student later.
+
+        Raises:
+            ValueError: when they do not.
+        """
+        module = self.module(nn.Identity(), teacher=nn.Identity(), decision=Decision({}), objective=inputs.objective)
+        self.fit.check("recover", module)
 
     def run(self, folder: RunFolder, inputs: Inputs) -> None:
         if folder.result("recover") is not None:

@@ -14,6 +14,9 @@ from tinyfusion_pl.tasks.folder import Inputs, RunFolder, say
 class Report:
     """Draws what the run folder holds."""
 
+    def check(self, inputs: Inputs) -> None:
+        """Nothing can be wrong beforehand."""
+
     @rank_zero_only
     def run(self, folder: RunFolder, inputs: Inputs) -> None:
         say(f"report: figures and page go to {folder / 'report.html'}")

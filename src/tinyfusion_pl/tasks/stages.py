@@ -24,7 +24,7 @@ class Pipeline:
     Everything is built and checked before anything is written or trained, so a mistake in the last stage's configuration costs nothing.
 
     Raises:
-        ValueError: for unknown stages, a pattern that does not fit the teacher, data that cannot be evaluated.
+        ValueError: for unknown stages, settings out of range, a pattern that does not fit the teacher, data that cannot be evaluated.
     """
 
     stages: Sequence[str]
@@ -42,10 +42,8 @@ class Pipeline:
         if unknown := [stage for stage in self.stages if stage not in self.known]:
             raise ValueError(f"Unknown stages {unknown}; known are {list(self.known)}.")
         self.inputs = Inputs(name=self.name, seed=self.seed, teacher=self.teacher, objective=self.objective, data=self.data)
-        if "learn_mask" in self.stages:
-            self.learn_mask.check(self.inputs)
-        if "evaluate" in self.stages:
-            self.data.reference_pictures()
+        for stage in self.stages:
+            self.known[stage].check(self.inputs)
 
     def __call__(self, *, run_dir: str | Path) -> None:
         folder = RunFolder(run_dir)
