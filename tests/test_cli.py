@@ -110,8 +110,13 @@ def test_a_task_gets_its_built_parts_and_the_run_folder(work):
 def test_the_same_command_has_the_same_folder_and_any_other_value_another(work):
     assert [toy(), toy(), toy("seed=0"), toy("paths.output_dir=elsewhere")] == [0] * 4
     assert len(folders(work)) == 1
-    assert [toy("seed=1"), toy("rate=0.01"), toy("part.pattern='1:4'"), toy("+more=1")] == [0] * 4
+    assert [toy("seed=1"), toy("rate=0.01"), toy("part.pattern='1:4'"), toy("++more=1")] == [0] * 4
     assert len(folders(work)) == 5
+
+
+def test_a_misspelt_group_is_refused_instead_of_added_as_a_setting_that_nothing_reads(work, capsys):
+    assert toy("+experimnt=dit_d14") == 1
+    assert "no configuration group 'experimnt'" in capsys.readouterr().err and not folders(work)
 
 
 def test_stages_of_one_configuration_share_a_folder(work):

@@ -116,13 +116,13 @@ def run(cfg: DictConfig, run_dir: Path) -> Any:
     Raises:
         ValueError: a value is missing or wrong, or `run_dir` holds a run of another configuration.
     """
-    import lightning.pytorch  # noqa: F401  its import sets the level INFO; a stage says in one line what Lightning says in ten
-
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    # A stage says in one line what Lightning says in ten. Its import sets the level of its outer logger to INFO: hence twice.
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     _check_added(cfg)
     _check_folder(run_dir, cfg)
     _check_complete(cfg.task)
     task = _build(copy.deepcopy(cfg).task)  # Hydra resolves references in place; what is written keeps them
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     _write_config(run_dir, cfg)
     return task(run_dir=run_dir)
 

@@ -46,6 +46,9 @@ def train_denoiser(*, run_dir: str | Path, name: str, seed: int, model: str, obj
     folder = RunFolder(run_dir)
     seed_everything(seed, workers=True)
     denoiser: nn.Module = create_model(model, **(overrides or {}))
+    inputs = Inputs(name=name, seed=seed, teacher=denoiser, objective=objective, data=data)
+    evaluate.check(inputs)
+    train.fit.check("train", train.module(denoiser, objective=objective))
     if folder.result("train") is None:
         say(f"train: {name}; checkpoints go to {folder / 'train'}, the model to {folder / 'trained'}")
         module = train.module(denoiser, objective=objective)
@@ -56,7 +59,6 @@ def train_denoiser(*, run_dir: str | Path, name: str, seed: int, model: str, obj
         folder.finish("train", {"seconds": seconds})
     load_weights(denoiser, folder / "trained" / "model.safetensors")
     say(f"train: measuring {evaluate.num_samples} samples")
-    inputs = Inputs(name=name, seed=seed, teacher=denoiser, objective=objective, data=data)
     shell = evaluate.generation(denoiser, inputs)
     evaluate.measure(shell, folder, reference=data.reference_pictures()[0])
     metrics = {**describe(denoiser), **shell.results}
