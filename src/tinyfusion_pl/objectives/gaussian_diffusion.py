@@ -169,11 +169,11 @@ class GaussianDiffusion:
         return torch.where(draw.t == 0, nll, kl) * (self.num_timesteps / 1000)
 
     # -- sampling -----------------------------------------------------------------------------------------------------------------------
-    @torch.no_grad()
     def check_sampling(self, **options: Any) -> None:
         """Raise ValueError for options that `sample` would refuse."""
         check_options(self, **options)
 
+    @torch.no_grad()
     def sample(self, denoiser: nn.Module, z: Tensor, y: Tensor, **options: Any) -> Tensor:
         """Samples (N, C, H, W) from noise `z`; see `tinyfusion_pl.objectives.sampling.sample_chain` for the options."""
         return sample_chain(self, denoiser, z, y, **options)
