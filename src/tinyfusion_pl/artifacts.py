@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -95,9 +95,12 @@ def save_tensors(
         temporary.chmod(mode)
 
 
-def load_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, on the CPU. `ArtifactError` if it is missing, truncated or something else."""
+def load_tensors(path: str | os.PathLike, *, only: Sequence[str] | None = None) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, or `only` some, on the CPU. `ArtifactError` if it is missing, truncated or something else."""
     try:
+        if only is not None:
+            with safetensors.safe_open(_existing(path), framework="pt") as file:
+                return {name: file.get_tensor(name) for name in only}
         return safetensors.torch.load_file(_existing(path))
     except OSError as error:
         raise ArtifactError(f"Cannot read {path}: {error}.") from error

@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from torch.utils.data import DataLoader, TensorDataset
 
 from tinyfusion_pl import DepthPruningCallback, MaskLearning, Recovery, create_model
-from tinyfusion_pl.callbacks import NonFiniteGuard, RandomState
+from tinyfusion_pl.callbacks import NonFiniteGuard
 from tinyfusion_pl.distill import Distillation
 from tinyfusion_pl.objectives import GaussianDiffusion
 from tinyfusion_pl.pruning.gates import StackGates
@@ -74,12 +74,12 @@ def main(case, folder):
         student = denoiser()
         student.blocks = student.blocks[:2]
         module = Recovery(student, teacher=denoiser(), distillation=Distillation(pairs={"blocks": [[0, 1], [1, 3]]}), **kwargs)
-        callbacks = [NonFiniteGuard(), watch, RandomState()]
+        callbacks = [NonFiniteGuard(), watch]
     else:
         module = MaskLearning(denoiser(), **kwargs)
         pruning = DepthPruningCallback("1:2", weight_update="lora" if case == "lora" else "full", save_dir=folder / "shallow",
                                        decisions_path=folder / "decisions.jsonl", init=0.0)
-        callbacks = [pruning, watch, RandomState()]
+        callbacks = [pruning, watch]
         if case == "saturated":
             callbacks.insert(1, Saturate())
     trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", max_steps=NUM_STEPS, callbacks=callbacks, logger=False,

@@ -76,8 +76,8 @@ def test_cli_of_the_installed_wheel_works_in_another_directory(wheel, tmp_path):
     site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
     run(sys.executable, "-m", "pip", "install", "--no-deps", "--quiet", "--target", site, wheel, cwd=tmp_path)
     elsewhere.mkdir()
-    main = site / "tinyfusion_pl" / "conf" / "main.yaml"  # marked, so that no other copy can answer
-    main.write_text(main.read_text().replace("name: digits_d6", "name: of_the_wheel"))
+    default = site / "tinyfusion_pl" / "conf" / "run" / "default.yaml"  # marked, so that no other copy can answer
+    default.write_text(default.read_text().replace("name: digits_d6", "name: of_the_wheel"))
     there = {"PYTHONPATH": str(site)}  # comes before an editable install of the checkout
     assert "name: of_the_wheel" in run(sys.executable, "-m", "tinyfusion_pl", "--cfg", "job", cwd=elsewhere, **there)
     assert "task: " in run(sys.executable, site / "bin" / "tinyfusion", "--help", cwd=elsewhere, **there)

@@ -90,11 +90,11 @@ def test_unknown_protocols_are_not_called_comparable(two_runs):
 
 def test_what_only_one_run_measured_has_no_difference(two_runs):
     def change(metrics):
-        metrics["recovered"]["sfid"] = 6.25
+        metrics["recovered"]["clip_score"] = 6.25
         del metrics["pruned"], metrics["peak_memory_mib"]
 
     table = compare(*two_runs(change))
-    assert rows(table, "recovered")["sfid"] == ["—", "6.25"]
+    assert rows(table, "recovered")["clip_score"] == ["—", "6.25"]
     assert rows(table, "pruned")["FID"] == ["1,069", "—"]
 
 

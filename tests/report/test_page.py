@@ -123,10 +123,10 @@ def test_page_says_which_blocks_stay(new_run, undrawn):
 def test_unknown_metrics_become_rows_and_values_that_are_no_numbers_do_not(new_run, undrawn, rows):
     run = new_run()
     metrics = json.loads((run / "metrics.json").read_text())
-    metrics["recovered"] |= {"sfid": 6.25, "note": "hello", "broken": None}
+    metrics["recovered"] |= {"clip_score": 6.25, "note": "hello", "broken": None}
     (run / "metrics.json").write_text(json.dumps(metrics))
     table = rows(Page(write_report(run)))
-    assert table["sfid"][:3] == ["—", "—", "6.25"]
+    assert table["clip_score"][:3] == ["—", "—", "6.25"]
     assert not {"note", "broken"} & table.keys()
 
 

@@ -3,8 +3,10 @@
 from tinyfusion_pl.callbacks.clock import Clock
 from tinyfusion_pl.callbacks.depth_pruning import DepthPruningCallback
 from tinyfusion_pl.callbacks.ema import EMAWithWarmup
+from tinyfusion_pl.callbacks.evaluation import EvaluationCallback
 from tinyfusion_pl.callbacks.nonfinite import NonFiniteGuard
-from tinyfusion_pl.callbacks.progress import StepProgressBar
-from tinyfusion_pl.callbacks.random_state import RandomState
+from tinyfusion_pl.callbacks.progress import SamplingProgressBar, StepProgressBar
 
-__all__ = ["Clock", "DepthPruningCallback", "EMAWithWarmup", "NonFiniteGuard", "RandomState", "StepProgressBar"]
+__all__ = [
+    "Clock", "DepthPruningCallback", "EMAWithWarmup", "EvaluationCallback", "NonFiniteGuard", "SamplingProgressBar", "StepProgressBar",
+]

@@ -20,7 +20,7 @@ from tinyfusion_pl.callbacks.nonfinite import NonFiniteGuard
 from tinyfusion_pl.models import save_shallow
 from tinyfusion_pl.pruning import Decision, DepthGates, Pattern, WeightUpdate, linear_anneal, remove_blocks, remove_gates
 from tinyfusion_pl.pruning.adapters import adapter_state, check_delta_w, load_adapter_state
-from tinyfusion_pl.pruning.blocks import by_path, check_units, get_stack, resolve_stacks, single_units
+from tinyfusion_pl.pruning.blocks import by_path, check_units, find_stacks, get_stack, resolve_stacks, single_units
 
 GATES = "depth_gates"
 
@@ -98,6 +98,11 @@ class DepthPruningCallback(Callback):
         self._optimizer: torch.optim.Optimizer | None = None
         self._optimizer_state: dict[str, Any] | None = None
         self._pending: list[torch.Tensor] | None = None  # gradients of the logits to step with at the batch's end
+        self._stepped = False  # whether an optimizer stepped, or skipped its step, in this batch
+        self._num_batches_stepped = self._num_updates = 0  # batches with an optimizer step; steps of the logits
+        self._logged_step = -1
+        self._restored = self._remembered = False
+        self._sources: Mapping[str, Any] = {}
 
     # -- attaching ----------------------------------------------------------------------------------------------------------------------
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -141,15 +146,27 @@ class DepthPruningCallback(Callback):
         pl_module.configure_model = types.MethodType(configure_model, pl_module)
 
     def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put adapters and gates on the model of `pl_module`; does nothing when they are there."""
-        if getattr(pl_module, GATES, None) is not None:
-            self.gates = getattr(pl_module, GATES)
+        """Put adapters and gates on the model of `pl_module`; does nothing when this callback's are there."""
+        if (found := getattr(pl_module, GATES, None)) is not None:
+            if found is not self.gates:
+                raise ValueError(f"{type(pl_module).__name__} carries the gates of an earlier DepthPruningCallback. Take them off with its "
+                                 "detach(module), prune a fresh module, or fit again with that callback.")
             return
         self._root, patterns, units = self._plan(pl_module)
         model = pl_module.get_submodule(self._root)
         self.weight_update.start(model)
         self.gates = DepthGates(model, patterns, **{**self.gate_options, "units": units}, tau=self.tau_start, rank=trainer.global_rank)
         setattr(pl_module, GATES, self.gates)
+        self._sources = self.source or getattr(model, "source", None) or {}
+
+    def detach(self, pl_module: LightningModule) -> None:
+        """Take gates and adapters off `pl_module`, which gets its original weights back or keeps what it learned (`delta_w`)."""
+        model = self._model(pl_module)
+        remove_gates(model)
+        delattr(pl_module, GATES)
+        self.weight_update.finish(model, delta_w=self.delta_w)
+        self.gates = self._optimizer_state = None
+        self._remembered = False
 
     def check(self, pl_module: LightningModule) -> None:
         """Find out whether pattern, stacks and units fit the model of `pl_module`, and change nothing.
@@ -184,6 +201,13 @@ class DepthPruningCallback(Callback):
             if not any(getattr(block.__dict__.get("forward"), "__self__", None) is not None for block in stack):
                 raise ValueError(f"The blocks at '{path}' were replaced after gates were put on them. Build the model once: in __init__, "
                                  "setup or configure_model.")
+        if self.stacks is None and (found := [p for p in find_stacks(pl_module) if not p.startswith(GATES)]) != (gated := self._gated()):
+            raise ValueError(f"Gates were put on {', '.join(gated)}, all that looked like blocks before the model was whole; now "
+                             f"{', '.join(found)} does. Name the block list: stacks={found[0]!r}.")
+        if not self._remembered:  # again, now that the module's setup has run and a checkpoint of dense weights may be restored
+            self.weight_update.remember(self._model(pl_module))
+            self._remembered = True
+        self._pending, self.decision, self._num_updates, self._logged_step = None, None, 0, -1
         logits = {id(p) for p in self.gates.logits()}
         for optimizer in trainer.optimizers:  # the callback steps them itself: a group added now would break a scheduler
             for group in optimizer.param_groups:
@@ -191,16 +215,37 @@ class DepthPruningCallback(Callback):
         self._optimizer = torch.optim.AdamW(self.gates.logits(), lr=self.logits_lr, weight_decay=0.0)
         if self._optimizer_state is not None:
             self._optimizer.load_state_dict(self._optimizer_state)
+            self._optimizer_state = None  # of the run that goes on, not of a later fit
+        if not self._restored:
+            self._num_batches_stepped = 0
+        self._restored, self._num_before = False, self._num_batches_stepped
         if self.anneal_steps is None and not 0 < trainer.estimated_stepping_batches < float("inf"):
             raise ValueError("The number of training steps is not known, so the temperature cannot be annealed over it. "
                              "Give max_steps to the Trainer or anneal_steps to DepthPruningCallback.")
         self._num_steps = self.anneal_steps or int(trainer.estimated_stepping_batches)
+        # max_steps counts the steps of all optimizers, an epoch's length the batches.
+        self._count_all = self.anneal_steps is None and self._num_steps == trainer.max_steps
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if still := [name for name, block in self._blocks(pl_module) if not block.training]:
+            raise ValueError(f"{len(still)} gated blocks are in evaluation mode ({', '.join(still[:3])}, ...), where gates draw no "
+                             "masks and nothing is learned. Call train() on the model before fit; dropout in the blocks can be set to 0.")
+
+    def _blocks(self, pl_module: LightningModule) -> list[tuple[str, nn.Module]]:
+        model = self._model(pl_module)
+        return [(f"{gates.path}.{i}", block) for gates in self.gates.stacks for i, block in enumerate(get_stack(model, gates.path))]
+
+    def _gated(self) -> list[str]:
+        """Paths of the gated stacks in the LightningModule."""
+        return [f"{self._root}.{gates.path}" if self._root else gates.path for gates in self.gates.stacks]
 
     def _model(self, pl_module: LightningModule) -> nn.Module:
         return pl_module.get_submodule(self._root)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self.gates.tau = linear_anneal(trainer.global_step, self._num_steps, start=self.tau_start, end=self.tau_end)
+        step = trainer.global_step if self._count_all else self._num_batches_stepped
+        self.gates.tau = linear_anneal(step, self._num_steps, start=self.tau_start, end=self.tau_end)
+        self._stepped = False
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor) -> None:
         self.guard.on_before_backward(trainer, pl_module, loss)
@@ -208,16 +253,18 @@ class DepthPruningCallback(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer) -> None:
         """Set the logits' gradients aside: several optimizers may step in one batch, the logits step once at its end."""
         self.guard.on_before_optimizer_step(trainer, pl_module, optimizer)
+        self._stepped = True
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         scale = 1.0 if scaler is None else scaler.get_scale()
         grads = [None if p.grad is None else p.grad / scale for p in self.gates.logits()]
         for p in self.gates.logits():
             p.grad = None
-        if any(g is None or not torch.isfinite(g).all() for g in grads):
+        if any(g is None for g in grads) or not torch.stack([torch.isfinite(g).all() for g in grads]).all():
             return
         self._pending = grads if self._pending is None else [a + b for a, b in zip(self._pending, grads)]
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._num_batches_stepped += self._stepped
         if self._pending is not None:
             for p, grad in zip(self.gates.logits(), self._pending):
                 p.grad = grad
@@ -225,11 +272,14 @@ class DepthPruningCallback(Callback):
             self._optimizer.step()
             self._optimizer.zero_grad()
             self._pending = None
+            self._num_updates += 1
             self.gates.update_average()
-            if trainer.global_step % trainer.log_every_n_steps == 0 or trainer.global_step == 1:
+            every = trainer.log_every_n_steps
+            if every and (trainer.global_step % every == 0 or trainer.global_step == 1):
                 self._log(trainer)
 
     def _log(self, trainer: Trainer) -> None:
+        self._logged_step = trainer.global_step
         decision = self.gates.decide()
         groups = [group for stack in decision.stacks.values() for group in stack.groups]
         metrics = {
@@ -256,7 +306,12 @@ class DepthPruningCallback(Callback):
     # -- freezing -----------------------------------------------------------------------------------------------------------------------
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Here, before a weight averaging callback further down the list writes averaged logits over the learned ones.
+        if self._num_batches_stepped > self._num_before and not self._num_updates and not self.guard.num_skipped:
+            raise ValueError("The gate logits never got a gradient: the training step does not run the gated blocks "
+                             f"({', '.join(self._gated())}), or runs them without a graph. Name the blocks that it runs: stacks=PATH.")
         self.decision = self.gates.decide()
+        if self._num_updates and self._logged_step != trainer.global_step:
+            self._log(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.decision is None:  # resumed from a checkpoint of the last step: there was nothing left to train
@@ -282,7 +337,7 @@ class DepthPruningCallback(Callback):
         """What goes beside the shallow weights: decision, source, configuration, seed."""
         return {
             "stacks": self.decision.as_dict(),
-            "source": dict(self.source or {}),
+            "source": dict(self._sources),
             "model_factory": None if self.model_factory is None else dict(self.model_factory),
             "configuration": {
                 "weight_update": self.weight_update.describe(), "delta_w": self.delta_w, "tau_start": self.tau_start,
@@ -295,12 +350,18 @@ class DepthPruningCallback(Callback):
 
     # -- checkpoints --------------------------------------------------------------------------------------------------------------------
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self.gates is None:  # not fitted: nothing of this callback's is there
+            return
         checkpoint[type(self).__name__] = {
             "gates": self.gates.gate_state(),
             "optimizer": None if self._optimizer is None else self._optimizer.state_dict(),
             "adapters": adapter_state(self._model(pl_module)),
             "original": self.weight_update.original,
             "guard": self.guard.state_dict(),
+            "num_batches_stepped": self._num_batches_stepped,
+            # Weight averaging keeps its average under the keys of the state dict, where neither logits nor adapters are.
+            "averaged": [{"gates": getattr(average, GATES).gate_state(), "adapters": adapter_state(self._model(average))}
+                         for average in _averages(trainer)],
         }
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -311,3 +372,13 @@ class DepthPruningCallback(Callback):
         self.weight_update.original = state["original"]
         self._optimizer_state = state["optimizer"]
         self.guard.load_state_dict(state["guard"])
+        self._num_batches_stepped, self._restored, self._remembered = state["num_batches_stepped"], True, True
+        for average, saved in zip(_averages(trainer), state["averaged"]):
+            getattr(average, GATES).load_gate_state(saved["gates"])
+            load_adapter_state(self._model(average), saved["adapters"])
+
+
+def _averages(trainer: Trainer) -> list[nn.Module]:
+    """The averaged modules of the Trainer's weight averaging callbacks."""
+    models = [callback._average_model for callback in trainer.callbacks if isinstance(callback, WeightAveraging)]
+    return [model.module for model in models if model is not None]

@@ -13,6 +13,8 @@ from torch import Tensor
 class NonFiniteGuard(Callback):
     """Skip an optimizer step whose loss or gradients are not finite; stop the run after too many in a row.
 
+    With several optimizers each one's steps are counted by themselves.
+
     The flag is reduced over all ranks, so that every rank skips the same step. Skipping takes the gradients away: optimizers leave
     parameters without a gradient alone. Steps and schedules go on counting, as in the published code. Under fp16 a gradient scaler does
     its own skipping, and only the loss is looked at.
@@ -28,7 +30,8 @@ class NonFiniteGuard(Callback):
         if max_consecutive < 1:
             raise ValueError(f"max_consecutive is {max_consecutive}; give a count >= 1.")
         self.max_consecutive = max_consecutive
-        self.num_skipped = self.num_consecutive = 0
+        self.num_skipped = 0
+        self.in_a_row: dict[int, int] = {}  # by the optimizer's place in the Trainer
         self.skipping = False
         self._bad_loss: Tensor | None = None
 
@@ -47,24 +50,25 @@ class NonFiniteGuard(Callback):
             norms = torch._foreach_norm(grads)
             bad = bad | ~torch.isfinite(torch.stack([n.to(bad.device, torch.float32) for n in norms])).all()
         self._bad_loss = None
+        place = next((i for i, each in enumerate(trainer.optimizers) if each is getattr(optimizer, "optimizer", optimizer)), 0)
         self.skipping = bool(trainer.strategy.reduce(bad.float(), reduce_op="sum") > 0)
         if not self.skipping:
-            self.num_consecutive = 0
+            self.in_a_row[place] = 0
             return
         for parameter in parameters.values():
             parameter.grad = None
         self.num_skipped += 1
-        self.num_consecutive += 1
+        self.in_a_row[place] = self.in_a_row.get(place, 0) + 1
         rank_zero_warn(f"Step {trainer.global_step}: the loss or a gradient is not finite; the optimizer step is skipped "
                        f"({self.num_skipped} so far).")
-        if self.num_consecutive >= self.max_consecutive:
+        if self.in_a_row[place] >= self.max_consecutive:
             raise FloatingPointError(
-                f"{self.num_consecutive} optimizer steps in a row had a non-finite loss or gradient (last at step {trainer.global_step}). "
+                f"{self.in_a_row[place]} optimizer steps in a row had a non-finite loss or gradient (last at step {trainer.global_step}). "
                 "Lower the learning rate, check the data for NaN, or train in a wider precision (trainer.precision=bf16-mixed or 32-true)."
             )
 
     def state_dict(self) -> dict[str, Any]:
-        return {"num_skipped": self.num_skipped, "num_consecutive": self.num_consecutive}
+        return {"num_skipped": self.num_skipped, "in_a_row": dict(self.in_a_row)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.num_skipped, self.num_consecutive = state_dict["num_skipped"], state_dict["num_consecutive"]
+        self.num_skipped, self.in_a_row = state_dict["num_skipped"], dict(state_dict["in_a_row"])

@@ -1,4 +1,4 @@
-"""Lightning's rich progress bar for trainings that count steps."""
+"""Lightning's rich progress bar for trainings that count steps and for sampling, which counts pictures."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks.progress.rich_progress import ProcessingSpeedColumn
+from rich.text import Text
 
 
 class StepProgressBar(RichProgressBar):
@@ -18,3 +20,31 @@ class StepProgressBar(RichProgressBar):
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
         return metrics
+
+
+class SamplingProgressBar(RichProgressBar):
+    """The rich bar for `Generation`: batches, time gone and left, and images/s of all devices together."""
+
+    @property
+    def test_description(self) -> str:
+        return "Sampling"
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._images_a_batch = getattr(pl_module, "batch_size", 1) * trainer.world_size
+        super().on_test_start(trainer, pl_module)
+
+    def configure_columns(self, trainer: Trainer) -> list:
+        return [
+            _ImagesPerSecond(self._images_a_batch, style=column.style) if isinstance(column, ProcessingSpeedColumn) else column
+            for column in super().configure_columns(trainer)
+        ]
+
+
+class _ImagesPerSecond(ProcessingSpeedColumn):
+    def __init__(self, images_a_batch: int, *, style: Any) -> None:
+        super().__init__(style)
+        self.images_a_batch = images_a_batch
+
+    def render(self, task: Any) -> Text:
+        speed = f"{task.speed * self.images_a_batch:>.1f}" if task.speed else "0.0"
+        return Text(f"{speed} images/s", style=self.style)

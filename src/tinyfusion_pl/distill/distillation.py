@@ -14,9 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from tinyfusion_pl.distill.features import HiddenStates, check_feature_mask, feature_loss
-from tinyfusion_pl.pruning import linear_anneal
+from tinyfusion_pl.pruning import get_stack, linear_anneal
 
 Pairs = Mapping[str, Sequence[tuple[int, int]]]
+
+
+def check_pairs(pairs: Pairs, student: nn.Module, teacher: nn.Module) -> None:
+    """`ValueError` unless each (student block, teacher block) of `pairs` is in the stacks of its path."""
+    for path, of_path in pairs.items():
+        sizes = len(get_stack(student, path)), len(get_stack(teacher, path))
+        for pair in of_path:
+            if len(pair) != 2 or not all(0 <= index < size for index, size in zip(pair, sizes)):
+                raise ValueError(f"Layer pair {list(pair)} of '{path}' does not fit: a pair is (student block 0..{sizes[0] - 1}, "
+                                 f"teacher block 0..{sizes[1] - 1}).")
 
 
 class Distillation:

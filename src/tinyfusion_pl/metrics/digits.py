@@ -8,27 +8,31 @@ from importlib.resources import as_file, files
 from torch import Tensor, nn
 
 from tinyfusion_pl.artifacts import load_tensors
-from tinyfusion_pl.metrics.features import Features, check_pictures
+from tinyfusion_pl.metrics.features import Features, check_pictures, spatial_features
 
 ASSETS = files("tinyfusion_pl") / "assets" / "digits_classifier"  # model.safetensors and record.json
 
 
 class DigitsClassifier(nn.Module):
-    """Grey 8x8 pictures, uint8 (N, 1, 8, 8), to features (N, 64) and logits (N, 10) of the digits 0..9."""
+    """Grey 8x8 pictures, uint8 (N, 1, 8, 8), to features (N, 64), logits (N, 10) of the digits 0..9 and spatial features (N, 112).
 
-    num_features = 64
+    The spatial ones are the first 7 channels of its last convolution, flattened in height, width, channel order, as sFID's of Inception.
+    """
+
+    num_features, num_classes, num_spatial = 64, 10, 112
 
     def __init__(self) -> None:
         super().__init__()
         self.body = nn.Sequential(_conv(1, 32), _conv(32, 32), nn.MaxPool2d(2), _conv(32, 64), nn.MaxPool2d(2))
         self.neck = nn.Sequential(nn.Flatten(), nn.Linear(256, self.num_features), nn.ReLU())
-        self.head = nn.Linear(self.num_features, 10)
+        self.head = nn.Linear(self.num_features, self.num_classes)
 
     def forward(self, pictures: Tensor) -> Features:
         check_pictures(pictures, num_channels=1, size=(8, 8))
         x = pictures.to(self.head.weight.dtype) / 127.5 - 1  # (N, 1, 8, 8)
-        features = self.neck(self.body(x))  # (N, 64)
-        return Features(features, self.head(features))  # (N, 64), (N, 10)
+        maps = self.body[:4](x)  # (N, 64, 4, 4)
+        features = self.neck(self.body[4:](maps))  # (N, 64)
+        return Features(features, self.head(features), spatial_features(maps))  # (N, 64), (N, 10), (N, 112)
 
 
 def load_digits_classifier() -> DigitsClassifier:

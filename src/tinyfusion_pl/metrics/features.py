@@ -7,14 +7,19 @@ from torch import Tensor
 
 
 class Features(NamedTuple):
-    """What a feature network says of N pictures: `features` (N, num_features), `logits` (N, classes)."""
+    """What a feature network says of N pictures: `features` (N, num_features), and where it has them `logits` (N, num_classes), bias-free
+    for the published Inception score, and `spatial` (N, num_spatial), features before pooling, for sFID."""
 
     features: Tensor
-    logits: Tensor
+    logits: Tensor | None = None
+    spatial: Tensor | None = None
 
 
 class FeatureNetwork(Protocol):
-    """Any callable from uint8 pictures (N, C, H, W) to `Features`; one that is a module is moved and frozen as such."""
+    """Any callable from uint8 pictures (N, C, H, W) to `Features`; one that is a module is moved and frozen as such.
+
+    Beside `num_features` it may state `num_classes` (width of its logits), `num_spatial`, and `name`, which goes into references.
+    """
 
     num_features: int
 
@@ -25,7 +30,7 @@ def check_pictures(pictures: Tensor, *, num_channels: int | None = None, size: t
     """`ValueError` unless `pictures` is uint8 (N, C, H, W) with that number of channels and that size, if given."""
     if pictures.dtype != torch.uint8:
         raise ValueError(
-            f"Pictures are uint8 tensors with values 0..255; these are {pictures.dtype}. "
+            f"Pictures are uint8 tensors with values 0..255; these are {pictures.dtype}{_found(pictures)}. "
             "Latents or floats become pictures by the data module's decode()."
         )
     shape = tuple(pictures.shape)
@@ -39,3 +44,18 @@ def check_pictures(pictures: Tensor, *, num_channels: int | None = None, size: t
         )
     if size is not None and shape[2:] != size:
         raise ValueError(f"This feature network sees pictures of {size[0]}x{size[1]}; these are {shape[2]}x{shape[3]}.")
+
+
+def spatial_features(maps: Tensor, num_channels: int = 7) -> Tensor:
+    """The first channels of feature maps (N, C, H, W), flattened in height, width, channel order: (N, H * W * num_channels)."""
+    return maps[:, :num_channels].permute(0, 2, 3, 1).flatten(1)
+
+
+def _found(pictures: Tensor) -> str:
+    """What is in pictures that are not uint8, for the person who looks for the mistake."""
+    if not pictures.is_floating_point() or not pictures.numel():
+        return ""
+    bad = (~torch.isfinite(pictures)).flatten(1).any(1) if pictures.ndim > 1 else ~torch.isfinite(pictures)
+    if bad.any():
+        return f", and {int(bad.sum())} of {len(pictures)} hold values that are not finite (places {bad.nonzero().flatten().tolist()[:8]})"
+    return f" between {pictures.min():.3g} and {pictures.max():.3g}"

@@ -1,32 +1,35 @@
-"""How good generated pictures are: Fréchet distance and Inception score over one feature network, and label accuracy.
+"""How good generated pictures are: one run of the feature network a batch, and every metric over what it said."""
 
-FID: M. Heusel et al., GANs Trained by a Two Time-Scale Update Rule..., NeurIPS 2017, eq. (6). IS: T. Salimans et al.,
-Improved Techniques for Training GANs, NeurIPS 2016, section 4. Both are torchmetrics'.
-"""
+from __future__ import annotations
 
-import warnings
+import hashlib
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
-from torchmetrics.image.fid import FrechetInceptionDistance
-from torchmetrics.image.inception import InceptionScore
-from torchmetrics.utilities.distributed import gather_all_tensors
+from torchmetrics import Metric, MetricCollection
 
+from tinyfusion_pl.metrics.accuracy import LabelAccuracy
+from tinyfusion_pl.metrics.base import FeatureMetric, RowsMetric
 from tinyfusion_pl.metrics.features import FeatureNetwork, Features, check_pictures
+from tinyfusion_pl.metrics.frechet import FrechetDistance
+from tinyfusion_pl.metrics.inception_score import InceptionScore
+from tinyfusion_pl.metrics.precision_recall import PrecisionRecall
+from tinyfusion_pl.metrics.reference import Reference
 
 
 class GenerationMetrics(nn.Module):
-    """FID, Inception score and accuracy of pictures, from one run of the feature network a batch.
+    """Metrics of pictures over one feature network.
 
-    Statistics are kept in float64 and added up over all processes when `compute` is called, which every process must
-    do; each process gives its own share of the pictures, of the reference too. Results depend on the pictures alone,
-    neither on their batches nor on any random generator.
+    Sums are kept in float64 and added up over all processes when `compute` is called, which every process must do; each process gives its
+    own share of the pictures, of the reference too. Results depend on the pictures and their numbers alone: not on batches, processes,
+    their order, or any random generator.
 
     Args:
-        feature_network: Gives features and logits; frozen here, and kept in evaluation mode and full precision.
-        num_splits: Parts, in shuffled order, over which the Inception score is averaged. 1: one score over all
-            pictures. Published scores of 50,000 pictures use 10 splits, which bias it low where pictures are few.
+        feature_network: Gives `Features`; frozen here, and kept in evaluation mode and full precision.
+        metrics: Name -> metric of `Features`; default: ``fid``, ``sfid`` where there are spatial features, ``inception_score`` and
+            ``accuracy`` where there are logits, and ``precision_recall``.
 
     Example:
         >>> from tinyfusion_pl.data import DigitsDataModule
@@ -36,109 +39,196 @@ class GenerationMetrics(nn.Module):
         >>> metrics.update_reference(pictures[:900])
         >>> metrics.update(pictures[900:], labels[900:])
         >>> {name: round(value, 1) for name, value in metrics.compute().items()}
-        {'fid': 6.0, 'inception_score': 9.9, 'accuracy': 1.0}
+        {'fid': 6.0, 'sfid': 3.0, 'inception_score': 9.9, 'precision': 0.8, 'recall': 0.8, 'accuracy': 1.0}
     """
 
-    def __init__(self, feature_network: FeatureNetwork, *, num_splits: int = 1) -> None:
+    def __init__(self, feature_network: FeatureNetwork, *, metrics: Mapping[str, FeatureMetric] | None = None) -> None:
         super().__init__()
-        if num_splits < 1:
-            raise ValueError(f"num_splits is {num_splits}. Give 1 or more.")
         self.feature_network = feature_network
-        given = _Given(feature_network.num_features)
-        self.fid = FrechetInceptionDistance(given, reset_real_features=False)  # sums in float64 by itself
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*InceptionScore.*buffer")  # ten or a thousand logits a picture
-            self.inception_score = InceptionScore(given, splits=num_splits)
-        self.accuracy = MeanMetric().set_dtype(torch.float64)
+        metrics = dict(default_metrics(feature_network) if metrics is None else metrics)
+        if not metrics:
+            raise ValueError("metrics is empty; give at least one, or null for all that the feature network allows.")
+        _check_widths(metrics, feature_network)
+        for metric in metrics.values():
+            metric.reset_real_features = False
+        self.names = list(metrics)
+        self.collection = MetricCollection(metrics, compute_groups=False)
+        self.samples = _Samples()
+        self.num_samples = 0
         self.requires_grad_(False).eval()
 
-    def train(self, mode: bool = True) -> "GenerationMetrics":
+    def train(self, mode: bool = True) -> GenerationMetrics:
         """Stays in evaluation mode, also as a part of a module that trains."""
         return super().train(False)
 
+    @property
+    def device(self) -> torch.device:
+        return self.samples.device
+
+    def features(self, pictures: Tensor) -> Features:
+        """What the feature network says of pictures, uint8 (N, C, H, W)."""
+        check_pictures(pictures)
+        pictures = pictures.to(self.device)
+        with torch.no_grad(), torch.autocast(pictures.device.type, enabled=False):
+            return Features(*(x if x is None else x.float() for x in self.feature_network(pictures)))
+
+    def update(self, pictures: Tensor, labels: Tensor | None = None, *, indices: Tensor | None = None) -> None:
+        """Add generated pictures, uint8 (N, C, H, W), the classes (N,) they were asked to be, and their numbers (N,) among all samples.
+
+        Leave `labels` out where the network's logits are not the classes of the data: there is no accuracy then. Without `indices`,
+        pictures are numbered as they come, which one process alone may do.
+        """
+        self.update_features(self.features(pictures), labels, indices=indices)
+
+    def update_features(self, features: Features, labels: Tensor | None = None, *, indices: Tensor | None = None) -> None:
+        """As `update`, of what `features` said of the pictures."""
+        num = len(features.features)
+        if indices is None:
+            indices = self.samples.next(num)
+        elif indices.shape != (num,):
+            raise ValueError(f"{num} pictures need numbers of shape ({num},); these are {tuple(indices.shape)}.")
+        for metric in self.collection.values():
+            if labels is not None and isinstance(metric, LabelAccuracy):
+                metric.check_labels(labels, num)  # before anything is counted
+        self.collection.update(features, labels=labels, indices=indices.to(features.features.device), real=False)
+        self.samples.update(indices)
+
     def update_reference(self, pictures: Tensor) -> None:
         """Add real pictures, uint8 (N, C, H, W), to what generated ones are held against."""
-        self.fid.update(self._features(pictures).features, real=True)
+        self.update_reference_features(self.features(pictures))
 
-    def update(self, pictures: Tensor, labels: Tensor | None = None) -> None:
-        """Add generated pictures, uint8 (N, C, H, W), and the classes (N,) they were asked to be.
+    def update_reference_features(self, features: Features) -> None:
+        """As `update_reference`, of what `features` said of the pictures."""
+        for metric in self.collection.values():
+            metric.update(features, real=True)
 
-        Leave `labels` out where the network's logits are not the classes of the data: there is no accuracy then.
+    def set_reference(self, reference: Reference, *, rank: int = 0, world_size: int = 1, batch_size: int = 64) -> None:
+        """Hold samples against a file's statistics, features or pictures; process `rank` of `world_size` takes its share.
+
+        Raises:
+            ValueError: when the file was made with another feature network, or lacks what a metric needs.
         """
-        features, logits = self._features(pictures)
-        if labels is not None:
-            labels = labels.to(logits.device)
-            _check_labels(labels, logits)
-            self.accuracy.update((logits.argmax(dim=1) == labels).double())
-        self.fid.update(features, real=False)
-        self.inception_score.update(logits)
+        self.check_reference(reference)
+        self.reset(reference=True)
+        need_pictures = []
+        for metric in self.collection.values():
+            if isinstance(metric, FrechetDistance) and metric.of in reference.statistics:
+                metric.set_reference(*reference.statistics[metric.of])
+            elif reference.features is not None and metric.of == "features":
+                metric.update(reference.features[rank::world_size].to(self.device), real=True)
+            elif metric.needs_reference:
+                need_pictures.append(metric)
+        if need_pictures:
+            for batch in reference.pictures[rank::world_size].split(batch_size):
+                features = self.features(batch)
+                for metric in need_pictures:
+                    metric.update(features, real=True)
+
+    def check_reference(self, reference: Reference) -> None:
+        """`ValueError` when a file was made with another feature network, or lacks what a metric needs: nothing is computed."""
+        if reference.network and reference.network != self.fingerprint():
+            raise ValueError(f"{reference.path} was made with the feature network {reference.network}; this is {self.fingerprint()}. Make "
+                             "it anew with this one (task=reference), or choose the metrics that it was made with.")
+        for name, metric in self.collection.items():
+            given = isinstance(metric, FrechetDistance) and metric.of in reference.statistics
+            if given:
+                metric.check_statistics(*reference.statistics[metric.of])
+            elif reference.features is not None and metric.of == "features":
+                if reference.features.shape[1] != metric.num_features:
+                    raise ValueError(f"{reference.path} holds {reference.features.shape[1]} features of each picture; this feature network "
+                                     f"gives {metric.num_features}. Make it anew with this one (task=reference).")
+            elif reference.pictures is None and metric.needs_reference:
+                raise ValueError(f"{reference.path} holds {reference.contents()}: not enough for {name!r}, which needs pictures (arr_0). "
+                                 "Leave that metric out, or make a reference from pictures (task=reference).")
+
+    def check(self, *, num_samples: int, num_reference: int | None = None) -> None:
+        """`ValueError` where a metric cannot be had of so many pictures: before they are made."""
+        for name, metric in self.collection.items():
+            for kind, num in (("samples", num_samples), ("reference pictures", num_reference if metric.needs_reference else None)):
+                if num is not None and num < metric.num_required:
+                    raise ValueError(f"{name!r} needs {metric.num_required} or more {kind}; there are {num}.")
 
     def compute(self) -> dict[str, float]:
-        """`fid` (0 is best), `inception_score` (1 to the number of classes) and, given labels, `accuracy` (0 to 1)."""
-        num_labelled = self._checked_counts()
-        scores = self.inception_score
-        if len(scores.features) > 1:  # one tensor a process: processes may have had different numbers of batches
-            scores.features = [torch.cat(scores.features)]
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=r"std\(\)")  # over one split; it is not given here
-            torch.default_generator.manual_seed(0)  # the score shuffles
-            results = {"fid": self.fid.compute().item(), "inception_score": scores.compute()[0].item()}
-        if num_labelled:
-            results["accuracy"] = self.accuracy.compute().item()
+        """Each metric's number (0 is best for distances; the score goes from 1 to the number of classes; shares from 0 to 1)."""
+        numbers = self.samples.compute()
+        self.num_samples = len(numbers)
+        results: dict[str, float] = {}
+        for name in self.names:  # a collection sorts them
+            value = self.collection[name].compute()
+            results |= {key: x.item() for key, x in (value if isinstance(value, dict) else {name: value}).items()}
         return results
 
     def reset(self, *, reference: bool = False) -> None:
         """Forget the generated pictures, and with `reference` the real ones too."""
-        self.fid.reset_real_features = reference
-        for metric in (self.fid, self.inception_score, self.accuracy):
+        for metric in self.collection.values():
+            metric.reset_real_features = reference
             metric.reset()
+            metric.reset_real_features = False
+        self.samples.reset()
 
-    @torch.no_grad()
-    def _features(self, pictures: Tensor) -> Features:
-        check_pictures(pictures)
-        pictures = pictures.to(self.fid.device)
-        with torch.autocast(pictures.device.type, enabled=False):
-            features, logits = self.feature_network(pictures)
-        return Features(features.double(), logits.double())
+    def statistics(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Mean and covariance of the reference on this process: ``{"features": (mu, sigma), "spatial": ...}``."""
+        return {metric.of: metric.statistics() for metric in self.collection.values() if isinstance(metric, FrechetDistance)}
 
-    def _checked_counts(self) -> int:
-        """How many pictures of all processes have labels; `ValueError`, on each process alike, where pictures lack."""
-        fid = self.fid
-        counts = [fid.real_features_num_samples, fid.fake_features_num_samples, self.accuracy.weight.long()]
-        counts = torch.stack(counts)  # (3,)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            counts = torch.stack(gather_all_tensors(counts)).sum(dim=0)
-        num_real, num_generated, num_labelled = counts.tolist()
-        needs = ("reference", num_real, "update_reference"), ("generated", num_generated, "update")
-        for kind, num, method in needs:
-            if num < 2:
-                raise ValueError(
-                    f"A Fréchet distance needs 2 or more {kind} pictures and has {num}: call {method}(pictures) first."
-                )
-        if num_labelled not in (0, num_generated):
-            raise ValueError(
-                f"{num_labelled} of {num_generated} generated pictures have labels. Give labels with all or with none."
-            )
-        return num_labelled
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """Name -> what decides its number beside the pictures: for the protocol of a result."""
+        return {name: {"metric": type(self.collection[name]).__name__, **self.collection[name].settings()} for name in self.names}
+
+    def fingerprint(self) -> str:
+        """The feature network's name and the beginning of its weights' SHA-256: what a reference carries."""
+        name = getattr(self.feature_network, "name", type(self.feature_network).__name__)
+        if not isinstance(self.feature_network, nn.Module):
+            return name
+        digest = hashlib.sha256()
+        for key, tensor in sorted(self.feature_network.state_dict().items()):
+            digest.update(key.encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return f"{name}-{digest.hexdigest()[:12]}"
 
 
-class _Given(nn.Module):
-    """A torchmetrics feature extractor that is given the features themselves."""
+def default_metrics(network: FeatureNetwork) -> dict[str, FeatureMetric]:
+    """All that a feature network allows."""
+    metrics: dict[str, FeatureMetric] = {"fid": FrechetDistance(network.num_features)}
+    if num_spatial := getattr(network, "num_spatial", None):
+        metrics["sfid"] = FrechetDistance(num_spatial, of="spatial")
+    num_classes = getattr(network, "num_classes", None)
+    if num_classes:
+        metrics["inception_score"] = InceptionScore(num_classes)
+    metrics["precision_recall"] = PrecisionRecall(network.num_features)
+    if num_classes:
+        metrics["accuracy"] = LabelAccuracy(num_classes)
+    return metrics
 
-    def __init__(self, num_features: int) -> None:
-        super().__init__()
-        self.num_features = num_features
 
-    def forward(self, features: Tensor) -> Tensor:
-        return features
+class _Samples(RowsMetric):
+    """The numbers of the samples seen: each once, over all processes."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(of="features", num_features=1, **kwargs)
+        self._add_rows("numbers", 1, torch.long)
+
+    def next(self, num: int) -> Tensor:
+        if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            raise ValueError("Several processes share the samples: give their numbers, update(pictures, labels, indices=...).")
+        return torch.arange(num) + sum(len(rows) for rows in self.numbers)
+
+    def update(self, indices: Tensor) -> None:
+        self.numbers.append(indices.detach().to(self.device).long().unsqueeze(1))
+
+    def compute(self) -> Tensor:
+        numbers, counts = self._joined("numbers")[:, 0].unique(return_counts=True)
+        if (twice := numbers[counts > 1]).numel():
+            raise ValueError(f"{len(twice)} samples were measured more than once (numbers {twice[:8].tolist()}): the sampler pads its last "
+                             "batch, or two processes got the same share. Give every sample to one process.")
+        return numbers
 
 
-def _check_labels(labels: Tensor, logits: Tensor) -> None:
-    num, num_classes = logits.shape
-    if labels.shape != (num,):
-        raise ValueError(f"{num} pictures need labels of shape ({num},); these are {tuple(labels.shape)}.")
-    if num and not 0 <= labels.min() <= labels.max() < num_classes:
-        raise ValueError(
-            f"Labels go from {labels.min()} to {labels.max()}, but the feature network names classes 0 to "
-            f"{num_classes - 1}. Where its classes are not those of the data, leave the labels out."
-        )
+def _check_widths(metrics: Mapping[str, Metric], network: FeatureNetwork) -> None:
+    widths = {of: getattr(network, name, None) for of, name in
+              {"features": "num_features", "logits": "num_classes", "spatial": "num_spatial"}.items()}
+    for name, metric in metrics.items():
+        if not isinstance(metric, FeatureMetric):
+            raise ValueError(f"metrics.{name} is a {type(metric).__name__}; give one of this package's metrics of features.")
+        if (width := widths[metric.of]) != metric.num_features:
+            there = f"has {width} of them" if width else "gives none"
+            raise ValueError(f"metrics.{name} looks at {metric.num_features} {metric.of}, but the feature network {there}.")

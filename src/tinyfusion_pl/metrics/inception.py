@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from tinyfusion_pl.artifacts import ArtifactError
-from tinyfusion_pl.metrics.features import Features, check_pictures
+from tinyfusion_pl.metrics.features import Features, check_pictures, spatial_features
 
 
 class InceptionFeatures(nn.Module):
-    """Colour pictures of any size, uint8 (N, 3, H, W), to features (N, 2048) and bias-free logits (N, 1008).
+    """Colour pictures of any size, uint8 (N, 3, H, W), to features (N, 2048), bias-free logits (N, 1008), spatial features (N, 2023).
 
-    The logits are ImageNet's classes in an order of their own: give `GenerationMetrics` no labels with this network.
+    The spatial ones, for sFID, are the first 7 channels of the first 1x1 branch of ``Mixed_6d`` after batch norm and ReLU. The
+    logits are ImageNet's classes in an order of their own: give `GenerationMetrics` no labels with this network.
 
     Args:
         weights_path: torch-fidelity's weights file. None: its copy in torch's download folder, fetched when missing.
@@ -26,7 +27,7 @@ class InceptionFeatures(nn.Module):
         ArtifactError: The weights are not there and cannot be fetched, or the file is something else.
     """
 
-    num_features = 2048
+    num_features, num_classes, num_spatial = 2048, 1008, 7 * 17 * 17
 
     def __init__(self, weights_path: str | os.PathLike | None = None) -> None:
         super().__init__()
@@ -43,7 +44,13 @@ class InceptionFeatures(nn.Module):
 
     def forward(self, pictures: Tensor) -> Features:
         check_pictures(pictures, num_channels=3)
-        return Features(*self.network(pictures))  # (N, 2048), (N, 1008)
+        maps: list[Tensor] = []
+        handle = self.network.Mixed_6d.branch1x1.register_forward_hook(lambda _, __, output: maps.append(output))
+        try:
+            features, logits = self.network(pictures)
+        finally:
+            handle.remove()
+        return Features(features, logits, spatial_features(maps[0]))  # (N, 2048), (N, 1008), (N, 2023)
 
 
 def _downloaded() -> Path:

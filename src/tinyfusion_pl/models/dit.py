@@ -148,6 +148,11 @@ class DiT(nn.Module):
         for zero in (*(block.adaLN_modulation[1] for block in self.blocks), self.final_layer.adaLN_modulation[1], self.final_layer.linear):
             nn.init.zeros_(zero.weight)
 
+    @property
+    def has_null_label(self) -> bool:
+        """Whether the label table has the row that label dropout and guidance need."""
+        return self.config["class_dropout_prob"] > 0
+
     def unpatchify(self, x: Tensor) -> Tensor:
         """Patches (N, T, P*P*C) -> (N, C, H, W)."""
         n, num_patches, _ = x.shape
@@ -156,9 +161,10 @@ class DiT(nn.Module):
         return x.reshape(n, self.out_channels, grid * p, grid * p)  # (N, C, H, W)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Predict for latents `x` (N, C, H, W) at timesteps `t` (N,) with labels `y` (N,): (N, C or 2C, H, W)."""
-        x = self.x_embedder(x) + self.pos_embed  # (N, T, D)
+        """Predict for latents `x` (N, C, H, W) at timesteps `t` (N,) with labels `y` (N,): (N, C or 2C, H, W), in the dtype of `x`."""
+        dtype = x.dtype
+        x = self.x_embedder(x.to(self.pos_embed.dtype)) + self.pos_embed  # (N, T, D)
         c = self.t_embedder(t) + self.y_embedder(y)  # (N, D)
         for block in self.blocks:
             x = block(x, c)  # (N, T, D)
-        return self.unpatchify(self.final_layer(x, c))  # (N, C_out, H, W)
+        return self.unpatchify(self.final_layer(x, c)).to(dtype)  # (N, C_out, H, W)

@@ -6,15 +6,16 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+
+from tinyfusion_pl.modules.random_state import OwnRandomness
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 SchedulerFactory = Callable[..., torch.optim.lr_scheduler.LRScheduler]
 
 
-class Denoising(LightningModule):
-    """A denoiser and an objective; batches are (x, y).
+class Denoising(OwnRandomness):
+    """A denoiser and an objective; batches are (x, y). The denoiser is put into training mode when fit starts.
 
     Args:
         denoiser: Called as ``denoiser(x_t, t, y)``; has ``num_classes``, which is also its null label.
@@ -31,8 +32,14 @@ class Denoising(LightningModule):
         super().__init__()
         if not 0 <= label_dropout <= 1:
             raise ValueError(f"label_dropout is {label_dropout}; give a probability in [0, 1] (published: 0.1).")
+        if label_dropout and not getattr(denoiser, "has_null_label", True):
+            raise ValueError(f"label_dropout is {label_dropout}, but the denoiser has no null label (class_dropout_prob=0) to put in a "
+                             "label's place. Set label_dropout to 0, or build the denoiser with class_dropout_prob > 0.")
         self.denoiser, self.objective = denoiser, objective
         self.optimizer_factory, self.scheduler_factory, self.label_dropout = optimizer, scheduler, label_dropout
+
+    def on_fit_start(self) -> None:
+        self.denoiser.train()  # what loads a model leaves it in evaluation mode, where gates draw no masks and Lightning leaves it
 
     def drop_labels(self, y: Tensor) -> Tensor:
         """Labels (N,) with each one replaced by the null label with probability `label_dropout`."""

@@ -1,63 +1,74 @@
-"""Sampling from a denoiser and measuring the pictures."""
+"""Sampling from a denoiser in ``trainer.test`` and measuring the pictures."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from lightning.pytorch import LightningModule
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from tinyfusion_pl.metrics import Features, GenerationMetrics
+from tinyfusion_pl.objectives import PictureSampler
 
 
-def noise_of(indices: Sequence[int] | Tensor, shape: Sequence[int], *, seed: int) -> Tensor:
-    """Standard normal noise (N, *shape) that depends on the sample's index and the seed alone, not on batches or devices."""
-    rows = []
-    for index in torch.as_tensor(indices).tolist():
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**63)
-        rows.append(torch.randn(tuple(shape), generator=generator))
-    return torch.stack(rows)
+class Measured(Protocol):
+    """What is kept of finished batches, so that an interrupted evaluation goes on from the last of them."""
 
+    def indices(self) -> Tensor: ...
 
-def balanced_labels(num_samples: int, num_classes: int) -> Tensor:
-    """Labels 0, 1, ..., num_classes - 1, 0, 1, ... (num_samples,): as equal in number as they can be."""
-    return torch.arange(num_samples) % num_classes
+    def batches(self, *, rank: int, world_size: int) -> Any: ...
+
+    def write(self, indices: Tensor, labels: Tensor, features: Features, pictures: Tensor) -> None: ...
 
 
 class Generation(LightningModule):
-    """Samples pictures for batches of (index, label) in ``trainer.test`` and hands them to the metrics.
+    """Samples `num_samples` pictures over all processes in ``trainer.test`` and hands them to the metrics, each one exactly once.
 
     Args:
-        denoiser: In evaluation mode while it samples.
-        objective: Has ``sample``.
-        latent_shape: (C, H, W) of what the denoiser works on.
-        decode: Latents (N, C, H, W) -> uint8 pictures (N, C', H', W').
-        metrics: ``update(pictures, labels)`` and ``compute() -> dict``; its reference is set. None: pictures only.
-        sampling: Arguments of ``objective.sample``: num_sampling_steps, sampler, guidance_scale, guidance_channels, ...
-        seed: Of the noise; sample i has the same noise whatever the batch size or number of devices.
+        sampler: Makes the pictures.
+        labels: (num_samples,) of the samples 0, 1, ...
+        metrics: Its reference is set on every process. Results are in ``results`` when the test ends.
+        batch_size: Pictures sampled at once on each process.
+        measured: Keeps finished batches; None: nothing is kept.
+        labels_are_classes: Whether the feature network's logits are the labels' classes.
     """
 
-    def __init__(self, denoiser: nn.Module, *, objective: Any, latent_shape: Sequence[int], decode: Callable[[Tensor], Tensor],
-                 metrics: nn.Module | None = None, sampling: dict[str, Any] | None = None, seed: int = 0) -> None:
+    def __init__(self, sampler: PictureSampler, *, labels: Tensor, metrics: GenerationMetrics, batch_size: int = 128,
+                 measured: Measured | None = None) -> None:
         super().__init__()
-        self.denoiser, self.objective, self.metrics = denoiser, objective, metrics
-        self.latent_shape, self.decode, self.sampling, self.seed = tuple(latent_shape), decode, dict(sampling or {}), seed
+        self.denoiser, self.metrics = sampler.denoiser, metrics  # modules, so that they are moved to the device
+        self.sampler, self.labels, self.batch_size, self.measured = sampler, labels, batch_size, measured
         self.results: dict[str, float] = {}
 
-    @torch.no_grad()
-    def generate(self, indices: Tensor, labels: Tensor) -> Tensor:
-        """uint8 pictures (N, C, H, W) of samples `indices` (N,) with `labels` (N,)."""
-        z = noise_of(indices, self.latent_shape, seed=self.seed)
-        options = dict(self.sampling)
-        if options.get("sampler", "ddpm") != "ddim" or options.get("eta"):
-            steps = options["num_sampling_steps"]
-            options["noise"] = noise_of(indices, (steps, *self.latent_shape), seed=self.seed + 1).transpose(0, 1).to(self.device)
-        latents = self.objective.sample(self.denoiser.eval(), z.to(self.device), labels.to(self.device), **options)
-        return self.decode(latents)
+    def setup(self, stage: str) -> None:
+        rank, world_size = self.trainer.global_rank, self.trainer.world_size
+        self.metrics.reset()
+        done = torch.empty(0, dtype=torch.long) if self.measured is None else self.measured.indices()
+        remaining = torch.ones(len(self.labels), dtype=torch.bool)
+        remaining[done] = False
+        if self.measured is not None:
+            for indices, labels, features in self.measured.batches(rank=rank, world_size=world_size):
+                self.metrics.update_features(features, labels, indices=indices)
+        # A share each, without padding: no sample is measured twice.
+        self.mine = remaining.nonzero().flatten()[rank::world_size]
+        self.trainer.strategy.barrier("every process has read what was measured before")
+
+    def test_dataloader(self) -> DataLoader:
+        return DataLoader(TensorDataset(self.mine, self.labels[self.mine]), batch_size=self.batch_size)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         indices, labels = batch
-        self.metrics.update(self.generate(indices, labels), labels)
+        pictures = self.sampler(indices, labels, device=self.device)
+        features = self.metrics.features(pictures)
+        self.metrics.update_features(features, labels, indices=indices)
+        if self.measured is not None:
+            self.measured.write(indices, labels, features, pictures)
 
-    def on_test_epoch_end(self) -> None:
+    def teardown(self, stage: str) -> None:
+        # Not at the end of the test's epoch: a process that had nothing left to do has none, and all must take part.
         self.results = self.metrics.compute()
+        if self.metrics.num_samples != len(self.labels):
+            raise RuntimeError(f"{self.metrics.num_samples} of {len(self.labels)} samples were measured. Delete the folder of kept batches "
+                               "and evaluate again.")

@@ -13,6 +13,7 @@ class MaskLearning(Denoising):
     """
 
     def on_fit_start(self) -> None:
+        super().on_fit_start()
         if find_gates(self.denoiser) is None:
             raise ValueError("The denoiser carries no gates, so there is no mask to learn. Add DepthPruningCallback(pattern) to the "
                              "Trainer's callbacks.")

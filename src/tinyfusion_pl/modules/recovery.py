@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tinyfusion_pl.distill import Distillation
+from tinyfusion_pl.distill import Distillation, check_pairs
 from tinyfusion_pl.modules.denoising import Denoising
 from tinyfusion_pl.pruning import Decision
 
@@ -50,12 +50,15 @@ class Recovery(Denoising):
             self.pairs = {path: stack.layer_pairs() for path, stack in decision.stacks.items()}
         if self.pairs is None and self.distillation.weight_feature:
             raise ValueError("Representation distillation needs layer pairs: give the decision, or pairs in the distillation config.")
+        if self.pairs and teacher is not None:
+            check_pairs(self.pairs, student, teacher)
 
     @property
     def teacher(self) -> nn.Module | None:
         return self._teacher.module
 
     def on_fit_start(self) -> None:
+        super().on_fit_start()
         if self.teacher is not None:
             self.teacher.to(self.device)
 

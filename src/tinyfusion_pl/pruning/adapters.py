@@ -29,14 +29,18 @@ class WeightUpdate:
             that names no target modules gets every Linear.
 
     Raises:
-        ValueError: for another word.
+        ValueError: for another word, or a config that replaces whole modules (``modules_to_save``).
     """
 
     def __init__(self, kind: str | PeftConfig = "lora") -> None:
         if not isinstance(kind, PeftConfig) and kind not in WEIGHT_UPDATES:
             raise ValueError(f"weight_update is {kind!r}; give one of {', '.join(map(repr, WEIGHT_UPDATES))} or a peft config.")
+        for name in ("modules_to_save", "trainable_token_indices"):
+            if getattr(kind, name, None):
+                raise ValueError(f"The peft config sets {name}, which puts copies in place of whole modules; they could not be taken back. "
+                                 "Leave it out, or use weight_update='full'.")
         self.kind = kind
-        self.original: dict[str, Tensor] = {}
+        self.original: dict[str, Tensor] = {}  # by the keys that the model had before
         self.trainable: dict[str, bool] = {}
 
     def describe(self) -> str | dict[str, Any]:
@@ -49,20 +53,26 @@ class WeightUpdate:
     def start(self, model: nn.Module) -> None:
         """Remember what can change and set up `model` in place: adapters in, parameters frozen or free."""
         self.trainable = {name: p.requires_grad for name, p in model.named_parameters()}
-        if self.kind == "full":
-            movable = {name for name, trainable in self.trainable.items() if trainable}
-        else:
+        if self.kind != "full":
             model.requires_grad_(False)
-            movable = set()
-        movable |= {name for name, _ in model.named_buffers()}
-        self.original = {k: v.detach().cpu().clone() for k, v in model.state_dict().items() if k in movable}
         if self.kind in ("full", "frozen"):
+            self.remember(model)
             return
         config = LoraConfig(r=8, lora_alpha=16) if self.kind == "lora" else self.kind
         if getattr(config, "target_modules", None) in (None, "all-linear"):
             config.target_modules = linear_names(model)
         inject_adapter_in_model(config, model)
         keep_plain_keys(model)
+        self.remember(model)
+
+    def remember(self, model: nn.Module) -> None:
+        """Keep the present values of everything that can change: what trains and is no adapter, and buffers.
+
+        `start` does it; again where the weights come only afterwards.
+        """
+        movable = {plain_name(name) for name, p in model.named_parameters() if p.requires_grad} & self.trainable.keys()
+        movable |= {plain_name(name) for name, _ in model.named_buffers()}
+        self.original = {k: v.detach().cpu().clone() for k, v in model.state_dict().items() if k in movable}
 
     def finish(self, model: nn.Module, *, delta_w: str) -> None:
         """Make `model` an ordinary one again, in place: ``"discard"`` the update (published behaviour) or ``"merge"`` it.
@@ -84,6 +94,11 @@ class WeightUpdate:
 def check_delta_w(delta_w: str) -> None:
     if delta_w not in ("discard", "merge"):
         raise ValueError(f"delta_w is {delta_w!r}; give 'discard' (kept blocks get their original weights back) or 'merge'.")
+
+
+def plain_name(name: str) -> str:
+    """The name that a parameter had before peft wrapped its layer."""
+    return name.replace(".base_layer.", ".")
 
 
 def unload_adapters(model: nn.Module, *, merge: bool) -> None:

@@ -34,8 +34,9 @@ def tensors_in(tree: Any) -> list[Tensor]:
 class BatchAxes:
     """Knows, argument by argument, whether a block's extra tensors have the batch as their first axis.
 
-    A size can agree with the batch by chance (16 tokens, batch of 16). What is seen with an unmistakable batch size is remembered for the
-    ambiguous ones; where nothing is known yet, the answer is None and the caller must not split the batch.
+    A size can agree with the batch by chance (16 tokens, batch of 16; an attention bias of as many heads as samples). What is seen with an
+    unmistakable batch size, or to follow the batch from one size to another, is remembered for the ambiguous ones; where nothing is known
+    yet, the answer is None and the caller must not split the batch.
 
     `announced` is shared by the blocks of a model: the first that meets an unknown axis logs it, the others need not.
     """
@@ -43,6 +44,7 @@ class BatchAxes:
     def __init__(self, name: str, announced: list[str]) -> None:
         self.name, self.announced = name, announced
         self.seen: dict[int, bool] = {}
+        self.sizes: dict[int, set[int]] = {}  # batch sizes with which an argument's first axis agreed
 
     def per_sample(self, extras: list[Tensor], hidden: Tensor) -> list[bool] | None:
         """For each of `extras` True (index it by sample) or False (shared); None when one of them cannot be told."""
@@ -63,13 +65,20 @@ class BatchAxes:
         if tensor.ndim == 0 or isinstance(tensor, nn.Parameter) or (tensor.shape[0] == 1 and num_samples > 1):
             return False
         if tensor.shape[0] == num_samples:
-            if num_samples not in (*hidden.shape[1:], *tensor.shape[1:]):
+            sizes = self.sizes.setdefault(index, set())
+            sizes.add(num_samples)
+            if len(sizes) > 1 or (num_samples not in (*hidden.shape[1:], *tensor.shape[1:]) and not _may_be_bias(tensor, hidden)):
                 self.seen.setdefault(index, True)
         elif num_samples in tensor.shape or tensor.shape[0] % num_samples == 0:
             return None  # the batch may be another axis, or folded into the first (batch * heads)
         else:
             self.seen[index] = False
         return self.seen.get(index)
+
+
+def _may_be_bias(tensor: Tensor, hidden: Tensor) -> bool:
+    """Whether it looks like something between two tokens, (..., T, T): its first axis may then be heads."""
+    return tensor.ndim >= 3 and (tensor.shape[-1] == tensor.shape[-2] or tensor.shape[-1] == hidden.shape[1])
 
 
 def select(tree: Any, per_sample: list[bool], index: Tensor) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 Units = tuple[tuple[int, ...], ...]
@@ -28,7 +29,9 @@ def find_stacks(model: nn.Module) -> dict[str, nn.ModuleList | nn.Sequential]:
         if stated := getattr(module, "STACKS", None):
             found.update({f"{path}.{name}" if path else name: get_stack(module, name) for name in stated})
         elif isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) >= 2:
-            if len({type(block) for block in module}) == 1 and any(True for _ in module[0].children()):
+            # An adapted linear layer has children, but is no block.
+            if len({type(block) for block in module}) == 1 and any(True for _ in module[0].children()) \
+                    and not isinstance(module[0], BaseTunerLayer):
                 found[path] = module
     if not found:
         return {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -36,12 +36,19 @@ class Split:
 
 @dataclass
 class Draw:
-    """The randomness of one forward in one stack; enough to build the same masks again."""
+    """The randomness of one forward in one stack; enough to build the same masks again.
 
-    noise: list[Tensor]
+    The noise is that of `seed`, or given. `plain` names the blocks that ran all samples in one piece; `with_grad` says whether the forward
+    built a graph (reentrant checkpointing does not).
+    """
+
     tau: float
     num_samples: int
+    seed: int = 0
+    noise: list[Tensor] | None = None
     splits: list[Split] | None = None
+    plain: set[str] = field(default_factory=set)
+    with_grad: bool = True
 
 
 class StackGates(nn.Module):
@@ -90,8 +97,10 @@ class StackGates(nn.Module):
     def mask(self, draw: Draw) -> Tensor:
         """Masks (N, num_units) of exact zeros and ones with the gradient of the soft choice."""
         device = self.logits[0].device
-        columns = [s.sample(logits, draw.tau, noise.to(device, non_blocking=True))
-                   for s, logits, noise in zip(self.samplers, self.logits, draw.noise)]
+        if (noise := draw.noise) is None:
+            generator = torch.Generator().manual_seed(draw.seed)
+            noise = [s.noise(draw.num_samples, generator=generator) for s in self.samplers]
+        columns = [s.sample(logits, draw.tau, n.to(device, non_blocking=True)) for s, logits, n in zip(self.samplers, self.logits, noise)]
         return torch.cat(columns, 1)  # (N, num_units)
 
     def split(self, mask: Tensor) -> list[Split]:
@@ -132,6 +141,9 @@ class StackGates(nn.Module):
         return StackDecision(str(self.pattern), self.num_blocks, kept_blocks, block_probabilities, groups,
                              units=[list(unit) for unit in self.units])
 
+    def _apply(self, fn, recurse: bool = True):
+        """Moves with the model to another device, but stays in float32 where the model becomes half precision."""
+        return super()._apply(lambda t: t.to(fn(t.new_empty(0)).device), recurse)
 
     # A model that carries gates saves and loads with the keys it had before: see DepthGates.gate_state.
     def _save_to_state_dict(self, *args, **kwargs) -> None:
@@ -213,6 +225,8 @@ class DepthGates(nn.Module):
     def _open(self, owner: nn.Module, args) -> None:
         # A module inside the one that was called shares its draw; the same module called again inside itself
         # (Lightning's strategies route training_step through forward) draws anew.
+        if "forward" in owner.__dict__:  # not its own: a strategy has routed a whole training step through it; blocks open by themselves
+            return
         shared = self._forwards and self._forwards[-1].owner is not owner
         forward = _Forward(owner)
         if shared:
@@ -244,6 +258,11 @@ class DepthGates(nn.Module):
                 masks[gates.path] = self._build(gates, draw, self._forwards[-1].with_grad)
         elif recomputing:
             draw = self._recall(key)
+            if not draw.with_grad and _num_processes() > 1:
+                raise RuntimeError(
+                    "Reentrant activation checkpointing gives the gate logits a gradient at each block, which DDP does not allow. Use "
+                    "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
+                )
             return self._build(gates, draw, torch.is_grad_enabled())
         else:  # blocks called without the module that owns them, e.g. through forward_features: the first block begins a forward
             masks = self._loose
@@ -267,12 +286,10 @@ class DepthGates(nn.Module):
             if [tuple(n.shape) for n in noise] != [(num_samples, s.num_logits) for s in gates.samplers]:
                 raise ValueError(f"Fixed noise for '{gates.path}' has shapes {[tuple(n.shape) for n in noise]}; "
                                  f"expected {[(num_samples, s.num_logits) for s in gates.samplers]}.")
-        else:
-            # Seeded from the global generator, so that a run's one random state restores the masks too, and then by rank.
-            seed = int(torch.randint(2**62, ()))
-            generator = torch.Generator().manual_seed((seed + self.rank * _RANK_STRIDE) % 2**63)
-            noise = [s.noise(num_samples, generator=generator) for s in gates.samplers]
-        return Draw(noise, self.tau, num_samples)
+            return Draw(self.tau, num_samples, noise=noise, with_grad=torch.is_grad_enabled())
+        # Seeded from the global generator, so that a run's one random state restores the masks too, and then by rank.
+        seed = (int(torch.randint(2**62, ())) + self.rank * _RANK_STRIDE) % 2**63
+        return Draw(self.tau, num_samples, seed=seed, with_grad=torch.is_grad_enabled())
 
     def _build(self, gates: StackGates, draw: Draw, with_grad: bool) -> tuple[Draw, Tensor]:
         # Identity hooks: what the sampling saves must not be counted among the tensors of a checkpointed block, which it outlives.
@@ -377,3 +394,8 @@ def remove_gates(model: nn.Module) -> None:
             for key in [k for k, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), DepthGates)]:
                 del hooks[key]
                 module._forward_hooks_always_called.pop(key, None)
+
+
+def _num_processes() -> int:
+    distributed = torch.distributed
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1

@@ -7,6 +7,7 @@ gradient is that of the plain formula.
 
 from __future__ import annotations
 
+import inspect
 import types
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 class GatedForward:
     """Stands in for the ``forward`` of one block.
 
-    The first positional argument (or the first keyword) is the hidden state, a tensor or a tuple of tensors with the batch as first axis.
+    The first parameter of the block is the hidden state, a tensor or a tuple of tensors with the batch as first axis.
     A block that returns a tuple for a tensor has its first item gated; the further items pass through.
     """
 
@@ -36,6 +37,7 @@ class GatedForward:
         # Batch statistics couple the samples: a split batch would not give the plain formula's numbers.
         self.couples_samples = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in block.modules())
         self.same_structure: bool | None = None  # whether the block returns what it takes; learned at the first call
+        self.first_name = _first_name(self.original)
 
     def install(self) -> None:
         # A bound method, not a closure: copy.deepcopy then binds the copy to the copied block and gates.
@@ -52,7 +54,7 @@ class GatedForward:
             x, rest = args[0], (args[1:], kwargs)
             call = lambda x, rest: self.original(x, *rest[0], **rest[1])  # noqa: E731
         else:
-            name = next(iter(kwargs))
+            name = self.first_name if self.first_name in kwargs else next(iter(kwargs))
             x, rest = kwargs[name], {k: v for k, v in kwargs.items() if k != name}
             call = lambda x, rest: self.original(**{name: x}, **rest)  # noqa: E731
         return self._train(x, rest, call) if self.block.training else self._decided(x, rest, call)
@@ -73,27 +75,31 @@ class GatedForward:
         split, mask = draw.splits[self.unit], masks[:, self.unit]  # (N,)
         extras = tensors_in(rest)
         num_samples = draw.num_samples
-        if not self.owner.gather or self.couples_samples or not torch.is_grad_enabled():
+        # A recomputation must run as its forward did, in one piece or in two: dropout draws for what it is given.
+        if not self.owner.gather or self.couples_samples or self.name in draw.plain:
             return self._plain(x, call(x, rest), mask)
         if split.num_kept == num_samples:
             return self._blend(x, call(x, rest), mask, None, None)
+        per_sample = self.axes.per_sample(extras, hidden) if 0 < split.num_kept < num_samples else []
+        if per_sample is None or (self.same_structure is False and split.num_kept < num_samples):
+            draw.plain.add(self.name)
+            return self._plain(x, call(x, rest), mask)
         if split.num_kept == 0:
             with _without_graph(keep_cast_cache=False):
                 output = call(x, rest)
             if not self._returns_like(x, output):
+                draw.plain.add(self.name)
                 return self._plain(x, call(x, rest), mask)
             # Zero gradients, not None, as the plain formula gives: optimizers treat them differently, and DDP waits for them.
             needy = [p for p in (*self.block.parameters(), *extras) if p.requires_grad]
             first = x[0] if isinstance(x, tuple) else x
-            linked = _ZeroGradients.apply(first, *needy) if needy else first
+            linked = _ZeroGradients.apply(first, *needy) if needy and torch.is_grad_enabled() else first
             x = (linked, *x[1:]) if isinstance(x, tuple) else linked
             return self._blend(x, None, mask, None, output)
-        per_sample = self.axes.per_sample(extras, hidden)
-        if per_sample is None or self.same_structure is False:
-            return self._plain(x, call(x, rest), mask)
         pick = lambda index: (map_tensors(lambda t: t.index_select(0, index), x), select(rest, per_sample, index))  # noqa: E731
         kept = call(*pick(split.kept))
         if not self._returns_like(x, kept):
+            draw.plain.add(self.name)
             return self._plain(x, call(x, rest), mask)
         with _without_graph(keep_cast_cache=True):
             dropped = call(*pick(split.dropped))
@@ -120,6 +126,13 @@ class GatedForward:
             return (_Blend.apply(x, kept[0], None, mask, None, None), *kept[1:])
         indices = (None, None) if split is None else (split.kept, split.dropped)
         return _Blend.apply(x, kept, dropped, mask, *indices)
+
+
+def _first_name(function: Any) -> str | None:
+    try:
+        return next(iter(inspect.signature(function).parameters), None)
+    except (TypeError, ValueError):  # not every callable can be looked into
+        return None
 
 
 def _per_sample(values: Tensor, like: Tensor) -> Tensor:

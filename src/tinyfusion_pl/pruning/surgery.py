@@ -29,10 +29,10 @@ def remove_blocks(model: nn.Module, kept_blocks: Mapping[str, Sequence[int]]) ->
         stack, kept = get_stack(model, path), list(kept)
         if not kept or kept != sorted(set(kept)) or not 0 <= kept[0] <= kept[-1] < len(stack):
             raise ValueError(f"kept_blocks of '{path}' is {kept}; give ascending indices out of 0..{len(stack) - 1}, at least one.")
+        for index in sorted(set(range(len(stack))) - set(kept), reverse=True):
+            del stack[index]
         owner_path, _, name = path.rpartition(".")
         owner = model.get_submodule(owner_path)
-        setattr(owner, name, type(stack)(*[stack[i] for i in kept]) if isinstance(stack, nn.Sequential)
-                else nn.ModuleList(stack[i] for i in kept))
         stated = getattr(owner, "STACKS", None)
         if isinstance(stated, Mapping) and name in stated and hasattr(owner, "config"):
             owner.config = {**owner.config, stated[name]: len(kept)}

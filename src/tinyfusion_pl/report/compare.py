@@ -8,7 +8,7 @@ from typing import Any
 
 from tinyfusion_pl.artifacts import ArtifactError
 
-from .reading import METRICS, MODELS, Run, numbers, read_run
+from .reading import METRICS, Run, models_in, numbers, read_run
 from .words import difference, duration, label, metric_keys, stage_label, value
 
 
@@ -49,7 +49,7 @@ def _setting(protocol: dict[str, Any], key: str) -> str:
 
 def _rows(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
-    for model in MODELS:
+    for model in dict.fromkeys([*models_in(a), *models_in(b)]):
         ours, theirs = numbers(a.get(model)), numbers(b.get(model))
         keys = metric_keys(ours, theirs)
         rows += [(model,)] * bool(keys)

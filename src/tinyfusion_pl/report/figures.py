@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, MaxNLocator, StrMethodFormatter
 
-from .reading import MODELS, Curves, StackHistory, numbers
+from .reading import Curves, StackHistory, models_in, numbers
 from .words import CURVES, label, value
 
 COLORS = {"teacher": "#0072B2", "pruned": "#D55E00", "recovered": "#009E73"}
@@ -86,7 +86,7 @@ def plot_samples(samples: dict[str, np.ndarray], *, depths: dict[str, float] | N
         samples: `labels` (N,) and for some of the models uint8 pictures (N, C, H, W), C = 1 or 3.
         depths: number of blocks by model, for the row labels.
     """
-    models = [model for model in MODELS if model in samples]
+    models = models_in(samples)
     labels, bands = samples["labels"], _sample_bands(samples["labels"])
     num_columns = max(map(len, bands))
     aspect, gap = np.divide(*samples[models[0]].shape[2:]), 0.45  # sizes in picture widths
@@ -106,7 +106,7 @@ def plot_samples(samples: dict[str, np.ndarray], *, depths: dict[str, float] | N
                 extent = (column + 0.02, column + 0.98, upper + aspect * 0.98, upper + aspect * 0.02)
                 axes.imshow(picture, extent=extent, interpolation="nearest", gid=f"{model}/{index}")
             name = f"{model}\n{depths[model]:.0f} blocks" if depths and model in depths else model
-            style = {"color": COLORS[model], "fontsize": 11, "fontweight": "bold"}
+            style = {"color": COLORS.get(model, INK), "fontsize": 11, "fontweight": "bold"}
             axes.text(-0.12, upper + aspect / 2, name, ha="right", va="center", **style)
     axes.set(xlim=(0, num_columns), ylim=(len(bands) * band_height, 0), aspect="equal")
     axes.axis("off")
@@ -163,7 +163,7 @@ def plot_curves(curves: Curves) -> Figure | None:
 def plot_overview(metrics: dict[str, Any]) -> Figure | None:
     """Bars of speed, FID and accuracy for each measured model; None if no model has any of them."""
     better = {"images_per_second": "higher is better", "fid": "lower is better", "accuracy": "higher is better"}
-    models = {model: numbers(metrics.get(model)) for model in MODELS if numbers(metrics.get(model))}
+    models = {model: numbers(metrics.get(model)) for model in models_in(metrics) if numbers(metrics.get(model))}
     keys = [key for key in better if any(np.isfinite(section.get(key, np.nan)) for section in models.values())]
     if not keys:
         return None
@@ -174,7 +174,7 @@ def plot_overview(metrics: dict[str, Any]) -> Figure | None:
         largest = max(heights.values()) or 1.0
         for row, model in enumerate(models):
             if model in heights:
-                axes.barh(row, heights[model], height=0.7, color=COLORS[model])
+                axes.barh(row, heights[model], height=0.7, color=COLORS.get(model, INK))
                 written = value(key, heights[model])
                 axes.text(heights[model] + largest * 0.03, row, written, va="center", fontsize=10, color=INK)
         _title(axes, f"{label(key)} ({better[key]})")
@@ -183,7 +183,7 @@ def plot_overview(metrics: dict[str, Any]) -> Figure | None:
         _dress(axes)
         axes.spines["bottom"].set_visible(False)
         for tick, model in zip(axes.get_yticklabels(), models, strict=True):
-            tick.set(color=COLORS[model], fontweight="bold", fontsize=10)
+            tick.set(color=COLORS.get(model, INK), fontweight="bold", fontsize=10)
     return figure
 
 

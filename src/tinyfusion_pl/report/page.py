@@ -11,7 +11,7 @@ from tinyfusion_pl.artifacts import atomic_path, write_text
 
 from . import figures, sections
 from .markup import text
-from .reading import MODELS, Run, numbers, read_run
+from .reading import Run, models_in, numbers, read_run
 from .style import CSS
 from .words import feature_note, headline
 
@@ -71,7 +71,7 @@ def write_report(run_dir: str | Path) -> Path:
 def _figures(run: Run) -> Iterator[tuple[str, Figure]]:
     metrics = run.metrics or {}
     if run.samples:
-        depths = {model: numbers(metrics.get(model)).get("depth") for model in MODELS}
+        depths = {model: numbers(metrics.get(model)).get("depth") for model in models_in(metrics)}
         yield "samples", figures.plot_samples(run.samples, depths={m: depth for m, depth in depths.items() if depth})
     if overview := figures.plot_overview(metrics):
         yield "overview", overview
@@ -93,7 +93,7 @@ def render(run: Run, pictures: dict[str, bytes]) -> str:
     """The whole page; `pictures` are PNG bytes by figure name."""
     metrics = run.metrics or {}
     title = headline(metrics)
-    measured = any("fid" in numbers(metrics.get(model)) for model in MODELS)
+    measured = any("fid" in numbers(metrics.get(model)) for model in models_in(metrics))
     note = f'<p class="note">{text(feature_note(metrics.get("protocol", {})))}</p>' if measured else ""
     links = "".join(f'<a href="#{anchor}">{heading}</a>' for anchor, (heading, _, _) in SECTIONS.items())
     body = "\n".join(

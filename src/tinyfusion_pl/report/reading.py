@@ -21,6 +21,7 @@ from tinyfusion_pl.artifacts import ArtifactError, load_tensors, read_json
 MODELS = ("teacher", "pruned", "recovered")
 STAGES = ("learn_mask", "recover", "evaluate")
 
+OTHER_SECTIONS = ("seconds", "speedup", "protocol")
 METRICS, CONFIG, SAMPLES = "metrics.json", "config.yaml", "samples.safetensors"
 DECISIONS, RECORD, LOGS = "learn_mask/decisions.jsonl", "shallow/record.json", "logs"
 
@@ -114,7 +115,7 @@ def _read_object(path: Path) -> dict[str, Any]:
 def read_metrics(path: Path) -> dict[str, Any]:
     """`metrics.json`, checked as far as the report relies on it: each known section, where present, is an object."""
     metrics = _read_object(path)
-    for section in (*MODELS, "seconds", "speedup", "protocol"):
+    for section in (*MODELS, *OTHER_SECTIONS):
         if not isinstance(metrics.get(section, {}), dict):
             raise ArtifactError(
                 f"{path}: {section!r} is {metrics[section]!r}, expected an object of names and values. "
@@ -239,6 +240,14 @@ def _number(cell: str | None) -> float | None:
         return None
 
 
+def models_in(section: dict[str, Any] | None) -> list[str]:
+    """The models in `metrics.json` or among the samples: a run's own in their order, then others that were evaluated."""
+    section = section or {}
+    others = [name for name, content in section.items() if name not in (*MODELS, *OTHER_SECTIONS, "labels")
+              and isinstance(content, (dict, np.ndarray))]
+    return [model for model in MODELS if model in section] + others
+
+
 def read_samples(path: Path) -> dict[str, np.ndarray]:
     """`samples.safetensors`, one noise and label a row.
 
@@ -246,7 +255,7 @@ def read_samples(path: Path) -> dict[str, np.ndarray]:
         `labels` (N,) and, for some of the models, uint8 pictures (N, C, H, W) with C = 1 or 3.
     """
     tensors = {name: tensor.numpy() for name, tensor in load_tensors(path).items()}
-    samples = {name: tensors[name] for name in ("labels", *MODELS) if name in tensors}
+    samples = {name: tensors[name] for name in ("labels", *models_in(tensors)) if name in tensors}
     labels = samples.get("labels")
     if labels is None or labels.ndim != 1 or len(samples) < 2 or not len(labels):
         wanted = f"'labels' (N,) and pictures of at least one of {', '.join(MODELS)}"

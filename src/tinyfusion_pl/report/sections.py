@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from .markup import about, code, fold, image, listing, missing, table, text
-from .reading import CONFIG, DECISIONS, LOGS, METRICS, MODELS, RECORD, SAMPLES, Run, members, numbers
+from .reading import CONFIG, DECISIONS, LOGS, METRICS, RECORD, SAMPLES, Run, members, models_in, numbers
 from .words import METRICS as EXPLAINED
 from .words import STAGES, duration, label, metric_keys, stage_label, student_of, value
 
@@ -17,7 +17,7 @@ Pictures = dict[str, bytes]  # PNG by figure name
 def samples(run: Run, pictures: Pictures) -> str:
     if not run.samples:
         return missing(SAMPLES)
-    rows = ", ".join(model for model in MODELS if model in run.samples)
+    rows = ", ".join(models_in(run.samples))
     return image(
         pictures,
         "samples",
@@ -28,7 +28,7 @@ def samples(run: Run, pictures: Pictures) -> str:
 
 def results(run: Run, pictures: Pictures) -> str:
     metrics = run.metrics or {}
-    models = {model: numbers(metrics.get(model)) for model in MODELS if numbers(metrics.get(model))}
+    models = {model: numbers(metrics.get(model)) for model in models_in(metrics) if numbers(metrics.get(model))}
     if not models:
         return missing(METRICS)
     rows = []

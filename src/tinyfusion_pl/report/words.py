@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from .reading import MODELS, numbers
+from .reading import models_in, numbers
 
 METRICS = {
     "depth": ("blocks", "transformer blocks that run one after another"),
     "num_params": ("parameters", "learned numbers in the network"),
     "fid": ("FID", "distance between the statistics of generated and real pictures; lower is better, 0 is equal"),
+    "sfid": ("sFID", "the same of spatial features, which see where things are; lower is better"),
     "inception_score": (
         "Inception score",
         "how certain and how varied the classifier finds the samples; higher is better",
     ),
+    "precision": ("precision", "share of samples that lie among the real pictures; higher is better"),
+    "recall": ("recall", "share of real pictures that lie among the samples; higher is better"),
     "accuracy": (
         "accuracy",
         "share of samples in which the classifier sees the class that was asked for; higher is better",
@@ -104,8 +107,9 @@ def headline(metrics: dict[str, Any]) -> str:
     """
     student = student_of(metrics)
     if student is None:
-        present = [model for model in MODELS if numbers(metrics.get(model))]
-        return f"Only the {present[0]} was measured" if present else "Nothing was measured yet"
+        present = [model for model in models_in(metrics) if numbers(metrics.get(model))]
+        verb = "was" if len(present) == 1 else "were"
+        return f"Only the {' and the '.join(present)} {verb} measured" if present else "Nothing was measured yet"
     before, after = numbers(metrics.get("teacher")), numbers(metrics[student])
 
     def change(key: str, form: str) -> str | None:

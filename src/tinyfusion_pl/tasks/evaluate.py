@@ -2,50 +2,70 @@
 
 from __future__ import annotations
 
+import copy
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
-from tinyfusion_pl.artifacts import save_tensors, write_json
-from tinyfusion_pl.models import load_shallow
-from tinyfusion_pl.modules import Generation, balanced_labels
+from tinyfusion_pl.artifacts import save_tensors, sha256, write_json
+from tinyfusion_pl.metrics import GenerationMetrics, Reference, read_reference
+from tinyfusion_pl.metrics.reference import write_pictures
+from tinyfusion_pl.models import load_shallow, load_weights
+from tinyfusion_pl.modules import Generation
+from tinyfusion_pl.objectives import PictureSampler, labels_of
 from tinyfusion_pl.pruning import find_stacks
+from tinyfusion_pl.report import write_grid
 from tinyfusion_pl.tasks.fitting import ctrl_c
 from tinyfusion_pl.tasks.folder import Inputs, RunFolder, say
+from tinyfusion_pl.tasks.kept import KeptBatches
 
 ROLES = ("teacher", "pruned", "recovered")
 
 
 @dataclass(kw_only=True)
 class Evaluate:
-    """Evaluation of up to three models.
+    """Evaluation of the run's models, or of others.
 
     Args:
         trainer: Makes a Trainer from ``default_root_dir=``.
-        metrics: Measures pictures (`GenerationMetrics`).
+        metrics: Measures pictures.
+        models: Name -> a shallow folder, or a checkpoint of the configured model: these are measured instead of the run's own.
+        reference: Reference file (see `read_reference`); None: the data module's pictures.
         sampling: Arguments of ``objective.sample``.
-        num_samples: Pictures measured for each model, >= 2; labels are balanced.
-        batch_size: Pictures sampled at once, >= 1.
+        labels: ``"balanced"`` or ``"random"``.
+        precision, compile: Of the denoiser while it samples, see `PictureSampler`.
+        num_samples: Pictures measured for each model, >= 2: exactly so many, whatever the devices.
+        batch_size: Pictures sampled at once on each device, >= 1.
         num_shown: Pictures of each model kept for the report.
         num_timing_rounds: Batches of each model timed in turn for images/s, >= 1.
+        write_npz: Leave ``samples_<model>.npz`` as the ADM evaluator takes it.
+        write_grid: Leave ``samples_<model>.png``, the pictures shown.
     """
 
     trainer: Callable[..., Trainer]
-    metrics: nn.Module
+    metrics: GenerationMetrics
+    models: Mapping[str, str] = field(default_factory=dict)
+    reference: str | None = None
     sampling: dict[str, Any] = field(default_factory=dict)
+    labels: str = "balanced"
+    precision: str = "float32"
+    compile: bool = False
     num_samples: int = 1000
     batch_size: int = 128
     num_shown: int = 40
     num_timing_rounds: int = 3
+    write_npz: bool = False
+    write_grid: bool = False
 
     def __post_init__(self) -> None:
         for name, least in {"num_samples": 2, "batch_size": 1, "num_shown": 0, "num_timing_rounds": 1}.items():
@@ -53,78 +73,132 @@ class Evaluate:
                 raise ValueError(f"evaluate.{name} is {getattr(self, name)}; give a count >= {least}.")
         if self.num_shown > self.num_samples:
             raise ValueError(f"evaluate.num_shown={self.num_shown} is more than num_samples={self.num_samples}.")
+        if wrong := [name for name in self.models if not name.isidentifier()]:
+            raise ValueError(f"evaluate.models: {wrong} are no names; give letters, digits and underscores, they become file names.")
+        self.held = False  # whether the metrics have the reference
 
     def check(self, inputs: Inputs) -> None:
-        """Find out whether the sampling settings hold and the data can be evaluated, before anything is trained.
+        """Find out whether the settings hold, the models load and the data can be evaluated, before anything is trained.
 
         Raises:
-            ValueError: when they do not.
+            ValueError, ArtifactError: when they do not.
         """
-        inputs.objective.check_sampling(**self.sampling)
+        self.sampler(inputs.teacher, inputs).check()
+        labels_of(self.labels, self.num_samples, inputs.teacher.num_classes, seed=inputs.seed)
         self.trainer()
-        inputs.data.reference_pictures()
+        reference = self.reference_of(inputs)
+        self.metrics.check(num_samples=self.num_samples, num_reference=reference.num_pictures)
+        self.metrics.check_reference(reference)
+        for path in self.models.values():
+            self.load(path, inputs)
 
     def run(self, folder: RunFolder, inputs: Inputs) -> None:
-        """Measure the models of a run folder; each one's numbers are kept as soon as they are there."""
+        """Measure the models; each one's numbers are kept as soon as they are there, and each batch until they are."""
         if folder.result("evaluate") is not None:
             say(f"evaluate: done before; numbers in {folder / 'metrics.json'}")
             return
-        say(f"evaluate: {self.num_samples} samples each of teacher, pruned and recovered model; numbers go to {folder / 'metrics.json'}")
+        models = self.models_of(folder, inputs)
+        say(f"evaluate: {self.num_samples} samples each of {', '.join(models)}; numbers go to {folder / 'metrics.json'}")
+        samplers = {role: self.sampler(model, inputs) for role, model in models.items()}
+        for role, sampler in samplers.items():
+            if folder.result(f"evaluate_{role}") is None:
+                say(f"evaluate: {role}")
+                results, seconds = self.measure(sampler, folder, inputs, role=role)
+                folder.finish(f"evaluate_{role}", {**describe(models[role]), **results, "seconds": seconds})
+        self.write(folder, inputs, models=models, speed=self.images_per_second(samplers, inputs), shown=self.shown(samplers, inputs))
+
+    def models_of(self, folder: RunFolder, inputs: Inputs) -> dict[str, nn.Module]:
+        """Name -> model: those given, or the run's own as far as they are there."""
+        if self.models:
+            return {name: self.load(path, inputs) for name, path in self.models.items()}
         models = {"teacher": inputs.teacher}
         for role, path in {"pruned": folder.shallow, "recovered": folder.recovered}.items():
             if path.exists():
                 models[role] = load_shallow(path)
-        reference = inputs.data.reference_pictures()[0]
-        shells = {role: self.generation(model, inputs) for role, model in models.items()}
-        for role, shell in shells.items():
-            if folder.result(f"evaluate_{role}") is None:
-                say(f"evaluate: {role}")
-                seconds = self.measure(shell, folder, reference=reference)
-                folder.finish(f"evaluate_{role}", {**describe(models[role]), **shell.results, "seconds": seconds})
-        self.write(folder, inputs, models=models, speed=self.images_per_second(shells), shown=self.shown(shells))
+        return models
 
-    def generation(self, model: nn.Module, inputs: Inputs) -> Generation:
-        return Generation(model.eval(), objective=inputs.objective, latent_shape=inputs.data.latent_shape, decode=inputs.data.decode,
-                          metrics=self.metrics, sampling=self.sampling, seed=inputs.seed)
+    def load(self, path: str, inputs: Inputs) -> nn.Module:
+        """The model in a shallow folder, or in a checkpoint of the configured model."""
+        if Path(path).is_dir():
+            return load_shallow(path)
+        return load_weights(copy.deepcopy(inputs.teacher), path).eval()
 
-    def measure(self, shell: Generation, folder: RunFolder, *, reference: torch.Tensor) -> float:
-        """Run `shell` over all samples and hold them against the `reference` pictures; its results are then in ``shell.results``.
+    def sampler(self, model: nn.Module, inputs: Inputs) -> PictureSampler:
+        return PictureSampler(denoiser=model.eval(), objective=inputs.objective, latent_shape=inputs.data.latent_shape,
+                              decode=inputs.data.decode, sampling=self.sampling, seed=inputs.seed, precision=self.precision,
+                              compile=self.compile)
 
-        Returns seconds.
+    def reference_of(self, inputs: Inputs) -> Reference:
+        """The reference file, or the data module's pictures."""
+        if self.reference is not None:
+            return self._reference_file
+        pictures = inputs.data.reference_pictures()[0]
+        return Reference(path=Path("data"), pictures=pictures, num_pictures=len(pictures))
+
+    @cached_property
+    def _reference_file(self) -> Reference:
+        return read_reference(self.reference)
+
+    def measure(self, sampler: PictureSampler, folder: RunFolder, inputs: Inputs, *, role: str) -> tuple[dict[str, float], float]:
+        """Sample, and hold the pictures against the reference, going on from the batches that an interrupted measurement kept.
+
+        Returns the metrics' results and the seconds that it took this time.
         """
         start = time.monotonic()
         trainer = self.trainer(default_root_dir=folder.path)
-        labels = balanced_labels(self.num_samples, shell.denoiser.num_classes)
-        # Every rank takes its own share, of samples and reference: none is padded or counted twice.
-        share = slice(trainer.global_rank, None, trainer.world_size)
-        mine = TensorDataset(torch.arange(self.num_samples)[share], labels[share])
-        self.metrics.reset(reference=True)
-        self.metrics.update_reference(reference[share])
+        if not self.held:
+            self.metrics.to(trainer.strategy.root_device)
+            self.metrics.set_reference(self.reference_of(inputs), rank=trainer.global_rank, world_size=trainer.world_size,
+                                       batch_size=self.batch_size)
+            self.held = True
+        kept = KeptBatches(folder / "evaluate" / role, pictures=self.write_npz)
+        shell = Generation(sampler, labels=self.labels_of(sampler, inputs), metrics=self.metrics, batch_size=self.batch_size, measured=kept)
         with ctrl_c(trainer):
-            trainer.test(shell, DataLoader(mine, batch_size=self.batch_size), verbose=False)
-        return time.monotonic() - start
+            trainer.test(shell, verbose=False)
+        if self.write_npz:
+            self.write_samples(folder / f"samples_{role}.npz", kept)
+        trainer.strategy.barrier("before the kept batches are deleted")
+        kept.delete()
+        return shell.results, time.monotonic() - start
 
-    def shown(self, shells: dict[str, Generation]) -> dict[str, torch.Tensor]:
+    @rank_zero_only
+    def write_samples(self, path: Path, kept: KeptBatches) -> None:
+        write_pictures(path, kept.numbered_pictures(), num_pictures=self.num_samples)
+
+    def labels_of(self, sampler: PictureSampler, inputs: Inputs) -> torch.Tensor:
+        return labels_of(self.labels, self.num_samples, sampler.denoiser.num_classes, seed=inputs.seed)
+
+    def shown(self, samplers: dict[str, PictureSampler], inputs: Inputs) -> dict[str, torch.Tensor]:
         indices = torch.arange(self.num_shown)
-        labels = balanced_labels(self.num_samples, next(iter(shells.values())).denoiser.num_classes)[: self.num_shown]
-        return {"labels": labels, **{role: shell.generate(indices, labels).cpu() for role, shell in shells.items()}}
+        labels = self.labels_of(next(iter(samplers.values())), inputs)[: self.num_shown]
+        return {"labels": labels, **{role: sampler(indices, labels, device=_on(sampler, self.device)).cpu()
+                                     for role, sampler in samplers.items() if self.num_shown}}
 
-    def images_per_second(self, shells: dict[str, Generation]) -> dict[str, float]:
+    def images_per_second(self, samplers: dict[str, PictureSampler], inputs: Inputs) -> dict[str, float]:
         """Images per second of each model, sampled in turn in the same run, so that whatever slows the machine slows all of them."""
         size = min(self.batch_size, self.num_samples)
-        indices, labels = torch.arange(size), balanced_labels(size, next(iter(shells.values())).denoiser.num_classes)
-        seconds: dict[str, list[float]] = {role: [] for role in shells}
+        indices, labels = torch.arange(size), self.labels_of(next(iter(samplers.values())), inputs)[:size]
+        seconds: dict[str, list[float]] = {role: [] for role in samplers}
         for _ in range(self.num_timing_rounds):
-            for role, shell in shells.items():
+            for role, sampler in samplers.items():
+                device = _on(sampler, self.device)
                 start = time.perf_counter()
-                shell.generate(indices, labels).cpu()
+                sampler(indices, labels, device=device).cpu()
                 seconds[role].append(time.perf_counter() - start)
         return {role: size / statistics.median(each) for role, each in seconds.items()}
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where this process samples."""
+        return self.trainer().strategy.root_device
 
     @rank_zero_only
     def write(self, folder: RunFolder, inputs: Inputs, *, models: dict[str, nn.Module], speed: dict[str, float],
               shown: dict[str, torch.Tensor]) -> None:
         save_tensors(folder / "samples.safetensors", shown)
+        if self.write_grid:
+            for role in models:
+                write_grid(folder / f"samples_{role}.png", shown[role])
         results: dict[str, Any] = {"name": inputs.name}
         for role in models:
             result = folder.result(f"evaluate_{role}")
@@ -133,7 +207,7 @@ class Evaluate:
         seconds["evaluate"] = sum(folder.result(f"evaluate_{role}")["seconds"] for role in models)
         results["seconds"] = seconds
         last = "recovered" if "recovered" in models else "pruned" if "pruned" in models else None
-        if last is not None:
+        if last is not None and "teacher" in models:
             depth = {role: results[role]["depth"] for role in ("teacher", last)}
             results["speedup"] = {"measured": speed[last] / speed["teacher"], "ideal": depth["teacher"] / depth[last]}
         results["peak_memory_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -143,10 +217,21 @@ class Evaluate:
 
     def protocol(self, inputs: Inputs) -> dict[str, Any]:
         """What two results must share to be comparable."""
-        return {"num_samples": self.num_samples, "num_reference": len(inputs.data.reference_pictures()[0]), "labels": "balanced",
-                "seed": inputs.seed, **self.sampling, "feature_network": type(self.metrics.feature_network).__name__}
+        reference = self.reference_of(inputs)
+        if self.reference is None:
+            held: Any = type(inputs.data).__name__
+        else:
+            held = {"file": str(self.reference), "sha256": sha256(self.reference)}
+        return {"num_samples": self.num_samples, "num_reference": reference.num_pictures, "reference": held,
+                "labels": self.labels, "seed": inputs.seed, **self.sampling, "precision": self.precision,
+                "feature_network": self.metrics.fingerprint(), "metrics": self.metrics.settings()}
 
 
 def describe(model: nn.Module) -> dict[str, int]:
     """Depth (blocks in all stacks) and parameters of a model."""
     return {"depth": sum(len(stack) for stack in find_stacks(model).values()), "num_params": sum(p.numel() for p in model.parameters())}
+
+
+def _on(sampler: PictureSampler, device: torch.device) -> torch.device:
+    sampler.denoiser.to(device)
+    return device

@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.trainer.states import TrainerStatus
 from torch import nn
 
-from tinyfusion_pl.callbacks import Clock, RandomState
+from tinyfusion_pl.callbacks import Clock
 from tinyfusion_pl.modules import Denoising
 from tinyfusion_pl.tasks.folder import RunFolder
 
@@ -61,7 +61,7 @@ class Fit:
         saving = ModelCheckpoint(dirpath=checkpoint.parent, filename=checkpoint.stem, every_n_train_steps=self.checkpoint_every_n_steps,
                                  save_on_train_epoch_end=False, enable_version_counter=False)
         trainer = self.trainer(
-            callbacks=[*first, _SaveAtEnd(checkpoint), *self.callbacks.values(), RandomState(), clock, saving],
+            callbacks=[*first, _SaveAtEnd(checkpoint), *self.callbacks.values(), clock, saving],
             default_root_dir=folder / stage,
             logger=False if self.logger is None else self.logger(folder=folder / "logs" / stage, stage=stage),
         )

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from lightning.pytorch import seed_everything
-from torch import nn
 
 from tinyfusion_pl.artifacts import read_json
 from tinyfusion_pl.callbacks import NonFiniteGuard
@@ -36,12 +35,13 @@ class Recover:
             raise ValueError(f"recover.weights is {self.weights!r}; give 'ema' or 'raw'.")
 
     def check(self, inputs: Inputs) -> None:
-        """Find out whether the settings hold, before anything is trained; layer pairs are checked against the student later.
+        """Find out whether the settings hold, before anything is trained; layer pairs that are given are held against the teacher.
 
         Raises:
             ValueError: when they do not.
         """
-        module = self.module(nn.Identity(), teacher=nn.Identity(), decision=Decision({}), objective=inputs.objective)
+        # The student is not there yet; the teacher has at least its blocks.
+        module = self.module(inputs.teacher, teacher=inputs.teacher, decision=Decision({}), objective=inputs.objective)
         self.fit.check("recover", module)
 
     def run(self, folder: RunFolder, inputs: Inputs) -> None:

@@ -59,9 +59,8 @@ def train_denoiser(*, run_dir: str | Path, name: str, seed: int, model: str, obj
         folder.finish("train", {"seconds": seconds})
     load_weights(denoiser, folder / "trained" / "model.safetensors")
     say(f"train: measuring {evaluate.num_samples} samples")
-    shell = evaluate.generation(denoiser, inputs)
-    evaluate.measure(shell, folder, reference=data.reference_pictures()[0])
-    metrics = {**describe(denoiser), **shell.results}
+    results, _ = evaluate.measure(evaluate.sampler(denoiser, inputs), folder, inputs, role="trained")
+    metrics = {**describe(denoiser), **results}
     write_json(folder / "trained" / "record.json", {
         "model": {"name": denoiser.model_name, "kwargs": denoiser.config}, "recipe": recipe, "seed": seed, "metrics": metrics,
         "seconds": folder.result("train")["seconds"], "protocol": evaluate.protocol(inputs), "versions": library_versions(),

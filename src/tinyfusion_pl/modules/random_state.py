@@ -7,38 +7,37 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule
 
 
-class RandomState(Callback):
-    """Give each rank random numbers of its own, and let an interrupted run go on with the very next ones.
+class OwnRandomness(LightningModule):
+    """A module whose ranks draw random numbers of their own, and whose interrupted run goes on with the very next ones.
 
     ``seed_everything`` seeds all ranks alike; without this, timesteps, noise and dropped labels would be the same on each. Generators of
     Python, NumPy and torch (CPU and this rank's GPU) are saved for each rank; with another number of ranks they start anew.
     """
 
-    def __init__(self) -> None:
-        self._saved: list[dict[str, Any]] | None = None
+    _saved_random_states: list[dict[str, Any]] | None = None
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._saved is not None and len(self._saved) == trainer.world_size:
-            set_random_state(self._saved[trainer.global_rank])
-        elif trainer.global_rank > 0:
-            seed = (torch.initial_seed() + 1_000_003 * trainer.global_rank) % 2**63
+    def on_train_start(self) -> None:
+        saved, self._saved_random_states = self._saved_random_states, None
+        if saved is not None and len(saved) == self.trainer.world_size:
+            set_random_state(saved[self.trainer.global_rank])
+        elif self.trainer.global_rank > 0:
+            seed = (torch.initial_seed() + 1_000_003 * self.trainer.global_rank) % 2**63
             torch.manual_seed(seed)
             np.random.seed(seed % 2**32)
             random.seed(seed)
-        self._saved = None
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         states: list[Any] = [random_state()]
-        if trainer.world_size > 1:
-            states = [None] * trainer.world_size
+        if self.trainer.world_size > 1:
+            states = [None] * self.trainer.world_size
             torch.distributed.all_gather_object(states, random_state())
         checkpoint["random_states"] = states
 
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._saved = checkpoint.get("random_states")
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._saved_random_states = checkpoint.get("random_states")
 
 
 def random_state() -> dict[str, Any]:

@@ -1,0 +1,112 @@
+"""Pictures of numbered samples: the same number gives the same picture, whatever the batch, the devices or their number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+LABELS = ("balanced", "random")
+PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def noise_of(indices: Sequence[int] | Tensor, shape: Sequence[int], *, seed: int) -> Tensor:
+    """Standard normal noise (N, *shape) that depends on the sample's index and the seed alone, not on batches or devices."""
+    return torch.stack([torch.randn(tuple(shape), generator=_generator(index, seed)) for index in torch.as_tensor(indices).tolist()])
+
+
+def balanced_labels(num_samples: int, num_classes: int) -> Tensor:
+    """Labels 0, 1, ..., num_classes - 1, 0, 1, ... (num_samples,): as equal in number as they can be."""
+    return torch.arange(num_samples) % num_classes
+
+
+def random_labels(num_samples: int, num_classes: int, *, seed: int) -> Tensor:
+    """Labels (num_samples,) drawn uniformly; sample i has the same one however many there are."""
+    return torch.randint(num_classes, (num_samples,), generator=_generator(0, seed))
+
+
+def labels_of(kind: str, num_samples: int, num_classes: int, *, seed: int) -> Tensor:
+    """Labels (num_samples,), ``"balanced"`` or ``"random"``."""
+    if kind not in LABELS:
+        raise ValueError(f"labels is {kind!r}; give one of {', '.join(map(repr, LABELS))}.")
+    return balanced_labels(num_samples, num_classes) if kind == "balanced" else random_labels(num_samples, num_classes, seed=seed + 2)
+
+
+@dataclass(kw_only=True)
+class PictureSampler:
+    """Samples pictures from a denoiser.
+
+    Args:
+        denoiser: Called in evaluation mode, and left in the mode it was in.
+        objective: Has ``sample``.
+        latent_shape: (C, H, W) of what the denoiser works on.
+        decode: Latents (N, C, H, W) -> uint8 pictures (N, C', H', W').
+        sampling: Arguments of ``objective.sample``: num_sampling_steps, sampler, guidance_scale, guidance_channels, ...
+        seed: Of the noise.
+        precision: The denoiser's: ``"float32"``, or ``"bfloat16"`` or ``"float16"`` by autocast. The process around it stays in float32.
+        compile: Run the denoiser through ``torch.compile``.
+    """
+
+    denoiser: nn.Module
+    objective: Any
+    latent_shape: Sequence[int]
+    decode: Callable[[Tensor], Tensor]
+    sampling: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    precision: str = "float32"
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision is {self.precision!r}; give one of {', '.join(map(repr, PRECISIONS))}.")
+        self._called = torch.compile(self.denoiser) if self.compile else self.denoiser
+
+    def check(self) -> None:
+        """Raise the ValueError that sampling with these options would raise."""
+        if self.sampling.get("guidance_scale", 1) != 1 and not getattr(self.denoiser, "has_null_label", True):
+            raise ValueError(f"guidance_scale is {self.sampling['guidance_scale']}, but the denoiser has no null label "
+                             "(class_dropout_prob=0): it cannot be guided. Set guidance_scale to 1.")
+        self.objective.check_sampling(**self.sampling)
+
+    @torch.no_grad()
+    def __call__(self, indices: Tensor, labels: Tensor, *, device: torch.device | str = "cpu") -> Tensor:
+        """uint8 pictures (N, C, H, W) of samples `indices` (N,) with `labels` (N,), made on `device`."""
+        z = noise_of(indices, self.latent_shape, seed=self.seed)
+        options = dict(self.sampling)
+        if options.get("sampler", "ddpm") != "ddim" or options.get("eta"):
+            steps = options.get("num_sampling_steps", 250)
+            options["noise"] = noise_of(indices, (steps, *self.latent_shape), seed=self.seed + 1).transpose(0, 1).to(device)
+        was_training = self.denoiser.training
+        self.denoiser.eval()
+        try:
+            latents = self.objective.sample(self._denoise, z.to(device), labels.to(device), **options)
+        finally:
+            self.denoiser.train(was_training)
+        if (bad := ~torch.isfinite(latents).flatten(1).all(1)).any():
+            numbers = torch.as_tensor(indices).to(bad.device)[bad].tolist()
+            raise ValueError(f"{len(numbers)} of {len(latents)} samples hold values that are not finite (numbers {numbers[:8]}): the model "
+                             "has diverged, or its precision is too low for it.")
+        return self.decode(latents)
+
+    @property
+    def _denoise(self) -> Callable[..., Tensor]:
+        return _Denoise(self._called, num_classes=self.denoiser.num_classes, dtype=PRECISIONS[self.precision])
+
+
+class _Denoise:
+    """A denoiser in its own precision, seen in float32 by the process around it."""
+
+    def __init__(self, denoiser: Callable[..., Tensor], *, num_classes: int, dtype: torch.dtype | None) -> None:
+        self.denoiser, self.num_classes, self.dtype = denoiser, num_classes, dtype
+
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        with nullcontext() if self.dtype is None else torch.autocast(x.device.type, dtype=self.dtype):
+            return self.denoiser(x, t, y).to(x.dtype)
+
+
+def _generator(index: int, seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**63)

@@ -1,0 +1,23 @@
+"""A picture of pictures."""
+
+from __future__ import annotations
+
+import os
+
+from torch import Tensor
+
+from tinyfusion_pl.artifacts import atomic_path
+
+LEAST = 64  # pixels of a side, so that 8x8 digits can be seen
+
+
+def write_grid(path: str | os.PathLike, pictures: Tensor, *, num_columns: int = 10) -> None:
+    """Write uint8 pictures (N, C, H, W) side by side as a PNG, small ones enlarged without smoothing."""
+    from torchvision.transforms.v2.functional import to_pil_image
+    from torchvision.utils import make_grid
+
+    factor = max(1, LEAST // pictures.shape[-1])
+    pictures = pictures.cpu().repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+    grid = make_grid(pictures, nrow=num_columns, padding=2, pad_value=128)  # (3, H', W')
+    with atomic_path(path) as temporary:
+        to_pil_image(grid).save(temporary)
