@@ -82,3 +82,13 @@ def test_recovery_draws_by_rank_and_keeps_the_teacher_out(tmp_path):
     assert not same(first["noise"], second["noise"])
     assert all(same(a.values(), b.values()) for a, b in zip(first["weights"], second["weights"], strict=True))
     assert not first["teacher_in_state_dict"]
+
+
+def test_each_pass_of_a_step_draws_masks_of_its_own_size_where_the_blocks_are_the_modules_own(tmp_path):
+    for rank in train("direct", tmp_path):
+        assert "error" not in rank and len(rank["equal"]) == 3 and not any(rank["equal"])
+
+
+def test_reentrant_checkpointing_is_refused_with_the_remedy(tmp_path):
+    for rank in train("reentrant", tmp_path):
+        assert "Reentrant activation checkpointing" in rank["error"] and "use_reentrant=False" in rank["error"]

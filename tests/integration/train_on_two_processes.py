@@ -4,7 +4,8 @@ import sys
 from pathlib import Path
 
 import torch
-from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from tinyfusion_pl import DepthPruningCallback, MaskLearning, Recovery, create_model
@@ -14,6 +15,30 @@ from tinyfusion_pl.objectives import GaussianDiffusion
 from tinyfusion_pl.pruning.gates import StackGates
 
 NUM_STEPS = 3
+
+
+class Direct(LightningModule):
+    """Blocks in the LightningModule itself, called twice in a step: on all samples, and on some."""
+
+    def __init__(self, *, reentrant):
+        super().__init__()
+        torch.manual_seed(3)
+        self.stem, self.reentrant, self.equal = torch.nn.Linear(3, 8), reentrant, []
+        self.blocks = torch.nn.ModuleList(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh()) for _ in range(8))
+
+    def net(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=True) if self.reentrant else block(x)
+        return x
+
+    def training_step(self, batch, batch_idx):
+        first, second = self.net(batch[0]), self.net(batch[0])
+        self.equal.append(bool(torch.equal(first, second)))
+        return first.sum() + second.sum() + self.net(batch[0][:1]).sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
 def denoiser():
@@ -61,8 +86,24 @@ class Watch(Callback):
         self.seen["weights"].append({k: v.clone() for k, v in pl_module.denoiser.state_dict().items()})
 
 
+def direct(case, folder):
+    """Leaves whether two passes of a step were equal, or the error."""
+    module = Direct(reentrant=case == "reentrant")
+    trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", max_steps=NUM_STEPS, logger=False, enable_checkpointing=False,
+                      callbacks=[DepthPruningCallback("1:2", stacks="blocks", weight_update="full", save_dir=folder / "shallow")],
+                      enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=1, default_root_dir=folder)
+    left = {}
+    try:
+        trainer.fit(module, DataLoader(TensorDataset(torch.randn(16, 3)), batch_size=4))
+    except RuntimeError as error:
+        left["error"] = str(error)
+    torch.save({**left, "equal": module.equal}, folder / f"rank{trainer.global_rank}.pt")
+
+
 def main(case, folder):
     seed_everything(7)
+    if case in ("direct", "reentrant"):
+        return direct(case, folder)
     objective = GaussianDiffusion()
     x = torch.ones(16, 1, 4, 4)  # alike on both ranks, so that only the drawing can differ
     if case == "nan":

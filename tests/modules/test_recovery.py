@@ -13,7 +13,7 @@ from tinyfusion_pl.callbacks import EMAWithWarmup
 from tinyfusion_pl.distill import Distillation
 from tinyfusion_pl.models import load_checkpoint
 from tinyfusion_pl.modules import Denoising
-from tinyfusion_pl.objectives import GaussianDiffusion
+from tinyfusion_pl.objectives import GaussianDiffusion, PictureSampler
 
 PAIRS = {"blocks": [[0, 1], [1, 3]]}
 
@@ -134,3 +134,35 @@ def test_label_dropout_replaces_labels_by_the_null_label_at_its_rate():
     assert abs(dropped - 0.25) < 0.015
     module.label_dropout = 0.0
     assert (module.drop_labels(torch.zeros(100, dtype=torch.long)) == 0).all()
+
+
+def test_a_denoiser_that_was_left_in_evaluation_mode_learns_its_mask(tmp_path):
+    module = MaskLearning(denoiser().eval(), objective=GaussianDiffusion())
+    fit(module, DepthPruningCallback("1:2", weight_update="full"), folder=tmp_path)
+    assert module.denoiser.training
+    assert all((p != 0.02).any() for p in module.depth_gates.logits())
+
+
+def test_a_denoiser_in_bfloat16_learns(tmp_path):
+    module = MaskLearning(denoiser(), objective=GaussianDiffusion())
+    before = module.denoiser.final_layer.linear.weight.detach().bfloat16()
+    fit(module, DepthPruningCallback("1:2", weight_update="full"), folder=tmp_path, precision="bf16-true")
+    after = module.denoiser.final_layer.linear.weight
+    assert after.dtype == torch.bfloat16 and after.isfinite().all() and not torch.equal(after, before)
+
+
+@pytest.mark.parametrize("pairs", [{"blocks": [[0, 99]]}, {"blocks": [[2, 3]]}, {"blocks": [[-1, 0]]}, {"layers": [[0, 0]]}])
+def test_pairs_outside_the_stacks_are_refused_at_once(pairs):
+    with pytest.raises(ValueError, match="does not fit|There is nothing at 'layers'"):
+        recovery(distillation=Distillation(pairs=pairs))
+
+
+def test_dropping_labels_needs_a_null_label():
+    plain = create_model("dit_digits", depth=2, hidden_size=16, num_heads=2, input_size=4, class_dropout_prob=0.0)
+    with pytest.raises(ValueError, match="label_dropout is 0.1, but the denoiser has no null label"):
+        MaskLearning(plain, objective=GaussianDiffusion())
+    MaskLearning(plain, objective=GaussianDiffusion(), label_dropout=0.0)
+    sampler = PictureSampler(denoiser=plain, objective=GaussianDiffusion(), latent_shape=(1, 4, 4), decode=lambda x: x,
+                             sampling={"num_sampling_steps": 2, "guidance_scale": 1.5})
+    with pytest.raises(ValueError, match="guidance_scale is 1.5, but the denoiser has no null label"):
+        sampler.check()

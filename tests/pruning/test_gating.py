@@ -3,9 +3,11 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from pruning.toys import AttnToy, PairToy, Toy, plain_formula
 from tinyfusion_pl.pruning import DepthGates, remove_gates
+from tinyfusion_pl.pruning.arguments import BatchAxes
 
 N, T, D = 5, 3, 6
 
@@ -376,6 +378,113 @@ def test_masks_differ_by_rank_under_equal_seeds():
     for rank in (0, 1):
         model, gates = gated_toy(depth=8, rank=rank)
         torch.manual_seed(7)
-        draw = gates._new_draw(gates.stacks[0], 32)
+        draw = gates._new_draw(gates.stacks[0], 32, model.blocks[0].forward.__self__)
         masks.append(gates.stacks[0].mask(draw))
     assert not torch.equal(*masks)
+
+
+# -- what only looks like what it is ---------------------------------------------------------------------------------------------------
+class Dropping(nn.Module):
+    """Records what its dropout let through."""
+
+    def __init__(self):
+        super().__init__()
+        self.lin, self.seen = nn.Linear(6, 6), []
+
+    def forward(self, x):
+        let = nn.functional.dropout(torch.ones_like(x), 0.5)
+        self.seen.append(let)
+        return x + self.lin(x) * let
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_recomputed_blocks_dropout_lets_through_what_it_did_before(use_reentrant):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList(Dropping() for _ in range(2))
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = checkpoint(block, x, use_reentrant=use_reentrant)
+            return x
+
+    torch.manual_seed(0)
+    model = Model()
+    DepthGates(model, "1:2")
+    model(torch.randn(8, 3, 6, requires_grad=True)).sum().backward()
+    for block in model.blocks:
+        half = len(block.seen) // 2
+        assert half and all(torch.equal(a, b) for a, b in zip(block.seen[:half], block.seen[half:], strict=True))
+
+
+def test_remembered_forwards_hold_no_noise():
+    model = Toy()
+    gates = DepthGates(model, "2:4")
+    for _ in range(3):
+        model(torch.randn(5, 3, 6))
+    assert gates._records and all(draw.noise is None for draw in gates._records.values())
+
+
+def test_the_first_parameter_is_gated_whatever_the_order_of_keywords():
+    class Model(Toy):
+        def forward(self, x, c=None):
+            for block in self.blocks:
+                x = block(c=c, x=x)
+            return x
+
+    torch.manual_seed(0)
+    model = Model(2)
+    gates = DepthGates(model, "1:2", init=0.0)
+    with torch.no_grad():
+        gates.logits()[0].copy_(torch.tensor([9.0, 0.0]))  # all samples keep block 0
+    x, c = torch.randn(4, 3, 6), torch.randn(4, 6)
+    torch.testing.assert_close(model(x, c), model.blocks[0].__class__.forward(model.blocks[0], x, c))
+
+
+class Biased(nn.Module):
+    """An addend between tokens, (heads, T, T), shared by all samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(6, 6)
+
+    def forward(self, x, bias):
+        scores = torch.einsum("ntd,nsd->nts", x, x)[:, None] + bias  # (N, heads, T, T)
+        return x + torch.einsum("nhts,nsd->ntd", scores.softmax(-1), self.lin(x))
+
+
+def test_a_bias_of_as_many_heads_as_samples_is_not_indexed_by_sample():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList(Biased() for _ in range(4))
+
+        def forward(self, x, bias):
+            for block in self.blocks:
+                x = block(x, bias)
+            return x
+
+    torch.manual_seed(0)
+    model = Model()
+    gates = DepthGates(model, "1:2")
+    bias = torch.randn(4, 3, 3)
+    for num_samples in (4, 4, 7, 4):  # as many as heads, and another number in between
+        x = torch.randn(num_samples, 3, 6)
+        fixed = {"blocks": [s.noise(num_samples) for s in gates.stacks[0].samplers]}
+        results = []
+        for gather in (True, False):
+            gates.gather = gather
+            gates.fix_noise(fixed)
+            model.zero_grad()
+            output = model(x, bias)
+            output.square().sum().backward()
+            results.append([output.detach(), *(p.grad.clone() for p in model.parameters())])
+        for ours, plain in zip(*results, strict=True):
+            torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-3)
+
+
+def test_conditioning_is_still_gathered():
+    axes = BatchAxes("block", [])
+    hidden = torch.zeros(4, 16, 6)
+    assert axes.per_sample([torch.zeros(4, 6), torch.zeros(4, 9, 6)], hidden) == [True, True]

@@ -87,3 +87,10 @@ def test_a_model_with_adapters_saves_and_loads_its_plain_keys_nested_too():
     assert set(holder.state_dict()) == set(plain)
     holder.load_state_dict(plain)
     assert torch.equal(model.head.base_layer.weight, plain["model.head.weight"])
+
+
+def test_a_bare_sequential_loses_blocks_in_place():
+    model = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(4)))
+    kept = [model[0], model[2]]
+    assert remove_blocks(model, {"": [0, 2]}) is model
+    assert list(model) == kept and set(model.state_dict()) == {"0.weight", "0.bias", "1.weight", "1.bias"}

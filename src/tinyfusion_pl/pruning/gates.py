@@ -38,13 +38,14 @@ class Split:
 class Draw:
     """The randomness of one forward in one stack; enough to build the same masks again.
 
-    The noise is that of `seed`, or given. `plain` names the blocks that ran all samples in one piece; `with_grad` says whether the forward
-    built a graph (reentrant checkpointing does not).
+    The noise is that of `seed`, which block `drawn_by` took from the global generator, or given. `plain` names the blocks that ran all
+    samples in one piece; `with_grad` says whether the forward built a graph (reentrant checkpointing does not).
     """
 
     tau: float
     num_samples: int
     seed: int = 0
+    drawn_by: str | None = None
     noise: list[Tensor] | None = None
     splits: list[Split] | None = None
     plain: set[str] = field(default_factory=set)
@@ -254,10 +255,10 @@ class DepthGates(nn.Module):
         if self._forwards:
             masks = self._forwards[-1].masks
             if gates.path not in masks:
-                draw = self._recall(key) if recomputing else self._new_draw(gates, num_samples)
+                draw = self._recall(key, gated) if recomputing else self._new_draw(gates, num_samples, gated)
                 masks[gates.path] = self._build(gates, draw, self._forwards[-1].with_grad)
         elif recomputing:
-            draw = self._recall(key)
+            draw = self._recall(key, gated)
             if not draw.with_grad and _num_processes() > 1:
                 raise RuntimeError(
                     "Reentrant activation checkpointing gives the gate logits a gradient at each block, which DDP does not allow. Use "
@@ -267,7 +268,7 @@ class DepthGates(nn.Module):
         else:  # blocks called without the module that owns them, e.g. through forward_features: the first block begins a forward
             masks = self._loose
             if gated.opens or gates.path not in masks:
-                masks[gates.path] = self._build(gates, self._new_draw(gates, num_samples), torch.is_grad_enabled())
+                masks[gates.path] = self._build(gates, self._new_draw(gates, num_samples, gated), torch.is_grad_enabled())
         draw, mask = masks[gates.path]
         if draw.num_samples != num_samples:
             raise ValueError(
@@ -280,7 +281,7 @@ class DepthGates(nn.Module):
                 self._records.popitem(last=False)
         return draw, mask
 
-    def _new_draw(self, gates: StackGates, num_samples: int) -> Draw:
+    def _new_draw(self, gates: StackGates, num_samples: int, gated: GatedForward) -> Draw:
         if self._noise is not None:
             noise = self._noise[gates.path]
             if [tuple(n.shape) for n in noise] != [(num_samples, s.num_logits) for s in gates.samplers]:
@@ -288,8 +289,8 @@ class DepthGates(nn.Module):
                                  f"expected {[(num_samples, s.num_logits) for s in gates.samplers]}.")
             return Draw(self.tau, num_samples, noise=noise, with_grad=torch.is_grad_enabled())
         # Seeded from the global generator, so that a run's one random state restores the masks too, and then by rank.
-        seed = (int(torch.randint(2**62, ())) + self.rank * _RANK_STRIDE) % 2**63
-        return Draw(self.tau, num_samples, seed=seed, with_grad=torch.is_grad_enabled())
+        seed = (_take_seed() + self.rank * _RANK_STRIDE) % 2**63
+        return Draw(self.tau, num_samples, seed=seed, drawn_by=gated.name, with_grad=torch.is_grad_enabled())
 
     def _build(self, gates: StackGates, draw: Draw, with_grad: bool) -> tuple[Draw, Tensor]:
         # Identity hooks: what the sampling saves must not be counted among the tensors of a checkpointed block, which it outlives.
@@ -300,8 +301,14 @@ class DepthGates(nn.Module):
             draw.splits = gates.split(mask)
         return draw, mask
 
-    def _recall(self, key: tuple[int, int, int]) -> Draw:
-        """The draw of the forward that is being recomputed."""
+    def _recall(self, key: tuple[int, int, int], gated: GatedForward) -> Draw:
+        """The draw of the forward that is being recomputed; leaves the global generator where that forward left it."""
+        draw = self._remembered(key)
+        if draw.drawn_by == gated.name:
+            _take_seed()  # so that the block's dropout draws what it drew before
+        return draw
+
+    def _remembered(self, key: tuple[int, int, int]) -> Draw:
         block, storage, state = key
         mine = [(k, draw) for k, draw in self._records.items() if k[0] == block]
         for match in (lambda k: k == key, lambda k: k[1] == storage, lambda k: k[2] == state):
@@ -394,6 +401,10 @@ def remove_gates(model: nn.Module) -> None:
             for key in [k for k, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), DepthGates)]:
                 del hooks[key]
                 module._forward_hooks_always_called.pop(key, None)
+
+
+def _take_seed() -> int:
+    return int(torch.randint(2**62, ()))
 
 
 def _num_processes() -> int:
