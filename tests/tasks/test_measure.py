@@ -1,0 +1,132 @@
+"""Pictures that are there already: folders, npz files and reference files give the same numbers; what is broken is named."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from torchvision.transforms.v2.functional import to_pil_image
+
+from tinyfusion_pl.artifacts import ArtifactError, read_json
+from tinyfusion_pl.data import DigitsDataModule
+from tinyfusion_pl.metrics import GenerationMetrics, Reference, load_digits_classifier, read_reference
+from tinyfusion_pl.tasks import PictureFiles, make_reference, measure
+
+TRAINER = partial(Trainer, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """The same pictures as folders of PNG and as npz: 60 real ones, 40 others."""
+    folder = tmp_path_factory.mktemp("pictures")
+    pictures = DigitsDataModule().reference_pictures()[0]
+    for name, part in (("real", pictures[:60]), ("made", pictures[60:100])):
+        (folder / name / "deep").mkdir(parents=True)
+        for i, picture in enumerate(part):
+            to_pil_image(picture).save(folder / name / ("deep" if i % 2 else ".") / f"{i}.png")
+        np.savez(folder / f"{name}.npz", arr_0=part.permute(0, 2, 3, 1).numpy())
+    return folder
+
+
+def metrics():
+    return GenerationMetrics(load_digits_classifier())
+
+
+def measured(samples, reference, folder, **files):
+    return measure(run_dir=folder, samples=str(samples), reference=str(reference), metrics=metrics(), trainer=TRAINER,
+                   files=PictureFiles(**{"num_channels": 1, "batch_size": 7, **files}))
+
+
+def test_folders_npz_and_reference_files_give_the_same_numbers(files, tmp_path):
+    expected = metrics()
+    pictures = DigitsDataModule().reference_pictures()[0]
+    expected.update_reference(pictures[:60])
+    expected.update(pictures[60:100])
+    expected = expected.compute()
+    make_reference(run_dir=tmp_path, pictures=str(files / "real"), output=str(tmp_path / "ref.npz"), metrics=metrics(), trainer=TRAINER,
+                   files=PictureFiles(num_channels=1))
+    for samples in ("made", "made.npz"):
+        for reference in (files / "real", files / "real.npz", tmp_path / "ref.npz"):
+            # Features are computed in float32, and here in batches of another size.
+            assert measured(files / samples, reference, tmp_path) == pytest.approx(expected, rel=2e-6)
+    results = read_json(tmp_path / "measure.json")
+    assert results["fid"] == pytest.approx(expected["fid"]) and results["protocol"]["num_samples"] == 40
+    assert results["protocol"]["num_reference"] == 60 and results["protocol"]["reference_sha256"]
+
+
+def test_a_reference_file_has_the_published_keys_and_is_never_written_over(files, tmp_path):
+    make = partial(make_reference, run_dir=tmp_path, pictures=str(files / "real.npz"), metrics=metrics(), trainer=TRAINER,
+                   files=PictureFiles())
+    path = make(output=str(tmp_path / "ref.npz"))
+    with np.load(path) as arrays:
+        assert {"mu", "sigma", "mu_s", "sigma_s", "features"} <= set(arrays.files)
+        features = load_digits_classifier()(read_reference(files / "real.npz").pictures).features.double().numpy()
+        np.testing.assert_allclose(arrays["mu"], features.mean(0), atol=1e-6)
+        np.testing.assert_allclose(arrays["sigma"], np.cov(features, rowvar=False), atol=1e-5)
+    for output in (path, tmp_path / "ref.txt"):
+        with pytest.raises(ValueError, match="give a new file that ends with .npz"):
+            make(output=str(output))
+
+
+def test_a_broken_picture_is_named_or_skipped_and_counted(files, tmp_path):
+    (tmp_path / "made").mkdir()
+    for i, picture in enumerate(read_reference(files / "made.npz").pictures):
+        to_pil_image(picture).save(tmp_path / "made" / f"{i}.png")
+    (tmp_path / "made" / "7.png").write_bytes((tmp_path / "made" / "8.png").read_bytes()[:40])
+    with pytest.raises(ValueError, match="7.png is no readable picture.*skip_broken"):
+        measured(tmp_path / "made", files / "real", tmp_path)
+    measured(tmp_path / "made", files / "real", tmp_path, skip_broken=True)
+    protocol = read_json(tmp_path / "measure.json")["protocol"]
+    assert (protocol["num_samples"], protocol["num_skipped"]) == (39, 1)
+
+
+def test_wrong_files_are_named_with_what_was_expected(files, tmp_path):
+    (tmp_path / "empty").mkdir()
+    np.savez(tmp_path / "keys.npz", other=np.zeros(3))
+    np.savez(tmp_path / "float.npz", arr_0=np.zeros((5, 8, 8, 1)))
+    np.savez(tmp_path / "objects.npz", arr_0=np.array([{}], dtype=object))
+    (tmp_path / "cut.npz").write_bytes((files / "made.npz").read_bytes()[:500])
+    statistics = {"features": (torch.zeros(64), torch.eye(64))}
+    Reference(path=tmp_path / "statistics.npz", statistics=statistics).write()
+    for samples, said in (("missing", "There is no folder"), ("empty", "holds no pictures"), ("keys.npz", "holds other. A reference holds"),
+                          ("float.npz", "arr_0 of .* is float64"), ("objects.npz", "not a whole npz file of plain arrays"),
+                          ("cut.npz", "not a whole npz file"), ("statistics.npz", r"holds no pictures \(arr_0\)"),
+                          ("missing.npz", "There is no file")):
+        with pytest.raises((ValueError, ArtifactError), match=said):
+            measured(tmp_path / samples, files / "real", tmp_path)
+    assert not (tmp_path / "measure.json").exists()
+
+
+def test_pictures_of_other_sizes_or_channels_are_refused(files, tmp_path):
+    (tmp_path / "mixed").mkdir()
+    for i in range(6):
+        to_pil_image(torch.zeros(1, 8, 8 + 4 * (i == 3), dtype=torch.uint8)).save(tmp_path / "mixed" / f"{i}.png")
+    with pytest.raises(ValueError, match=r"different sizes, \[\(8, 8\), \(8, 12\)\]. Give image_size"):
+        measured(tmp_path / "mixed", files / "real", tmp_path)
+    assert measured(tmp_path / "mixed", files / "real", tmp_path, image_size=8)["precision"] == 0  # cropped, they are black squares
+    with pytest.raises(ValueError, match="sees grey pictures .* these are colour ones"):
+        measured(files / "made", files / "real", tmp_path, num_channels=3)
+    with pytest.raises(ValueError, match="'precision_recall' needs 4 or more samples; there are 3"):
+        np.savez(tmp_path / "few.npz", arr_0=np.zeros((3, 8, 8, 1), dtype=np.uint8))
+        measured(tmp_path / "few.npz", files / "real", tmp_path)
+
+
+def test_numbers_in_names_count(tmp_path):
+    from tinyfusion_pl.data.pictures import PictureFolder
+
+    for i in (10, 9, 100, 1):
+        to_pil_image(torch.zeros(3, 2, 2, dtype=torch.uint8)).save(tmp_path / f"{i}.png")
+    assert [path.stem for path in PictureFolder(tmp_path).paths] == ["1", "9", "10", "100"]
+
+
+def test_centre_crop_is_that_of_the_adm_data_loader():
+    from PIL import Image
+
+    from tinyfusion_pl.data.pictures import center_crop
+
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 45, 3), dtype=np.uint8))
+    halved = image.resize((22, 35), resample=Image.Resampling.BOX)
+    scaled = halved.resize((20, round(35 * 20 / 22)), resample=Image.Resampling.BICUBIC)
+    top = (scaled.height - 20) // 2
+    assert np.array_equal(np.array(center_crop(image, 20)), np.array(scaled)[top : top + 20])
