@@ -44,7 +44,8 @@ def fit(folder, *callbacks, max_steps=5, module=None, **kwargs):
     seed_everything(1)
     module = module or Denoising(denoiser(), objective=GaussianDiffusion(), optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2))
     trainer = Trainer(accelerator="cpu", devices=1, max_steps=max_steps, callbacks=list(callbacks),
-                      logger=CSVLogger(folder, name="", version=""), enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
+                      logger=CSVLogger(folder, name="", version=""), enable_checkpointing=False, enable_progress_bar=False,
+                      enable_model_summary=False, default_root_dir=folder,
                       log_every_n_steps=1, **kwargs)
     trainer.fit(module, datamodule=DigitsDataModule(batch_size=8))
     return module

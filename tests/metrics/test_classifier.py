@@ -42,7 +42,8 @@ def test_split_parts_every_digit_and_sees_the_data_modules_pictures():
 
 def test_classifier_gives_features_and_logits_and_takes_no_gradient():
     classifier = load_digits_classifier()
-    features, logits = classifier(torch.zeros(3, 1, 8, 8, dtype=torch.uint8))
+    features, logits, spatial = classifier(torch.zeros(3, 1, 8, 8, dtype=torch.uint8))
+    assert spatial.shape == (3, classifier.num_spatial)
     assert features.shape == (3, classifier.num_features) and logits.shape == (3, 10)
     assert not logits.requires_grad and not classifier.training
 

@@ -1,4 +1,4 @@
-"""FID, Inception score and accuracy against the formulas in NumPy and SciPy, in one process and in two."""
+"""All metrics over one run of a network, against the formulas in NumPy and SciPy, in one process, in two and in three."""
 
 import pickle
 from datetime import timedelta
@@ -11,24 +11,37 @@ import torch.multiprocessing
 from torch import nn
 
 from tinyfusion_pl.data import DigitsDataModule
-from tinyfusion_pl.metrics import Features, GenerationMetrics, load_digits_classifier
+from tinyfusion_pl.metrics import (
+    Features,
+    FrechetDistance,
+    GaussianMMD,
+    GenerationMetrics,
+    InceptionScore,
+    KernelInceptionDistance,
+    LabelAccuracy,
+    PrecisionRecall,
+    Reference,
+    load_digits_classifier,
+    read_reference,
+)
+from tinyfusion_pl.metrics.functional import precision_recall
 
 
 class Toy(nn.Module):
     """A linear feature network of 2x2 pictures; counts its runs."""
 
-    num_features = 5
+    num_features, num_classes, num_spatial = 5, 3, 2
 
-    def __init__(self):
+    def __init__(self, seed=0):
         super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.weight = nn.Parameter(torch.randn(4, self.num_features + 3, generator=generator) / 100)
+        generator = torch.Generator().manual_seed(seed)
+        self.weight = nn.Parameter(torch.randn(4, 8, generator=generator) / 100)
         self.num_runs = 0
 
     def forward(self, pictures):
         self.num_runs += 1
         x = pictures.flatten(1).float() @ self.weight
-        return Features(x[:, :5].square(), x[:, 5:])
+        return Features(x[:, :5].square(), x[:, 5:], x[:, 3:5].square())
 
 
 def pictures(num, *, seed=0, low=0, high=256):
@@ -43,6 +56,13 @@ def labels(num):
 REAL, MADE = pictures(40, seed=1), pictures(30, seed=2, low=60)
 
 
+def every_metric():
+    """All of them, in blocks of 7 samples, so that it matters which sample is which."""
+    return {"fid": FrechetDistance(5), "sfid": FrechetDistance(2, of="spatial"), "inception_score": InceptionScore(3, block_size=7),
+            "precision_recall": PrecisionRecall(5, k=2), "accuracy": LabelAccuracy(3),
+            "kid": KernelInceptionDistance(5, num_subsets=4, subset_size=10), "mmd": GaussianMMD(3, of="logits")}
+
+
 @pytest.fixture
 def metrics():
     metrics = GenerationMetrics(Toy())
@@ -51,7 +71,7 @@ def metrics():
 
 
 def frechet_distance(x, y):
-    """In float64, through a matrix square root instead of torchmetrics' eigenvalues."""
+    """In float64, through a matrix square root instead of eigenvalues."""
     x, y = (np.asarray(a, dtype=np.float64) for a in (x, y))
     s, t = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
     root = scipy.linalg.sqrtm(s @ t).real
@@ -66,10 +86,15 @@ def inception_score(logits):
 
 def expected(made, y):
     network = Toy().requires_grad_(False)
-    logits = network(made).logits
+    real, made = network(REAL), network(made)
+    logits = made.logits
+    precision, recall = precision_recall(real.features, made.features)
     return {
-        "fid": frechet_distance(network(REAL).features, network(made).features),
+        "fid": frechet_distance(real.features, made.features),
+        "sfid": frechet_distance(real.spatial, made.spatial),
         "inception_score": inception_score(logits),
+        "precision": precision.item(),
+        "recall": recall.item(),
         "accuracy": (logits.argmax(1) == y).numpy().mean(),
     }
 
@@ -125,37 +150,126 @@ def test_reset_of_the_reference_asks_for_a_new_one(metrics):
     metrics.update(MADE)
     metrics.reset(reference=True)
     metrics.update(MADE)
-    with pytest.raises(ValueError, match="needs 2 or more reference pictures and has 0: call update_reference"):
+    with pytest.raises(ValueError, match="needs 2 or more reference pictures and has 0: call update"):
         metrics.compute()
 
 
 def test_without_labels_there_is_no_accuracy(metrics):
     metrics.update(MADE)
-    assert metrics.compute().keys() == {"fid", "inception_score"}
+    assert list(metrics.compute()) == ["fid", "sfid", "inception_score", "precision", "recall"]
 
 
-@pytest.mark.parametrize("num_splits", [1, 4])
-def test_global_generator_neither_matters_nor_moves(num_splits):
-    metrics = GenerationMetrics(Toy(), num_splits=num_splits)
-    metrics.update_reference(REAL)
+def test_global_generator_neither_matters_nor_moves():
     results = []
     for seed in range(3):
-        metrics.reset()
-        metrics.update(MADE)
+        metrics = GenerationMetrics(Toy(), metrics=every_metric())
         torch.manual_seed(seed)
         state = torch.get_rng_state()
+        metrics.update_reference(REAL)
+        metrics.update(MADE, labels(30))
         results.append(metrics.compute())
         assert torch.equal(torch.get_rng_state(), state)
     assert results[0] == results[1] == results[2]
 
 
-def test_splits_are_scored_apart(metrics):
-    split = GenerationMetrics(Toy(), num_splits=30)  # of one picture each: every score is 1
-    split.update_reference(REAL)
-    split.update(MADE)
-    assert split.compute()["inception_score"] == pytest.approx(1)
-    with pytest.raises(ValueError, match="num_splits is 0"):
-        GenerationMetrics(Toy(), num_splits=0)
+def test_any_order_of_batches_gives_the_same_numbers():
+    def run(parts):
+        metrics = GenerationMetrics(Toy(), metrics=every_metric())
+        metrics.update_reference(REAL)
+        for part in parts:
+            metrics.update(MADE[part], labels(30)[part], indices=part)
+        return metrics.compute()
+
+    whole = run([torch.arange(30)])
+    shuffled = torch.randperm(30, generator=torch.Generator().manual_seed(0))
+    assert run(shuffled.split(4)) == pytest.approx(whole, rel=1e-9)
+    assert run(torch.arange(30).flip(0).split(11)) == pytest.approx(whole, rel=1e-9)
+
+
+def test_blocks_of_the_score_are_of_the_samples_numbers():
+    score = InceptionScore(3, block_size=10)
+    logits = Toy().requires_grad_(False)(MADE).logits
+    for part in torch.randperm(30).split(7):
+        score.update(logits[part], indices=part)
+    assert score.compute().item() == pytest.approx(np.mean([inception_score(logits[i : i + 10]) for i in (0, 10, 20)]), rel=1e-9)
+
+
+def test_a_sample_that_is_measured_twice_is_refused_by_its_number(metrics):
+    metrics.update(MADE[:20], indices=torch.arange(20))
+    metrics.update(MADE[20:], indices=torch.arange(17, 27))  # as a sampler that pads its last batch would
+    with pytest.raises(ValueError, match=r"3 samples were measured more than once \(numbers \[17, 18, 19\]\)"):
+        metrics.compute()
+
+
+def test_features_that_are_not_finite_are_counted_refused_and_not_added(metrics):
+    features = metrics.features(MADE)
+    features.features[[2, 5]] = float("nan")
+    with pytest.raises(ValueError, match=r"2 of 30 pictures have features that are not finite \(places \[2, 5\]"):
+        metrics.update_features(features, labels(30))
+    metrics.reset()
+    metrics.update(MADE, labels(30))
+    assert metrics.compute() == pytest.approx(expected(MADE, labels(30)), rel=1e-9)
+
+
+def reference_files(folder):
+    """One for each kind of content."""
+    metrics = GenerationMetrics(Toy())
+    metrics.update_reference(REAL)
+    given = {"statistics": metrics.statistics(), "num_pictures": 40}
+    features = Toy().requires_grad_(False)(REAL).features
+    kinds = {"pictures": {"pictures": REAL}, "own": {**given, "features": features, "network": metrics.fingerprint()},
+             "both": {**given, "pictures": REAL}}
+    for name, content in kinds.items():
+        Reference(path=folder / f"{name}.npz", **content).write()
+    mean, covariance = given["statistics"]["features"]
+    np.savez(folder / "statistics.npz", mu=mean.numpy(), sigma=covariance.numpy())
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["pictures", "own", "both"])
+def test_a_reference_file_gives_the_numbers_of_the_pictures_it_was_made_of(kind, tmp_path):
+    metrics = GenerationMetrics(Toy())
+    metrics.set_reference(read_reference(reference_files(tmp_path) / f"{kind}.npz"), batch_size=7)
+    metrics.update(MADE, labels(30))
+    assert metrics.compute() == pytest.approx(expected(MADE, labels(30)), rel=1e-6)
+    metrics.reset()  # keeps the reference
+    metrics.update(MADE, labels(30))
+    assert metrics.compute() == pytest.approx(expected(MADE, labels(30)), rel=1e-6)
+
+
+def test_statistics_alone_are_enough_for_distances_and_for_nothing_else(tmp_path):
+    reference = read_reference(reference_files(tmp_path) / "statistics.npz")
+    metrics = GenerationMetrics(Toy(), metrics={"fid": FrechetDistance(5)})
+    metrics.set_reference(reference)
+    metrics.update(MADE)
+    assert metrics.compute() == pytest.approx({"fid": expected(MADE, labels(30))["fid"]}, rel=1e-9)
+    with pytest.raises(ValueError, match="statistics of features: not enough for '.*', which needs pictures"):
+        GenerationMetrics(Toy()).set_reference(reference)
+
+
+def test_a_reference_of_other_weights_is_refused(tmp_path):
+    reference = read_reference(reference_files(tmp_path) / "own.npz")
+    with pytest.raises(ValueError, match="made with the feature network Toy-.*; this is Toy-"):
+        GenerationMetrics(Toy(seed=1)).set_reference(reference)
+
+
+def test_a_metric_of_another_width_is_refused_at_once():
+    for metric, said in ((FrechetDistance(6), "looks at 6 features, but the feature network has 5"),
+                         (FrechetDistance(4, of="spatial"), "looks at 4 spatial, but the feature network has 2")):
+        with pytest.raises(ValueError, match=said):
+            GenerationMetrics(Toy(), metrics={"x": metric})
+    with pytest.raises(ValueError, match="metrics.x is a int"):
+        GenerationMetrics(Toy(), metrics={"x": 3})
+
+
+def test_each_metric_takes_plain_tensors_too():
+    network = Toy().requires_grad_(False)
+    metric = FrechetDistance(5)
+    metric.update(network(REAL).features, real=True)
+    metric.update(network(MADE).features)
+    assert metric.compute().item() == pytest.approx(expected(MADE, labels(30))["fid"], rel=1e-9)
+    with pytest.raises(ValueError, match=r"takes features \(N, 5\); these are \(2, 4\)"):
+        metric.update(torch.zeros(2, 4))
 
 
 def test_pickled_in_the_middle_goes_on_the_same(metrics):
@@ -177,7 +291,7 @@ def test_network_stays_frozen_in_evaluation_and_in_full_precision(metrics):
 @pytest.mark.parametrize(
     ("num_real", "num_made", "message"),
     [
-        (0, 5, "2 or more reference pictures and has 0: call update_reference"),
+        (0, 5, "2 or more reference pictures and has 0: call update"),
         (5, 0, "2 or more generated pictures and has 0: call update"),
         (5, 1, "2 or more generated pictures and has 1"),
         (1, 5, "2 or more reference pictures and has 1"),
@@ -217,32 +331,40 @@ def test_wrong_labels_are_refused_and_nothing_counted(metrics):
         metrics.compute()
 
 
-def one_of_two(rank, folder, sizes):
-    """Each process sees its share, in batches of its own number; both must get what one process gets of everything."""
+def one_of_several(rank, folder, sizes):
+    """Each process sees its share, in batches of its own number; all must get what one process gets of everything."""
     torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=60)
-    )
-    metrics = GenerationMetrics(Toy())
-    metrics.update_reference(REAL[rank::2])
-    first, last = (0, sizes[0]) if rank == 0 else (sizes[0], sum(sizes))
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=len(sizes),
+                                         timeout=timedelta(seconds=60))
+    metrics = GenerationMetrics(Toy(), metrics=every_metric())
+    metrics.update_reference(REAL[rank :: len(sizes)])
+    mine = torch.arange(30)[sum(sizes[:rank]) : sum(sizes[: rank + 1])]
     for _ in range(2):  # the second time after a reset
-        for part, y in zip(MADE[first:last].split(7), labels(30)[first:last].split(7), strict=True):
-            metrics.update(part, y)
+        for part in mine.split(7):
+            metrics.update(MADE[part], labels(30)[part], indices=part)
         results = metrics.compute()
+        assert metrics.num_samples == 30
         metrics.reset()
+    try:
+        metrics.update(MADE)
+    except ValueError as error:
+        results["unnumbered"] = str(error)
     try:
         metrics.compute()
     except ValueError as error:
-        results["error"] = str(error)
+        results["empty"] = str(error)
     torch.save(results, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("sizes", [(15, 15), (28, 2), (30, 0)])
-def test_two_processes_give_the_numbers_of_one(tmp_path, sizes):
-    torch.multiprocessing.start_processes(one_of_two, (tmp_path, sizes), nprocs=2, start_method="fork")
-    for rank in range(2):
+@pytest.mark.parametrize("sizes", [(15, 15), (28, 2), (30, 0), (13, 1, 16), (0, 30, 0)])
+def test_processes_give_the_numbers_of_one(tmp_path, sizes):
+    whole = GenerationMetrics(Toy(), metrics=every_metric())
+    whole.update_reference(REAL)
+    whole.update(MADE, labels(30))
+    torch.multiprocessing.start_processes(one_of_several, (tmp_path, sizes), nprocs=len(sizes), start_method="fork")
+    for rank in range(len(sizes)):
         results = torch.load(tmp_path / f"{rank}.pt")
-        assert "generated pictures and has 0" in results.pop("error")
-        assert results == pytest.approx(expected(MADE, labels(30)), rel=1e-9)
+        assert "generated pictures and has 0" in results.pop("empty")
+        assert "give their numbers" in results.pop("unnumbered")
+        assert results == pytest.approx(whole.compute(), rel=1e-9)

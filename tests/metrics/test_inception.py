@@ -9,7 +9,7 @@ import torch
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
 from tinyfusion_pl.artifacts import ArtifactError
-from tinyfusion_pl.metrics import GenerationMetrics, InceptionFeatures
+from tinyfusion_pl.metrics import FrechetDistance, GenerationMetrics, InceptionFeatures, InceptionScore
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +39,8 @@ def empty_hub(tmp_path, monkeypatch):
 
 def test_weights_file_gives_features_and_logits_of_colour_pictures(weights_path):
     network = InceptionFeatures(weights_path)
-    features, logits = network(torch.randint(0, 256, (2, 3, 32, 48), dtype=torch.uint8))
-    assert features.shape == (2, network.num_features) and logits.shape == (2, 1008)
+    features, logits, spatial = network(torch.randint(0, 256, (2, 3, 32, 48), dtype=torch.uint8))
+    assert features.shape == (2, network.num_features) and logits.shape == (2, 1008) and spatial.shape == (2, 2023)
     torch.testing.assert_close(logits, features @ network.network.fc.weight.T)  # without bias
     with pytest.raises(ValueError, match="sees colour pictures .* these are grey ones"):
         network(torch.zeros(2, 1, 32, 32, dtype=torch.uint8))
@@ -87,9 +87,37 @@ def test_missing_truncated_and_foreign_files_are_named(tmp_path, weights_path):
             InceptionFeatures(tmp_path / name)
 
 
+def test_spatial_features_are_seven_channels_of_the_first_branch_of_mixed_6d_in_height_width_channel_order(weights_path):
+    network, inner = InceptionFeatures(weights_path), {}
+    branch = network.network.Mixed_6d.branch1x1
+    branch.conv.register_forward_hook(lambda module, args, output: inner.update(conv=output))
+    pictures = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
+    spatial = network(pictures).spatial.view(17, 17, 7)
+    maps = branch.bn(inner["conv"]).relu()  # (1, 192, 17, 17)
+    for row, column, channel in ((0, 0, 0), (3, 11, 6), (16, 16, 2)):
+        assert spatial[row, column, channel] == maps[0, channel, row, column]
+
+
+def test_pictures_are_resized_as_tensorflow_1_did(weights_path):
+    network, inner = InceptionFeatures(weights_path), {}
+    network.network.Conv2d_1a_3x3.register_forward_pre_hook(lambda module, args: inner.update(x=args[0]))
+    picture = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
+    network(picture)
+    # Bilinear, no half-pixel shift, no antialias: output i looks at i * 64 / 299.
+    for i, j in ((0, 0), (150, 37), (298, 298)):
+        y, x = i * 64 / 299, j * 64 / 299
+        y0, x0 = int(y), int(x)
+        y1, x1 = min(y0 + 1, 63), min(x0 + 1, 63)
+        p, v, u = picture[0].double(), y - y0, x - x0
+        mixed = (1 - v) * ((1 - u) * p[:, y0, x0] + u * p[:, y0, x1]) + v * ((1 - u) * p[:, y1, x0] + u * p[:, y1, x1])
+        torch.testing.assert_close(inner["x"][0, :, i, j].double(), (mixed - 128) / 128, atol=1e-5, rtol=0)
+
+
 @pytest.mark.slow
 def test_generation_metrics_run_over_inception(weights_path):
-    metrics = GenerationMetrics(InceptionFeatures(weights_path))
+    network = InceptionFeatures(weights_path)
+    fid, score = FrechetDistance(2048), InceptionScore(1008)
+    metrics = GenerationMetrics(network, metrics={"fid": fid, "inception_score": score})
     real = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
     metrics.update_reference(real)
     metrics.update(real)

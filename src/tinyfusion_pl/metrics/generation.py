@@ -151,7 +151,7 @@ class GenerationMetrics(nn.Module):
     def compute(self) -> dict[str, float]:
         """Each metric's number (0 is best for distances; the score goes from 1 to the number of classes; shares from 0 to 1)."""
         numbers = self.samples.compute()
-        self.num_samples = len(numbers)
+        self.num_samples = numbers.numel()  # torchmetrics squeezes a single one
         results: dict[str, float] = {}
         for name in self.names:  # a collection sorts them
             value = self.collection[name].compute()
