@@ -8,18 +8,18 @@ from tinyfusion_pl.artifacts import sha256
 from tinyfusion_pl.data import DigitsDataModule
 from tinyfusion_pl.metrics import load_digits_classifier
 from tinyfusion_pl.models import load_denoiser
-from tinyfusion_pl.modules import Generation, balanced_labels
-from tinyfusion_pl.objectives import GaussianDiffusion
+from tinyfusion_pl.objectives import GaussianDiffusion, PictureSampler, balanced_labels
 
 ASSETS = files("tinyfusion_pl") / "assets"
 
 
 def named_right(denoiser, num_samples):
     data = DigitsDataModule()
-    shell = Generation(denoiser, objective=GaussianDiffusion(), latent_shape=data.latent_shape, decode=data.decode, seed=123,
-                       sampling={"num_sampling_steps": 25, "sampler": "ddim", "guidance_scale": 1.5, "guidance_channels": None})
+    sampler = PictureSampler(
+        denoiser=denoiser, objective=GaussianDiffusion(), latent_shape=data.latent_shape, decode=data.decode, seed=123,
+        sampling={"num_sampling_steps": 25, "sampler": "ddim", "guidance_scale": 1.5, "guidance_channels": None})
     labels = balanced_labels(num_samples, 10)
-    pictures = shell.generate(torch.arange(num_samples), labels)
+    pictures = sampler(torch.arange(num_samples), labels)
     return (load_digits_classifier()(pictures).logits.argmax(1) == labels).float().mean().item()
 
 
