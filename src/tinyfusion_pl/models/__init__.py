@@ -1,10 +1,13 @@
 """Denoisers, by name; their weights on disk."""
 
 from tinyfusion_pl.models.checkpoints import load_checkpoint, load_weights
+from tinyfusion_pl.models.denoiser import Denoiser
 from tinyfusion_pl.models.dit import DiT
 from tinyfusion_pl.models.pretrained import load_denoiser
 from tinyfusion_pl.models.registry import create_model, list_models, register_model
 from tinyfusion_pl.models.shallow import library_versions, load_decision, load_shallow, save_shallow
 
-__all__ = ["DiT", "create_model", "library_versions", "list_models", "load_checkpoint", "load_decision", "load_denoiser", "load_shallow",
-           "load_weights", "register_model", "save_shallow"]
+__all__ = [
+    "Denoiser", "DiT", "create_model", "library_versions", "list_models", "load_checkpoint", "load_decision", "load_denoiser",
+    "load_shallow", "load_weights", "register_model", "save_shallow",
+]

@@ -12,6 +12,9 @@ from timm.layers import Mlp, PatchEmbed
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
+from tinyfusion_pl.models.denoiser import Denoiser
+from tinyfusion_pl.models.registry import register_model
+
 FREQUENCY_CHANNELS = 256
 
 
@@ -85,7 +88,7 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x), shift, scale))  # (N, T, P*P*C_out)
 
 
-class DiT(nn.Module):
+class DiT(Denoiser):
     """Diffusion transformer.
 
     Args:
@@ -99,6 +102,7 @@ class DiT(nn.Module):
         num_classes: Labels are 0 .. num_classes - 1; num_classes is the null label of classifier-free guidance.
         class_dropout_prob: Above 0 the label table has the null row. Dropping labels is the training module's part.
         learn_sigma: Predict the variance too: twice the channels come out.
+        activation_checkpointing: See `Denoiser`.
 
     Raises:
         ValueError: for sizes that do not fit together.
@@ -108,8 +112,7 @@ class DiT(nn.Module):
 
     def __init__(self, *, input_size: int = 32, patch_size: int = 2, in_channels: int = 4, hidden_size: int = 1152, depth: int = 28,
                  num_heads: int = 16, mlp_ratio: float = 4.0, num_classes: int = 1000, class_dropout_prob: float = 0.1,
-                 learn_sigma: bool = True) -> None:
-        super().__init__()
+                 learn_sigma: bool = True, activation_checkpointing: bool = False) -> None:
         sizes = {"input_size": input_size, "patch_size": patch_size, "in_channels": in_channels, "depth": depth,
                  "hidden_size": hidden_size, "num_heads": num_heads, "num_classes": num_classes}
         if wrong := {name: size for name, size in sizes.items() if size < 1}:
@@ -120,10 +123,10 @@ class DiT(nn.Module):
             raise ValueError(f"input_size {input_size} is no multiple of patch_size {patch_size}.")
         if hidden_size % num_heads or hidden_size % 4:
             raise ValueError(f"hidden_size {hidden_size} must be a multiple of num_heads ({num_heads}) and of 4.")
-        self.config = dict(input_size=input_size, patch_size=patch_size, in_channels=in_channels, hidden_size=hidden_size, depth=depth,
-                           num_heads=num_heads, mlp_ratio=mlp_ratio, num_classes=num_classes, class_dropout_prob=class_dropout_prob,
-                           learn_sigma=learn_sigma)
-        self.patch_size, self.num_classes, self.learn_sigma = patch_size, num_classes, learn_sigma
+        super().__init__(dict(input_size=input_size, patch_size=patch_size, in_channels=in_channels, hidden_size=hidden_size, depth=depth,
+                              num_heads=num_heads, mlp_ratio=mlp_ratio, num_classes=num_classes, class_dropout_prob=class_dropout_prob,
+                              learn_sigma=learn_sigma), activation_checkpointing=activation_checkpointing)
+        self.patch_size, self.learn_sigma = patch_size, learn_sigma
         self.out_channels = in_channels * 2 if learn_sigma else in_channels
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
@@ -166,5 +169,15 @@ class DiT(nn.Module):
         x = self.x_embedder(x.to(self.pos_embed.dtype)) + self.pos_embed  # (N, T, D)
         c = self.t_embedder(t) + self.y_embedder(y)  # (N, D)
         for block in self.blocks:
-            x = block(x, c)  # (N, T, D)
+            x = self.run(block, x, c)  # (N, T, D)
         return self.unpatchify(self.final_layer(x, c)).to(dtype)  # (N, C_out, H, W)
+
+
+SIZES = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "xl": (1152, 28, 16), "h": (1280, 32, 16)}
+
+for _size, (_hidden_size, _depth, _num_heads) in SIZES.items():
+    for _patch_size in (2, 4, 8):
+        register_model(f"dit_{_size}_{_patch_size}", DiT, alias=f"DiT-{_size.upper()}/{_patch_size}", hidden_size=_hidden_size,
+                       depth=_depth, num_heads=_num_heads, patch_size=_patch_size)
+
+register_model("dit_digits", DiT, input_size=8, patch_size=2, in_channels=1, hidden_size=64, depth=12, num_heads=4, num_classes=10)

@@ -5,19 +5,18 @@ from __future__ import annotations
 import difflib
 import fnmatch
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import nn
-
-from tinyfusion_pl.models.dit import DiT
 
 _FACTORIES: dict[str, Callable[..., nn.Module]] = {}
 _ALIASES: dict[str, str] = {}
 
 
-def register_model(name: str, factory: Callable[..., nn.Module], *, alias: str | None = None) -> None:
-    """Add a model under `name`, and under `alias`, its published name."""
-    _FACTORIES[name] = factory
+def register_model(name: str, factory: Callable[..., nn.Module], *, alias: str | None = None, **defaults: Any) -> None:
+    """Add a model under `name`, and under `alias`, its published name; it is ``factory(**defaults)`` unless told otherwise."""
+    _FACTORIES[name] = partial(factory, **defaults)
     if alias is not None:
         _ALIASES[alias.lower()] = name
 
@@ -44,20 +43,3 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
         raise ValueError(f"Model {name!r}: {error}.") from error
     model.model_name = key
     return model
-
-
-_SIZES = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "xl": (1152, 28, 16), "h": (1280, 32, 16)}
-
-
-def _dit(size: str, patch_size: int) -> Callable[..., nn.Module]:
-    hidden_size, depth, num_heads = _SIZES[size]
-    defaults = {"hidden_size": hidden_size, "depth": depth, "num_heads": num_heads, "patch_size": patch_size}
-    return lambda **overrides: DiT(**{**defaults, **overrides})
-
-
-for _size in _SIZES:
-    for _patch in (2, 4, 8):
-        register_model(f"dit_{_size}_{_patch}", _dit(_size, _patch), alias=f"DiT-{_size.upper()}/{_patch}")
-
-register_model("dit_digits", lambda **overrides: DiT(**{
-    "input_size": 8, "patch_size": 2, "in_channels": 1, "hidden_size": 64, "depth": 12, "num_heads": 4, "num_classes": 10, **overrides}))

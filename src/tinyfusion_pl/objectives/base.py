@@ -33,5 +33,8 @@ class Objective(Protocol):
     def check_sampling(self, **options: Any) -> None:
         """Raise ValueError for options that `sample` would refuse, and TypeError for those it does not know."""
 
+    def num_noises(self, **options: Any) -> int:
+        """How many noise tensors of the shape of `z` a `sample` with these options draws; given as ``noise=`` they fix it."""
+
     def sample(self, denoiser: nn.Module, z: Tensor, y: Tensor, **options: Any) -> Tensor:
         """Samples (N, ...) from noise `z` (N, ...) with labels `y` (N,)."""

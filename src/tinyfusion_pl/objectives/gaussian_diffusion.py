@@ -173,6 +173,10 @@ class GaussianDiffusion:
         """Raise ValueError for options that `sample` would refuse."""
         check_options(self, **options)
 
+    def num_noises(self, *, num_sampling_steps: int = 250, sampler: str = "ddpm", eta: float = 0.0, **_: Any) -> int:
+        """One for each step where the sampler is random."""
+        return num_sampling_steps if sampler == "ddpm" or eta else 0
+
     @torch.no_grad()
     def sample(self, denoiser: nn.Module, z: Tensor, y: Tensor, **options: Any) -> Tensor:
         """Samples (N, C, H, W) from noise `z`; see `tinyfusion_pl.objectives.sampling.sample_chain` for the options."""

@@ -77,9 +77,8 @@ class PictureSampler:
         """uint8 pictures (N, C, H, W) of samples `indices` (N,) with `labels` (N,), made on `device`."""
         z = noise_of(indices, self.latent_shape, seed=self.seed)
         options = dict(self.sampling)
-        if options.get("sampler", "ddpm") != "ddim" or options.get("eta"):
-            steps = options.get("num_sampling_steps", 250)
-            options["noise"] = noise_of(indices, (steps, *self.latent_shape), seed=self.seed + 1).transpose(0, 1).to(device)
+        if num_noises := self.objective.num_noises(**options):
+            options["noise"] = noise_of(indices, (num_noises, *self.latent_shape), seed=self.seed + 1).transpose(0, 1).to(device)
         was_training = self.denoiser.training
         self.denoiser.eval()
         try:

@@ -52,7 +52,9 @@ class Recover:
             raise ValueError(f"There is no finished mask learning in {folder.path}; run task=learn_mask (or task=pipeline) there first.")
         say(f"recover: the shallow model learns from the teacher; checkpoints go to {folder / 'recover'}, the model to {folder.recovered}")
         seed_everything(inputs.seed + 1, workers=True)
-        module = self.module(load_shallow(folder.shallow).train(), teacher=inputs.teacher, decision=load_decision(folder.shallow),
+        student = load_shallow(folder.shallow).train()
+        student.activation_checkpointing = getattr(inputs.teacher, "activation_checkpointing", False)
+        module = self.module(student, teacher=inputs.teacher, decision=load_decision(folder.shallow),
                              objective=inputs.objective)
         guard = NonFiniteGuard()
         seconds = self.fit.run("recover", folder, module, inputs.data, first=[guard])

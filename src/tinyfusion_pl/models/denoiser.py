@@ -1,0 +1,45 @@
+"""What every family of denoisers shares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+class Denoiser(nn.Module):
+    """A network called ``denoiser(x, t, y)``.
+
+    A family states:
+
+    - ``STACKS``: path of each stack of blocks -> the constructor argument that holds its depth;
+    - ``config``: the constructor's arguments, from which the same model is built again;
+    - ``num_classes``: labels are 0 .. num_classes - 1, and num_classes is the null label of classifier-free guidance.
+
+    Args:
+        config: See above.
+        activation_checkpointing: In training, recompute each block's activations in the backward pass instead of keeping them: less memory,
+            about a third more time. Not part of `config`: it changes no number.
+    """
+
+    STACKS: ClassVar[dict[str, str]] = {}
+
+    def __init__(self, config: dict[str, Any], *, activation_checkpointing: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.num_classes: int = config["num_classes"]
+        self.activation_checkpointing = activation_checkpointing
+
+    @property
+    def has_null_label(self) -> bool:
+        """Whether there is a null label, which label dropout and guidance need."""
+        return True
+
+    def run(self, block: Callable[..., Any], *args: Any) -> Any:
+        """``block(*args)``, its activations recomputed in the backward pass where `activation_checkpointing` says so."""
+        if self.activation_checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(block, *args, use_reentrant=False)
+        return block(*args)
