@@ -1,5 +1,6 @@
 """What the CLI runs: callables made of instantiated objects, resumable, each in a run folder."""
 
+from tinyfusion_pl.tasks.budget import Budget
 from tinyfusion_pl.tasks.evaluate import Evaluate
 from tinyfusion_pl.tasks.fitting import Fit, csv_logger, wandb_logger
 from tinyfusion_pl.tasks.folder import Inputs, RunFolder
@@ -11,6 +12,6 @@ from tinyfusion_pl.tasks.stages import Pipeline
 from tinyfusion_pl.tasks.train import Train, train_denoiser
 
 __all__ = [
-    "Evaluate", "Fit", "Inputs", "LearnMask", "PictureFiles", "Pipeline", "Recover", "Report", "RunFolder", "Train", "csv_logger",
+    "Budget", "Evaluate", "Fit", "Inputs", "LearnMask", "PictureFiles", "Pipeline", "Recover", "Report", "RunFolder", "Train", "csv_logger",
     "make_reference", "measure", "train_denoiser", "wandb_logger",
 ]

@@ -18,7 +18,8 @@ from torch import nn
 
 from tinyfusion_pl.callbacks import Clock
 from tinyfusion_pl.modules import Denoising
-from tinyfusion_pl.tasks.folder import RunFolder
+from tinyfusion_pl.tasks.budget import Budget
+from tinyfusion_pl.tasks.folder import RunFolder, say
 
 
 @dataclass(kw_only=True)
@@ -30,6 +31,8 @@ class Fit:
         callbacks: Further callbacks by name, as in a config.
         logger: Makes a logger from ``folder=`` and ``stage=`` (`csv_logger`, `wandb_logger`); None: none.
         checkpoint_every_n_steps: Optimizer steps between checkpoints: the most work that an interruption costs.
+        budget: Length and batch; its batch goes before the data module's. The Trainer's max_steps, where it is not -1, goes before its
+            length. None: the Trainer's max_steps and the data module's batch.
     """
 
     trainer: Callable[..., Trainer]
@@ -37,18 +40,35 @@ class Fit:
     logger: Callable[..., Logger] | None = None
     checkpoint_every_n_steps: int = 50
 
+    budget: Budget | None = None
+
     def check(self, stage: str, module: Denoising) -> None:
         """Build the Trainer and the optimizer of `module` once, to find wrong settings before anything is trained.
 
         Raises:
-            ValueError: when the number of steps is not stated; whatever Trainer, optimizer and scheduler refuse.
+            ValueError: when the number of steps is not stated, or the budget's batch cannot be divided; whatever Trainer, optimizer and
+                scheduler refuse.
         """
-        max_steps = self.trainer(callbacks=list(self.callbacks.values()), logger=False, enable_checkpointing=False).max_steps
-        if max_steps < 1:
-            raise ValueError(f"{stage}.fit.trainer.max_steps is {max_steps}; give a count of optimizer steps >= 1.")
+        probe = self.trainer(callbacks=list(self.callbacks.values()), logger=False, enable_checkpointing=False)
         if self.checkpoint_every_n_steps < 1:
             raise ValueError(f"{stage}.fit.checkpoint_every_n_steps is {self.checkpoint_every_n_steps}; give a count >= 1.")
-        module.make_optimizers([nn.Parameter(torch.zeros(1))], num_steps=max_steps)
+        self._shares(stage, probe)
+        module.make_optimizers([nn.Parameter(torch.zeros(1))], num_steps=self._num_steps(stage, probe))
+
+    def _num_steps(self, stage: str, trainer: Trainer) -> int:
+        if trainer.max_steps >= 1:
+            return trainer.max_steps
+        if self.budget is None:
+            raise ValueError(f"{stage}.fit.trainer.max_steps is {trainer.max_steps}; give a count of optimizer steps >= 1, or a budget.")
+        return self.budget.num_steps
+
+    def _shares(self, stage: str, trainer: Trainer) -> tuple[int, int] | None:
+        if self.budget is None:
+            return None
+        if trainer.accumulate_grad_batches != 1:
+            raise ValueError(f"{stage}.fit.trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}, but the budget divides its "
+                             "global_batch_size by itself. Leave it at 1 and set budget.max_device_batch_size.")
+        return self.budget.divide(trainer.world_size)
 
     def run(self, stage: str, folder: RunFolder, module: LightningModule, data: LightningDataModule, *,
             first: Sequence[Callback] = ()) -> float:
@@ -60,10 +80,19 @@ class Fit:
         checkpoint = folder.checkpoint(stage)
         saving = ModelCheckpoint(dirpath=checkpoint.parent, filename=checkpoint.stem, every_n_train_steps=self.checkpoint_every_n_steps,
                                  save_on_train_epoch_end=False, enable_version_counter=False)
+        settings: dict[str, Any] = {}
+        if self.budget is not None:
+            probe = self.trainer(logger=False, enable_checkpointing=False)
+            data.batch_size, settings["accumulate_grad_batches"] = self._shares(stage, probe)
+            settings["max_steps"] = steps = self._num_steps(stage, probe)
+            whole = "" if steps == self.budget.num_steps else f", instead of the budget's {self.budget.num_steps}"
+            say(f"{stage}: {steps} steps{whole} of {self.budget.global_batch_size} images: {data.batch_size} a device and batch, "
+                f"{probe.world_size} devices, {settings['accumulate_grad_batches']} batches a step")
         trainer = self.trainer(
             callbacks=[*first, _SaveAtEnd(checkpoint), *self.callbacks.values(), clock, saving],
             default_root_dir=folder / stage,
             logger=False if self.logger is None else self.logger(folder=folder / "logs" / stage, stage=stage),
+            **settings,
         )
         with ctrl_c(trainer):
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint if checkpoint.exists() else None, weights_only=True)
