@@ -66,8 +66,8 @@ class Fit:
         if self.budget is None:
             return None
         if trainer.accumulate_grad_batches != 1:
-            raise ValueError(f"{stage}.fit.trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}, but the budget divides its "
-                             "global_batch_size by itself. Leave it at 1 and set budget.max_device_batch_size.")
+            raise ValueError(f"{stage}.fit.trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}, but the budget "
+                             "divides its global_batch_size by itself. Leave it at 1 and set budget.max_device_batch_size.")
         return self.budget.divide(trainer.world_size)
 
     def run(self, stage: str, folder: RunFolder, module: LightningModule, data: LightningDataModule, *,
