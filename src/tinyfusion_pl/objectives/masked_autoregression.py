@@ -46,7 +46,8 @@ class MaskedAutoregression:
     Args:
         mask_ratio_min: Least share of masked tokens, in [0, 1): the share is drawn from a normal distribution of mean 1 and deviation 0.25,
             truncated to [mask_ratio_min, 1] (published: 0.7).
-        num_noised: Noised versions of each masked token, >= 1, which the head predicts from one pass of the transformer (published: 4).
+        num_noised: Noised versions of each masked token, >= 1, which the head predicts from one pass of the transformer (published:
+            diffusion_batch_mul 4).
         num_timesteps: Of the tokens' diffusion process, with the cosine schedule and learned variance (published: 1000).
 
     Raises:
