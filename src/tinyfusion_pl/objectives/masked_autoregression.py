@@ -136,6 +136,6 @@ def _share(num_masked: int, device: torch.device) -> Tensor | float:
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
         return 1.0
-    total = torch.tensor(float(num_masked), device=device)
+    total = torch.full((), float(num_masked), device=device)
     distributed.all_reduce(total)
     return num_masked * distributed.get_world_size() / total
