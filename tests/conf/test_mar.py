@@ -2,6 +2,7 @@ import inspect
 
 import pytest
 from hydra import compose, initialize_config_module
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
@@ -23,5 +24,5 @@ def test_the_objective_is_the_published_one_which_is_also_its_default(cfg):
 
 
 def test_the_model_asks_for_its_checkpoint(cfg):
-    with pytest.raises(ValueError, match="'mar_large' has no weights"):
+    with pytest.raises(InstantiationException, match="'mar_large' has no weights"):
         instantiate(cfg.model, encoder_depth=1, decoder_depth=1, hidden_size=16, head_width=16)

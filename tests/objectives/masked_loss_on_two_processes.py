@@ -1,4 +1,4 @@
-"""Started twice by test_masked_autoregression.py with a rank and a folder: DDP (gloo) on batches of other sizes, with other masks."""
+"""Started by test_masked_autoregression.py with a folder: two processes, DDP (gloo), on batches of other sizes, with other masks."""
 
 import sys
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for mar_util
 
 import torch
-from torch import distributed
+from torch import distributed, multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
 from mar_util import NO_DROPOUT, trained_like
@@ -15,7 +15,7 @@ from tinyfusion_pl.objectives import MaskedAutoregression
 NUM_SAMPLES, NUM_MASKED = (2, 3), (15, 5)
 
 
-def main(rank, folder):
+def work(rank, folder):
     distributed.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
     torch.manual_seed(3)
     student, teacher = trained_like(**NO_DROPOUT), trained_like(**NO_DROPOUT, encoder_depth=3)
@@ -38,4 +38,5 @@ def main(rank, folder):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    # Forked, so that the imports are paid for once; nothing has run backward before.
+    multiprocessing.start_processes(work, args=(Path(sys.argv[1]),), nprocs=2, start_method="fork")
