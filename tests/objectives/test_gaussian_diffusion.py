@@ -191,7 +191,7 @@ def test_a_copy_gives_the_same_losses(objective):
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"noise_schedule": "cosine"}, "'cosine'; give one of 'linear'"),
+        ({"noise_schedule": "sigmoid"}, "'sigmoid'; give one of 'linear', 'cosine'"),
         ({"num_timesteps": 20}, "num_timesteps is 20, .* at least 21"),
         ({"num_timesteps": 0}, "num_timesteps is 0"),
     ],

@@ -10,7 +10,10 @@ from torch import Tensor, nn
 
 @dataclass
 class Draw:
-    """One random draw of the noising process, shared by teacher and student: data, noised data (N, ...), time (N,), noise (N, ...)."""
+    """One random draw of the noising process, shared by teacher and student: data, noised data (N, ...), time (N,), noise (N, ...).
+
+    ``denoiser(draw.x_t, draw.t, y)`` is how it is used; an objective whose denoiser takes more than noised data puts that into `x_t`.
+    """
 
     x0: Tensor
     x_t: Tensor

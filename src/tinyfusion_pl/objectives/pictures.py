@@ -48,7 +48,7 @@ class PictureSampler:
         sampling: Arguments of ``objective.sample``: num_sampling_steps, sampler, guidance_scale, guidance_channels, ...
         seed: Of the noise.
         precision: The denoiser's: ``"float32"``, or ``"bfloat16"`` or ``"float16"`` by autocast. The process around it stays in float32.
-        compile: Run the denoiser through ``torch.compile``.
+        compile: Run the denoiser, and those of its methods that the objective calls, through ``torch.compile``.
     """
 
     denoiser: nn.Module
@@ -63,7 +63,7 @@ class PictureSampler:
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision is {self.precision!r}; give one of {', '.join(map(repr, PRECISIONS))}.")
-        self._called = torch.compile(self.denoiser) if self.compile else self.denoiser
+        self._denoise = _Denoise(self.denoiser, dtype=PRECISIONS[self.precision], compile=self.compile)
 
     def check(self) -> None:
         """Raise the ValueError that sampling with these options would raise."""
@@ -91,20 +91,41 @@ class PictureSampler:
                              "has diverged, or its precision is too low for it.")
         return self.decode(latents)
 
-    @property
-    def _denoise(self) -> Callable[..., Tensor]:
-        return _Denoise(self._called, num_classes=self.denoiser.num_classes, dtype=PRECISIONS[self.precision])
-
 
 class _Denoise:
-    """A denoiser in its own precision, seen in float32 by the process around it."""
+    """A denoiser in its own precision, seen by the process around it in the precision of what goes in.
 
-    def __init__(self, denoiser: Callable[..., Tensor], *, num_classes: int, dtype: torch.dtype | None) -> None:
-        self.denoiser, self.num_classes, self.dtype = denoiser, num_classes, dtype
+    That holds for calling it and for its methods, where an objective calls parts of it.
+    """
 
-    def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    def __init__(self, denoiser: nn.Module, *, dtype: torch.dtype | None, compile: bool) -> None:
+        self.denoiser, self.dtype, self.compile = denoiser, dtype, compile
+        self.parts: dict[str, Callable[..., Tensor]] = {}
+
+    def __call__(self, *args: Tensor) -> Tensor:
+        return self._part("forward", self.denoiser)(*args)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # of copying and pickling, which ask before there is a denoiser
+            raise AttributeError(name)
+        found = getattr(self.denoiser, name)
+        return self._part(name, found) if callable(found) else found
+
+    def _part(self, name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        if name not in self.parts:
+            self.parts[name] = _InPrecision(torch.compile(function) if self.compile else function, self.dtype)
+        return self.parts[name]
+
+
+class _InPrecision:
+    """A function of tensors under autocast, whose output has the dtype of its first argument."""
+
+    def __init__(self, function: Callable[..., Tensor], dtype: torch.dtype | None) -> None:
+        self.function, self.dtype = function, dtype
+
+    def __call__(self, x: Tensor, *args: Tensor) -> Tensor:
         with nullcontext() if self.dtype is None else torch.autocast(x.device.type, dtype=self.dtype):
-            return self.denoiser(x, t, y).to(x.dtype)
+            return self.function(x, *args).to(x.dtype)
 
 
 def _generator(index: int, seed: int) -> torch.Generator:

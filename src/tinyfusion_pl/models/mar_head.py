@@ -1,0 +1,91 @@
+"""MAR's diffusion head: a small residual MLP that denoises each token on its own (Li et al., arXiv 2406.11838, sections 3.2 and 4.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tinyfusion_pl.models.dit import TimestepEmbedder
+
+
+def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return x * (1 + scale) + shift  # (..., W)
+
+
+class ResidualBlock(nn.Module):
+    """Two-layer MLP, modulated and gated by the conditioning (adaLN)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.in_ln = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 3 * width))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale, gate = self.adaLN_modulation(c).chunk(3, -1)  # each (..., W)
+        return x + gate * self.mlp(_modulate(self.in_ln(x), shift, scale))  # (..., W)
+
+
+class OutputLayer(nn.Module):
+    """Modulated normalisation and projection to the prediction."""
+
+    def __init__(self, width: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(width, out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c).chunk(2, -1)  # each (..., W)
+        return self.linear(_modulate(self.norm_final(x), shift, scale))  # (..., C_out)
+
+
+def _call(block: Callable[..., Any], *args: Any) -> Any:
+    return block(*args)
+
+
+class DiffusionHead(nn.Module):
+    """Predicts noise and variance of noised tokens, each from its timestep and the vector that the transformer gave for it.
+
+    Args:
+        in_channels: Channels of a token, >= 1; twice as many come out.
+        cond_channels: Width of the conditioning vectors, >= 1.
+        width, depth: Width and number of the residual blocks, >= 1 (published: 1024 and 6 in MAR-B, 1280 and 8 in L, 1536 and 12 in H).
+    """
+
+    def __init__(self, *, in_channels: int, cond_channels: int, width: int, depth: int) -> None:
+        super().__init__()
+        self.time_embed = TimestepEmbedder(width)
+        self.cond_embed = nn.Linear(cond_channels, width)
+        self.input_proj = nn.Linear(in_channels, width)
+        self.res_blocks = nn.ModuleList(ResidualBlock(width) for _ in range(depth))
+        self.final_layer = OutputLayer(width, 2 * in_channels)
+        self.initialize_weights()
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """Every block starts as the identity, the output as zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for layer in (self.time_embed.mlp[0], self.time_embed.mlp[2]):
+            nn.init.normal_(layer.weight, std=0.02)
+        for zero in (*(block.adaLN_modulation[1] for block in self.res_blocks), self.final_layer.adaLN_modulation[1],
+                     self.final_layer.linear):
+            nn.init.zeros_(zero.weight)
+
+    def forward(self, x: Tensor, t: Tensor, z: Tensor, *, run: Callable[..., Any] = _call) -> Tensor:
+        """Predict for noised tokens `x` (..., C) at timesteps `t` (...) conditioned on `z` (..., Z): (..., 2C).
+
+        The leading axes broadcast: several noised versions of a token share its `z`. `run` calls the blocks (see `Denoiser.run`).
+        """
+        times = self.time_embed(t.flatten()).view(*t.shape, -1)  # (..., W)
+        c = times + self.cond_embed(z)  # (..., W)
+        x = self.input_proj(x)  # (..., W)
+        for block in self.res_blocks:
+            x = run(block, x, c)  # (..., W)
+        return self.final_layer(x, c)  # (..., 2C)

@@ -1,0 +1,141 @@
+"""MAR's objective: predict masked tokens, each through a small diffusion process (Li et al., arXiv 2406.11838, sections 3.2, 3.4 and 4.2).
+
+A share of the tokens, drawn for each batch, is masked in an order that is drawn for each sample. The denoiser sees the others and predicts
+noise and variance of noised versions of the masked ones; the loss is that of improved DDPM (2102.09672) with the cosine schedule.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tinyfusion_pl.models import MaskedTokens
+from tinyfusion_pl.models.mar import take
+from tinyfusion_pl.objectives.base import Draw
+from tinyfusion_pl.objectives.gaussian_diffusion import GaussianDiffusion
+from tinyfusion_pl.objectives.masked_sampling import check_options, sample_tokens, tokens_of
+
+MASK_RATIO_MEAN, MASK_RATIO_STD = 1.0, 0.25
+
+
+@dataclass
+class MaskedDraw(Draw):
+    """One draw of masks and noise: x0 and noise (N, M, K, C) and t (N, M, K) of M noised versions of each of K masked tokens.
+
+    `x_t` is what the denoiser takes; `flat` the same diffusion draw with the tokens as its samples, (N*M*K, C); `share` this process's
+    masked tokens over the mean of all processes' (see `MaskedAutoregression`).
+    """
+
+    x_t: MaskedTokens
+    flat: Draw
+    share: Tensor | float
+
+
+class MaskedAutoregression:
+    """MAR's masked loss, its distillation loss, and its sampler.
+
+    The masked mean is that of one batch: where processes mask different numbers of tokens, each one's losses are weighted by its number, so
+    that the averaged gradient of data-parallel training is the gradient of the mean over all processes' masked tokens. For that `draw`
+    adds the numbers up: in training with several processes all of them must call it.
+
+    Args:
+        mask_ratio_min: Least share of masked tokens, in [0, 1): the share is drawn from a normal distribution of mean 1 and deviation 0.25,
+            truncated to [mask_ratio_min, 1] (published: 0.7).
+        num_noised: Noised versions of each masked token, >= 1, which the head predicts from one pass of the transformer (published:
+            diffusion_batch_mul 4).
+        num_timesteps: Of the tokens' diffusion process, with the cosine schedule and learned variance (published: 1000).
+
+    Raises:
+        ValueError: for numbers out of range.
+    """
+
+    def __init__(self, *, mask_ratio_min: float = 0.7, num_noised: int = 4, num_timesteps: int = 1000) -> None:
+        if not 0 <= mask_ratio_min < 1:
+            raise ValueError(f"mask_ratio_min is {mask_ratio_min}; give a share in [0, 1) (published: 0.7).")
+        if num_noised < 1:
+            raise ValueError(f"num_noised is {num_noised}; give a count >= 1 (published: 4).")
+        self.mask_ratio_min, self.num_noised = mask_ratio_min, num_noised
+        self.diffusion = GaussianDiffusion(num_timesteps=num_timesteps, noise_schedule="cosine", learn_sigma=True)
+
+    # -- training -----------------------------------------------------------------------------------------------------------------------
+    def draw(self, x0: Tensor, *, order: Tensor | None = None, num_masked: int | None = None, t: Tensor | None = None,
+             noise: Tensor | None = None) -> MaskedDraw:
+        """Mask and noise latents `x0` (N, C, H, W), at random unless given.
+
+        Args:
+            order: (N, L) int64, a permutation of each sample's positions; the first `num_masked` are masked. Default: drawn.
+            num_masked: K, 1 to L = H*W; default: drawn for the batch, from the CPU's generator, so that no device is waited for.
+            t: (N, M, K), timesteps of the noised versions of the masked tokens, which are in ascending order of position.
+            noise: (N, M, K, C).
+
+        Raises:
+            ValueError: for a number of masked tokens out of range.
+        """
+        tokens = tokens_of(x0)  # (N, L, C)
+        n, num_tokens, c = tokens.shape
+        if num_masked is None:
+            num_masked = math.ceil(num_tokens * self.mask_ratio())
+        if not 1 <= num_masked <= num_tokens:
+            raise ValueError(f"num_masked is {num_masked}; give 1 to {num_tokens}, the number of tokens.")
+        if order is None:
+            order = torch.rand(n, num_tokens, device=x0.device).argsort(1)
+        masked, visible = (part.sort(1).values for part in order.tensor_split([num_masked], 1))  # (N, K), (N, L - K)
+        target = take(tokens, masked)[:, None].expand(-1, self.num_noised, -1, -1)  # (N, M, K, C)
+        if t is None:
+            t = torch.randint(self.diffusion.num_timesteps, target.shape[:3], device=x0.device)
+        if noise is None:
+            noise = torch.randn(target.shape, device=x0.device, dtype=x0.dtype)
+        flat = self.diffusion.draw(target.reshape(-1, c), t=t.flatten(), noise=noise.reshape(-1, c))
+        x_t = MaskedTokens(tokens, visible, masked, flat.x_t.view(target.shape))
+        return MaskedDraw(target, x_t, t, noise, flat, _share(masked.numel(), x0.device))
+
+    def mask_ratio(self) -> float:
+        """A share of masked tokens in [mask_ratio_min, 1], from torch's CPU generator."""
+        normal = NormalDist(MASK_RATIO_MEAN, MASK_RATIO_STD)
+        low, high = normal.cdf(self.mask_ratio_min), normal.cdf(1.0)
+        u = 1 - torch.rand((), dtype=torch.float64).item()  # in (0, 1], where the inverse is finite
+        return min(max(normal.inv_cdf(low + (high - low) * u), self.mask_ratio_min), 1.0)
+
+    def losses(self, output: Tensor, draw: MaskedDraw) -> dict[str, Tensor]:
+        """Per sample (N,): "mse" of epsilon, "vb" in bits per dimension, and their sum "loss", means over the sample's masked tokens times
+        this process's share: their mean over all samples of all processes is the mean over all masked tokens."""
+        return self._per_sample(self.diffusion.losses(output.flatten(0, 2), draw.flat), draw)
+
+    def distillation_losses(self, output: Tensor, teacher_output: Tensor, draw: MaskedDraw) -> dict[str, Tensor]:
+        """Per sample (N,): "mse_kd", "vb_kd" and their sum "loss_kd" of the head's predictions, weighted as in `losses`; see
+        `GaussianDiffusion.distillation_losses`."""
+        terms = self.diffusion.distillation_losses(output.flatten(0, 2), teacher_output.flatten(0, 2), draw.flat)
+        return self._per_sample(terms, draw)
+
+    def _per_sample(self, terms: dict[str, Tensor], draw: MaskedDraw) -> dict[str, Tensor]:
+        n = len(draw.x0)
+        return {name: values.view(n, -1).mean(1) * draw.share for name, values in terms.items()}
+
+    # -- sampling -----------------------------------------------------------------------------------------------------------------------
+    def check_sampling(self, **options: Any) -> None:
+        """Raise ValueError for options that `sample` would refuse."""
+        check_options(self.diffusion, **options)
+
+    def num_noises(self, *, num_sampling_steps: int = 100, **_: Any) -> int:
+        """One for each diffusion step of a token, and one for the order in which tokens are sampled."""
+        return num_sampling_steps + 1
+
+    @torch.no_grad()
+    def sample(self, denoiser: nn.Module, z: Tensor, y: Tensor, **options: Any) -> Tensor:
+        """Samples (N, C, H, W) from noise `z`; see `tinyfusion_pl.objectives.masked_sampling.sample_tokens` for the options."""
+        return sample_tokens(self.diffusion, denoiser, z, y, **options)
+
+
+def _share(num_masked: int, device: torch.device) -> Tensor | float:
+    """This process's number of masked tokens over the mean of all processes' numbers."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+        return 1.0
+    total = torch.full((), float(num_masked), device=device)
+    distributed.all_reduce(total)
+    return num_masked * distributed.get_world_size() / total
