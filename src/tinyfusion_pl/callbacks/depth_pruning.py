@@ -187,7 +187,12 @@ class DepthPruningCallback(Callback):
                     list(inside.values()), name) for name, given in {"pattern": self.pattern, "units": self.gate_options["units"]}.items())
         patterns = {path: Pattern.parse(pattern) for path, pattern in patterns.items()}
         for path, short in inside.items():
-            patterns[short].groups(len(units_of(pl_module, path, units[short])))
+            counted = units_of(pl_module, path, units[short])
+            try:
+                patterns[short].groups(len(counted))
+            except ValueError as error:
+                what = "" if all(len(unit) == 1 for unit in counted) else f", where a pattern counts {len(counted)} units of several blocks"
+                raise ValueError(f"Stack '{path}'{what}: {error} Each stack may have a pattern of its own, given by path.") from error
         return root, patterns, units
 
     # -- training -----------------------------------------------------------------------------------------------------------------------

@@ -6,8 +6,10 @@ from tinyfusion_pl.models.dit import DiT
 from tinyfusion_pl.models.pretrained import load_denoiser
 from tinyfusion_pl.models.registry import create_model, list_models, register_model
 from tinyfusion_pl.models.shallow import library_versions, load_decision, load_shallow, save_shallow
+from tinyfusion_pl.models.udit import UDiT, merged
+from tinyfusion_pl.models.uvit import UViT
 
 __all__ = [
-    "Denoiser", "DiT", "create_model", "library_versions", "list_models", "load_checkpoint", "load_decision", "load_denoiser",
-    "load_shallow", "load_weights", "register_model", "save_shallow",
+    "Denoiser", "DiT", "UDiT", "UViT", "create_model", "library_versions", "list_models", "load_checkpoint", "load_decision",
+    "load_denoiser", "load_shallow", "load_weights", "merged", "register_model", "save_shallow",
 ]
