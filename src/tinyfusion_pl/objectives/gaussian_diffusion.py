@@ -16,14 +16,16 @@ from torch import Tensor, nn
 from tinyfusion_pl.objectives.base import Draw
 from tinyfusion_pl.objectives.likelihood import discretized_gaussian_log_likelihood, gaussian_kl
 from tinyfusion_pl.objectives.sampling import check_options, sample_chain
-
-NOISE_SCHEDULES = ("linear",)
+from tinyfusion_pl.objectives.schedules import scaled_linear_betas
 
 
 def linear_betas(num_timesteps: int) -> Tensor:
     """Noise variances from 1e-4 to 0.02 at 1000 steps, scaled for other counts: float64 (num_timesteps,)."""
     scale = 1000 / num_timesteps
     return torch.linspace(scale * 1e-4, scale * 0.02, num_timesteps, dtype=torch.float64)
+
+
+NOISE_SCHEDULES = {"linear": linear_betas, "scaled_linear": scaled_linear_betas}
 
 
 def spaced_timesteps(num_timesteps: int, num_sampling_steps: int) -> Tensor:
@@ -87,8 +89,8 @@ class GaussianDiffusion:
     """The diffusion process, its training and distillation losses, and DDPM and DDIM sampling.
 
     Args:
-        num_timesteps: Steps of the forward process, > 20: with fewer the linear schedule's last beta would reach 1.
-        noise_schedule: ``"linear"``.
+        num_timesteps: Steps of the forward process, >= 1; > 20 with the linear schedule, whose last beta would reach 1 with fewer.
+        noise_schedule: ``"linear"``, or ``"scaled_linear"`` (Stable Diffusion, U-ViT).
         learn_sigma: The denoiser predicts the variance in a second half of its channels.
 
     Raises:
@@ -98,9 +100,10 @@ class GaussianDiffusion:
     def __init__(self, *, num_timesteps: int = 1000, noise_schedule: str = "linear", learn_sigma: bool = True) -> None:
         if noise_schedule not in NOISE_SCHEDULES:
             raise ValueError(f"noise_schedule is {noise_schedule!r}; give one of {', '.join(map(repr, NOISE_SCHEDULES))}.")
-        if num_timesteps < 1 or not (betas := linear_betas(num_timesteps)).max() < 1:
-            raise ValueError(f"num_timesteps is {num_timesteps}, too few for the linear schedule, whose last beta would reach 1; give at "
-                             "least 21 (published: 1000).")
+        if num_timesteps < 1 or not (betas := NOISE_SCHEDULES[noise_schedule](num_timesteps)).max() < 1:
+            raise ValueError(f"num_timesteps is {num_timesteps}, too few for the {noise_schedule} schedule" + (
+                             ", whose last beta would reach 1; give at least 21" if noise_schedule == "linear" else "; give at least 1")
+                             + " (published: 1000).")
         self.num_timesteps, self.learn_sigma = num_timesteps, learn_sigma
         self.tables = GaussianTables(betas)
 
