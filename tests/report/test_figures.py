@@ -1,3 +1,4 @@
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -96,6 +97,13 @@ def test_group_borders_and_the_indifferent_probability_are_drawn():
     assert borders(heat) == borders(bars) == [2.5, 5.5]
     dotted = [segment for c in bars.collections if isinstance(c, LineCollection) for segment in c.get_segments()]
     assert [segment[0][0] for segment in dotted] == pytest.approx([1 / 3] * 9)
+
+
+def test_groups_of_mirrored_pairs_have_borders_on_both_sides():
+    mirrored = replace(history(num_blocks=8), groups=tuple({"members": members, "num_kept": 1, "num_blocks": 2}
+                                                           for members in ([0, 1, 6, 7], [2, 3, 4, 5])))
+    heat, bars = plot_block_probabilities({"in_blocks+out_blocks": mirrored}).axes
+    assert borders(heat) == borders(bars) == [1.5, 5.5]
 
 
 def pictures(num, channels=1, size=8):

@@ -120,6 +120,23 @@ def test_page_says_which_blocks_stay(new_run, undrawn):
     assert "5 of 8" in page.text
 
 
+@pytest.mark.parametrize("recorded", [True, False], ids=["groups recorded", "no groups recorded"])
+def test_page_shows_mirrored_pairs_in_their_groups(new_run, undrawn, recorded):
+    run = new_run()
+    units = [[0, 7], [1, 6], [2, 5], [3, 4]]
+    groups = [{"start": 2 * i, "num_kept": 1, "num_blocks": 2, "confidence": 0.9, "entropy": 0.3} for i in range(2)]
+    stack = {"kept_blocks": [1, 2, 5, 6], "block_probabilities": [0.1, 0.9, 0.9, 0.1, 0.1, 0.9, 0.9, 0.1], "groups": groups, "units": units}
+    entry = {"step": 0, "tau": 1.0, "scaling": 100.0, "stacks": {"in_blocks+out_blocks": stack}}
+    (run / "learn_mask/decisions.jsonl").write_text(json.dumps(entry) + "\n")
+    stored = {**stack, "pattern": "1:2", "num_blocks": 8, "groups": groups if recorded else []}
+    (run / "shallow/record.json").write_text(json.dumps({"stacks": {"in_blocks+out_blocks": stored}}))
+    page = Page(write_report(run))
+    strips = re.findall(r'<li class="group">(.*?)</li>', page.source)
+    shown = [[int(n) for n in re.findall(r'title="block (\d+)', strip)] for strip in strips]
+    assert shown == ([[0, 1, 6, 7], [2, 3, 4, 5]] if recorded else [list(range(8))])
+    assert "4 of 8" in page.text and "1 of 2 units" in page.text and "keeps N of M units of blocks that only go together" in page.text
+
+
 def test_unknown_metrics_become_rows_and_values_that_are_no_numbers_do_not(new_run, undrawn, rows):
     run = new_run()
     metrics = json.loads((run / "metrics.json").read_text())

@@ -20,7 +20,7 @@ from tinyfusion_pl.callbacks.nonfinite import NonFiniteGuard
 from tinyfusion_pl.models import save_shallow
 from tinyfusion_pl.pruning import Decision, DepthGates, Pattern, WeightUpdate, linear_anneal, remove_blocks, remove_gates
 from tinyfusion_pl.pruning.adapters import adapter_state, check_delta_w, load_adapter_state
-from tinyfusion_pl.pruning.blocks import by_path, check_units, find_stacks, get_stack, resolve_stacks, single_units
+from tinyfusion_pl.pruning.blocks import by_path, find_stacks, get_stack, resolve_stacks, units_of
 
 GATES = "depth_gates"
 
@@ -49,7 +49,7 @@ class DepthPruningCallback(Callback):
         logits_lr: Learning rate of AdamW on the logits, > 0 (published: 1e-3; no weight decay).
         logits_clip: Largest gradient norm of the logits, > 0 (published: 1.0).
         max_nonfinite: Steps with non-finite loss or gradient in a row after which the run stops.
-        units: Blocks that only go together, per stack (see `DepthGates`).
+        units: Blocks that only go together, per stack (see `DepthGates`); default: what the model states.
         gather: Run dropped samples without a graph (exact and cheaper).
         save_dir: Folder of the shallow model; default: ``<trainer.default_root_dir>/shallow``.
         decisions_path: File that gets a line of JSON at each logged step; default: none.
@@ -187,9 +187,12 @@ class DepthPruningCallback(Callback):
                     list(inside.values()), name) for name, given in {"pattern": self.pattern, "units": self.gate_options["units"]}.items())
         patterns = {path: Pattern.parse(pattern) for path, pattern in patterns.items()}
         for path, short in inside.items():
-            depth = len(get_stack(pl_module, path))
-            members = single_units(depth) if units[short] is None else check_units(units[short], depth, path)
-            patterns[short].groups(len(members))
+            counted = units_of(pl_module, path, units[short])
+            try:
+                patterns[short].groups(len(counted))
+            except ValueError as error:
+                what = "" if all(len(unit) == 1 for unit in counted) else f", where a pattern counts {len(counted)} units of several blocks"
+                raise ValueError(f"Stack '{path}'{what}: {error} Each stack may have a pattern of its own, given by path.") from error
         return root, patterns, units
 
     # -- training -----------------------------------------------------------------------------------------------------------------------

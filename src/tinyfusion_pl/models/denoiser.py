@@ -17,6 +17,7 @@ class Denoiser(nn.Module):
 
     - ``STACKS``: path of each stack of blocks -> the constructor argument that holds its depth;
     - ``config``: the constructor's arguments, from which the same model is built again;
+    - ``units(stack)``: the blocks of a stack that only go together, where there are such;
     - ``num_classes``: labels are 0 .. num_classes - 1, and num_classes is the null label of classifier-free guidance.
 
     Args:
@@ -37,6 +38,10 @@ class Denoiser(nn.Module):
     def has_null_label(self) -> bool:
         """Whether there is a null label, which label dropout and guidance need."""
         return True
+
+    def units(self, stack: str) -> tuple[tuple[int, ...], ...] | None:
+        """The units of a stack (a key of ``STACKS``) that must stay or go whole, as indices of blocks; None: each block on its own."""
+        return None
 
     def run(self, block: Callable[..., Any], *args: Any) -> Any:
         """``block(*args)``, its activations recomputed in the backward pass where `activation_checkpointing` says so."""

@@ -16,21 +16,7 @@ from torch import Tensor, nn
 from tinyfusion_pl.objectives.base import Draw
 from tinyfusion_pl.objectives.likelihood import discretized_gaussian_log_likelihood, gaussian_kl
 from tinyfusion_pl.objectives.sampling import check_options, sample_chain
-
-
-def linear_betas(num_timesteps: int) -> Tensor:
-    """Noise variances from 1e-4 to 0.02 at 1000 steps, scaled for other counts: float64 (num_timesteps,)."""
-    scale = 1000 / num_timesteps
-    return torch.linspace(scale * 1e-4, scale * 0.02, num_timesteps, dtype=torch.float64)
-
-
-def cosine_betas(num_timesteps: int) -> Tensor:
-    """Noise variances whose signal follows a squared cosine (Nichol & Dhariwal, equation 17), at most 0.999: float64 (num_timesteps,)."""
-    signal = ((torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps + 0.008) / 1.008 * math.pi / 2).cos().square()
-    return (1 - signal[1:] / signal[:-1]).clamp_max(0.999)
-
-
-NOISE_SCHEDULES = {"linear": linear_betas, "cosine": cosine_betas}
+from tinyfusion_pl.objectives.schedules import NOISE_SCHEDULES
 
 
 def spaced_timesteps(num_timesteps: int, num_sampling_steps: int) -> Tensor:
@@ -95,7 +81,7 @@ class GaussianDiffusion:
 
     Args:
         num_timesteps: Steps of the forward process, >= 1; > 20 with the linear schedule, whose last beta would reach 1 with fewer.
-        noise_schedule: ``"linear"`` or ``"cosine"``.
+        noise_schedule: ``"linear"``, ``"cosine"``, or ``"scaled_linear"`` (Stable Diffusion, U-ViT).
         learn_sigma: The denoiser predicts the variance in a second half of its channels.
 
     Raises:

@@ -36,15 +36,16 @@ class StackDecision:
     def layer_pairs(self) -> list[tuple[int, int]]:
         """(student block, teacher block) pairs for representation distillation.
 
-        The last kept block of each group, at its place in the shallow stack, goes with the last block of that group in the teacher.
+        The last kept block of each group, at its place in the shallow stack, goes with the last block of that group in the teacher. Units
+        of several blocks give a pair for each place in the unit: of mirrored pairs, the in blocks one and the out blocks one.
         """
         units = self.units or [[i] for i in range(self.num_blocks)]
         place = {block: i for i, block in enumerate(self.kept_blocks)}
         pairs = []
         for group in self.groups:
-            last_kept = max(block for unit in group.kept for block in units[unit])
-            last = max(block for unit in range(group.start, group.start + group.num_blocks) for block in units[unit])
-            pairs.append((place[last_kept], last))
+            for of_kept, of_all in zip(zip(*(units[unit] for unit in group.kept)),
+                                       zip(*(units[unit] for unit in range(group.start, group.start + group.num_blocks)))):
+                pairs.append((place[max(of_kept)], max(of_all)))
         return pairs
 
 

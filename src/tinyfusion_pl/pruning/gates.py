@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyfusion_pl.pruning.arguments import detached_storage_key, random_state_key
-from tinyfusion_pl.pruning.blocks import by_path, check_units, common_root, get_stack, resolve_stacks, single_units
+from tinyfusion_pl.pruning.blocks import by_path, check_units, common_root, get_stack, resolve_stacks, single_units, units_of
 from tinyfusion_pl.pruning.decision import Decision, GroupDecision, StackDecision
 from tinyfusion_pl.pruning.gating import GatedForward
 from tinyfusion_pl.pruning.patterns import Pattern
@@ -174,7 +174,8 @@ class DepthGates(nn.Module):
         model: The model; hidden states are batch first.
         pattern: ``"N:M"`` (N kept of M), or a mapping from stack path to pattern.
         stacks: Path or paths of the block lists in `model`; default: found.
-        units: For a stack, lists of block indices that only go together (a mapping from path, or one for all).
+        units: For a stack, lists of block indices that only go together (a mapping from path, or one for all); default: what the model
+            states, else every block on its own.
         scaling, init, average_decay: See `StackGates`.
         tau: Temperature to start with, > 0; set the attribute to anneal (published: 4 -> 0.1).
         rank: Rank of this process: processes with equally seeded generators still draw different masks.
@@ -191,8 +192,8 @@ class DepthGates(nn.Module):
         paths = resolve_stacks(model, list(pattern) if isinstance(pattern, Mapping) and stacks is None else stacks)
         patterns, all_units = by_path(pattern, paths, "pattern"), by_path(units, paths, "units")
         self.stacks = nn.ModuleList(
-            StackGates(path, len(get_stack(model, path)), patterns[path], units=all_units[path], scaling=scaling, init=init,
-                       average_decay=average_decay) for path in paths
+            StackGates(path, len(get_stack(model, path)), patterns[path], units=units_of(model, path, all_units[path]), scaling=scaling,
+                       init=init, average_decay=average_decay) for path in paths
         )
         self.tau, self.rank, self.gather = tau, rank, gather
         self.announced: list[str] = []

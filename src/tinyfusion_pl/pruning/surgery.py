@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from tinyfusion_pl.pruning.blocks import get_stack
+from tinyfusion_pl.pruning.blocks import get_stack, split_path, stated_units
 
 
 def remove_blocks(model: nn.Module, kept_blocks: Mapping[str, Sequence[int]]) -> nn.Module:
@@ -23,15 +23,19 @@ def remove_blocks(model: nn.Module, kept_blocks: Mapping[str, Sequence[int]]) ->
         `model`.
 
     Raises:
-        ValueError: for a path without a stack, indices out of range, unordered, repeated, or none at all.
+        ValueError: for a path without a stack, indices out of range, unordered, repeated, or none at all; where the model states blocks
+            that only go together, for part of such a unit.
     """
     for path, kept in kept_blocks.items():
         stack, kept = get_stack(model, path), list(kept)
         if not kept or kept != sorted(set(kept)) or not 0 <= kept[0] <= kept[-1] < len(stack):
             raise ValueError(f"kept_blocks of '{path}' is {kept}; give ascending indices out of 0..{len(stack) - 1}, at least one.")
+        if torn := [list(unit) for unit in stated_units(model, path) or () if 0 < len(set(unit) & set(kept)) < len(unit)]:
+            raise ValueError(f"kept_blocks of '{path}' is {kept}, but these only go together: {', '.join(map(str, torn))}. Keep or drop "
+                             "each of them as a whole.")
         for index in sorted(set(range(len(stack))) - set(kept), reverse=True):
             del stack[index]
-        owner_path, _, name = path.rpartition(".")
+        owner_path, name = split_path(path)
         owner = model.get_submodule(owner_path)
         stated = getattr(owner, "STACKS", None)
         if isinstance(stated, Mapping) and name in stated and hasattr(owner, "config"):

@@ -219,10 +219,10 @@ def _raster(axes: Axes, history: StackHistory, chosen: np.ndarray, colors: np.nd
 
 
 def _group_borders(axes: Axes, history: StackHistory) -> None:
-    for group in history.groups:
-        first, last = group["members"][0], group["members"][-1]
-        if first > 0 and last - first + 1 == len(group["members"]):  # a group of mirrored units has no border
-            axes.axhline(first - 0.5, color=FAINT, linewidth=0.8, gid="group border")
+    group_of = {block: number for number, group in enumerate(history.groups) for block in group["members"]}
+    for block in range(1, history.num_blocks):  # a group of mirrored units lies on both sides of the inner ones
+        if group_of.get(block - 1) != group_of.get(block):
+            axes.axhline(block - 0.5, color=FAINT, linewidth=0.8, gid="group border")
 
 
 def _thin(num_steps: int) -> np.ndarray:

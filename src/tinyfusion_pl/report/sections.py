@@ -103,7 +103,8 @@ def blocks(run: Run, pictures: Pictures) -> str:
 def _stored_stacks(run: Run) -> dict[str, dict[str, Any]]:
     """Of each stack, kept blocks and groups: from the record, else (no shallow model yet) from the last decision."""
     if run.record and (stacks := run.record.get("stacks")):
-        together = {path: [{"start": 0, "num_blocks": stack["num_blocks"]}] for path, stack in stacks.items()}
+        together = {path: [{"start": 0, "num_blocks": len(stack.get("units") or range(stack["num_blocks"]))}]
+                    for path, stack in stacks.items()}
         return {
             path: {
                 **stack,
@@ -125,7 +126,9 @@ def _strip(path: str, stack: dict[str, Any]) -> str:
         return f'<span class="{kind}" title="block {number} {word}">{number}</span>'
 
     groups = "".join(f'<li class="group">{"".join(map(block, group))}</li>' for group in stack["groups"])
-    pattern = f", pattern {text(str(stack['pattern']))} (N:M keeps N of M)" if stack.get("pattern") else ""
+    several = max(map(len, stack.get("units") or [[0]])) > 1
+    counted = " units of blocks that only go together" if several else ""
+    pattern = f", pattern {text(str(stack['pattern']))} (N:M keeps N of M{counted})" if stack.get("pattern") else ""
     num_blocks = sum(map(len, stack["groups"]))
     return (
         f"<p>Stack {code(path)}: <strong>{len(kept)} of {num_blocks}</strong> blocks stay{pattern}. "
@@ -139,6 +142,8 @@ def _groups(run: Run) -> str:
         for group in history.groups:
             stay = [block for block in group["members"] if history.kept[-1][block]]
             keeps = f"{group['num_kept']} of {group['num_blocks']}"
+            if len(group["members"]) > group["num_blocks"]:
+                keeps += " units"
             sure, open_ = f"{100 * group['confidence']:.1f}%", value("entropy", group.get("entropy"))
             rows.append([f"{text(path)}: {_joined(group['members'])}", keeps, _joined(stay), sure, open_])
     hint = "Confidence: probability of the choice that was made. Entropy: how open the choice still was; 0 is decided."
