@@ -6,8 +6,9 @@ from tinyfusion_pl.models.dit import DiT
 from tinyfusion_pl.models.pretrained import load_denoiser
 from tinyfusion_pl.models.registry import create_model, list_models, register_model
 from tinyfusion_pl.models.shallow import library_versions, load_decision, load_shallow, save_shallow
+from tinyfusion_pl.models.sit import SiT
 
 __all__ = [
-    "Denoiser", "DiT", "create_model", "library_versions", "list_models", "load_checkpoint", "load_decision", "load_denoiser",
+    "Denoiser", "DiT", "SiT", "create_model", "library_versions", "list_models", "load_checkpoint", "load_decision", "load_denoiser",
     "load_shallow", "load_weights", "register_model", "save_shallow",
 ]
