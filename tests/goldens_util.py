@@ -37,15 +37,15 @@ def depth_of(state):
     return 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
 
 
-def new_dit(state):
-    """A DiT of the folder's sizes with the weights of a published-layout state dict, gates left out, in evaluation mode."""
+def new_dit(state, family=DiT):
+    """A DiT, or another family built like one, of the folder's sizes with the weights of a published-layout state dict, gates left out, in evaluation mode."""
     c = CASES["config"]
     state = {k: v for k, v in state.items() if not k.startswith("gumbel_gates")}
     out_features = state["final_layer.linear.weight"].shape[0]
     mlp_ratio = state["blocks.0.mlp.fc1.weight"].shape[0] / c["hidden"]
-    model = DiT(input_size=c["size"], patch_size=c["patch"], in_channels=c["inch"], hidden_size=c["hidden"], depth=depth_of(state),
-                num_heads=c["heads"], num_classes=c["ncls"], mlp_ratio=mlp_ratio,
-                learn_sigma=out_features == 2 * c["inch"] * c["patch"] ** 2)
+    model = family(input_size=c["size"], patch_size=c["patch"], in_channels=c["inch"], hidden_size=c["hidden"], depth=depth_of(state),
+                   num_heads=c["heads"], num_classes=c["ncls"], mlp_ratio=mlp_ratio,
+                   learn_sigma=out_features == 2 * c["inch"] * c["patch"] ** 2)
     model.load_state_dict(state)
     return model.eval()
 

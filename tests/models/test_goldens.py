@@ -3,6 +3,7 @@ import torch
 
 from goldens_util import assert_near, golden_files, load, new_dit, part
 from tinyfusion_pl.distill import HiddenStates
+from tinyfusion_pl.models import SiT
 from tinyfusion_pl.objectives.sampling import guided
 
 
@@ -21,3 +22,12 @@ def test_against_reference_output_guided_output_and_every_block(file):
             out = guided(model, golden["cfg.x"][:half], golden["cfg.t"][:half], golden["cfg.y"][:half], guidance_scale=scale,
                          guidance_channels=3)
         assert_near(out, golden[key][:half], 1e-5, key)
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("file", golden_files("sit*"))
+def test_against_reference_output_of_sit(file):
+    golden = load(file)
+    with torch.no_grad():
+        output = new_dit(part(golden, "weights"), SiT)(golden["x"], golden["t"], golden["y"])
+    assert_near(output, golden["output"], 1e-5, "output")

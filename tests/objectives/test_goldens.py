@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from goldens_util import assert_near, golden_files, load, new_dit, part
-from tinyfusion_pl.objectives import GaussianDiffusion
+from tinyfusion_pl.models import SiT
+from tinyfusion_pl.objectives import GaussianDiffusion, Interpolants
 
 
 def case(file):
@@ -53,3 +54,19 @@ def test_against_reference_ddpm_and_ddim_samples(file):
         z = golden.get(f"ddim_{count}.z", golden.get(f"ddpm_{count}.z"))
         ours = objective.sample(model, z, golden["y"], num_sampling_steps=count, sampler="ddim")
         assert_near(ours, golden[f"ddim_{count}.sample"], 1e-4, f"ddim {count}")
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("file", golden_files("sit*"))
+def test_against_reference_interpolant_loss_and_ode_samples(file):
+    golden, objective = load(file), Interpolants()
+    model = new_dit(part(golden, "weights"), SiT)
+    draw = objective.draw(golden["x"], t=golden["t"], noise=golden["noise"])
+    with torch.no_grad():
+        assert_near(objective.losses(model(draw.x_t, draw.t, golden["y"]), draw)["loss"], golden["loss"], 1e-5, "loss")
+    sampled = [key for key in golden if key.startswith("ode_")]
+    assert sampled
+    for key in sampled:  # ode_<method>_<intervals>.sample
+        _, method, count = key.removesuffix(".sample").split("_")
+        ours = objective.sample(model, golden["z"], golden["y"], sampler=method.removesuffix("2"), num_sampling_steps=int(count))
+        assert_near(ours, golden[key], 1e-4, key)

@@ -7,10 +7,11 @@ from tinyfusion_pl.models.mar import MAR, MaskedTokens
 from tinyfusion_pl.models.pretrained import load_denoiser
 from tinyfusion_pl.models.registry import create_model, list_models, register_model
 from tinyfusion_pl.models.shallow import library_versions, load_decision, load_shallow, save_shallow
+from tinyfusion_pl.models.sit import SiT
 from tinyfusion_pl.models.udit import UDiT, merged
 from tinyfusion_pl.models.uvit import UViT
 
 __all__ = [
-    "MAR", "Denoiser", "DiT", "MaskedTokens", "UDiT", "UViT", "create_model", "library_versions", "list_models", "load_checkpoint",
+    "MAR", "Denoiser", "DiT", "MaskedTokens", "SiT", "UDiT", "UViT", "create_model", "library_versions", "list_models", "load_checkpoint",
     "load_decision", "load_denoiser", "load_shallow", "load_weights", "merged", "register_model", "save_shallow",
 ]

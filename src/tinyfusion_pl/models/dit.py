@@ -116,7 +116,7 @@ class DiT(Denoiser):
         sizes = {"input_size": input_size, "patch_size": patch_size, "in_channels": in_channels, "depth": depth,
                  "hidden_size": hidden_size, "num_heads": num_heads, "num_classes": num_classes}
         if wrong := {name: size for name, size in sizes.items() if size < 1}:
-            raise ValueError(f"A DiT's sizes must be at least 1, got {', '.join(f'{k}={v}' for k, v in wrong.items())}.")
+            raise ValueError(f"A {type(self).__name__}'s sizes must be at least 1, got {', '.join(f'{k}={v}' for k, v in wrong.items())}.")
         if not 0 <= class_dropout_prob <= 1:
             raise ValueError(f"class_dropout_prob is {class_dropout_prob}; give a probability in [0, 1] (published: 0.1).")
         if input_size % patch_size:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tinyfusion_pl.objectives.base import Draw
 from tinyfusion_pl.objectives.likelihood import discretized_gaussian_log_likelihood, gaussian_kl
 from tinyfusion_pl.objectives.sampling import check_options, sample_chain
+from tinyfusion_pl.objectives.schedulers import check_scheduler, sample_with_scheduler
 from tinyfusion_pl.objectives.schedules import NOISE_SCHEDULES
 
 
@@ -77,7 +78,7 @@ class GaussianTables:
 
 
 class GaussianDiffusion:
-    """The diffusion process, its training and distillation losses, and DDPM and DDIM sampling.
+    """The diffusion process, its training and distillation losses, and sampling by DDPM, DDIM and diffusers' schedulers.
 
     Args:
         num_timesteps: Steps of the forward process, >= 1; > 20 with the linear schedule, whose last beta would reach 1 with fewer.
@@ -165,16 +166,19 @@ class GaussianDiffusion:
     # -- sampling -----------------------------------------------------------------------------------------------------------------------
     def check_sampling(self, **options: Any) -> None:
         """Raise ValueError for options that `sample` would refuse."""
-        check_options(self, **options)
+        (check_scheduler if options.get("sampler") == "diffusers" else check_options)(self, **options)
 
-    def num_noises(self, *, num_sampling_steps: int = 250, sampler: str = "ddpm", eta: float = 0.0, **_: Any) -> int:
-        """One for each step where the sampler is random."""
+    def num_noises(self, *, num_sampling_steps: int = 250, sampler: str = "ddpm", eta: float = 0.0, **options: Any) -> int:
+        """One for each step where the sampler is random; one in all for a random scheduler of diffusers."""
+        if sampler == "diffusers":
+            return int(check_scheduler(self, num_sampling_steps=num_sampling_steps, eta=eta, **options))
         return num_sampling_steps if sampler == "ddpm" or eta else 0
 
     @torch.no_grad()
     def sample(self, denoiser: nn.Module, z: Tensor, y: Tensor, **options: Any) -> Tensor:
-        """Samples (N, C, H, W) from noise `z`; see `tinyfusion_pl.objectives.sampling.sample_chain` for the options."""
-        return sample_chain(self, denoiser, z, y, **options)
+        """Samples (N, C, H, W) from noise `z`; see `sample_chain` (sampling) for the options, and for those of ``sampler="diffusers"``
+        `sample_with_scheduler` (schedulers)."""
+        return (sample_with_scheduler if options.get("sampler") == "diffusers" else sample_chain)(self, denoiser, z, y, **options)
 
 
 def _mean(x: Tensor) -> Tensor:

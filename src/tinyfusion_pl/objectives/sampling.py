@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from tinyfusion_pl.objectives.gaussian_diffusion import GaussianDiffusion
 
-SAMPLERS = ("ddpm", "ddim")
+SAMPLERS = ("ddpm", "ddim", "diffusers")
 
 
 def guided(denoiser: nn.Module, x: Tensor, t: Tensor, y: Tensor, *, guidance_scale: float, guidance_channels: int | None) -> Tensor:
@@ -31,15 +31,42 @@ def guided(denoiser: nn.Module, x: Tensor, t: Tensor, y: Tensor, *, guidance_sca
     return torch.cat([mixed, conditional[:, k:]], 1)
 
 
+def check_guidance(guidance_channels: int | None) -> None:
+    """`ValueError` for a number of guided channels that `guided` has no meaning for."""
+    if guidance_channels is not None and guidance_channels < 1:
+        raise ValueError(f"guidance_channels is {guidance_channels}; give at least 1 (published: 3), or null for all.")
+
+
+def check_eta(eta: float) -> None:
+    """`ValueError` unless `eta` is in [0, 1]."""
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta is {eta}; give a number in [0, 1].")
+
+
+def check_noise(noise: Tensor | None, z: Tensor, *, num_noises: int) -> None:
+    """`ValueError` unless `noise`, where given, is `num_noises` tensors of the shape of `z`."""
+    if noise is not None and noise.shape != (expected := (num_noises, *z.shape)):
+        raise ValueError(f"noise has shape {tuple(noise.shape)}; expected {tuple(expected)} (steps, then the shape of z).")
+
+
+def given_or_drawn(noise: Tensor | None, i: int, x: Tensor, generator: torch.Generator | None) -> Tensor:
+    """``noise[i]``, or standard normal noise in the shape of `x`, drawn where the generator is."""
+    if noise is not None:
+        return noise[i]
+    device = x.device if generator is None else generator.device
+    return torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)
+
+
 def check_options(objective: GaussianDiffusion, *, num_sampling_steps: int = 250, sampler: str = "ddpm", eta: float = 0.0,
-                  guidance_scale: float = 1.0, guidance_channels: int | None = 3, clip_denoised: bool = False) -> None:
+                  guidance_scale: float = 1.0, guidance_channels: int | None = 3, clip_denoised: bool = False,
+                  scheduler: Any = None) -> None:
     """Raise the ValueError that `sample_chain` would raise for these options (see there)."""
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler is {sampler!r}; give one of {', '.join(map(repr, SAMPLERS))}.")
-    if guidance_channels is not None and guidance_channels < 1:
-        raise ValueError(f"guidance_channels is {guidance_channels}; give at least 1 (published: 3), or null for all.")
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta is {eta}; give a number in [0, 1].")
+    check_guidance(guidance_channels)
+    if scheduler is not None:
+        raise ValueError(f"There is a scheduler, but sampler is {sampler!r}, which does not use it; set sampler to 'diffusers'.")
+    check_eta(eta)
     objective.respaced(num_sampling_steps)
 
 
@@ -51,7 +78,7 @@ def sample_chain(objective: GaussianDiffusion, denoiser: nn.Module, z: Tensor, y
     Args:
         objective, denoiser: The process and the network, called with the original timestep numbers.
         num_sampling_steps: Timesteps visited, evenly spread, 1 to the process's number (published: 250).
-        sampler: ``"ddpm"`` or ``"ddim"``.
+        sampler: ``"ddpm"`` or ``"ddim"`` (``"diffusers"`` is `sample_with_scheduler`'s).
         eta: Noise of DDIM, 0 (none) to 1.
         guidance_scale, guidance_channels: See `guided` (published: 1.5 for tables, 4.0 for pictures; 3 channels).
         noise: (num_sampling_steps, N, C, H, W), the first for the noisiest step; default: drawn.
@@ -63,8 +90,7 @@ def sample_chain(objective: GaussianDiffusion, denoiser: nn.Module, z: Tensor, y
     """
     check_options(objective, num_sampling_steps=num_sampling_steps, sampler=sampler, eta=eta, guidance_channels=guidance_channels)
     tables, timesteps = objective.respaced(num_sampling_steps)
-    if noise is not None and noise.shape != (expected := (num_sampling_steps, *z.shape)):
-        raise ValueError(f"noise has shape {tuple(noise.shape)}; expected {tuple(expected)} (steps, then the shape of z).")
+    check_noise(noise, z, num_noises=num_sampling_steps)
     x = z
     for i, step in enumerate(reversed(range(num_sampling_steps))):
         t = torch.full((len(x),), step, device=x.device)
@@ -85,13 +111,7 @@ def sample_chain(objective: GaussianDiffusion, denoiser: nn.Module, z: Tensor, y
             direction = (1 - before - deviation**2).clamp_min(0).sqrt()
             mean = x0 * before.sqrt() + direction * epsilon
         if step > 0 and (sampler == "ddpm" or eta > 0):
-            drawn = noise[i] if noise is not None else _randn_like(x, generator)
-            x = mean + deviation * drawn
+            x = mean + deviation * given_or_drawn(noise, i, x, generator)
         else:
             x = mean
     return x
-
-
-def _randn_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    device = x.device if generator is None else generator.device
-    return torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import resource
 import statistics
 import time
@@ -223,8 +224,23 @@ class Evaluate:
         else:
             held = {"file": str(self.reference), "sha256": sha256(self.reference)}
         return {"num_samples": self.num_samples, "num_reference": reference.num_pictures, "reference": held,
-                "labels": self.labels, "seed": inputs.seed, **self.sampling, "precision": self.precision,
+                "labels": self.labels, "seed": inputs.seed, **plain(self.sampling), "precision": self.precision,
                 "feature_network": self.metrics.fingerprint(), "metrics": self.metrics.settings()}
+
+
+def plain(sampling: Mapping[str, Any]) -> dict[str, Any]:
+    """`sampling` as JSON can hold it: a scheduler of diffusers as its class and settings."""
+    settings = {}
+    for name, value in sampling.items():
+        if hasattr(value, "config"):
+            config = {key: each for key, each in value.config.items() if not key.startswith("_")}
+            value = {"name": type(value).__name__, **{key: each if _is_plain(each) else str(each) for key, each in config.items()}}
+        settings[name] = value
+    return settings
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, (str, int)) or (isinstance(value, float) and math.isfinite(value))
 
 
 def describe(model: nn.Module) -> dict[str, int]:

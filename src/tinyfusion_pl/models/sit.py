@@ -1,0 +1,30 @@
+"""SiT: scalable interpolant transformers (Ma et al., arXiv 2401.08740).
+
+The network is DiT's, at continuous times in [0, 1]. Own code; parameter names and layout are those of the published checkpoints
+(willisma/SiT), which are also DiT's: weights of one load into the other, and only what trained them tells them apart.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from tinyfusion_pl.models.dit import SIZES, DiT
+from tinyfusion_pl.models.registry import register_model
+
+
+class SiT(DiT):
+    """Interpolant transformer; see `DiT` for the arguments.
+
+    With `learn_sigma`, as published, the last layer has twice the channels, of which the second half is computed for nothing and dropped.
+    """
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Predict for latents `x` (N, C, H, W) at times `t` (N,) in [0, 1] with labels `y` (N,): (N, C, H, W), in the dtype of `x`."""
+        return super().forward(x, t, y)[:, : self.config["in_channels"]]  # (N, C, H, W)
+
+
+for _size in ("s", "b", "l", "xl"):
+    _hidden_size, _depth, _num_heads = SIZES[_size]
+    for _patch_size in (2, 4, 8):
+        register_model(f"sit_{_size}_{_patch_size}", SiT, alias=f"SiT-{_size.upper()}/{_patch_size}", hidden_size=_hidden_size,
+                       depth=_depth, num_heads=_num_heads, patch_size=_patch_size)
