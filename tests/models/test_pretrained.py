@@ -184,6 +184,17 @@ def test_two_stacks_are_read_each_and_the_width_tells_the_published_size(tmp_pat
             assert same(loaded, model.state_dict()) and loaded.config == model.config
 
 
+def test_lists_that_are_one_stack_count_together():
+    """As U-ViT's, whose in and out blocks are pruned in pairs."""
+    from tinyfusion_pl.models.families import depths_of
+
+    class Paired(MAR):
+        STACKS = {"encoder_blocks+decoder_blocks": "depth"}
+
+    register_model("paired", Paired)
+    assert depths_of(MAR(width=8, encoder_depth=2, decoder_depth=11).state_dict(), "paired") == {"depth": 13}
+
+
 def test_a_mar_of_an_unknown_width_is_asked_for_its_name(tmp_path):
     save_tensors(tmp_path / "m.safetensors", MAR(width=16).state_dict())
     with pytest.raises(ValueError, match="MAR of width 16; published are 768, 1024, 1280.*name="):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +29,21 @@ def family_of(keys: Iterable[str]) -> str | None:
     return next((family for family, marks in MARKS.items() if keys.issuperset(marks)), None)
 
 
-def depths_of(state: Iterable[str], name: str) -> dict[str, int]:
+def depths_of(state: Collection[str], name: str) -> dict[str, int]:
     """How deep the stacks of model `name` are in a state dict: constructor argument -> number of blocks."""
     stacks = getattr(model_family(name), "STACKS", {})
     shared = {argument for argument, times in Counter(stacks.values()).items() if times > 1}
     depths = {}
     for path, argument in stacks.items():
-        start = f"{path}."
-        indices = {int(index) for key in state if key.startswith(start) and (index := key[len(start):].split(".")[0]).isdigit()}
-        if indices and argument not in shared:
-            depths[argument] = 1 + max(indices)
+        num_blocks = sum(_num_blocks(state, part) for part in path.split("+"))  # lists that are one stack are joined by a plus sign
+        if num_blocks and argument not in shared:
+            depths[argument] = num_blocks
     return depths
+
+
+def _num_blocks(state: Collection[str], path: str) -> int:
+    start = f"{path}."
+    return 1 + max((int(index) for key in state if key.startswith(start) and (index := key[len(start):].split(".")[0]).isdigit()), default=-1)
 
 
 def name_and_sizes(state: Mapping[str, Tensor], path: str | Path, *, name: str | None = None,

@@ -39,7 +39,8 @@ class Evaluate:
     Args:
         trainer: Makes a Trainer from ``default_root_dir=``.
         metrics: Measures pictures.
-        models: Name -> a shallow folder, or a checkpoint of the configured model: these are measured instead of the run's own.
+        models: Name -> a shallow or diffusers folder, a published name, or a checkpoint of the configured model: these
+            are measured instead of the run's own.
         reference: Reference file (see `read_reference`); None: the data module's pictures.
         sampling: Arguments of ``objective.sample``.
         labels: ``"balanced"`` or ``"random"``.
