@@ -42,8 +42,8 @@ def depths_of(state: Collection[str], name: str) -> dict[str, int]:
 
 
 def _num_blocks(state: Collection[str], path: str) -> int:
-    start = f"{path}."
-    return 1 + max((int(index) for key in state if key.startswith(start) and (index := key[len(start):].split(".")[0]).isdigit()), default=-1)
+    numbers = (key[len(path) + 1:].split(".")[0] for key in state if key.startswith(f"{path}."))
+    return 1 + max((int(number) for number in numbers if number.isdigit()), default=-1)
 
 
 def name_and_sizes(state: Mapping[str, Tensor], path: str | Path, *, name: str | None = None,
