@@ -83,7 +83,7 @@ def test_compare_of_what_is_no_run_is_one_sentence(capsys, tmp_path):
 
 def test_an_unknown_word_lists_the_known_ones(capsys):
     assert cli.main(["compre", "A", "B"]) == 2
-    assert re.fullmatch(r"error: Unknown word 'compre'; known are: compare\. .*task=.*\n", capsys.readouterr().err)
+    assert re.fullmatch(r"error: Unknown word 'compre'; known are: compare, export\. .*task=.*\n", capsys.readouterr().err)
 
 
 def test_a_word_with_too_few_arguments_says_what_it_takes(capsys):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tinyfusion_pl import cli
 from tinyfusion_pl.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -18,7 +19,7 @@ def code_lines(language):
         yield from (line.split("  #")[0].strip() for line in block.splitlines() if line.strip())
 
 
-COMMANDS = [line for line in code_lines("bash") if line.startswith("tinyfusion") and "compare" not in line]
+COMMANDS = [line for line in code_lines("bash") if line.startswith("tinyfusion") and line.split()[1] not in cli.COMMANDS]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

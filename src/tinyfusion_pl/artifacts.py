@@ -111,6 +111,17 @@ def load_tensors(path: str | os.PathLike, *, only: Sequence[str] | None = None) 
         ) from error
 
 
+def read_metadata(path: str | os.PathLike) -> dict[str, str]:
+    """The strings that a safetensors file holds beside its tensors. `ArtifactError` as for `load_tensors`."""
+    try:
+        with safetensors.safe_open(_existing(path), framework="pt") as file:
+            return dict(file.metadata() or {})
+    except OSError as error:
+        raise ArtifactError(f"Cannot read {path}: {error}.") from error
+    except SafetensorError as error:
+        raise ArtifactError(f"{path} is not a whole safetensors file ({error}): copy or download it again.") from error
+
+
 def sha256(path: str | os.PathLike) -> str:
     """The file's SHA-256 as 64 hexadecimal digits."""
     digest = hashlib.sha256()

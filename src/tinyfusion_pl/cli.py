@@ -36,6 +36,7 @@ from omegaconf.errors import OmegaConfBaseException
 # word -> function of strings; the text that it returns is printed
 COMMANDS = {
     "compare": "tinyfusion_pl.report:compare",
+    "export": "tinyfusion_pl.models.export:export",
 }
 
 # Where a run writes and which of its stages run: no part of what is computed, so no part of the folder's name.
@@ -78,7 +79,9 @@ def _run_word(word: str, *arguments: str) -> int:
     try:
         inspect.signature(function).bind(*arguments)
     except TypeError:
-        return _usage(f"Usage: tinyfusion {word} {' '.join(map(str.upper, inspect.signature(function).parameters))}")
+        parameters = inspect.signature(function).parameters.values()
+        words = (each.name.upper() if each.default is each.empty else f"[{each.name.upper()}]" for each in parameters)
+        return _usage(f"Usage: tinyfusion {word} {' '.join(words)}")
     print(function(*arguments))
     return 0
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinyfusion_pl.artifacts import ArtifactError, load_tensors
+from tinyfusion_pl.artifacts import ArtifactError, load_tensors, read_metadata
 
 WEIGHTS = ("ema", "raw")
 NUM_NAMED = 5
@@ -23,8 +23,9 @@ UNSAFE = re.compile(r"unsupported global:? (?:GLOBAL )?([\w.]+)", re.IGNORECASE)
 def load_checkpoint(path: str | Path, *, weights: str = "ema", prefix: str = "") -> dict[str, Tensor]:
     """The state dict in a file.
 
-    Read are ``.safetensors``; ``.pt``, bare or as ``{"ema": ..., "model": ...}``, an ``argparse.Namespace`` beside them allowed; and
-    Lightning's ``.ckpt``, where weight averaging keeps the averaged weights under ``state_dict``, the raw under ``current_model_state``.
+    Read are ``.safetensors``; ``.pt`` and ``.pth``, bare, as ``{"ema": ..., "model": ...}`` (DiT, SiT) or as
+    ``{"model_ema": ..., "model": ...}`` (MAR), an ``argparse.Namespace`` beside them allowed; and Lightning's ``.ckpt``, where weight
+    averaging keeps the averaged weights under ``state_dict``, the raw under ``current_model_state``.
 
     Args:
         path: The file.
@@ -35,15 +36,30 @@ def load_checkpoint(path: str | Path, *, weights: str = "ema", prefix: str = "")
         ValueError: for another `weights`, or when no key has the prefix.
         ArtifactError: for a file that is missing, truncated, without a state dict, or that would execute code.
     """
+    return read_checkpoint(path, weights=weights, prefix=prefix)[0]
+
+
+def read_checkpoint(path: str | Path, *, weights: str = "ema", prefix: str = "") -> tuple[dict[str, Tensor], dict[str, str]]:
+    """`load_checkpoint`, and what the file says of its model: ``model``, the name it was trained as, and ``config``, its arguments as JSON.
+
+    The training code of DiT, SiT and MAR keeps the name in its ``argparse.Namespace``; `export_model` writes both into safetensors files.
+    """
     if weights not in WEIGHTS:
         raise ValueError(f"weights is {weights!r}; give 'ema' or 'raw'.")
     path = Path(path)
     if not path.is_file():
         raise ArtifactError(f"There is no checkpoint at {path}. Give the path of a .safetensors, .pt or .ckpt file.")
-    state = load_tensors(path) if path.suffix == ".safetensors" else _state_dict(_unpickle(path), weights, path)
+    if path.suffix == ".safetensors":
+        state, said = load_tensors(path), read_metadata(path)
+    else:
+        content = _unpickle(path)
+        state, said = _state_dict(content, weights, path), {}
+        args = content.get("args") if isinstance(content, Mapping) else None
+        if isinstance(args, argparse.Namespace) and isinstance(getattr(args, "model", None), str):
+            said = {"model": args.model}
     if not prefix and state and all(key.startswith(DENOISER) for key in state):  # this project's own modules
         prefix = DENOISER
-    return _without(prefix, state, path)
+    return _without(prefix, state, path), said
 
 
 def _without(prefix: str, state: dict[str, Tensor], where: str | Path) -> dict[str, Tensor]:
@@ -71,16 +87,17 @@ def _unpickle(path: Path) -> Any:
 
 
 def _state_dict(content: Any, weights: str, path: Path) -> dict[str, Tensor]:
-    order = ["ema", "state_dict", "model"] if weights == "ema" else ["model", "current_model_state", "state_dict", "ema"]
-    candidates = [content[key] for key in order if isinstance(content, Mapping) and isinstance(content.get(key), Mapping)] + [content]
+    order = {"ema": ["ema", "model_ema", "state_dict", "model"], "raw": ["model", "current_model_state", "state_dict", "ema", "model_ema"]}
+    parts = content if isinstance(content, Mapping) else {}
+    candidates = [parts[key] for key in order[weights] if isinstance(parts.get(key), Mapping)] + [content]
     for state in candidates:
         if isinstance(state, Mapping) and state and all(
             isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
         ):
             return dict(state)
     held = list(content)[:NUM_NAMED] if isinstance(content, Mapping) else type(content).__name__
-    raise ArtifactError(f"{path} holds no state dict: a mapping from names to tensors, bare or under 'ema', 'model' or 'state_dict', was "
-                        f"expected; found {held}.")
+    raise ArtifactError(f"{path} holds no state dict: a mapping from names to tensors, bare or under 'ema', 'model_ema', 'model' or "
+                        f"'state_dict', was expected; found {held}.")
 
 
 def load_weights(model: nn.Module, source: str | Path | Mapping[str, Tensor], *, weights: str = "ema", prefix: str = "") -> nn.Module:
@@ -94,11 +111,13 @@ def load_weights(model: nn.Module, source: str | Path | Mapping[str, Tensor], *,
     Raises:
         ValueError: names missing and unexpected keys and tensors of another shape; the model is then unchanged.
     """
-    where = "The given state dict" if isinstance(source, Mapping) else str(source)
     if isinstance(source, Mapping):
-        state = _without(prefix, dict(source), "the given state dict")
-    else:
-        state = load_checkpoint(source, weights=weights, prefix=prefix)
+        return fit_weights(model, _without(prefix, dict(source), "the given state dict"), "The given state dict")
+    return fit_weights(model, load_checkpoint(source, weights=weights, prefix=prefix), source)
+
+
+def fit_weights(model: nn.Module, state: Mapping[str, Tensor], where: str | Path) -> nn.Module:
+    """`load_weights` of a state dict that came from `where`."""
     own = model.state_dict()
     problems = {
         "missing": [f"{k} {tuple(own[k].shape)}" for k in own if k not in state],

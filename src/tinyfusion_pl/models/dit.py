@@ -32,15 +32,16 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class TimestepEmbedder(nn.Module):
-    """Sinusoidal timestep features through a two-layer perceptron."""
+    """Sinusoidal timestep features through a two-layer perceptron; for `frequency_shift` see `DiT`."""
 
-    def __init__(self, hidden_size: int) -> None:
+    def __init__(self, hidden_size: int, *, frequency_shift: int = 0) -> None:
         super().__init__()
+        self.frequency_shift = frequency_shift
         self.mlp = nn.Sequential(nn.Linear(FREQUENCY_CHANNELS, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
     def forward(self, t: Tensor) -> Tensor:
         half = FREQUENCY_CHANNELS // 2
-        frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+        frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / (half - self.frequency_shift))
         angles = t[:, None].float() * frequencies  # (N, 128)
         features = torch.cat([angles.cos(), angles.sin()], 1)  # (N, 256)
         return self.mlp(features.to(self.mlp[0].weight.dtype))  # (N, D)
@@ -60,11 +61,11 @@ class LabelEmbedder(nn.Module):
 class DiTBlock(nn.Module):
     """Attention and MLP, each modulated and gated by the conditioning (adaLN-Zero)."""
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float) -> None:
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, *, norm2_eps: float = 1e-6) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(hidden_size, num_heads=num_heads, qkv_bias=True)
-        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=norm2_eps)
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=lambda: nn.GELU(approximate="tanh"))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
@@ -102,6 +103,8 @@ class DiT(Denoiser):
         num_classes: Labels are 0 .. num_classes - 1; num_classes is the null label of classifier-free guidance.
         class_dropout_prob: Above 0 the label table has the null row. Dropping labels is the training module's part.
         learn_sigma: Predict the variance too: twice the channels come out.
+        frequency_shift: 0, as published: the timestep's frequencies are 10000**(-i/128); 1, as in diffusers: 10000**(-i/127).
+        norm2_eps: Added to the variance before the MLP; 1e-6 as published, 1e-5 by diffusers' default.
         activation_checkpointing: See `Denoiser`.
 
     Raises:
@@ -112,27 +115,33 @@ class DiT(Denoiser):
 
     def __init__(self, *, input_size: int = 32, patch_size: int = 2, in_channels: int = 4, hidden_size: int = 1152, depth: int = 28,
                  num_heads: int = 16, mlp_ratio: float = 4.0, num_classes: int = 1000, class_dropout_prob: float = 0.1,
-                 learn_sigma: bool = True, activation_checkpointing: bool = False) -> None:
+                 learn_sigma: bool = True, frequency_shift: int = 0, norm2_eps: float = 1e-6,
+                 activation_checkpointing: bool = False) -> None:
         sizes = {"input_size": input_size, "patch_size": patch_size, "in_channels": in_channels, "depth": depth,
                  "hidden_size": hidden_size, "num_heads": num_heads, "num_classes": num_classes}
         if wrong := {name: size for name, size in sizes.items() if size < 1}:
             raise ValueError(f"A {type(self).__name__}'s sizes must be at least 1, got {', '.join(f'{k}={v}' for k, v in wrong.items())}.")
         if not 0 <= class_dropout_prob <= 1:
             raise ValueError(f"class_dropout_prob is {class_dropout_prob}; give a probability in [0, 1] (published: 0.1).")
+        if frequency_shift not in (0, 1):
+            raise ValueError(f"frequency_shift is {frequency_shift}; give 0 (published weights) or 1 (weights from diffusers).")
+        if not norm2_eps > 0:
+            raise ValueError(f"norm2_eps is {norm2_eps}; give a small positive number (published: 1e-6).")
         if input_size % patch_size:
             raise ValueError(f"input_size {input_size} is no multiple of patch_size {patch_size}.")
         if hidden_size % num_heads or hidden_size % 4:
             raise ValueError(f"hidden_size {hidden_size} must be a multiple of num_heads ({num_heads}) and of 4.")
         super().__init__(dict(input_size=input_size, patch_size=patch_size, in_channels=in_channels, hidden_size=hidden_size, depth=depth,
                               num_heads=num_heads, mlp_ratio=mlp_ratio, num_classes=num_classes, class_dropout_prob=class_dropout_prob,
-                              learn_sigma=learn_sigma), activation_checkpointing=activation_checkpointing)
+                              learn_sigma=learn_sigma, frequency_shift=frequency_shift, norm2_eps=norm2_eps),
+                         activation_checkpointing=activation_checkpointing)
         self.patch_size, self.learn_sigma = patch_size, learn_sigma
         self.out_channels = in_channels * 2 if learn_sigma else in_channels
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
-        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size, frequency_shift=frequency_shift)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, has_null=class_dropout_prob > 0)
         self.pos_embed = nn.Parameter(sincos_position_embedding(hidden_size, input_size // patch_size)[None], requires_grad=False)
-        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
+        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio, norm2_eps=norm2_eps) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         self.initialize_weights()
 
@@ -180,4 +189,5 @@ for _size, (_hidden_size, _depth, _num_heads) in SIZES.items():
         register_model(f"dit_{_size}_{_patch_size}", DiT, alias=f"DiT-{_size.upper()}/{_patch_size}", hidden_size=_hidden_size,
                        depth=_depth, num_heads=_num_heads, patch_size=_patch_size)
 
+register_model("dit", DiT)  # of sizes that have no name
 register_model("dit_digits", DiT, input_size=8, patch_size=2, in_channels=1, hidden_size=64, depth=12, num_heads=4, num_classes=10)

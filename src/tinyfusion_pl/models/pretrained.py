@@ -1,45 +1,178 @@
-"""Trained denoisers: those the package ships and those in a file."""
+"""Trained denoisers: published ones by name, those the package ships, and those in a file or folder."""
 
 from __future__ import annotations
 
+import difflib
+import json
+from collections.abc import Mapping
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from tinyfusion_pl.artifacts import sha256
-from tinyfusion_pl.models.checkpoints import load_weights
-from tinyfusion_pl.models.registry import create_model
+from tinyfusion_pl.artifacts import ArtifactError, read_json, sha256
+from tinyfusion_pl.models.checkpoints import fit_weights, read_checkpoint
+from tinyfusion_pl.models.diffusers_layout import is_diffusers_folder, read_diffusers_folder
+from tinyfusion_pl.models.dit import DiT
+from tinyfusion_pl.models.families import depths_of, dit_of_width, family_of, name_and_sizes
+from tinyfusion_pl.models.published import PUBLISHED, RENAMED, fetch_published, published_as
+from tinyfusion_pl.models.registry import create_model, list_models, model_family, registered_name
+from tinyfusion_pl.models.shallow import RECORD, check_weights, load_shallow
 
 SHIPPED = {"dit_digits": "digits_teacher"}
-PUBLISHED = {"dit_xl_2": "https://dl.fbaipublicfiles.com/DiT/models/DiT-XL-2-256x256.pt"}
 
 
 def load_denoiser(name: str, *, checkpoint: str | Path | None = None, weights: str = "ema", **overrides: Any) -> nn.Module:
-    """A trained model in evaluation mode; its ``source`` says where the weights came from.
-
-    Args:
-        name: Of the registry, see `list_models`.
-        checkpoint: ``"shipped"`` for weights in the package, or a file: ``.safetensors``, ``.pt``, ``.ckpt``.
-        weights: ``"ema"`` or ``"raw"``, where the file has both.
-        overrides: Arguments of the model, e.g. ``depth=14``.
+    """`load_pretrained` of `checkpoint` as the model `name`: what configurations call.
 
     Raises:
-        ValueError: when no checkpoint is given or it does not fit the model; says how to get one.
-        ArtifactError: for a missing or broken file.
+        ValueError: when no checkpoint is given; says how to get one. Else as `load_pretrained`.
     """
-    model = create_model(name, **overrides)
+    own = registered_name(name)
     if checkpoint is None:
-        where = f" The published one is {PUBLISHED[name]}; download it and" if name in PUBLISHED else " Train one, or"
+        known = {file: record for file, record in PUBLISHED.items() if record.model == own}
+        where = " Train one, or" if not known else (
+            f" Published are {', '.join(f'{file} ({record.url})' for file, record in known.items())}. Give one of these names as "
+            "model.checkpoint to download it, or")
         raise ValueError(f"Model {name!r} has no weights: model.checkpoint is not set.{where} give model.checkpoint=PATH.")
-    if checkpoint == "shipped":
-        if name not in SHIPPED:
-            raise ValueError(f"The package ships weights for {', '.join(SHIPPED)}, not for {name!r}; give model.checkpoint=PATH.")
-        with as_file(files("tinyfusion_pl") / "assets" / SHIPPED[name] / "model.safetensors") as path:
-            load_weights(model, path)
-            model.source = {"path": f"shipped:{SHIPPED[name]}", "sha256": sha256(path)}
+    return load_pretrained(checkpoint, name=own, weights=weights, **overrides)
+
+
+def load_pretrained(name_or_path: str | Path, *, name: str | None = None, weights: str = "ema", **overrides: Any) -> nn.Module:
+    """A trained model in evaluation mode; its ``source`` says where the weights came from.
+
+    What it is built as: a record beside the weights or inside a safetensors file says everything; a published name says the model;
+    otherwise `name` does, of which only the depths are read from the file (so a shallow checkpoint of ``dit_xl_2`` loads as such). Without
+    `name`, all sizes are read from the file: of a DiT (heads: of the registered model of equal width) and of published MARs.
+
+    SiT's files have the keys and shapes of DiT's: give ``name="sit_xl_2"``. Where a file says which of them it is (its published name, the
+    arguments of its training, a record), the other is refused; where it says nothing it cannot be told, and is taken for a DiT.
+
+    Args:
+        name_or_path: A published name (see docs/checkpoints.md; downloaded once to torch's cache folder), ``"shipped"`` for weights in the
+            package, a ``.safetensors``, ``.pt``, ``.pth`` or ``.ckpt`` file, a folder with ``model.safetensors`` and ``record.json``, or
+            one of diffusers. What exists under that path comes first.
+        name: The model, see `list_models`.
+        weights: ``"ema"`` or ``"raw"``, where the file has both.
+        overrides: Arguments of the model, e.g. ``activation_checkpointing=True``.
+
+    Raises:
+        ValueError: when the weights do not fit the model, or are another family's, or it cannot be told which model they are of.
+        ArtifactError: for a missing or broken file, or one that cannot be downloaded.
+    """
+    own = None if name is None else registered_name(name)
+    if name_or_path == "shipped":
+        return _shipped(own or next(iter(SHIPPED)), overrides)
+    path = Path(name_or_path)
+    known = RENAMED.get(text := str(name_or_path), text)
+    if known in PUBLISHED and not path.exists():
+        record = PUBLISHED[known]
+        _refuse_other_family(own, registered_name(record.model), known)
+        path = fetch_published(known)
+        model = _from_path(path, own or record.model, weights, {**record.kwargs, **overrides})
+        model.source = {**model.source, "path": known, "url": record.url}
+        if record.sha256 not in (None, model.source["sha256"]):
+            raise ArtifactError(f"{path} is not the published {known}: its checksum is {model.source['sha256'][:12]}..., that of the "
+                                f"published file {record.sha256[:12]}.... Remove it, then run again.")
+        return model
+    if not path.exists():
+        near = difflib.get_close_matches(path.name, PUBLISHED, n=2)
+        raise ArtifactError(f"There is no checkpoint at {path}. {'Did you mean ' + ' or '.join(near) + '? ' if near else ''}Give the path "
+                            "of a .safetensors, .pt or .ckpt file, of a shallow or a diffusers folder, or a published name: "
+                            f"{', '.join(PUBLISHED)}.")
+    if path.is_file() and (record := published_as(path)):
+        _refuse_other_family(own, record.model, path)
+        own = own or registered_name(record.model)
+        overrides = {**(record.kwargs if own == record.model else {}), **overrides}
+    return _from_path(path, own, weights, overrides)
+
+
+def _from_path(path: Path, own: str | None, weights: str, overrides: dict[str, Any]) -> nn.Module:
+    if path.is_file():
+        return _from_file(path, own, weights, overrides)
+    if (path / RECORD).is_file():
+        return _from_record(path, own, overrides)
+    if is_diffusers_folder(path):
+        return _from_diffusers(path, own, overrides)
+    raise ArtifactError(f"{path} holds no model: {RECORD} with model.safetensors, or a diffusers folder (config.json or "
+                        "transformer/config.json), was expected.")
+
+
+def _from_file(path: Path, own: str | None, weights: str, overrides: dict[str, Any]) -> nn.Module:
+    state, said = read_checkpoint(path, weights=weights)
+    stated = _registered(said.get("model"))
+    _refuse_other_family(own, stated, path)
+    if stated and "config" in said and own in (None, stated):
+        own, arguments = stated, json.loads(said["config"])
+    elif own is None:
+        own, arguments = name_and_sizes(state, path, name=stated, given=overrides)
     else:
-        load_weights(model, checkpoint, weights=weights)
-        model.source = {"path": str(checkpoint), "sha256": sha256(checkpoint), "weights": weights}
+        arguments = depths_of(state, own)
+    model = _build(own, {**arguments, **overrides}, state, path)
+    model.source = {"path": str(path), "sha256": sha256(path), "weights": weights}
+    return model
+
+
+def _from_record(folder: Path, own: str | None, overrides: dict[str, Any]) -> nn.Module:
+    """The shallow model in `folder`, or a trained one, whose record has no decision."""
+    record = read_json(folder / RECORD)
+    stated = record.get("model") or {}
+    if own is not None and stated and registered_name(stated["name"]) != own:
+        raise ValueError(f"{folder} holds a {stated['name']}, not a {own}. Give the model that its {RECORD} names, or another folder.")
+    if "stacks" in record:
+        model = load_shallow(folder, **overrides)
+    elif stated:
+        model = create_model(stated["name"], **{**stated["kwargs"], **overrides})
+        fit_weights(model, read_checkpoint(check_weights(folder, record))[0], folder)
+    else:
+        raise ArtifactError(f"{folder / RECORD} does not say which model it is of.")
+    model.source = {"path": str(folder), "sha256": record["weights"]["sha256"]}
     return model.eval()
+
+
+def _shipped(own: str, overrides: dict[str, Any]) -> nn.Module:
+    if own not in SHIPPED:
+        raise ValueError(f"The package ships weights for {', '.join(SHIPPED)}, not for {own!r}; give model.checkpoint=PATH.")
+    with as_file(files("tinyfusion_pl") / "assets" / SHIPPED[own]) as folder:
+        model = _from_record(folder, own, overrides)
+    model.source = {**model.source, "path": f"shipped:{SHIPPED[own]}"}
+    return model
+
+
+def _from_diffusers(folder: Path, own: str | None, overrides: dict[str, Any]) -> nn.Module:
+    state, arguments, file = read_diffusers_folder(folder)
+    if own is not None and model_family(own) is not DiT:
+        raise ValueError(f"{folder} holds a DiT of diffusers, and {own} is none. Give the name of a DiT, or no name.")
+    model = _build(own or dit_of_width(arguments), {**arguments, **overrides}, state, file)
+    model.source = {"path": str(folder), "sha256": sha256(file)}
+    return model
+
+
+def _build(own: str, arguments: dict[str, Any], state: Mapping[str, Tensor], path: Path) -> nn.Module:
+    model = create_model(own, **arguments)
+    found, expected = family_of(state), family_of(model.state_dict())
+    if found != expected and None not in (found, expected):
+        raise ValueError(f"{path} holds weights of another family ({found}) than {own}'s ({expected}). Give that family's model as name= "
+                         "(model.name=), or another checkpoint.")
+    return fit_weights(model, state, path).eval()
+
+
+def _registered(name: str | None) -> str | None:
+    """A name that a file states, if it is one of ours."""
+    if name is None:
+        return None
+    try:
+        return registered_name(name)
+    except ValueError:
+        return None
+
+
+def _refuse_other_family(own: str | None, stated: str | None, path: str | Path) -> None:
+    if own is None or _registered(stated) is None:
+        return
+    if model_family(own) is not model_family(stated):
+        near = [each for each in list_models() if model_family(each) is model_family(stated)]
+        other = stated if stated in near else near[0]
+        raise ValueError(f"{path} is of {stated}, another family than {own}, even where names and shapes are equal. Give "
+                         f"name={other} (model.name={other}), or a checkpoint of {own}.")

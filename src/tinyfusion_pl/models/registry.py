@@ -26,17 +26,37 @@ def list_models(pattern: str = "*") -> list[str]:
     return sorted(fnmatch.filter(_FACTORIES, pattern))
 
 
-def create_model(name: str, **overrides: Any) -> nn.Module:
-    """A new model; `overrides` replace arguments, e.g. ``create_model("dit_xl_2", depth=14)``.
+def registered_name(name: str) -> str:
+    """The name that `name`, a registered or a published one, is registered under.
 
     Raises:
-        ValueError: for an unknown name or argument; says which are near or allowed.
+        ValueError: for an unknown name; says which are near.
     """
     key = _ALIASES.get(name.lower(), name)
     if key not in _FACTORIES:
         near = difflib.get_close_matches(name.lower().replace("/", "_").replace("-", "_"), _FACTORIES, n=4)
         raise ValueError(f"There is no model {name!r}. {'Did you mean ' + ', '.join(near) + '? ' if near else ''}"
                          "tinyfusion_pl.models.list_models() gives all names.")
+    return key
+
+
+def model_family(name: str) -> Callable[..., nn.Module]:
+    """The class (or function) that makes the model `name`."""
+    return _FACTORIES[registered_name(name)].func
+
+
+def model_defaults(name: str) -> dict[str, Any]:
+    """The arguments that `name` stands for."""
+    return dict(_FACTORIES[registered_name(name)].keywords)
+
+
+def create_model(name: str, **overrides: Any) -> nn.Module:
+    """A new model; `overrides` replace arguments, e.g. ``create_model("dit_xl_2", depth=14)``.
+
+    Raises:
+        ValueError: for an unknown name or argument; says which are near or allowed.
+    """
+    key = registered_name(name)
     try:
         model = _FACTORIES[key](**overrides)
     except TypeError as error:

@@ -59,13 +59,23 @@ def save_shallow(folder: str | Path, model: nn.Module, record: Mapping[str, Any]
     return folder
 
 
-def load_shallow(path: str | Path, *, model: nn.Module | None = None) -> nn.Module:
+def check_weights(folder: Path, record: Mapping[str, Any]) -> Path:
+    """The file of weights in `folder`, which must be the one that `record` was written for."""
+    file = folder / WEIGHTS
+    if (found := sha256(file)) != (expected := record["weights"]["sha256"]):
+        raise ArtifactError(f"{file} has checksum {found[:12]}..., its record says {expected[:12]}...: the file was altered or "
+                            "only partly copied. Copy the folder again.")
+    return file
+
+
+def load_shallow(path: str | Path, *, model: nn.Module | None = None, **overrides: Any) -> nn.Module:
     """The shallow model that was saved in folder `path`, in evaluation mode.
 
     Args:
         path: Folder with ``model.safetensors`` and ``record.json``.
         model: A dense model of the same kind, for models that the record cannot build (no model of this project, no `model_factory`); it
             is copied, not changed.
+        overrides: Arguments of a model of this project that its record does not say, e.g. ``activation_checkpointing=True``.
 
     Raises:
         ArtifactError: for a missing, truncated or altered file.
@@ -75,14 +85,14 @@ def load_shallow(path: str | Path, *, model: nn.Module | None = None) -> nn.Modu
     record = read_json(folder / RECORD)
     if record.get("format") != FORMAT:
         raise ArtifactError(f"{folder / RECORD} has format {record.get('format')!r}, this version reads {FORMAT}.")
-    if (found := sha256(folder / WEIGHTS)) != (expected := record["weights"]["sha256"]):
-        raise ArtifactError(f"{folder / WEIGHTS} has checksum {found[:12]}..., its record says {expected[:12]}...: the file was altered or "
-                            "only partly copied. Copy the folder again.")
+    weights = check_weights(folder, record)
+    if overrides and (model is not None or record["model"] is None):
+        raise ValueError(f"{', '.join(overrides)} is of this project's models, and the record in {folder} names none.")
     kept = Decision.from_dict(record["stacks"]).kept_blocks
     if model is not None:
         shallow = remove_blocks(copy.deepcopy(model), kept)
     elif record["model"] is not None:
-        shallow = create_model(record["model"]["name"], **record["model"]["kwargs"])
+        shallow = create_model(record["model"]["name"], **{**record["model"]["kwargs"], **overrides})
     elif record.get("model_factory"):
         shallow = remove_blocks(_from_factory(record["model_factory"]), kept)
     else:
@@ -90,7 +100,7 @@ def load_shallow(path: str | Path, *, model: nn.Module | None = None) -> nn.Modu
             f"The record in {folder} does not say how to build its model, which is not one of this project. Give a dense one: "
             "load_shallow(path, model=MyModel(...)), or state model_factory={'name': 'timm/...'} when pruning."
         )
-    load_weights(shallow, folder / WEIGHTS)
+    load_weights(shallow, weights)
     return shallow.eval()
 
 

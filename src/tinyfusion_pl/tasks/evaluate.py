@@ -21,7 +21,7 @@ from torch import nn
 from tinyfusion_pl.artifacts import save_tensors, sha256, write_json
 from tinyfusion_pl.metrics import GenerationMetrics, Reference, read_reference
 from tinyfusion_pl.metrics.reference import write_pictures
-from tinyfusion_pl.models import load_shallow, load_weights
+from tinyfusion_pl.models import load_pretrained, load_shallow, load_weights
 from tinyfusion_pl.modules import Generation
 from tinyfusion_pl.objectives import PictureSampler, labels_of
 from tinyfusion_pl.pruning import find_stacks
@@ -40,7 +40,8 @@ class Evaluate:
     Args:
         trainer: Makes a Trainer from ``default_root_dir=``.
         metrics: Measures pictures.
-        models: Name -> a shallow folder, or a checkpoint of the configured model: these are measured instead of the run's own.
+        models: Name -> a shallow or diffusers folder, a published name, or a checkpoint of the configured model: these
+            are measured instead of the run's own.
         reference: Reference file (see `read_reference`); None: the data module's pictures.
         sampling: Arguments of ``objective.sample``.
         labels: ``"balanced"`` or ``"random"``.
@@ -119,9 +120,9 @@ class Evaluate:
         return models
 
     def load(self, path: str, inputs: Inputs) -> nn.Module:
-        """The model in a shallow folder, or in a checkpoint of the configured model."""
-        if Path(path).is_dir():
-            return load_shallow(path)
+        """A shallow or diffusers folder, a published name, or a checkpoint of the configured model."""
+        if not Path(path).is_file():
+            return load_pretrained(path)
         return load_weights(copy.deepcopy(inputs.teacher), path).eval()
 
     def sampler(self, model: nn.Module, inputs: Inputs) -> PictureSampler:
