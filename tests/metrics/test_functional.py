@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tinyfusion_pl.metrics.functional import (
     frechet_distance,
@@ -117,6 +118,28 @@ def test_blocks_of_rows_give_the_numbers_of_the_whole(precision):
     reference, samples = rows(1200, 4).float(), rows(1500, 4, seed=1, shift=0.5).float()
     assert precision_recall(reference, samples, precision=precision, max_block_mib=1) == precision_recall(
         reference, samples, precision=precision, max_block_mib=1024)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Bytes of the largest tensor that is made within; views of others make nothing."""
+
+    num_bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        there = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
+        made = func(*args, **(kwargs or {}))
+        for x in made if isinstance(made, (tuple, list)) else [made]:
+            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in there:
+                self.num_bytes = max(self.num_bytes, x.numel() * x.element_size())
+        return made
+
+
+def test_no_tensor_of_distances_or_squares_is_larger_than_the_memory_given():
+    reference, samples = torch.randn(1500, 400), torch.randn(2500, 400)  # 2.3 and 3.8 MiB; all distances would take 14 and 24
+    for max_block_mib in (1, 2):
+        with LargestTensor() as largest:
+            precision_recall(reference, samples, max_block_mib=max_block_mib)
+        assert 0 < largest.num_bytes <= max_block_mib * 2**20
 
 
 def test_equal_sets_are_inside_each_other_and_distant_ones_outside():

@@ -113,6 +113,11 @@ def test_pictures_are_resized_as_tensorflow_1_did(weights_path):
         torch.testing.assert_close(inner["x"][0, :, i, j].double(), (mixed - 128) / 128, atol=1e-5, rtol=0)
 
 
+def test_labels_give_no_accuracy_since_inceptions_classes_are_in_an_order_of_their_own(weights_path):
+    metrics = GenerationMetrics(InceptionFeatures(weights_path))
+    assert metrics.names == ["fid", "sfid", "inception_score", "precision_recall"]
+
+
 @pytest.mark.slow
 def test_generation_metrics_run_over_inception(weights_path):
     network = InceptionFeatures(weights_path)

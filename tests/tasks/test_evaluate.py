@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -149,12 +150,27 @@ class Counting:
         return self.objective.sample(denoiser, z, y, **options)
 
 
-@pytest.mark.parametrize("num_processes", [2, 3])
-def test_processes_that_share_the_work_unevenly_give_the_numbers_of_one(whole, num_processes, tmp_path):
+def start(*arguments):
+    """A real evaluation in processes of its own: number of processes, folder, batches after which it is killed."""
     environment = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "NODE_RANK", "MASTER_PORT", "WORLD_SIZE")}
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), environment.get("PYTHONPATH", "")])
-    command = [sys.executable, str(SCRIPT), str(num_processes), str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run([sys.executable, str(SCRIPT), *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_a_killed_evaluation_goes_on_to_the_identical_numbers_and_pictures(tmp_path):
+    assert start(1, tmp_path / "killed", 3).returncode == -signal.SIGKILL
+    assert KeptBatches(tmp_path / "killed" / "evaluate" / "teacher").indices().tolist() == list(range(12))
+    assert not (tmp_path / "killed" / "metrics.json").exists()
+    for folder in ("killed", "never"):
+        run(tmp_path / folder, batch_size=4, write_npz=True)
+    killed, never = (read_json(tmp_path / folder / "metrics.json") for folder in ("killed", "never"))
+    assert quality(killed) == quality(never) and killed["protocol"] == never["protocol"]
+    assert np.array_equal(pictures(tmp_path / "killed"), pictures(tmp_path / "never"))
+
+
+@pytest.mark.parametrize("num_processes", [2, 3])
+def test_processes_that_share_the_work_unevenly_give_the_numbers_of_one(whole, num_processes, tmp_path):
+    done = start(num_processes, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     # Batches of other sizes may round a pixel of 8-bit pictures the other way.
     assert np.abs(pictures(tmp_path).astype(int) - pictures(whole[0])).max() <= 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -31,14 +31,14 @@ def precision_recall(reference: Tensor, samples: Tensor, k: int = 3, precision: 
     check_options(k, precision, max_block_mib)
     if reference.ndim != 2 or samples.ndim != 2 or reference.shape[1] != samples.shape[1]:
         raise ValueError(f"Features are (N, D) and (M, D) with the same D; given are {tuple(reference.shape)} and {tuple(samples.shape)}.")
+    half, budget = precision == "adm_float16", max_block_mib * 2**20
     for name, x in (("reference", reference), ("generated", samples)):
         if len(x) <= k:
             raise ValueError(f"Precision and recall with k={k} neighbours need {k + 1} or more {name} pictures and have {len(x)}.")
-        if not torch.isfinite(x).all():
-            raise ValueError(f"The features of {int((~torch.isfinite(x)).any(1).sum())} {name} pictures are not finite.")
+        if num_wrong := sum(int((~torch.isfinite(rows)).any(1).sum()) for rows in _parts(x, budget)):
+            raise ValueError(f"The features of {num_wrong} {name} pictures are not finite.")
     dtype = torch.float64 if precision == "float64" else torch.float32
     reference, samples = reference.to(dtype), samples.to(dtype)
-    half, budget = precision == "adm_float16", max_block_mib * 2**20
     reference_radii, sample_radii = (_radii(x, k, half=half, budget=budget) for x in (reference, samples))
     covered = torch.zeros(len(reference), dtype=torch.bool, device=reference.device)
     num_inside = torch.zeros((), dtype=torch.long, device=reference.device)
@@ -78,8 +78,13 @@ def _blocks(a: Tensor, b: Tensor, *, half: bool, budget: int) -> Iterator[tuple[
 
 
 def _squared_norms(x: Tensor, budget: int) -> Tensor:
-    """(N,) of the rows of `x`, whose squares are made of so many at once as `budget` bytes allow."""
-    return torch.cat([rows.square().sum(1) for rows in x.split(max(1, budget // (x.element_size() * x.shape[1])))])
+    """(N,) of the rows of `x`."""
+    return torch.cat([rows.square().sum(1) for rows in _parts(x, budget)])
+
+
+def _parts(x: Tensor, budget: int) -> Sequence[Tensor]:
+    """Consecutive rows of `x`, so many at once that what is made of them takes no more than `budget` bytes."""
+    return x.split(max(1, budget // max(1, x.element_size() * x.shape[1])))
 
 
 def _squared_distances(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], rows: slice) -> Tensor:
