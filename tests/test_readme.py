@@ -19,7 +19,8 @@ def code_lines(language, text=README):
         yield from (line.split("  #")[0].strip() for line in block.splitlines() if line.strip())
 
 
-COMMANDS = [line for text in (README, EVALUATION) for line in code_lines("bash", text) if line.startswith("tinyfusion") and "compare" not in line]
+LINES = [line for text in (README, EVALUATION) for line in code_lines("bash", text)]
+COMMANDS = [line for line in LINES if line.startswith("tinyfusion") and "compare" not in line]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
