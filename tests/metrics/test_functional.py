@@ -59,6 +59,16 @@ def test_singular_covariances_of_few_samples_give_the_distance_of_their_limit(nu
     assert frechet_distance(*a, *a).item() == pytest.approx(0, abs=1e-5 * a[1].trace().item())
 
 
+def test_a_singular_and_a_regular_covariance_give_one_distance_in_either_order_without_eigenvectors(monkeypatch):
+    few, many = statistics(rows(4, 12)), statistics(rows(300, 12, seed=1))
+    monkeypatch.setattr(torch.linalg, "eigh", None)
+    both = [frechet_distance(*x, *y).item() for x, y in ((few, many), (many, few))]
+    lower = np.linalg.cholesky(many[1].numpy())
+    root = np.sqrt(np.linalg.svd(lower.T @ few[1].numpy() @ lower, compute_uv=False)).sum()
+    expected = float((few[0] - many[0]).square().sum() + few[1].trace() + many[1].trace()) - 2 * root
+    assert both == pytest.approx([expected, expected], rel=1e-6)
+
+
 def test_a_covariance_of_zeros_leaves_the_other_ones_trace():
     mean, sigma = statistics(rows(30, 4))
     assert frechet_distance(mean, torch.zeros(4, 4), mean, sigma).item() == pytest.approx(sigma.trace().item())
