@@ -1,15 +1,16 @@
 """What evaluation costs beside the well-known ways: time, peak memory, and the number each gives.
 
-features           InceptionFeatures alone and with every metric updated, against torch-fidelity's extraction loop: 256x256 pictures in batches
-                   of 32, the same random weights (nothing is downloaded), the same two outputs.
+features           InceptionFeatures alone and with every metric updated, against torch-fidelity's extraction loop: 256x256 pictures in
+                   batches of 32, the same random weights (nothing is downloaded), the same two outputs.
 frechet            The distance at D = 2048, against scipy's sqrtm (pytorch-fid, clean-fid, ADM evaluator) and torchmetrics' eigvals; once
-                   with regular covariances (10,000 pictures) and once with singular ones (1000 pictures).
+                   with regular covariances (10,000 pictures) and once with singular ones (a tenth of them).
 precision_recall   10,000 x 10,000 x 2048 in float32, against three whole distance matrices, written plainly here, and torch-fidelity's.
 
 Each measurement is a process of its own, in turn with the others, so that peaks are apart and the ratios hold for one state of the machine.
 Peak memory is what the measured call added to the resident set (Linux).
 
     python benchmarks/evaluation.py [--only features|frechet|precision_recall] [--rounds 1] [--threads 2]
+    python benchmarks/evaluation.py --num-pictures 8 --picture-size 64 --num-points 500 --dim 64    # whether it runs
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ from torch import Tensor
 from tinyfusion_pl.metrics import GenerationMetrics, InceptionFeatures
 from tinyfusion_pl.metrics.functional import frechet_distance, precision_recall
 
-NUM_PICTURES, BATCH_SIZE = 128, 32
-D = 2048
+BATCH_SIZE = 32
+SIZES = {"num_pictures": 128, "picture_size": 256, "num_points": 10_000, "dim": 2048}  # of features: num_points, dim
 Call = Callable[[], list[float]]
 
 
@@ -52,7 +53,7 @@ def features(kind: str) -> Call:
         network = InceptionFeatures(path)
         theirs = create_feature_extractor("inception-v3-compat", ["2048", "logits_unbiased"], cuda=False, verbose=False,
                                           feature_extractor_weights_path=str(path))
-    pictures = torch.randint(0, 256, (NUM_PICTURES, 3, 256, 256), dtype=torch.uint8)
+    pictures = torch.randint(0, 256, (SIZES["num_pictures"], 3, *[SIZES["picture_size"]] * 2), dtype=torch.uint8)
     metrics = GenerationMetrics(network)
 
     def loop() -> list[float]:
@@ -83,20 +84,20 @@ class Pictures(torch.utils.data.Dataset):
 
 
 def made_up(num: int, *, seed: int) -> Tensor:
-    """Features (num, D) with a spectrum that falls like that of real ones: 64 directions, a rectifier, little noise."""
+    """Features (num, dim) with a spectrum that falls like that of real ones: 64 directions, a rectifier, little noise."""
     generator = torch.Generator().manual_seed(0)
-    directions = torch.randn(64, D, generator=generator) / torch.arange(1, 65).sqrt().unsqueeze(1)
+    directions = torch.randn(64, SIZES["dim"], generator=generator) / torch.arange(1, 65).sqrt().unsqueeze(1)
     generator.manual_seed(seed)
     x = (1 + 0.02 * seed) * torch.randn(num, 64, generator=generator) @ directions
-    return (x / 4).relu() + 0.02 * torch.randn(num, D, generator=generator)
+    return (x / 4).relu() + 0.02 * torch.randn(num, SIZES["dim"], generator=generator)
 
 
-def frechet(kind: str, num: int = 10_000) -> Call:
+def frechet(kind: str, share: int = 1) -> Call:
     """Of statistics that are there."""
     from scipy.linalg import sqrtm
     from torchmetrics.image.fid import _compute_fid
 
-    sides = [made_up(num, seed=seed).double() for seed in (1, 2)]
+    sides = [made_up(SIZES["num_points"] // share, seed=seed).double() for seed in (1, 2)]
     (mu_a, a), (mu_b, b) = ((x.mean(0), x.T.cov()) for x in sides)
 
     def by_sqrtm() -> list[float]:  # the published formula
@@ -112,13 +113,13 @@ def frechet(kind: str, num: int = 10_000) -> Call:
 
 def frechet_singular(kind: str) -> Call:
     """The same of fewer pictures than dimensions."""
-    return frechet(kind, 1000)
+    return frechet(kind, share=10)
 
 
-def precision_recall_10k(kind: str) -> Call:
+def neighbours(kind: str) -> Call:
     from torch_fidelity.metric_prc import calculate_precision_recall_full
 
-    reference, samples = (made_up(10_000, seed=seed) for seed in (1, 4))
+    reference, samples = (made_up(SIZES["num_points"], seed=seed) for seed in (1, 4))
 
     def matrices() -> list[float]:  # all squared distances at once: norms, a product, the (k + 1)-th smallest of each row
         def squared(x: Tensor, y: Tensor) -> Tensor:
@@ -136,11 +137,12 @@ def precision_recall_10k(kind: str) -> Call:
 
 
 CASES: dict[str, list[tuple[str, Callable[[str], Call], list[str]]]] = {
-    "features": [(f"features of {NUM_PICTURES} pictures", features,
+    "features": [("features of {num_pictures} pictures, {picture_size}x{picture_size}", features,
                   ["ours, features alone", "ours, all metrics updated", "torch-fidelity's loop"])],
-    "frechet": [(f"Fréchet distance, D = {D}", frechet, ["ours", "scipy's sqrtm", "torchmetrics' eigvals"]),
-                (f"Fréchet distance, D = {D}, singular", frechet_singular, ["ours", "scipy's sqrtm", "torchmetrics' eigvals"])],
-    "precision_recall": [(f"precision, recall, 10k x 10k x {D}", precision_recall_10k, ["ours", "whole matrices", "torch-fidelity"])],
+    "frechet": [("Fréchet distance, D = {dim}", frechet, ["ours", "scipy's sqrtm", "torchmetrics' eigvals"]),
+                ("Fréchet distance, D = {dim}, singular", frechet_singular, ["ours", "scipy's sqrtm", "torchmetrics' eigvals"])],
+    "precision_recall": [("precision, recall, {num_points} x {num_points} x {dim}", neighbours,
+                          ["ours", "whole matrices", "torch-fidelity"])],
 }
 
 
@@ -155,7 +157,9 @@ def measure(case: Callable[[str], Call], kind: str) -> dict[str, object]:
 
 def in_child(args: argparse.Namespace, *names: str) -> dict:
     threads = {name: str(args.threads) for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")}  # scipy's library of its own too
-    child = subprocess.run([sys.executable, __file__, "--measure", *names], env=os.environ | threads, stdout=subprocess.PIPE, check=True)
+    sizes = [f"--{name.replace('_', '-')}={size}" for name, size in SIZES.items()]
+    command = [sys.executable, __file__, *sizes, "--measure", *names]
+    child = subprocess.run(command, env=os.environ | threads, stdout=subprocess.PIPE, check=True)
     return json.loads(child.stdout.splitlines()[-1])
 
 
@@ -166,7 +170,7 @@ def compare(args: argparse.Namespace, group: str, row: int) -> None:
         for kind in kinds:
             found[kind].append(in_child(args, group, str(row), kind))
     seconds = {kind: statistics.median(run["seconds"] for run in runs) for kind, runs in found.items()}
-    print(f"\n{title:42s} {'seconds':>9s} {'/ ours':>7s} {'peak MiB':>9s}  result")
+    print(f"\n{title.format(**SIZES):42s} {'seconds':>9s} {'/ ours':>7s} {'peak MiB':>9s}  result")
     for kind, runs in found.items():
         result = "  ".join(f"{x:.9g}" for x in runs[0]["result"])
         peak = max(run["peak"] for run in runs) / 2**20
@@ -178,8 +182,11 @@ def main() -> None:
     parser.add_argument("--only", choices=CASES)
     parser.add_argument("--rounds", type=int, default=1, help="of each measurement; the median of their times is shown")
     parser.add_argument("--threads", type=int, default=2)
+    for name, size in SIZES.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=size)
     parser.add_argument("--measure", nargs=3, metavar=("GROUP", "ROW", "KIND"), help="print one measurement as JSON, and end")
     args = parser.parse_args()
+    SIZES.update({name: getattr(args, name) for name in SIZES})
     if args.measure:
         group, row, kind = args.measure
         print(json.dumps(measure(CASES[group][int(row)][1], kind)))

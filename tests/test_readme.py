@@ -1,4 +1,4 @@
-"""What README tells people to type works, and what it shows of the API is the API."""
+"""What README and docs tell people to type works, and what README shows of the API is the API."""
 
 import re
 import runpy
@@ -12,14 +12,16 @@ from tinyfusion_pl.cli import main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+EVALUATION = (ROOT / "docs" / "evaluation.md").read_text()
 
 
-def code_lines(language):
-    for block in re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL):
+def code_lines(language, text=README):
+    for block in re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL):
         yield from (line.split("  #")[0].strip() for line in block.splitlines() if line.strip())
 
 
-COMMANDS = [line for line in code_lines("bash") if line.startswith("tinyfusion") and line.split()[1] not in cli.COMMANDS]
+LINES = [line for text in (README, EVALUATION) for line in code_lines("bash", text)]
+COMMANDS = [line for line in LINES if line.startswith("tinyfusion") and line.split()[1] not in cli.COMMANDS]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -28,6 +30,14 @@ def test_every_command_line_composes(command, capfd, monkeypatch, tmp_path):
     words = [word for word in shlex.split(command)[1:] if word != "-m"]
     assert main(words if {"--help", "--cfg"} & set(words) else [*words, "--cfg", "job"]) == 0
     assert "pattern" in capfd.readouterr().out or "--help" in words
+
+
+def test_what_the_page_on_evaluation_names_is_there():
+    groups = set(re.findall(r"`metrics=(\w+)", EVALUATION))
+    assert {"inception", "kid", "fd_dinov2", "cmmd", "timm", "digits"} <= groups
+    assert all((ROOT / "conf" / "metrics" / f"{name}.yaml").exists() for name in groups)
+    files = set(re.findall(r"(?:examples|tests|benchmarks)/[\w/.]+", EVALUATION))
+    assert len(files) >= 3 and all((ROOT / name).exists() or (ROOT / f"{name}.npz").exists() for name in files)
 
 
 def test_the_make_targets_exist():

@@ -5,12 +5,13 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -131,6 +132,15 @@ def sha256(path: str | os.PathLike) -> str:
                 digest.update(chunk)
     except OSError as error:
         raise ArtifactError(f"Cannot read {path}: {error.strerror}.") from error
+    return digest.hexdigest()
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor], *, preface: str = "") -> str:
+    """The SHA-256 of names and values of tensors, after that of `preface`: the same on any device and in any order of the names."""
+    digest = hashlib.sha256(preface.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -4,6 +4,7 @@ import csv
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
@@ -78,6 +79,9 @@ def test_the_averaged_weights_are_measured_and_logged_with_a_grid(tmp_path):
     averaged, callback = Averaged(), evaluation()
     fit(tmp_path, EMAWithWarmup(decay=0.9), averaged, callback)
     assert list(callback.results) == [2, 4]
+    assert callback.protocol["weights"] == "averaged" and callback.protocol["num_samples"] == 11
+    with (tmp_path / "hparams.yaml").open() as file:
+        assert yaml.safe_load(file)["val/protocol"] == callback.protocol
     assert callback.results[4] == pytest.approx(averaged.expected, rel=1e-3)
     with (tmp_path / "metrics.csv").open() as file:
         logged = {int(row["step"]): float(row["val/fid"]) for row in csv.DictReader(file) if row["val/fid"]}

@@ -4,11 +4,13 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_module
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 import tinyfusion_pl.cli  # noqa: F401  (registers the resolvers that main.yaml uses)
+from tinyfusion_pl.metrics import InceptionFeatures
 
 CONF = Path(__file__).parents[2] / "conf"
 
@@ -82,6 +84,27 @@ def test_debug_shortens_every_fit_of_an_experiment(experiment, name):
     fits = {key: node["fit"] for key, node in cfg.items() if isinstance(node, dict) and "fit" in node}
     steps = {key: fit["trainer"]["max_steps"] for key, fit in fits.items()}
     assert steps and all(count <= 10 for count in steps.values()), steps
+
+
+@pytest.mark.parametrize("name", options("metrics"))
+def test_metrics_have_the_widths_of_their_feature_network(name):
+    """Without weights: the networks are as wide as their classes or timm's configurations say."""
+    import timm
+
+    metrics = compose("main", [f"metrics={name}"]).metrics
+    network = metrics.feature_network
+    if metrics.metrics is None:
+        return
+    if "model_name" in network:
+        with torch.device("meta"):
+            model = timm.create_model(network.model_name, **({"num_classes": 0} if name == "fd_dinov2" else {}))
+        widths = {"features": model.num_features, "logits": timm.get_pretrained_cfg(network.model_name).num_classes}
+    else:
+        widths = {"features": InceptionFeatures.num_features, "logits": InceptionFeatures.num_classes,
+                  "spatial": InceptionFeatures.num_spatial}
+    for metric in metrics.metrics.values():
+        width = metric.get("num_features", metric.get("num_classes"))
+        assert width == widths[metric.get("of", "logits" if "num_classes" in metric else "features")]
 
 
 def test_an_unquoted_pattern_is_found(tmp_path):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tinyfusion_pl.metrics.functional import (
     frechet_distance,
@@ -56,6 +57,16 @@ def test_singular_covariances_of_few_samples_give_the_distance_of_their_limit(nu
         np.asarray((a[1] + noise) @ (b[1] + noise))).real.trace()
     assert frechet_distance(*a, *b).item() == pytest.approx(float(limit), rel=1e-4)
     assert frechet_distance(*a, *a).item() == pytest.approx(0, abs=1e-5 * a[1].trace().item())
+
+
+def test_a_singular_and_a_regular_covariance_give_one_distance_in_either_order_without_eigenvectors(monkeypatch):
+    few, many = statistics(rows(4, 12)), statistics(rows(300, 12, seed=1))
+    monkeypatch.setattr(torch.linalg, "eigh", None)
+    both = [frechet_distance(*x, *y).item() for x, y in ((few, many), (many, few))]
+    lower = np.linalg.cholesky(many[1].numpy())
+    root = np.sqrt(np.linalg.svd(lower.T @ few[1].numpy() @ lower, compute_uv=False)).sum()
+    expected = float((few[0] - many[0]).square().sum() + few[1].trace() + many[1].trace()) - 2 * root
+    assert both == pytest.approx([expected, expected], rel=1e-6)
 
 
 def test_a_covariance_of_zeros_leaves_the_other_ones_trace():
@@ -117,6 +128,28 @@ def test_blocks_of_rows_give_the_numbers_of_the_whole(precision):
     reference, samples = rows(1200, 4).float(), rows(1500, 4, seed=1, shift=0.5).float()
     assert precision_recall(reference, samples, precision=precision, max_block_mib=1) == precision_recall(
         reference, samples, precision=precision, max_block_mib=1024)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Bytes of the largest tensor that is made within; views of others make nothing."""
+
+    num_bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        there = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
+        made = func(*args, **(kwargs or {}))
+        for x in made if isinstance(made, (tuple, list)) else [made]:
+            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in there:
+                self.num_bytes = max(self.num_bytes, x.numel() * x.element_size())
+        return made
+
+
+def test_no_tensor_of_distances_or_squares_is_larger_than_the_memory_given():
+    reference, samples = torch.randn(1500, 400), torch.randn(2500, 400)  # 2.3 and 3.8 MiB; all distances would take 14 and 24
+    for max_block_mib in (1, 2):
+        with LargestTensor() as largest:
+            precision_recall(reference, samples, max_block_mib=max_block_mib)
+        assert 0 < largest.num_bytes <= max_block_mib * 2**20
 
 
 def test_equal_sets_are_inside_each_other_and_distant_ones_outside():

@@ -253,6 +253,15 @@ def test_a_reference_of_other_weights_is_refused(tmp_path):
         GenerationMetrics(Toy(seed=1)).set_reference(reference)
 
 
+def test_settings_hold_what_decides_a_number_and_memory_only_where_it_does():
+    assert GenerationMetrics(Toy(), metrics={"pr": PrecisionRecall(5, max_block_mib=7)}).settings()["pr"] == {
+        "metric": "PrecisionRecall", "of": "features", "k": 3, "precision": "float32"}
+    half = GenerationMetrics(Toy(), metrics={"pr": PrecisionRecall(5, max_block_mib=7, precision="adm_float16")})
+    assert half.settings()["pr"]["max_block_mib"] == 7
+    protocol = half.protocol(num_samples=3)
+    assert protocol == {"num_samples": 3, "feature_network": half.fingerprint(), "metrics": half.settings()}
+
+
 def test_a_metric_of_another_width_is_refused_at_once():
     for metric, said in ((FrechetDistance(6), "looks at 6 features, but the feature network has 5"),
                          (FrechetDistance(4, of="spatial"), "looks at 4 spatial, but the feature network has 2")):

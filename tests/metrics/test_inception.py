@@ -6,23 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
 from tinyfusion_pl.artifacts import ArtifactError
 from tinyfusion_pl.metrics import FrechetDistance, GenerationMetrics, InceptionFeatures, InceptionScore
-
-
-@pytest.fixture(scope="module")
-def weights_path(tmp_path_factory):
-    """A file with the keys and shapes of the published one: read off the architecture, its values random."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, _: None)
-        patch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", lambda *_, **__: None)
-        torch.manual_seed(0)
-        network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
-    path = tmp_path_factory.mktemp("weights") / "inception.pth"
-    torch.save(network.state_dict(), path)
-    return path
 
 
 @pytest.fixture
@@ -111,6 +98,11 @@ def test_pictures_are_resized_as_tensorflow_1_did(weights_path):
         p, v, u = picture[0].double(), y - y0, x - x0
         mixed = (1 - v) * ((1 - u) * p[:, y0, x0] + u * p[:, y0, x1]) + v * ((1 - u) * p[:, y1, x0] + u * p[:, y1, x1])
         torch.testing.assert_close(inner["x"][0, :, i, j].double(), (mixed - 128) / 128, atol=1e-5, rtol=0)
+
+
+def test_labels_give_no_accuracy_since_inceptions_classes_are_in_an_order_of_their_own(weights_path):
+    metrics = GenerationMetrics(InceptionFeatures(weights_path))
+    assert metrics.names == ["fid", "sfid", "inception_score", "precision_recall"]
 
 
 @pytest.mark.slow

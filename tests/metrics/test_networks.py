@@ -6,7 +6,16 @@ import torch
 from torch import nn
 
 from tinyfusion_pl.artifacts import ArtifactError
-from tinyfusion_pl.metrics import Features, FrechetDistance, GaussianMMD, GenerationMetrics, ModuleFeatures, TimmFeatures
+from tinyfusion_pl.metrics import (
+    Features,
+    FrechetDistance,
+    GaussianMMD,
+    GenerationMetrics,
+    ModuleFeatures,
+    Reference,
+    TimmFeatures,
+    read_reference,
+)
 
 PICTURES = torch.randint(0, 256, (5, 3, 24, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
@@ -46,6 +55,25 @@ def test_fd_and_cmmd_run_over_a_timm_model_behind_the_same_interface():
     metrics.update(PICTURES)
     assert metrics.compute() == pytest.approx({"fd": 0, "cmmd": 0}, abs=1e-3)
     assert metrics.fingerprint().startswith("vit_tiny_patch16_224-")
+
+
+def test_a_reference_made_with_another_preprocessing_of_the_same_weights_is_refused(tmp_path):
+    def metrics(**changes):
+        torch.manual_seed(0)
+        network = TimmFeatures("vit_tiny_patch16_224", pretrained=False, **{"image_size": 32, "num_classes": 0, **changes})
+        return GenerationMetrics(network, metrics={"fd": FrechetDistance(network.num_features)})
+
+    made = metrics()
+    made.update_reference(PICTURES)
+    Reference(path=tmp_path / "ref.npz", statistics=made.statistics(), network=made.fingerprint()).write()
+    metrics().set_reference(read_reference(tmp_path / "ref.npz"))
+    other = metrics(global_pool="avg", fc_norm=False)  # the very same weights
+    assert {k: v.tolist() for k, v in other.state_dict().items()} == {k: v.tolist() for k, v in made.state_dict().items() if "fd" not in k}
+    other_size = metrics()
+    other_size.feature_network.preprocessing["interpolation"] = "bilinear"
+    for each in (other, other_size):
+        with pytest.raises(ValueError, match="made with the feature network vit_tiny_patch16_224-"):
+            each.set_reference(read_reference(tmp_path / "ref.npz"))
 
 
 def test_unknown_names_and_weights_that_cannot_be_had_are_told(tmp_path):

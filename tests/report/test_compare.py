@@ -72,6 +72,43 @@ def test_differing_protocol_names_its_keys_with_both_values_and_denies_comparabi
     assert "seed" not in cells
 
 
+def test_figures_of_differing_or_unknown_protocols_get_no_difference_and_what_a_model_is_does(two_runs):
+    def other(metrics):
+        metrics["protocol"]["num_samples"] = 50_000
+        metrics["recovered"] |= {"fid": 10.04, "depth": 8}
+
+    def unknown(metrics):
+        del metrics["protocol"]
+
+    recovered = rows(compare(*two_runs(other)), "recovered")
+    assert recovered["FID"] == ["12.04", "10.04"] and recovered["blocks"] == ["6", "8", "+2"]
+    _, b = two_runs(unknown)
+    assert rows(compare(b, b), "recovered")["FID"] == ["12.04", "12.04"]
+
+
+def test_only_the_entries_that_differ_are_named_however_deep(two_runs):
+    def first(metrics, k=3):
+        metrics["protocol"]["metrics"] = {"fid": {"of": "features"}, "precision_recall": {"of": "features", "k": k}}
+
+    a, _ = two_runs()
+    _, b = two_runs(lambda metrics: first(metrics, k=5))
+    metrics = json.loads((a / "metrics.json").read_text())
+    first(metrics)
+    (a / "metrics.json").write_text(json.dumps(metrics))
+    assert "DIFFERS in metrics.precision_recall.k. " in compare(a, b)
+
+
+def test_measured_pictures_are_compared_and_refused_like_runs(tmp_path):
+    for name, num_samples, fid in (("a", 40, 5.0), ("b", 40, 7.0), ("c", 50, 6.0)):
+        (tmp_path / name).mkdir()
+        written = {"name": f"{name}.npz", "samples": {"fid": fid}, "protocol": {"num_samples": num_samples}}
+        (tmp_path / name / "measure.json").write_text(json.dumps(written))
+    table = compare(tmp_path / "a", tmp_path / "b")
+    assert rows(table, "samples")["FID"] == ["5", "7", "+2"] and "(b.npz)" in table
+    table = compare(tmp_path / "a", tmp_path / "c")
+    assert "DIFFERS in num_samples. " in table and rows(table, "samples")["FID"] == ["5", "6"]
+
+
 def test_protocol_settings_are_compared_by_value(two_runs):
     def change(metrics):
         metrics["protocol"] |= {"num_samples": 1000.0, "seed": "0"}

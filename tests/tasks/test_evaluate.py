@@ -1,8 +1,11 @@
 """Evaluation: the same numbers however the work is cut into batches, attempts and processes; files that others read."""
 
 import os
+import re
+import signal
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +17,8 @@ from PIL import Image
 from torch import nn
 
 from tinyfusion_pl import create_model
-from tinyfusion_pl.artifacts import ArtifactError, read_json
+from tinyfusion_pl.artifacts import ArtifactError, read_json, sha256, tensors_sha256
+from tinyfusion_pl.callbacks import SamplingProgressBar
 from tinyfusion_pl.data import DigitsDataModule
 from tinyfusion_pl.metrics import FrechetDistance, GenerationMetrics, PrecisionRecall, Reference, load_digits_classifier, read_reference
 from tinyfusion_pl.models import save_shallow
@@ -72,7 +76,10 @@ def test_all_five_metrics_and_the_protocol_are_in_the_results(whole):
     assert all(np.isfinite(value) for value in quality(results).values())
     protocol = results["protocol"]
     assert protocol["num_samples"] == 23 and protocol["labels"] == "balanced" and protocol["precision"] == "float32"
-    assert protocol["feature_network"].startswith("DigitsClassifier-") and protocol["reference"] == "DigitsDataModule"
+    assert protocol["feature_network"].startswith("DigitsClassifier-") and results["reference"] == "DigitsDataModule"
+    assert protocol["num_reference"] == 1797 and len(protocol["reference_sha256"]) == 64
+    assert {name: protocol[name] for name in SAMPLING} == SAMPLING
+    assert results["teacher"]["weights_sha256"] == tensors_sha256(denoiser().state_dict())
     assert protocol["metrics"]["precision_recall"] == {"metric": "PrecisionRecall", "of": "features", "k": 3, "precision": "float32"}
 
 
@@ -143,12 +150,27 @@ class Counting:
         return self.objective.sample(denoiser, z, y, **options)
 
 
-@pytest.mark.parametrize("num_processes", [2, 3])
-def test_processes_that_share_the_work_unevenly_give_the_numbers_of_one(whole, num_processes, tmp_path):
+def start(*arguments):
+    """A real evaluation in processes of its own: number of processes, folder, batches after which it is killed."""
     environment = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "NODE_RANK", "MASTER_PORT", "WORLD_SIZE")}
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), environment.get("PYTHONPATH", "")])
-    command = [sys.executable, str(SCRIPT), str(num_processes), str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run([sys.executable, str(SCRIPT), *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_a_killed_evaluation_goes_on_to_the_identical_numbers_and_pictures(tmp_path):
+    assert start(1, tmp_path / "killed", 3).returncode == -signal.SIGKILL
+    assert KeptBatches(tmp_path / "killed" / "evaluate" / "teacher").indices().tolist() == list(range(12))
+    assert not (tmp_path / "killed" / "metrics.json").exists()
+    for folder in ("killed", "never"):
+        run(tmp_path / folder, batch_size=4, write_npz=True)
+    killed, never = (read_json(tmp_path / folder / "metrics.json") for folder in ("killed", "never"))
+    assert quality(killed) == quality(never) and killed["protocol"] == never["protocol"]
+    assert np.array_equal(pictures(tmp_path / "killed"), pictures(tmp_path / "never"))
+
+
+@pytest.mark.parametrize("num_processes", [2, 3])
+def test_processes_that_share_the_work_unevenly_give_the_numbers_of_one(whole, num_processes, tmp_path):
+    done = start(num_processes, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     # Batches of other sizes may round a pixel of 8-bit pictures the other way.
     assert np.abs(pictures(tmp_path).astype(int) - pictures(whole[0])).max() <= 1
@@ -168,7 +190,32 @@ def test_a_reference_file_gives_the_numbers_of_its_pictures(whole, tmp_path):
     Reference(path=tmp_path / "real.npz", pictures=real, num_pictures=len(real)).write()
     results = run(tmp_path / "run", reference=str(tmp_path / "real.npz"))
     assert quality(results) == pytest.approx(quality(whole[1]), rel=1e-6)
-    assert results["protocol"]["reference"]["sha256"] and results["protocol"]["num_reference"] == 1797
+    assert results["reference"] == str(tmp_path / "real.npz") and results["protocol"]["num_reference"] == 1797
+    assert results["protocol"]["reference_sha256"] == sha256(tmp_path / "real.npz")
+
+
+def test_results_held_against_other_pictures_of_the_same_data_module_class_have_another_protocol(whole):
+    class Fewer(DigitsDataModule):
+        def reference_pictures(self):
+            pictures, labels = super().reference_pictures()
+            return pictures.flip(0), labels.flip(0)
+
+    other = evaluate().protocol(replace(inputs(), data=Fewer()))
+    assert [key for key in other if other[key] != whole[1]["protocol"][key]] == ["reference_sha256"]
+
+
+def test_processes_that_would_keep_their_numbers_to_themselves_are_refused():
+    trainer = partial(Trainer, accelerator="cpu", devices=2, strategy="ddp_spawn", logger=False, enable_checkpointing=False)
+    with pytest.raises(ValueError, match="evaluate.trainer.strategy starts its processes from within.*strategy=ddp"):
+        evaluate(trainer=trainer).check(inputs())
+
+
+def test_the_progress_bar_says_images_per_second_and_time_left(tmp_path, capsys):
+    trainer = partial(Trainer, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_model_summary=False,
+                      callbacks=[SamplingProgressBar()])
+    run(tmp_path, trainer=trainer)
+    said = capsys.readouterr().out
+    assert re.search(r"Sampling .*5/5 .*0:00:0\d • 0:00:00 .*\d+\.\d images/s", said), said
 
 
 def test_half_precision_samples_are_near_those_of_full_precision(whole, tmp_path):

@@ -1,16 +1,20 @@
 """Pictures that are there already: folders, npz files and reference files give the same numbers; what is broken is named."""
 
+import re
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from PIL import Image
 from torchvision.transforms.v2.functional import to_pil_image
 
-from tinyfusion_pl.artifacts import ArtifactError, read_json
+from tinyfusion_pl.artifacts import ArtifactError, read_json, sha256
+from tinyfusion_pl.cli import main
 from tinyfusion_pl.data import DigitsDataModule
-from tinyfusion_pl.metrics import GenerationMetrics, Reference, load_digits_classifier, read_reference
+from tinyfusion_pl.metrics import GenerationMetrics, PrecisionRecall, Reference, load_digits_classifier, read_reference
+from tinyfusion_pl.report import compare
 from tinyfusion_pl.tasks import PictureFiles, make_reference, measure
 
 TRAINER = partial(Trainer, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False)
@@ -51,8 +55,79 @@ def test_folders_npz_and_reference_files_give_the_same_numbers(files, tmp_path):
             # Features are computed in float32, and here in batches of another size.
             assert measured(files / samples, reference, tmp_path) == pytest.approx(expected, rel=2e-6)
     results = read_json(tmp_path / "measure.json")
-    assert results["fid"] == pytest.approx(expected["fid"]) and results["protocol"]["num_samples"] == 40
-    assert results["protocol"]["num_reference"] == 60 and results["protocol"]["reference_sha256"]
+    assert results["samples"]["fid"] == pytest.approx(expected["fid"]) and results["protocol"]["num_samples"] == 40
+    assert results["protocol"]["num_reference"] == 60 and results["protocol"]["reference_sha256"] == sha256(tmp_path / "ref.npz")
+
+
+def test_results_over_one_reference_can_be_compared_and_others_are_refused(files, tmp_path):
+    other = GenerationMetrics(load_digits_classifier(), metrics={"pr": PrecisionRecall(64, k=5)})
+    for name, samples, reference in (("a", "made", "real"), ("b", "real", "real"), ("c", "made", "made")):
+        measured(files / samples, files / reference, tmp_path / name, batch_size=7 if name == "a" else 60)
+    measure(run_dir=tmp_path / "d", samples=str(files / "made"), reference=str(files / "real"), metrics=other, trainer=TRAINER,
+            files=PictureFiles(num_channels=1))
+    assert "DIFFERS in num_samples. " in compare(tmp_path / "a", tmp_path / "b")  # the folder's checksum is that of its pictures alone
+    assert "Protocol: equal." in compare(tmp_path / "a", tmp_path / "a")
+    assert "DIFFERS in num_reference, reference_sha256. " in compare(tmp_path / "a", tmp_path / "c")
+    assert re.search(r"DIFFERS in .*metrics.pr.k, .*The figures are NOT comparable", compare(tmp_path / "a", tmp_path / "d"))
+
+
+class Digits(torch.utils.data.Dataset):
+    """The first real pictures, with labels, as PIL pictures or as `kind` makes of them."""
+
+    def __init__(self, kind=to_pil_image, num=60):
+        self.pictures, self.kind = DigitsDataModule().reference_pictures()[0][:num], kind
+
+    def __len__(self):
+        return len(self.pictures)
+
+    def __getitem__(self, index):
+        return self.kind(self.pictures[index]), index
+
+
+def test_a_reference_file_is_made_of_a_dataset_or_a_data_module_as_of_files(files, tmp_path):
+    def statistics(pictures, name):
+        make_reference(run_dir=tmp_path, pictures=pictures, output=str(tmp_path / f"{name}.npz"), metrics=metrics(), trainer=TRAINER,
+                       files=PictureFiles(num_channels=1))
+        return read_reference(tmp_path / f"{name}.npz")
+
+    expected = statistics(str(files / "real.npz"), "file")
+    for name, dataset in (("pil", Digits()), ("tensors", Digits(lambda picture: picture))):
+        found = statistics(dataset, name)
+        assert torch.equal(found.features, expected.features) and found.num_pictures == 60
+        assert torch.equal(found.statistics["features"][1], expected.statistics["features"][1])
+    assert statistics(DigitsDataModule(), "module").num_pictures == 1797
+    assert measured_of(Digits(), DigitsDataModule(), tmp_path)["precision"] == 1
+    with pytest.raises(ValueError, match=r"Sample 0 of Digits is torch.float32 \(1, 8, 8\); pictures are PIL images or uint8"):
+        statistics(Digits(lambda picture: picture / 255), "floats")
+    with pytest.raises(ValueError, match="The dataset Digits is empty"):
+        statistics(Digits(num=0), "empty")
+
+
+def measured_of(samples, reference, folder):
+    return measure(run_dir=folder, samples=samples, reference=reference, metrics=metrics(), trainer=TRAINER,
+                   files=PictureFiles(num_channels=1))
+
+
+def test_the_command_line_makes_a_reference_of_a_data_module_and_measures_against_it(files, tmp_path):
+    quiet = [f"run_dir={tmp_path / 'run'}", "metrics=digits"]
+    assert main(["task=reference", "reference.pictures=${data}", f"reference.output={tmp_path / 'ref.npz'}", *quiet]) == 0
+    dataset = f"{{_target_: {__name__}.Digits}}"
+    made = ["task=measure", f"measure.reference={tmp_path / 'ref.npz'}", "measure.files.num_channels=1", "metrics=digits"]
+    assert main([*made, f"measure.samples={dataset}", f"run_dir={tmp_path / 'a'}"]) == 0
+    assert main([*made, f"measure.samples={files / 'real.npz'}", f"run_dir={tmp_path / 'b'}"]) == 0
+    of_dataset, of_npz = (read_json(tmp_path / name / "measure.json") for name in "ab")
+    assert of_dataset["samples"] == pytest.approx(of_npz["samples"]) and of_dataset["samples_sha256"] == of_npz["samples_sha256"]
+
+
+def test_several_devices_are_refused(files, tmp_path):
+    with pytest.raises(ValueError, match="measured by one process; the trainer has 2. Give devices=1"):
+        measure(run_dir=tmp_path, samples=str(files / "made"), reference=str(files / "real"), metrics=metrics(),
+                trainer=partial(TRAINER, devices=2, strategy="ddp"), files=PictureFiles(num_channels=1))
+
+
+def test_the_progress_bar_says_images_per_second(files, tmp_path, capsys):
+    measured(files / "made", files / "real", tmp_path)
+    assert re.search(r"samples .*100% .*images/s", capsys.readouterr().out)
 
 
 def test_a_reference_file_has_the_published_keys_and_is_never_written_over(files, tmp_path):
@@ -77,20 +152,29 @@ def test_a_broken_picture_is_named_or_skipped_and_counted(files, tmp_path):
     with pytest.raises(ValueError, match="7.png is no readable picture.*skip_broken"):
         measured(tmp_path / "made", files / "real", tmp_path)
     measured(tmp_path / "made", files / "real", tmp_path, skip_broken=True)
-    protocol = read_json(tmp_path / "measure.json")["protocol"]
-    assert (protocol["num_samples"], protocol["num_skipped"]) == (39, 1)
+    results = read_json(tmp_path / "measure.json")
+    assert (results["protocol"]["num_samples"], results["num_skipped"]) == (39, 1)
 
 
 def test_wrong_files_are_named_with_what_was_expected(files, tmp_path):
     (tmp_path / "empty").mkdir()
     np.savez(tmp_path / "keys.npz", other=np.zeros(3))
-    np.savez(tmp_path / "float.npz", arr_0=np.zeros((5, 8, 8, 1)))
+    np.savez(tmp_path / "float.npz", arr_0=np.full((5, 8, 8, 1), 0.5))
+    broken = np.zeros((5, 8, 8, 1), dtype=np.float32)
+    broken[3] = np.nan
+    np.savez(tmp_path / "nan.npz", arr_0=broken)
+    (tmp_path / "deep").mkdir()
+    for i in range(4):
+        Image.fromarray(np.full((8, 8), 40_000, dtype=np.uint16)).save(tmp_path / "deep" / f"{i}.png")
     np.savez(tmp_path / "objects.npz", arr_0=np.array([{}], dtype=object))
     (tmp_path / "cut.npz").write_bytes((files / "made.npz").read_bytes()[:500])
     statistics = {"features": (torch.zeros(64), torch.eye(64))}
     Reference(path=tmp_path / "statistics.npz", statistics=statistics).write()
     for samples, said in (("missing", "There is no folder"), ("empty", "holds no pictures"), ("keys.npz", "holds other. A reference holds"),
-                          ("float.npz", "arr_0 of .* is float64"), ("objects.npz", "not a whole npz file of plain arrays"),
+                          ("float.npz", "arr_0 of .* is float64 .* between 0.5 and 0.5; pictures are uint8"),
+                          ("nan.npz", r"1 of 5 hold values that are not finite \(places \[3\]\)"),
+                          ("deep", "0.png is no readable picture .*more than 8 bits"),
+                          ("objects.npz", "not a whole npz file of plain arrays"),
                           ("cut.npz", "not a whole npz file"), ("statistics.npz", r"holds no pictures \(arr_0\)"),
                           ("missing.npz", "There is no file")):
         with pytest.raises((ValueError, ArtifactError), match=said):

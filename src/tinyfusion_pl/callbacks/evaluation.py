@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from torch import Tensor
 
+from tinyfusion_pl.artifacts import tensors_sha256
 from tinyfusion_pl.metrics import GenerationMetrics
 from tinyfusion_pl.objectives import PictureSampler, labels_of
 from tinyfusion_pl.report import write_grid
@@ -38,7 +39,7 @@ class EvaluationCallback(Callback):
 
     The LightningModule has ``denoiser`` and ``objective`` (`MaskLearning`, `Recovery`, `Denoising` do), the data module ``latent_shape``,
     ``decode`` and ``reference_pictures``. The grid goes to W&B or TensorBoard where one of them logs, and to ``samples/<step>.png`` in the
-    Trainer's folder.
+    Trainer's folder. What the numbers can be compared by, `protocol`, goes to the loggers' hyperparameters as ``val/protocol``.
     """
 
     def __init__(self, metrics: GenerationMetrics, *, every_n_steps: int, sampling: dict[str, Any] | None = None, num_samples: int = 500,
@@ -51,6 +52,7 @@ class EvaluationCallback(Callback):
         self.num_samples, self.batch_size, self.num_shown = num_samples, batch_size, min(num_shown, num_samples)
         self.labels, self.seed, self.precision = labels, seed, precision
         self.results: dict[int, dict[str, float]] = {}  # by step
+        self.protocol: dict[str, Any] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for owner, names, kind in ((pl_module, ("denoiser", "objective"), "LightningModule"),
@@ -62,6 +64,13 @@ class EvaluationCallback(Callback):
         labels_of(self.labels, self.num_samples, sampler.denoiser.num_classes, seed=self.seed)
         pictures = trainer.datamodule.reference_pictures()[0]
         self.metrics.check(num_samples=self.num_samples, num_reference=len(pictures))
+        averaging = any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)
+        self.protocol = self.metrics.protocol(
+            weights="averaged" if averaging else "raw", num_samples=self.num_samples, num_reference=len(pictures),
+            reference_sha256=tensors_sha256({"pictures": pictures}), labels=self.labels, seed=self.seed, **self.sampling,
+            precision=self.precision)
+        for logger in trainer.loggers:
+            logger.log_hyperparams({"val/protocol": self.protocol})
         self.metrics.to(pl_module.device).reset(reference=True)
         for batch in pictures[trainer.global_rank :: trainer.world_size].split(self.batch_size):
             self.metrics.update_reference(batch)

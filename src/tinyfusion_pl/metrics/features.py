@@ -18,7 +18,9 @@ class Features(NamedTuple):
 class FeatureNetwork(Protocol):
     """Any callable from uint8 pictures (N, C, H, W) to `Features`; one that is a module is moved and frozen as such.
 
-    Beside `num_features` it may state `num_classes` (width of its logits), `num_spatial`, and `name`, which goes into references.
+    Beside `num_features` it may state `num_classes` (width of its logits), `num_spatial`, `logits_are_classes` (False: never of the data,
+    so that labels say nothing of them), `name` and `preprocessing` (what else than weights decides its features): the last two are in
+    its fingerprint, which references and results carry.
     """
 
     num_features: int
@@ -30,7 +32,7 @@ def check_pictures(pictures: Tensor, *, num_channels: int | None = None, size: t
     """`ValueError` unless `pictures` is uint8 (N, C, H, W) with that number of channels and that size, if given."""
     if pictures.dtype != torch.uint8:
         raise ValueError(
-            f"Pictures are uint8 tensors with values 0..255; these are {pictures.dtype}{_found(pictures)}. "
+            f"Pictures are uint8 tensors with values 0..255; these are {pictures.dtype}{describe_values(pictures)}. "
             "Latents or floats become pictures by the data module's decode()."
         )
     shape = tuple(pictures.shape)
@@ -51,8 +53,8 @@ def spatial_features(maps: Tensor, num_channels: int = 7) -> Tensor:
     return maps[:, :num_channels].permute(0, 2, 3, 1).flatten(1)
 
 
-def _found(pictures: Tensor) -> str:
-    """What is in pictures that are not uint8, for the person who looks for the mistake."""
+def describe_values(pictures: Tensor) -> str:
+    """What is in pictures (N, ...) that are not uint8, for the person who looks for the mistake: not-a-numbers counted, or the range."""
     if not pictures.is_floating_point() or not pictures.numel():
         return ""
     bad = (~torch.isfinite(pictures)).flatten(1).any(1) if pictures.ndim > 1 else ~torch.isfinite(pictures)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
+from tinyfusion_pl.artifacts import tensors_sha256
 from tinyfusion_pl.metrics.accuracy import LabelAccuracy
 from tinyfusion_pl.metrics.base import FeatureMetric, RowsMetric
 from tinyfusion_pl.metrics.features import FeatureNetwork, Features, check_pictures
@@ -29,7 +29,8 @@ class GenerationMetrics(nn.Module):
     Args:
         feature_network: Gives `Features`; frozen here, and kept in evaluation mode and full precision.
         metrics: Name -> metric of `Features`; default: ``fid``, ``sfid`` where there are spatial features, ``inception_score`` and
-            ``accuracy`` where there are logits, and ``precision_recall``.
+            ``accuracy`` where there are logits (accuracy unless the network says that they are never the data's classes), and
+            ``precision_recall``.
 
     Example:
         >>> from tinyfusion_pl.data import DigitsDataModule
@@ -174,16 +175,17 @@ class GenerationMetrics(nn.Module):
         """Name -> what decides its number beside the pictures: for the protocol of a result."""
         return {name: {"metric": type(self.collection[name]).__name__, **self.collection[name].settings()} for name in self.names}
 
+    def protocol(self, **made: Any) -> dict[str, Any]:
+        """What two results must share to be comparable: how the pictures were `made`, the feature network, each metric's settings."""
+        return {**made, "feature_network": self.fingerprint(), "metrics": self.settings()}
+
     def fingerprint(self) -> str:
-        """The feature network's name and the beginning of its weights' SHA-256: what a reference carries."""
+        """The feature network's name and the beginning of the SHA-256 of its weights and preprocessing: what a reference carries."""
         name = getattr(self.feature_network, "name", type(self.feature_network).__name__)
         if not isinstance(self.feature_network, nn.Module):
             return name
-        digest = hashlib.sha256()
-        for key, tensor in sorted(self.feature_network.state_dict().items()):
-            digest.update(key.encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        return f"{name}-{digest.hexdigest()[:12]}"
+        preprocessing = str(getattr(self.feature_network, "preprocessing", ""))
+        return f"{name}-{tensors_sha256(self.feature_network.state_dict(), preface=preprocessing)[:12]}"
 
 
 def default_metrics(network: FeatureNetwork) -> dict[str, FeatureMetric]:
@@ -195,7 +197,7 @@ def default_metrics(network: FeatureNetwork) -> dict[str, FeatureMetric]:
     if num_classes:
         metrics["inception_score"] = InceptionScore(num_classes)
     metrics["precision_recall"] = PrecisionRecall(network.num_features)
-    if num_classes:
+    if num_classes and getattr(network, "logits_are_classes", True):
         metrics["accuracy"] = LabelAccuracy(num_classes)
     return metrics
 

@@ -18,7 +18,7 @@ class InceptionFeatures(nn.Module):
     """Colour pictures of any size, uint8 (N, 3, H, W), to features (N, 2048), bias-free logits (N, 1008), spatial features (N, 2023).
 
     The spatial ones, for sFID, are the first 7 channels of the first 1x1 branch of ``Mixed_6d`` after batch norm and ReLU. The
-    logits are ImageNet's classes in an order of their own: give `GenerationMetrics` no labels with this network.
+    logits are ImageNet's classes in an order of their own, so `GenerationMetrics` measures no accuracy with this network.
 
     Args:
         weights_path: torch-fidelity's weights file. None: its copy in torch's download folder, fetched when missing.
@@ -28,6 +28,7 @@ class InceptionFeatures(nn.Module):
     """
 
     num_features, num_classes, num_spatial = 2048, 1008, 7 * 17 * 17
+    logits_are_classes = False
 
     def __init__(self, weights_path: str | os.PathLike | None = None) -> None:
         super().__init__()

@@ -40,6 +40,7 @@ class ModuleFeatures(nn.Module):
         self.num_features, self.num_classes, self.num_spatial = num_features, num_classes, num_spatial
         self.image_size, self.interpolation = image_size, interpolation
         self.name = name or type(module).__name__
+        self.preprocessing = {"image_size": image_size, "interpolation": interpolation}
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
 
@@ -60,7 +61,8 @@ class TimmFeatures(ModuleFeatures):
     """A timm model: its features before the head, and the head's output as logits.
 
     FD-DINOv2 (Stein et al. 2306.04675) is a `FrechetDistance` over ``vit_large_patch14_dinov2.lvd142m`` at image size 224 with
-    ``global_pool="token"``; CMMD a `GaussianMMD` of the ``logits`` (the projected embedding) of ``vit_large_patch14_clip_336.openai``.
+    ``global_pool="token"``; CMMD a `GaussianMMD` of the ``logits`` (the projected embedding) of
+    ``vit_large_patch14_clip_quickgelu_336.openai`` (the variant without ``quickgelu`` has another activation than CLIP was trained with).
 
     Args:
         model_name: A name that timm knows.
@@ -96,6 +98,7 @@ class TimmFeatures(ModuleFeatures):
                          image_size=image_size or config["input_size"][-1],
                          interpolation=config["interpolation"] if config["interpolation"] == "bicubic" else "bilinear",
                          mean=config["mean"], std=config["std"], name=model_name)
+        self.preprocessing |= {name: str(value) for name, value in sorted(kwargs.items())}  # a pooling has no weights, and decides
 
     def call(self, x: Tensor) -> Features:
         maps = self.module.forward_features(x)

@@ -25,7 +25,7 @@ class PrecisionRecall(RowsMetric):
     """
 
     higher_is_better = True
-    SETTINGS = ("k", "precision")
+    SETTINGS = ("k", "precision")  # and in adm_float16 the blocks, since each falls back on float32 as a whole
 
     def __init__(self, num_features: int, *, k: int = 3, precision: str = "float32", max_block_mib: int = 256, of: str = "features",
                  **kwargs: Any) -> None:
@@ -35,6 +35,10 @@ class PrecisionRecall(RowsMetric):
         self.num_required = k + 1
         for side in ("reference", "samples"):
             self._add_rows(f"{side}_rows", num_features, torch.float32)
+
+    def settings(self) -> dict[str, Any]:
+        blocks = {"max_block_mib": self.max_block_mib} if self.precision == "adm_float16" else {}
+        return {**super().settings(), **blocks}
 
     def update(self, features: Features | Tensor, *, real: bool = False) -> None:
         """Add features (N, D) of generated pictures, or of the reference (`real`)."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from tinyfusion_pl.artifacts import ArtifactError, atomic_path
+from tinyfusion_pl.metrics.features import describe_values
 
 STATISTICS = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 
@@ -87,7 +88,9 @@ def read_reference(path: str | os.PathLike) -> Reference:
 def as_pictures(array: np.ndarray, path: str | os.PathLike) -> Tensor:
     """``arr_0`` (N, H, W, C) uint8 as pictures (N, C, H, W)."""
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] not in (1, 3):
-        raise ArtifactError(f"arr_0 of {path} is {array.dtype} {array.shape}; pictures are uint8 (N, H, W, C) with 1 or 3 channels.")
+        values = describe_values(torch.from_numpy(array)) if array.dtype in (np.float16, np.float32, np.float64) else ""
+        raise ArtifactError(f"arr_0 of {path} is {array.dtype} {array.shape}{values}; pictures are uint8 (N, H, W, C), 0..255, with 1 or 3 "
+                            "channels.")
     return torch.from_numpy(array).permute(0, 3, 1, 2)
 
 

@@ -32,7 +32,6 @@ class Generation(LightningModule):
         metrics: Its reference is set on every process. Results are in ``results`` when the test ends.
         batch_size: Pictures sampled at once on each process.
         measured: Keeps finished batches; None: nothing is kept.
-        labels_are_classes: Whether the feature network's logits are the labels' classes.
     """
 
     def __init__(self, sampler: PictureSampler, *, labels: Tensor, metrics: GenerationMetrics, batch_size: int = 128,

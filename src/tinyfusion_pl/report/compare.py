@@ -3,58 +3,82 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from tinyfusion_pl.artifacts import ArtifactError
 
-from .reading import METRICS, Run, models_in, numbers, read_run
+from .reading import MEASURED, METRICS, models_in, numbers, read_metrics, read_run
 from .words import difference, duration, label, metric_keys, stage_label, value
+
+WITHOUT_PROTOCOL = ("depth", "num_params")  # what a model is, however it was measured
 
 
 def compare(run_dir_a: str | Path, run_dir_b: str | Path) -> str:
-    """A plain-text table of two runs' metrics and their differences, B - A, and whether their protocols are equal.
+    """A plain-text table of two runs' metrics, and whether their protocols are equal, entry by entry.
+
+    Only then is there a difference, B - A, of what was measured: figures of unequal or unknown protocols stand side by side without one.
+
+    Args:
+        run_dir_a, run_dir_b: Folders with ``metrics.json`` (an evaluation) or ``measure.json`` (``task=measure``).
 
     Raises:
-        ArtifactError: a folder is no run folder, or has not been evaluated (no `metrics.json`), or the file is broken.
+        ArtifactError: a folder is no run folder, or has not been evaluated, or the file is broken.
     """
-    a, b = (_measured(folder) for folder in (run_dir_a, run_dir_b))
-    lines = [f"A  {a.folder}  ({a.name})", f"B  {b.folder}  ({b.name})", "", *_protocol_lines(a.metrics, b.metrics), ""]
-    return "\n".join(lines + _grid([("", "A", "B", "B - A"), *_rows(a.metrics, b.metrics)])) + "\n"
+    folders = [Path(run_dir_a), Path(run_dir_b)]
+    a, b = (_measured(folder) for folder in folders)
+    names = [str(metrics.get("name") or folder.resolve().name) for folder, metrics in zip(folders, (a, b))]
+    differing = _differing(a, b)
+    lines = [f"A  {folders[0]}  ({names[0]})", f"B  {folders[1]}  ({names[1]})", "", *_protocol_lines(differing), ""]
+    return "\n".join(lines + _grid([("", "A", "B", "B - A"), *_rows(a, b, comparable=differing == {})])) + "\n"
 
 
-def _measured(folder: str | Path) -> Run:
-    run = read_run(folder)
-    if run.metrics is None:
+def _measured(folder: Path) -> dict[str, Any]:
+    if (folder / MEASURED).exists() and not (folder / METRICS).exists():
+        return read_metrics(folder / MEASURED)
+    metrics = read_run(folder).metrics
+    if metrics is None:
         raise ArtifactError(
             f"{folder} has no {METRICS}: it was not evaluated. Finish the run (the same command goes on), then compare."
         )
-    return run
+    return metrics
 
 
-def _protocol_lines(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
-    ours, theirs = a.get("protocol") or {}, b.get("protocol") or {}
+def _differing(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[str, str]] | None:
+    """Path of an entry of the protocols -> what it is in either, where that is not the same; None where there are none."""
+    ours, theirs = (dict(_entries(side.get("protocol") or {})) for side in (a, b))
     if not ours and not theirs:
-        return ["Protocol: unknown, neither run says how it was measured. The figures may not be comparable."]
-    keys = [key for key in {**ours, **theirs} if not (key in ours and key in theirs and ours[key] == theirs[key])]
-    if not keys:
+        return None
+    differing = [key for key in {**ours, **theirs} if not (key in ours and key in theirs and ours[key] == theirs[key])]
+    return {key: tuple(json.dumps(side[key]) if key in side else "(not given)" for side in (ours, theirs)) for key in differing}
+
+
+def _entries(protocol: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, entry in protocol.items():
+        if isinstance(entry, dict) and entry:
+            yield from _entries(entry, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", entry
+
+
+def _protocol_lines(differing: dict[str, tuple[str, str]] | None) -> list[str]:
+    if differing is None:
+        return ["Protocol: unknown, neither run says how it was measured. The figures may not be comparable. No differences are given."]
+    if not differing:
         return ["Protocol: equal. The figures are comparable."]
-    rows = [("", "A", "B"), *((f"  {key}", _setting(ours, key), _setting(theirs, key)) for key in keys)]
-    return [f"Protocol: DIFFERS in {', '.join(keys)}. The figures are NOT comparable.", *_grid(rows)]
+    rows = [("", "A", "B"), *((f"  {key}", *values) for key, values in differing.items())]
+    return [f"Protocol: DIFFERS in {', '.join(differing)}. The figures are NOT comparable. No differences are given.", *_grid(rows)]
 
 
-def _setting(protocol: dict[str, Any], key: str) -> str:
-    return json.dumps(protocol[key]) if key in protocol else "(not given)"
-
-
-def _rows(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, ...]]:
+def _rows(a: dict[str, Any], b: dict[str, Any], *, comparable: bool) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for model in dict.fromkeys([*models_in(a), *models_in(b)]):
         ours, theirs = numbers(a.get(model)), numbers(b.get(model))
         keys = metric_keys(ours, theirs)
         rows += [(model,)] * bool(keys)
         for key in keys:
-            both = key in ours and key in theirs
+            both = key in ours and key in theirs and (comparable or key in WITHOUT_PROTOCOL)
             change = difference(key, ours[key], theirs[key]) if both else ""
             rows.append((f"  {label(key)}", value(key, ours.get(key)), value(key, theirs.get(key)), change))
     rows += _section(a, b, "speedup", lambda key: f"{key}", lambda number: f"{number:.2f}x")

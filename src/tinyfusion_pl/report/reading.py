@@ -23,6 +23,7 @@ STAGES = ("learn_mask", "recover", "evaluate")
 
 OTHER_SECTIONS = ("seconds", "speedup", "protocol")
 METRICS, CONFIG, SAMPLES = "metrics.json", "config.yaml", "samples.safetensors"
+MEASURED = "measure.json"  # what task=measure leaves in place of METRICS, of the same form
 DECISIONS, RECORD, LOGS = "learn_mask/decisions.jsonl", "shallow/record.json", "logs"
 
 

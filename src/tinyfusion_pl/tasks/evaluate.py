@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
-from tinyfusion_pl.artifacts import save_tensors, sha256, write_json
+from tinyfusion_pl.artifacts import save_tensors, sha256, tensors_sha256, write_json
 from tinyfusion_pl.metrics import GenerationMetrics, Reference, read_reference
 from tinyfusion_pl.metrics.reference import write_pictures
 from tinyfusion_pl.models import load_pretrained, load_shallow, load_weights
@@ -43,7 +44,7 @@ class Evaluate:
         models: Name -> a shallow or diffusers folder, a published name, or a checkpoint of the configured model: these
             are measured instead of the run's own.
         reference: Reference file (see `read_reference`); None: the data module's pictures.
-        sampling: Arguments of ``objective.sample``.
+        sampling: Arguments of ``objective.sample``; those not given are its defaults, and not in the protocol.
         labels: ``"balanced"`` or ``"random"``.
         precision, compile: Of the denoiser while it samples, see `PictureSampler`.
         num_samples: Pictures measured for each model, >= 2: exactly so many, whatever the devices.
@@ -87,7 +88,9 @@ class Evaluate:
         """
         self.sampler(inputs.teacher, inputs).check()
         labels_of(self.labels, self.num_samples, inputs.teacher.num_classes, seed=inputs.seed)
-        self.trainer()
+        if isinstance(self.trainer().strategy.launcher, _MultiProcessingLauncher):
+            raise ValueError("evaluate.trainer.strategy starts its processes from within this one (spawn, fork, notebook): they would keep "
+                             "the numbers to themselves. Give strategy=ddp.")
         reference = self.reference_of(inputs)
         self.metrics.check(num_samples=self.num_samples, num_reference=reference.num_pictures)
         self.metrics.check_reference(reference)
@@ -201,7 +204,7 @@ class Evaluate:
         if self.write_grid:
             for role in models:
                 write_grid(folder / f"samples_{role}.png", shown[role])
-        results: dict[str, Any] = {"name": inputs.name}
+        results: dict[str, Any] = {"name": inputs.name, "reference": self.reference or type(inputs.data).__name__}
         for role in models:
             result = folder.result(f"evaluate_{role}")
             results[role] = {k: v for k, v in result.items() if k != "seconds"} | {"images_per_second": speed[role]}
@@ -220,13 +223,9 @@ class Evaluate:
     def protocol(self, inputs: Inputs) -> dict[str, Any]:
         """What two results must share to be comparable."""
         reference = self.reference_of(inputs)
-        if self.reference is None:
-            held: Any = type(inputs.data).__name__
-        else:
-            held = {"file": str(self.reference), "sha256": sha256(self.reference)}
-        return {"num_samples": self.num_samples, "num_reference": reference.num_pictures, "reference": held,
-                "labels": self.labels, "seed": inputs.seed, **plain(self.sampling), "precision": self.precision,
-                "feature_network": self.metrics.fingerprint(), "metrics": self.metrics.settings()}
+        digest = tensors_sha256({"pictures": reference.pictures}) if self.reference is None else sha256(self.reference)
+        return self.metrics.protocol(num_samples=self.num_samples, num_reference=reference.num_pictures, reference_sha256=digest,
+                                     labels=self.labels, seed=inputs.seed, **plain(self.sampling), precision=self.precision)
 
 
 def plain(sampling: Mapping[str, Any]) -> dict[str, Any]:
@@ -244,9 +243,10 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, (str, int)) or (isinstance(value, float) and math.isfinite(value))
 
 
-def describe(model: nn.Module) -> dict[str, int]:
-    """Depth (blocks in all stacks) and parameters of a model."""
-    return {"depth": sum(len(stack) for stack in find_stacks(model).values()), "num_params": sum(p.numel() for p in model.parameters())}
+def describe(model: nn.Module) -> dict[str, Any]:
+    """Depth (blocks in all stacks), parameters and the weights' checksum of a model."""
+    return {"depth": sum(len(stack) for stack in find_stacks(model).values()), "num_params": sum(p.numel() for p in model.parameters()),
+            "weights_sha256": tensors_sha256(model.state_dict())}
 
 
 def _on(sampler: PictureSampler, device: torch.device) -> torch.device:

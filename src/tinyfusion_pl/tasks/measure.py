@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,20 +10,26 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from rich.progress import track
+from rich.progress import BarColumn, Progress, ProgressColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+from torch.utils.data import Dataset
 
 from tinyfusion_pl.artifacts import ArtifactError, sha256, write_json
-from tinyfusion_pl.data.pictures import PictureArray, PictureBatches, PictureFolder
-from tinyfusion_pl.metrics import GenerationMetrics, PrecisionRecall, Reference, read_reference
+from tinyfusion_pl.data import GenerationDataModule
+from tinyfusion_pl.data.pictures import PictureArray, PictureBatches, PictureDataset, PictureFolder
+from tinyfusion_pl.metrics import GenerationMetrics, Reference, read_reference
+from tinyfusion_pl.metrics.base import RowsMetric
 from tinyfusion_pl.tasks.folder import say
+
+Source = str | Path | Dataset | GenerationDataModule  # of pictures
 
 
 @dataclass(kw_only=True)
 class PictureFiles:
-    """How pictures are read from a folder or an npz file.
+    """How pictures are read from a folder, an npz file or a dataset.
 
     Args:
-        image_size, num_channels, skip_broken: Of folders, see `PictureFolder`.
+        image_size, num_channels, skip_broken: Of folders, and the first two of PIL pictures in a dataset: see `PictureFolder`.
         batch_size: Pictures that go through the feature network at once.
         num_workers: Processes that read a folder.
     """
@@ -33,59 +40,65 @@ class PictureFiles:
     batch_size: int = 64
     num_workers: int = 0
 
-    def batches(self, path: str | Path) -> PictureBatches:
-        """The pictures of a folder, or of the ``arr_0`` of an npz file.
+    def batches(self, source: Source) -> PictureBatches:
+        """The pictures of a folder, of the ``arr_0`` of an npz file, of a dataset, or a data module's reference pictures.
 
         Raises:
             ValueError, ArtifactError: when there are none.
         """
-        if Path(path).suffix == ".npz":
-            if (pictures := read_reference(path).pictures) is None:
-                raise ArtifactError(f"{path} holds no pictures (arr_0), so nothing can be measured of it; as a reference it may do.")
-            dataset: Any = PictureArray(pictures)
+        sizes = {"image_size": self.image_size, "num_channels": self.num_channels}
+        if isinstance(source, GenerationDataModule):
+            dataset: Any = PictureArray(source.reference_pictures()[0])
+        elif not isinstance(source, (str, Path)):
+            dataset = PictureDataset(source, **sizes)
+        elif Path(source).suffix == ".npz":
+            if (pictures := read_reference(source).pictures) is None:
+                raise ArtifactError(f"{source} holds no pictures (arr_0), so nothing can be measured of it; as a reference it may do.")
+            dataset = PictureArray(pictures)
         else:
-            dataset = PictureFolder(path, image_size=self.image_size, num_channels=self.num_channels, skip_broken=self.skip_broken)
+            dataset = PictureFolder(source, **sizes, skip_broken=self.skip_broken)
         return PictureBatches(dataset, batch_size=self.batch_size, num_workers=self.num_workers)
 
 
-def measure(*, run_dir: str | Path, samples: str, reference: str, metrics: GenerationMetrics, files: PictureFiles,
-            trainer: Callable[..., Trainer]) -> dict[str, Any]:
-    """Measure pictures that are already there: `samples` (a folder or an npz) against `reference` (the same, or a reference file).
+def measure(*, run_dir: str | Path, samples: Source, reference: Source, metrics: GenerationMetrics, files: PictureFiles,
+            trainer: Callable[..., Trainer]) -> dict[str, float]:
+    """Measure pictures that are already there: `samples` against `reference`, either a folder, an npz, a dataset or a data module;
+    `reference` may be a reference file too.
 
-    Writes ``measure.json`` (results, counts, protocol) into `run_dir` and prints the numbers.
+    Writes ``measure.json`` (results, what was measured, protocol) into `run_dir` and prints the numbers.
 
     Raises:
         ValueError, ArtifactError: for files that cannot be read or do not fit the feature network, before anything is measured.
     """
     found = files.batches(samples)
-    held = read_reference(reference) if Path(reference).suffix == ".npz" else None
+    held = read_reference(reference) if isinstance(reference, (str, Path)) and Path(reference).suffix == ".npz" else None
     others = files.batches(reference) if held is None else None
     if held is not None:
         metrics.check_reference(held)
     metrics.check(num_samples=len(found.dataset), num_reference=held.num_pictures if held else len(others.dataset))
-    metrics.to(trainer().strategy.root_device)
-    say(f"measure: {len(found.dataset)} pictures of {samples} against {reference}; numbers go to {Path(run_dir) / 'measure.json'}")
+    metrics.to(_device(trainer))
+    say(f"measure: {len(found.dataset)} pictures of {_name(samples)} against {_name(reference)}; numbers go to "
+        f"{Path(run_dir) / 'measure.json'}")
     if held is not None:
         metrics.set_reference(held, batch_size=files.batch_size)
-        num_reference = held.num_pictures
+        num_reference, digest = held.num_pictures, sha256(reference)
     else:
-        num_reference = _run("reference", others, lambda _, pictures: metrics.update_reference(pictures))
-    _run("samples", found, lambda numbers, pictures: metrics.update(pictures, indices=numbers))
+        num_reference, digest = _run("reference", others, lambda _, pictures: metrics.update_reference(pictures))
+    _, samples_digest = _run("samples", found, lambda numbers, pictures: metrics.update(pictures, indices=numbers))
     results = metrics.compute()
-    protocol = {"samples": str(samples), "num_samples": metrics.num_samples, "num_skipped": found.num_skipped, "reference": str(reference),
-                "num_reference": num_reference, "feature_network": metrics.fingerprint(), "metrics": metrics.settings()}
-    for name in ("samples", "reference"):
-        if Path(protocol[name]).is_file():
-            protocol[f"{name}_sha256"] = sha256(protocol[name])
-    write_json(Path(run_dir) / "measure.json", {**results, "protocol": protocol})
+    written = {"name": _name(samples), "reference": _name(reference), "num_skipped": found.num_skipped, "samples_sha256": samples_digest,
+               "samples": results,
+               "protocol": metrics.protocol(num_samples=metrics.num_samples, num_reference=num_reference, reference_sha256=digest)}
+    write_json(Path(run_dir) / "measure.json", written)
     for name, number in results.items():
         say(f"{name:>16}  {number:.6g}")
     return results
 
 
-def make_reference(*, run_dir: str | Path, pictures: str, output: str, metrics: GenerationMetrics, files: PictureFiles,
+def make_reference(*, run_dir: str | Path, pictures: Source, output: str, metrics: GenerationMetrics, files: PictureFiles,
                    trainer: Callable[..., Trainer]) -> Path:
-    """Write a reference file of `pictures` (a folder, or an npz) once: statistics for the distances, features for precision and recall.
+    """Write a reference file of `pictures` (a folder, an npz, a dataset or a data module) once: statistics for the distances, features
+    for precision and recall.
 
     Raises:
         ValueError: when `output` exists or is no ``.npz``; nothing is written over.
@@ -95,10 +108,10 @@ def make_reference(*, run_dir: str | Path, pictures: str, output: str, metrics: 
         raise ValueError(f"reference.output is {output}; give a new file that ends with .npz.")
     found = files.batches(pictures)
     metrics.check(num_samples=len(found.dataset), num_reference=len(found.dataset))
-    metrics.to(trainer().strategy.root_device)
-    say(f"reference: {len(found.dataset)} pictures of {pictures}; the file is {path}")
+    metrics.to(_device(trainer))
+    say(f"reference: {len(found.dataset)} pictures of {_name(pictures)}; the file is {path}")
     rows: list[torch.Tensor] = []
-    keep = any(isinstance(metric, PrecisionRecall) for metric in metrics.collection.values())
+    keep = any(isinstance(metric, RowsMetric) and metric.needs_reference for metric in metrics.collection.values())
 
     def take(_: torch.Tensor, batch: torch.Tensor) -> None:
         features = metrics.features(batch)
@@ -106,16 +119,42 @@ def make_reference(*, run_dir: str | Path, pictures: str, output: str, metrics: 
         if keep:
             rows.append(features.features.cpu())
 
-    num = _run("reference", found, take)
+    num, _ = _run("reference", found, take)
     reference = Reference(path=path, statistics=metrics.statistics(), network=metrics.fingerprint(), num_pictures=num)
     replace(reference, features=torch.cat(rows) if rows else None).write()
     say(f"Done. {path}: {num} pictures{f', {found.num_skipped} broken ones skipped' if found.num_skipped else ''}")
     return path
 
 
-def _run(what: str, batches: PictureBatches, use: Callable[[torch.Tensor, torch.Tensor], None]) -> int:
-    num = 0
-    for numbers, pictures in track(batches, description=what, total=len(batches)):
-        use(numbers, pictures)
-        num += len(numbers)
-    return num
+def _name(source: Source) -> str:
+    return str(source) if isinstance(source, (str, Path)) else type(source).__name__
+
+
+def _device(trainer: Callable[..., Trainer]) -> torch.device:
+    made = trainer()
+    if made.world_size > 1:
+        raise ValueError(f"Pictures that are there already are measured by one process; the trainer has {made.world_size}. Give devices=1, "
+                         "and files.num_workers to read a folder faster.")
+    return made.strategy.root_device
+
+
+def _run(what: str, batches: PictureBatches, use: Callable[[torch.Tensor, torch.Tensor], None]) -> tuple[int, str]:
+    """Pass all pictures to `use`; returns their number and the SHA-256 of their sequence, however they were stored and batched."""
+    num, digest = 0, hashlib.sha256()
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+               _ImagesPerSecond())
+    with Progress(*columns) as progress:
+        bar = progress.add_task(what, total=len(batches.numbers))
+        for numbers, pictures in batches:
+            use(numbers, pictures)
+            for picture in pictures:
+                digest.update(str(tuple(picture.shape)).encode() + picture.contiguous().numpy().tobytes())
+            num += len(numbers)
+            progress.update(bar, completed=int(numbers[-1]) + 1)
+    return num, digest.hexdigest()
+
+
+class _ImagesPerSecond(ProgressColumn):
+    def render(self, task: Any) -> Text:
+        speed = task.finished_speed or task.speed or task.completed / max(task.elapsed or 0, 1e-3)  # a single batch has no speed of its own
+        return Text(f"{speed:.1f} images/s")

@@ -36,20 +36,22 @@ def frechet_distance(mu_a: Any, sigma_a: Any, mu_b: Any, sigma_b: Any) -> Tensor
     _check(mu_a, sigma_a, mu_b, sigma_b)
     # Symmetric up to rounding is all that sums over samples promise.
     sigma_a, sigma_b = (sigma_a + sigma_a.T) / 2, (sigma_b + sigma_b.T) / 2
-    factor = _factor(sigma_a)  # (D, R)
-    eigenvalues = torch.linalg.eigvalsh(factor.T @ sigma_b @ factor)  # (R,)
+    factor, other = _factor(sigma_a, sigma_b)  # (D, R), (D, D)
+    eigenvalues = torch.linalg.eigvalsh(factor.T @ other @ factor)  # (R,)
     trace_of_root = eigenvalues.clamp_min(0).sqrt().sum()
     return (mu_a - mu_b).square().sum() + sigma_a.trace() + sigma_b.trace() - 2 * trace_of_root
 
 
-def _factor(sigma: Tensor) -> Tensor:
-    """L (D, R) with L L' = sigma: by Cholesky, and where that finds it singular, by the eigenvectors of its rank."""
-    lower, failed = torch.linalg.cholesky_ex(sigma)
-    if not failed:
-        return lower
-    eigenvalues, vectors = torch.linalg.eigh(sigma)
-    kept = eigenvalues > eigenvalues[-1].clamp_min(0) * len(sigma) * torch.finfo(sigma.dtype).eps
-    return vectors[:, kept] * eigenvalues[kept].sqrt()
+def _factor(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """L (D, R) with L L' one of the covariances, and the other one: L by Cholesky of whichever is regular, and where neither is, by the
+    eigenvectors of the first one's rank, which takes several times as long."""
+    for sigma, other in ((a, b), (b, a)):
+        lower, failed = torch.linalg.cholesky_ex(sigma)
+        if not failed:
+            return lower, other
+    eigenvalues, vectors = torch.linalg.eigh(a)
+    kept = eigenvalues > eigenvalues[-1].clamp_min(0) * len(a) * torch.finfo(a.dtype).eps
+    return vectors[:, kept] * eigenvalues[kept].sqrt(), b
 
 
 def _check(mu_a: Tensor, sigma_a: Tensor, mu_b: Tensor, sigma_b: Tensor) -> None:
