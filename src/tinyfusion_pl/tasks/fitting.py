@@ -43,12 +43,19 @@ class Fit:
         Raises:
             ValueError: when the number of steps is not stated; whatever Trainer, optimizer and scheduler refuse.
         """
-        max_steps = self.trainer(callbacks=list(self.callbacks.values()), logger=False, enable_checkpointing=False).max_steps
+        max_steps = self._bare_trainer().max_steps
         if max_steps < 1:
             raise ValueError(f"{stage}.fit.trainer.max_steps is {max_steps}; give a count of optimizer steps >= 1.")
         if self.checkpoint_every_n_steps < 1:
             raise ValueError(f"{stage}.fit.checkpoint_every_n_steps is {self.checkpoint_every_n_steps}; give a count >= 1.")
         module.make_optimizers([nn.Parameter(torch.zeros(1))], num_steps=max_steps)
+
+    def num_processes(self) -> int:
+        """Processes that it trains on."""
+        return num_processes(self._bare_trainer())
+
+    def _bare_trainer(self) -> Trainer:
+        return self.trainer(callbacks=list(self.callbacks.values()), logger=False, enable_checkpointing=False)
 
     def run(self, stage: str, folder: RunFolder, module: LightningModule, data: LightningDataModule, *,
             first: Sequence[Callback] = ()) -> float:
@@ -68,6 +75,11 @@ class Fit:
         with ctrl_c(trainer):
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint if checkpoint.exists() else None, weights_only=True)
         return clock.seconds
+
+
+def num_processes(trainer: Trainer) -> int:
+    """Processes of `trainer`, before it has started them."""
+    return trainer.num_nodes * trainer.num_devices
 
 
 class _SaveAtEnd(Callback):

@@ -11,6 +11,7 @@ from lightning.pytorch import LightningDataModule, seed_everything
 from torch import nn
 
 from tinyfusion_pl.artifacts import save_tensors, sha256, write_json
+from tinyfusion_pl.callbacks import NonFiniteGuard
 from tinyfusion_pl.models import create_model, library_versions, load_checkpoint, load_weights
 from tinyfusion_pl.modules import Denoising
 from tinyfusion_pl.tasks.evaluate import Evaluate, describe
@@ -52,7 +53,7 @@ def train_denoiser(*, run_dir: str | Path, name: str, seed: int, model: str, obj
     if folder.result("train") is None:
         say(f"train: {name}; checkpoints go to {folder / 'train'}, the model to {folder / 'trained'}")
         module = train.module(denoiser, objective=objective)
-        seconds = train.fit.run("train", folder, module, data)
+        seconds = train.fit.run("train", folder, module, data, first=[NonFiniteGuard()])
         load_weights(denoiser, load_checkpoint(folder.checkpoint("train"), weights=train.weights))
         (folder / "trained").mkdir(parents=True, exist_ok=True)
         save_tensors(folder / "trained" / "model.safetensors", denoiser.state_dict())
