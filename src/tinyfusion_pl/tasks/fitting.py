@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.trainer.states import TrainerStatus
 from torch import nn
@@ -49,6 +49,14 @@ class Fit:
         if self.checkpoint_every_n_steps < 1:
             raise ValueError(f"{stage}.fit.checkpoint_every_n_steps is {self.checkpoint_every_n_steps}; give a count >= 1.")
         module.make_optimizers([nn.Parameter(torch.zeros(1))], num_steps=max_steps)
+
+    def check_weights(self, stage: str, weights: str) -> None:
+        """Raise a ValueError unless `weights`, ``"ema"`` or ``"raw"``, are ones that this fit leaves in its checkpoint."""
+        if weights not in ("ema", "raw"):
+            raise ValueError(f"{stage}.weights is {weights!r}; give 'ema' or 'raw'.")
+        if weights == "ema" and not any(isinstance(callback, WeightAveraging) for callback in self.callbacks.values()):
+            raise ValueError(f"{stage}.weights is 'ema', but no callback in {stage}.fit.callbacks averages weights. Set {stage}.weights=raw, "
+                             f"or callbacks@{stage}.fit.callbacks=ema.")
 
     def num_processes(self) -> int:
         """Processes that it trains on."""

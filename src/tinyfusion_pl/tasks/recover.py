@@ -33,8 +33,7 @@ class Recover:
     weights: str = "ema"
 
     def __post_init__(self) -> None:
-        if self.weights not in ("ema", "raw"):
-            raise ValueError(f"recover.weights is {self.weights!r}; give 'ema' or 'raw'.")
+        self.fit.check_weights("recover", self.weights)
 
     def check(self, inputs: Inputs) -> None:
         """Find out whether the settings hold, before anything is trained; layer pairs that are given are held against the teacher.

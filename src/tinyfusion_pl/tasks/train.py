@@ -34,8 +34,7 @@ class Train:
     weights: str = "ema"
 
     def __post_init__(self) -> None:
-        if self.weights not in ("ema", "raw"):
-            raise ValueError(f"train.weights is {self.weights!r}; give 'ema' or 'raw'.")
+        self.fit.check_weights("train", self.weights)
 
 
 def train_denoiser(*, run_dir: str | Path, name: str, seed: int, model: str, objective: Any, data: LightningDataModule, train: Train,
