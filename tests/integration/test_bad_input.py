@@ -57,6 +57,7 @@ def test_a_wrong_pattern(tell, pattern, expected):
     ("distill.num_sigma=-2", "num_sigma"),
     ("distill.feature_mask=round", "'reference', 'joint'"),
     ("recover.weights=best", "'ema' or 'raw'"),
+    ("~recover.fit.callbacks.ema", "recover.weights=raw"),
     ("recover.fit.callbacks.ema.decay=1", "decay"),
     ("recover.module.label_dropout=2", "label_dropout"),
     ("objective.num_timesteps=0", "num_timesteps"),

@@ -309,6 +309,7 @@ class DepthPruningCallback(Callback):
     # -- freezing -----------------------------------------------------------------------------------------------------------------------
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Here, before a weight averaging callback further down the list writes averaged logits over the learned ones.
+        self.guard.on_train_end(trainer, pl_module)
         if self._num_batches_stepped > self._num_before and not self._num_updates and not self.guard.num_skipped:
             raise ValueError("The gate logits never got a gradient: the training step does not run the gated blocks "
                              f"({', '.join(self._gated())}), or runs them without a graph. Name the blocks that it runs: stacks=PATH.")
@@ -317,6 +318,7 @@ class DepthPruningCallback(Callback):
             self._log(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.guard.on_fit_end(trainer, pl_module)
         if self.decision is None:  # resumed from a checkpoint of the last step: there was nothing left to train
             self.decision = self.gates.decide()
         self.shallow_model = self.freeze(pl_module)

@@ -9,9 +9,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+REMEDY = "Lower the learning rate, check the data for NaN, or train in a wider precision (trainer.precision=bf16-mixed or 32-true)."
+
 
 class NonFiniteGuard(Callback):
-    """Skip an optimizer step whose loss or gradients are not finite; stop the run after too many in a row.
+    """Skip an optimizer step whose loss or gradients are not finite; stop the run after too many in a row, or when it ends without a step.
 
     With several optimizers each one's steps are counted by themselves.
 
@@ -23,14 +25,14 @@ class NonFiniteGuard(Callback):
         max_consecutive: Skipped steps in a row after which the run stops, >= 1.
 
     Attributes:
-        num_skipped: Steps skipped so far.
+        num_skipped, num_taken: Steps skipped and not skipped so far.
     """
 
     def __init__(self, *, max_consecutive: int = 10) -> None:
         if max_consecutive < 1:
             raise ValueError(f"max_consecutive is {max_consecutive}; give a count >= 1.")
         self.max_consecutive = max_consecutive
-        self.num_skipped = 0
+        self.num_skipped = self.num_taken = 0
         self.in_a_row: dict[int, int] = {}  # by the optimizer's place in the Trainer
         self.skipping = False
         self._bad_loss: Tensor | None = None
@@ -54,6 +56,7 @@ class NonFiniteGuard(Callback):
         self.skipping = bool(trainer.strategy.reduce(bad.float(), reduce_op="sum") > 0)
         if not self.skipping:
             self.in_a_row[place] = 0
+            self.num_taken += 1
             return
         for parameter in parameters.values():
             parameter.grad = None
@@ -62,13 +65,20 @@ class NonFiniteGuard(Callback):
         rank_zero_warn(f"Step {trainer.global_step}: the loss or a gradient is not finite; the optimizer step is skipped "
                        f"({self.num_skipped} so far).")
         if self.in_a_row[place] >= self.max_consecutive:
-            raise FloatingPointError(
-                f"{self.in_a_row[place]} optimizer steps in a row had a non-finite loss or gradient (last at step {trainer.global_step}). "
-                "Lower the learning rate, check the data for NaN, or train in a wider precision (trainer.precision=bf16-mixed or 32-true)."
-            )
+            raise FloatingPointError(f"{self.in_a_row[place]} optimizer steps in a row had a non-finite loss or gradient "
+                                     f"(last at step {trainer.global_step}). {REMEDY}")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.num_skipped and not self.num_taken:
+            raise FloatingPointError(f"All {self.num_skipped} optimizer steps had a non-finite loss or gradient: nothing was learned. "
+                                     f"{REMEDY}")
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.on_train_end(trainer, pl_module)  # a fit that resumes at its last step trains no more, and ends no training
 
     def state_dict(self) -> dict[str, Any]:
-        return {"num_skipped": self.num_skipped, "in_a_row": dict(self.in_a_row)}
+        return {"num_skipped": self.num_skipped, "num_taken": self.num_taken, "in_a_row": dict(self.in_a_row)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.num_skipped, self.in_a_row = state_dict["num_skipped"], dict(state_dict["in_a_row"])
+        self.num_skipped, self.num_taken = state_dict["num_skipped"], state_dict["num_taken"]
+        self.in_a_row = dict(state_dict["in_a_row"])

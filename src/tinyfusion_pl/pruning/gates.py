@@ -283,14 +283,15 @@ class DepthGates(nn.Module):
         return draw, mask
 
     def _new_draw(self, gates: StackGates, num_samples: int, gated: GatedForward) -> Draw:
+        drawn = _take_seed()  # with given noise, too: activation checkpointing tells forwards apart by the generator's state
         if self._noise is not None:
             noise = self._noise[gates.path]
             if [tuple(n.shape) for n in noise] != [(num_samples, s.num_logits) for s in gates.samplers]:
                 raise ValueError(f"Fixed noise for '{gates.path}' has shapes {[tuple(n.shape) for n in noise]}; "
                                  f"expected {[(num_samples, s.num_logits) for s in gates.samplers]}.")
-            return Draw(self.tau, num_samples, noise=noise, with_grad=torch.is_grad_enabled())
+            return Draw(self.tau, num_samples, noise=noise, drawn_by=gated.name, with_grad=torch.is_grad_enabled())
         # Seeded from the global generator, so that a run's one random state restores the masks too, and then by rank.
-        seed = (_take_seed() + self.rank * _RANK_STRIDE) % 2**63
+        seed = (drawn + self.rank * _RANK_STRIDE) % 2**63
         return Draw(self.tau, num_samples, seed=seed, drawn_by=gated.name, with_grad=torch.is_grad_enabled())
 
     def _build(self, gates: StackGates, draw: Draw, with_grad: bool) -> tuple[Draw, Tensor]:

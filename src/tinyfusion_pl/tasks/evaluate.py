@@ -27,7 +27,7 @@ from tinyfusion_pl.modules import Generation
 from tinyfusion_pl.objectives import PictureSampler, labels_of
 from tinyfusion_pl.pruning import find_stacks
 from tinyfusion_pl.report import write_grid
-from tinyfusion_pl.tasks.fitting import ctrl_c
+from tinyfusion_pl.tasks.fitting import ctrl_c, num_processes
 from tinyfusion_pl.tasks.folder import Inputs, RunFolder, say
 from tinyfusion_pl.tasks.kept import KeptBatches
 
@@ -97,6 +97,10 @@ class Evaluate:
         for path in self.models.values():
             self.load(path, inputs)
 
+    def num_processes(self) -> int:
+        """Processes that it runs on."""
+        return num_processes(self.trainer())
+
     def run(self, folder: RunFolder, inputs: Inputs) -> None:
         """Measure the models; each one's numbers are kept as soon as they are there, and each batch until they are."""
         if folder.result("evaluate") is not None:
@@ -111,6 +115,7 @@ class Evaluate:
                 results, seconds = self.measure(sampler, folder, inputs, role=role)
                 folder.finish(f"evaluate_{role}", {**describe(models[role]), **results, "seconds": seconds})
         self.write(folder, inputs, models=models, speed=self.images_per_second(samplers, inputs), shown=self.shown(samplers, inputs))
+        folder.finish("evaluate", {"seconds": sum(folder.result(f"evaluate_{role}")["seconds"] for role in models)})
 
     def models_of(self, folder: RunFolder, inputs: Inputs) -> dict[str, nn.Module]:
         """Name -> model: those given, or the run's own as far as they are there."""
@@ -218,7 +223,6 @@ class Evaluate:
         results["peak_memory_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         results["protocol"] = self.protocol(inputs)
         write_json(folder / "metrics.json", results)
-        folder.finish("evaluate", {"seconds": seconds["evaluate"]})
 
     def protocol(self, inputs: Inputs) -> dict[str, Any]:
         """What two results must share to be comparable."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.trainer.states import TrainerStatus
 from torch import nn
@@ -49,7 +49,7 @@ class Fit:
             ValueError: when the number of steps is not stated, or the budget's batch cannot be divided; whatever Trainer, optimizer and
                 scheduler refuse.
         """
-        probe = self.trainer(callbacks=list(self.callbacks.values()), logger=False, enable_checkpointing=False)
+        probe = self._bare_trainer()
         if self.checkpoint_every_n_steps < 1:
             raise ValueError(f"{stage}.fit.checkpoint_every_n_steps is {self.checkpoint_every_n_steps}; give a count >= 1.")
         self._shares(stage, probe)
@@ -70,6 +70,21 @@ class Fit:
                              "divides its global_batch_size by itself. Leave it at 1 and set budget.max_device_batch_size.")
         return self.budget.divide(trainer.world_size)
 
+    def check_weights(self, stage: str, weights: str) -> None:
+        """Raise a ValueError unless `weights`, ``"ema"`` or ``"raw"``, are ones that this fit leaves in its checkpoint."""
+        if weights not in ("ema", "raw"):
+            raise ValueError(f"{stage}.weights is {weights!r}; give 'ema' or 'raw'.")
+        if weights == "ema" and not any(isinstance(callback, WeightAveraging) for callback in self.callbacks.values()):
+            raise ValueError(f"{stage}.weights is 'ema', but no callback in {stage}.fit.callbacks averages weights. Set {stage}.weights=raw, "
+                             f"or callbacks@{stage}.fit.callbacks=ema.")
+
+    def num_processes(self) -> int:
+        """Processes that it trains on."""
+        return num_processes(self._bare_trainer())
+
+    def _bare_trainer(self) -> Trainer:
+        return self.trainer(callbacks=list(self.callbacks.values()), logger=False, enable_checkpointing=False)
+
     def run(self, stage: str, folder: RunFolder, module: LightningModule, data: LightningDataModule, *,
             first: Sequence[Callback] = ()) -> float:
         """Fit `module` on `data`, from the stage's last checkpoint where there is one; returns the seconds of training.
@@ -82,7 +97,7 @@ class Fit:
                                  save_on_train_epoch_end=False, enable_version_counter=False)
         settings: dict[str, Any] = {}
         if self.budget is not None:
-            probe = self.trainer(logger=False, enable_checkpointing=False)
+            probe = self._bare_trainer()
             data.batch_size, settings["accumulate_grad_batches"] = self._shares(stage, probe)
             settings["max_steps"] = steps = self._num_steps(stage, probe)
             whole = "" if steps == self.budget.num_steps else f", instead of the budget's {self.budget.num_steps}"
@@ -97,6 +112,11 @@ class Fit:
         with ctrl_c(trainer):
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint if checkpoint.exists() else None, weights_only=True)
         return clock.seconds
+
+
+def num_processes(trainer: Trainer) -> int:
+    """Processes of `trainer`, before it has started them."""
+    return trainer.num_nodes * trainer.num_devices
 
 
 class _SaveAtEnd(Callback):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
@@ -42,11 +43,11 @@ class RunFolder:
         file = self / "stages" / f"{stage}.json"
         return read_json(file) if file.exists() else None
 
-    @rank_zero_only
     def finish(self, stage: str, result: dict[str, Any]) -> None:
-        """Mark `stage` finished with `result`."""
-        (self / "stages").mkdir(parents=True, exist_ok=True)
-        write_json(self / "stages" / f"{stage}.json", result)
+        """Mark `stage` finished with `result`; every process calls it, and none goes on before the mark is there for all to see."""
+        rank_zero_only(write_json)(self / "stages" / f"{stage}.json", result)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.barrier()
 
     def checkpoint(self, stage: str) -> Path:
         """The file that `stage` goes on from."""

@@ -41,6 +41,10 @@ class LearnMask:
         self.pruning().check(module)
         self.fit.check("learn_mask", module)
 
+    def num_processes(self) -> int:
+        """Processes that it runs on."""
+        return self.fit.num_processes()
+
     def run(self, folder: RunFolder, inputs: Inputs) -> None:
         if (done := folder.result("learn_mask")) is not None:
             say(f"learn_mask: done before, kept {done['kept_blocks']}; shallow model in {folder.shallow}")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from lightning.pytorch import seed_everything
+from lightning.pytorch.utilities import rank_zero_only
 
 from tinyfusion_pl.artifacts import read_json
 from tinyfusion_pl.callbacks import NonFiniteGuard
@@ -31,8 +33,7 @@ class Recover:
     weights: str = "ema"
 
     def __post_init__(self) -> None:
-        if self.weights not in ("ema", "raw"):
-            raise ValueError(f"recover.weights is {self.weights!r}; give 'ema' or 'raw'.")
+        self.fit.check_weights("recover", self.weights)
 
     def check(self, inputs: Inputs) -> None:
         """Find out whether the settings hold, before anything is trained; layer pairs that are given are held against the teacher.
@@ -40,9 +41,14 @@ class Recover:
         Raises:
             ValueError: when they do not.
         """
-        # The student is not there yet; the teacher has at least its blocks.
-        module = self.module(inputs.teacher, teacher=inputs.teacher, decision=Decision({}), objective=inputs.objective)
+        # The student is not there yet; the teacher has at least its blocks. A copy: `Recovery` freezes it, and mask learning may train it.
+        teacher = copy.deepcopy(inputs.teacher)
+        module = self.module(teacher, teacher=teacher, decision=Decision({}), objective=inputs.objective)
         self.fit.check("recover", module)
+
+    def num_processes(self) -> int:
+        """Processes that it runs on."""
+        return self.fit.num_processes()
 
     def run(self, folder: RunFolder, inputs: Inputs) -> None:
         if folder.result("recover") is not None:
@@ -58,10 +64,15 @@ class Recover:
                              objective=inputs.objective)
         guard = NonFiniteGuard()
         seconds = self.fit.run("recover", folder, module, inputs.data, first=[guard])
+        self.save(folder)
+        folder.finish("recover", {"seconds": seconds, "num_skipped_steps": guard.num_skipped})
+
+    @rank_zero_only
+    def save(self, folder: RunFolder) -> None:
+        """Leave the student of the last checkpoint in ``recovered/``."""
         student = load_shallow(folder.shallow)
         load_weights(student, load_checkpoint(folder.checkpoint("recover"), weights=self.weights))
         record = {k: v for k, v in read_json(folder.shallow / "record.json").items() if k in ("stacks", "configuration", "seed")}
         save_shallow(folder.recovered, student, {
             **record, "source": {"path": str(folder.shallow.name), "weights": self.weights},
         })
-        folder.finish("recover", {"seconds": seconds, "num_skipped_steps": guard.num_skipped})

@@ -44,6 +44,11 @@ class Pipeline:
         self.inputs = Inputs(name=self.name, seed=self.seed, teacher=self.teacher, objective=self.objective, data=self.data)
         for stage in self.stages:
             self.known[stage].check(self.inputs)
+        numbers = {stage: self.known[stage].num_processes() for stage in self.stages if stage != "report"}
+        if len(set(numbers.values())) > 1:  # the processes that the first stage starts run all that follow
+            raise ValueError(f"The stages run on different numbers of processes: {', '.join(f'{k} {n}' for k, n in numbers.items())}. Set "
+                             "devices and num_nodes of all their trainers alike, or run them one after the other: "
+                             f"{', '.join(f'task={stage}' for stage in numbers)}.")
 
     def __call__(self, *, run_dir: str | Path) -> None:
         folder = RunFolder(run_dir)

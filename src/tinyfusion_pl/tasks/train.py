@@ -11,6 +11,7 @@ from lightning.pytorch import LightningDataModule, seed_everything
 from torch import nn
 
 from tinyfusion_pl.artifacts import save_tensors, sha256, write_json
+from tinyfusion_pl.callbacks import NonFiniteGuard
 from tinyfusion_pl.models import create_model, library_versions, load_checkpoint, load_weights
 from tinyfusion_pl.modules import Denoising
 from tinyfusion_pl.tasks.evaluate import Evaluate, describe
@@ -33,8 +34,7 @@ class Train:
     weights: str = "ema"
 
     def __post_init__(self) -> None:
-        if self.weights not in ("ema", "raw"):
-            raise ValueError(f"train.weights is {self.weights!r}; give 'ema' or 'raw'.")
+        self.fit.check_weights("train", self.weights)
 
 
 def train_denoiser(*, run_dir: str | Path, name: str, seed: int, model: str, objective: Any, data: LightningDataModule, train: Train,
@@ -52,7 +52,7 @@ def train_denoiser(*, run_dir: str | Path, name: str, seed: int, model: str, obj
     if folder.result("train") is None:
         say(f"train: {name}; checkpoints go to {folder / 'train'}, the model to {folder / 'trained'}")
         module = train.module(denoiser, objective=objective)
-        seconds = train.fit.run("train", folder, module, data)
+        seconds = train.fit.run("train", folder, module, data, first=[NonFiniteGuard()])
         load_weights(denoiser, load_checkpoint(folder.checkpoint("train"), weights=train.weights))
         (folder / "trained").mkdir(parents=True, exist_ok=True)
         save_tensors(folder / "trained" / "model.safetensors", denoiser.state_dict())

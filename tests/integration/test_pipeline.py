@@ -1,0 +1,63 @@
+"""The main job through the command line: what one stage is given does not depend on the others, on one process or several."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tinyfusion_pl import cli
+from tinyfusion_pl.artifacts import load_tensors
+from tinyfusion_pl.data import DigitsDataModule
+from tinyfusion_pl.models import load_denoiser
+
+SMALL = ["run_dir=out", "+debug=default", "data.batch_size=8"]
+ON_TWO = [f"{stage}.trainer.{setting}" for stage in ("learn_mask.fit", "recover.fit", "evaluate")
+          for setting in ("devices=2", "accelerator=cpu")]
+
+
+@pytest.fixture(autouse=True)
+def _there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_full_updates_train_the_weights_although_recovery_freezes_its_teacher(tmp_path):
+    assert cli.main([*SMALL, "adapter=full", "pruning.delta_w=merge", "task.stages=[learn_mask,recover]"]) == 0
+    teacher = load_denoiser("dit_digits", checkpoint="shipped").state_dict()
+    shallow = load_tensors(tmp_path / "out" / "shallow" / "model.safetensors")
+    assert not torch.equal(shallow["x_embedder.proj.weight"], teacher["x_embedder.proj.weight"])
+    assert torch.equal(shallow["pos_embed"], teacher["pos_embed"])
+
+
+@pytest.mark.slow
+def test_two_processes_run_every_stage(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "NODE_RANK", "MASTER_PORT", "WORLD_SIZE")}
+    done = subprocess.run([sys.executable, "-m", "tinyfusion_pl", *SMALL, *ON_TWO], env=environment, capture_output=True, text=True,
+                          timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "MEMBER: 2/2" in done.stdout + done.stderr
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert [metrics[role]["depth"] for role in ("teacher", "pruned", "recovered")] == [12, 6, 6]
+    assert (tmp_path / "out" / "report.html").exists()
+
+
+def test_stages_on_different_numbers_of_processes_are_refused_with_what_to_do(tmp_path, capfd):
+    assert cli.main([*SMALL, *ON_TWO[:2]]) == 1
+    said = capfd.readouterr().err
+    assert "learn_mask 2, recover 1, evaluate 1" in said and "task=learn_mask, task=recover, task=evaluate" in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings("ignore:Step")
+@pytest.mark.parametrize("arguments, stage, left", [
+    (["task=learn_mask"], "learn_mask", "shallow"), (["+experiment=digits_teacher"], "train", "trained")])
+def test_a_short_fit_with_nothing_but_nan_losses_fails_and_fails_again(arguments, stage, left, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(DigitsDataModule, "train_set", lambda self: torch.utils.data.TensorDataset(
+        torch.full((64, 1, 8, 8), float("nan")), torch.zeros(64, dtype=torch.long)))
+    for _ in range(2):  # the second time from the checkpoint of the last step
+        assert cli.main([*arguments, *SMALL, f"{stage}.fit.checkpoint_every_n_steps=4"]) == 1
+        said = capfd.readouterr().err
+        assert "All 4 optimizer steps had a non-finite loss" in said and "Traceback" not in said
+        assert not (tmp_path / "out" / left).exists() and not (tmp_path / "out" / "stages").exists()
