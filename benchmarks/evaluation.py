@@ -25,7 +25,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
 from gated_blocks import resident
@@ -41,15 +40,12 @@ Call = Callable[[], list[float]]
 
 def features(kind: str) -> Call:
     """Extraction of the same pictures; gives sums of features and logits."""
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     from torch_fidelity.utils import create_feature_extractor, get_featuresdict_from_dataset
 
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "inception.pth"  # the published layout, random values
-        with (patch.object(FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None),
-              patch("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", lambda *_, **__: None)):
-            torch.save(FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).state_dict(), path)
+        torch.save(InceptionFeatures("random").network.state_dict(), path)
         network = InceptionFeatures(path)
         theirs = create_feature_extractor("inception-v3-compat", ["2048", "logits_unbiased"], cuda=False, verbose=False,
                                           feature_extractor_weights_path=str(path))

@@ -131,15 +131,18 @@ def run(cfg: DictConfig, run_dir: Path) -> Any:
 
 
 def _build(node: DictConfig) -> Any:
-    """Instantiate `node`; where several of its parts cannot be built, the error tells of each."""
+    """Instantiate `node`; where several of its parts cannot be built, the error tells of each, and nothing is downloaded to find out."""
     try:
         return hydra.utils.instantiate(node, _convert_="all")
     except Exception as error:
+        from tinyfusion_pl.models.download import without_download  # imports torch, which --help does not need
+
         sentences = []
         for key in node:
             if OmegaConf.is_config(part := node[key]) and "_target_" in part:
                 try:
-                    hydra.utils.instantiate(part, _convert_="all")
+                    with without_download():
+                        hydra.utils.instantiate(part, _convert_="all")
                 except Exception as of_part:
                     sentences.append(_sentence(of_part) or repr(of_part))
         if len(sentences) < 2:

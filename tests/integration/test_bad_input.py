@@ -91,7 +91,7 @@ def test_an_unknown_experiment_group_or_task_lists_what_there_is(tell, choice, e
 
 def test_the_published_recipe_names_all_that_is_missing_and_how_to_get_it(tell):
     said = tell("+experiment=dit_d14")
-    for words in ("model.checkpoint=PATH", "https://dl.fbaipublicfiles.com/DiT/models/DiT-XL-2-256x256.pt", "data.root=FOLDER",
+    for words in ("put it at", "https://dl.fbaipublicfiles.com/DiT/models/DiT-XL-2-256x256.pt", "data.root=FOLDER",
                   "imagenet256_features"):
         assert words in said, said
 

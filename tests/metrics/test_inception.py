@@ -2,6 +2,7 @@
 
 import os
 import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,11 @@ from tinyfusion_pl.metrics import FrechetDistance, GenerationMetrics, InceptionF
 def empty_hub(tmp_path, monkeypatch):
     """No copy downloaded before, and no network."""
 
-    def refuse(url, *_, **__):
+    def refuse(*_, **__):
         raise urllib.error.URLError("no route to host")
 
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
     return tmp_path / "checkpoints" / Path(URL_INCEPTION_V3).name
 
 
@@ -46,6 +47,13 @@ def test_offline_error_names_url_place_and_option(empty_hub):
     assert all(
         part in str(error.value) for part in (URL_INCEPTION_V3, str(empty_hub), "weights_path", "no route to host")
     )
+
+
+def test_random_weights_are_the_same_each_time_and_say_so():
+    pictures = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    with pytest.warns(UserWarning, match="InceptionV3 is randomly initialised.*means nothing"):
+        one, two = InceptionFeatures("random"), InceptionFeatures("random")
+    assert torch.equal(one(pictures).features, two(pictures).features) and one(pictures).features.std() > 0
 
 
 class Code:

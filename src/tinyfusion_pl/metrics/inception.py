@@ -3,15 +3,20 @@
 Architecture, weights and TensorFlow-1 resizing are torch-fidelity's, which reproduces the reference implementation.
 """
 
-import http.client
 import os
+import tempfile
+import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tinyfusion_pl.artifacts import ArtifactError
 from tinyfusion_pl.metrics.features import Features, check_pictures, spatial_features
+from tinyfusion_pl.models.download import cache_folder, fetch
+
+RANDOM = "random"
 
 
 class InceptionFeatures(nn.Module):
@@ -21,7 +26,8 @@ class InceptionFeatures(nn.Module):
     logits are ImageNet's classes in an order of their own, so `GenerationMetrics` measures no accuracy with this network.
 
     Args:
-        weights_path: torch-fidelity's weights file. None: its copy in torch's download folder, fetched when missing.
+        weights_path: torch-fidelity's weights file. None: its copy in torch's download folder, fetched when missing. ``"random"``: none,
+            to try a recipe with; the numbers mean nothing.
 
     Raises:
         ArtifactError: The weights are not there and cannot be fetched, or the file is something else.
@@ -32,14 +38,14 @@ class InceptionFeatures(nn.Module):
 
     def __init__(self, weights_path: str | os.PathLike | None = None) -> None:
         super().__init__()
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
+        if str(weights_path) == RANDOM:
+            warnings.warn("InceptionV3 is randomly initialised: every number that is measured with it means nothing.", stacklevel=2)
+            self.network = _random()
+            return
         path = _downloaded() if weights_path is None else Path(weights_path)
         _check_is_data(path)  # torch-fidelity would run code that a pickle holds
         try:
-            self.network = FeatureExtractorInceptionV3(
-                "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path)
-            )
+            self.network = _network(path)
         except (RuntimeError, TypeError) as error:
             raise _not_weights(path, error) from error
 
@@ -54,20 +60,30 @@ class InceptionFeatures(nn.Module):
         return Features(features, logits, spatial_features(maps[0]))  # (N, 2048), (N, 1008), (N, 2023)
 
 
+def _network(path: Path) -> nn.Module:
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    class Network(FeatureExtractorInceptionV3):
+        def load_state_dict(self, state: dict[str, Tensor], *args: Any) -> Any:
+            return super().load_state_dict(state, *args) if state else None  # an empty file leaves it at random values
+
+    return Network("inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path))
+
+
+def _random() -> nn.Module:
+    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # the same one each time: an evaluation that goes on goes on with it
+        torch.save({}, path := Path(folder) / "empty.pth")
+        return _network(path)
+
+
 def _downloaded() -> Path:
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3 as URL
 
-    path = Path(torch.hub.get_dir()) / "checkpoints" / URL.rsplit("/", 1)[1]  # where torch-fidelity itself keeps it
-    if not path.exists():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(URL, str(path), progress=False)
-        except (OSError, http.client.HTTPException) as error:
-            raise ArtifactError(
-                f"InceptionV3's weights cannot be fetched from {URL} ({error}). Download that file elsewhere and put "
-                f"it at {path}, or give its place as weights_path."
-            ) from error
-    return path
+    try:
+        return fetch(URL, cache_folder() / URL.rsplit("/", 1)[1])  # where torch-fidelity itself keeps it
+    except ArtifactError as error:
+        raise ArtifactError(f"InceptionV3's weights: {error} Or give its place as weights_path.") from error
 
 
 def _check_is_data(path: Path) -> None:

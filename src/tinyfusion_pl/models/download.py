@@ -8,6 +8,8 @@ import os
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 import torch
@@ -17,6 +19,19 @@ from tinyfusion_pl.artifacts import ArtifactError, atomic_path
 
 CHUNK = 1 << 20
 TIMEOUT_S = 30.0
+
+
+_waits: ContextVar[bool] = ContextVar("download_waits", default=False)
+
+
+@contextmanager
+def without_download() -> Iterator[None]:
+    """Inside, what is not there yet is told as missing instead of fetched: for looking at what else is missing."""
+    token = _waits.set(True)
+    try:
+        yield
+    finally:
+        _waits.reset(token)
 
 
 class NotOnServer(ArtifactError):
@@ -45,6 +60,8 @@ def fetch(url: str, path: str | os.PathLike, *, size: int | None = None, sha256:
     path = Path(path)
     if path.exists():
         return path
+    if _waits.get():
+        raise ArtifactError(f"{path.name} is not there yet. It is downloaded from {url} when nothing else is missing, or put it at {path}.")
     by_hand = f"Download that file elsewhere and put it at {path}."
     digest = hashlib.sha256()
     with atomic_path(path) as partial, open(partial, "wb") as file:

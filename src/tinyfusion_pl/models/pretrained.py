@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import difflib
 import json
+import warnings
 from collections.abc import Mapping
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tinyfusion_pl.artifacts import ArtifactError, read_json, sha256
@@ -21,6 +23,7 @@ from tinyfusion_pl.models.registry import create_model, list_models, model_famil
 from tinyfusion_pl.models.shallow import RECORD, check_weights, load_shallow
 
 SHIPPED = {"dit_digits": "digits_teacher"}
+RANDOM = "random"
 
 
 def load_denoiser(name: str, *, checkpoint: str | Path | None = None, weights: str = "ema", **overrides: Any) -> nn.Module:
@@ -52,7 +55,7 @@ def load_pretrained(name_or_path: str | Path, *, name: str | None = None, weight
     Args:
         name_or_path: A published name (see docs/checkpoints.md; downloaded once to torch's cache folder), ``"shipped"`` for weights in the
             package, a ``.safetensors``, ``.pt``, ``.pth`` or ``.ckpt`` file, a folder with ``model.safetensors`` and ``record.json``, or
-            one of diffusers. What exists under that path comes first.
+            one of diffusers. What exists under that path comes first. ``"random"``: no trained model, but one to try a recipe with.
         name: The model, see `list_models`.
         weights: ``"ema"`` or ``"raw"``, where the file has both.
         overrides: Arguments of the model, e.g. ``activation_checkpointing=True``.
@@ -65,6 +68,8 @@ def load_pretrained(name_or_path: str | Path, *, name: str | None = None, weight
     if name_or_path == "shipped":
         return _shipped(own or next(iter(SHIPPED)), overrides)
     path = Path(name_or_path)
+    if name_or_path == RANDOM and not path.exists():
+        return _random(own, overrides)
     known = RENAMED.get(text := str(name_or_path), text)
     if known in PUBLISHED and not path.exists():
         record = PUBLISHED[known]
@@ -138,6 +143,22 @@ def _shipped(own: str, overrides: dict[str, Any]) -> nn.Module:
         model = _from_record(folder, own, overrides)
     model.source = {**model.source, "path": f"shipped:{SHIPPED[own]}"}
     return model
+
+
+def _random(own: str | None, overrides: dict[str, Any]) -> nn.Module:
+    """The same random weights each time; where the initialisation has zeros (adaLN-Zero, at which every block is the identity), too."""
+    if own is None:
+        raise ValueError("Random weights need the name of a model. Give name=, e.g. 'dit_xl_2'.")
+    warnings.warn(f"{own} is randomly initialised: its pictures and every number measured of it mean nothing.", stacklevel=4)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = create_model(own, **overrides)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if not parameter.any():
+                    parameter.normal_(std=0.02)
+    model.source = {"path": RANDOM}
+    return model.eval()
 
 
 def _from_diffusers(folder: Path, own: str | None, overrides: dict[str, Any]) -> nn.Module:
