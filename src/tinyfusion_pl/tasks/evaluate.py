@@ -84,6 +84,7 @@ class Evaluate:
             ValueError, ArtifactError: when they do not.
         """
         self.sampler(inputs.teacher, inputs).check()
+        inputs.data.check_decode()
         labels_of(self.labels, self.num_samples, inputs.teacher.num_classes, seed=inputs.seed)
         self.trainer()
         reference = self.reference_of(inputs)
