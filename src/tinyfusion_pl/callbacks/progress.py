@@ -23,13 +23,14 @@ class StepProgressBar(RichProgressBar):
 
 
 class SamplingProgressBar(RichProgressBar):
-    """The rich bar for `Generation`: batches, time gone and left, and images/s of all devices together."""
+    """The rich bar for `Generation` and `Extraction`: batches, time gone and left, and images/s of all devices together."""
 
     @property
     def test_description(self) -> str:
-        return "Sampling"
+        return self._description
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._description = getattr(pl_module, "what_it_does", "Sampling")
         self._images_a_batch = getattr(pl_module, "batch_size", 1) * trainer.world_size
         super().on_test_start(trainer, pl_module)
 

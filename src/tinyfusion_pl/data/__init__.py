@@ -1,8 +1,14 @@
-"""Data sets as LightningDataModules of latents and labels, in an order that survives an interruption."""
+"""Data sets as LightningDataModules of latents and labels, in an order that survives an interruption; the VAE behind latents."""
 
 from tinyfusion_pl.data.base import GenerationDataModule
 from tinyfusion_pl.data.digits import DigitsDataModule
+from tinyfusion_pl.data.images import open_images
 from tinyfusion_pl.data.latents import ImageNetLatents
 from tinyfusion_pl.data.sampler import StreamLoader, StreamSampler
+from tinyfusion_pl.data.shards import LatentShards
+from tinyfusion_pl.data.vae import VAE, load_vae
 
-__all__ = ["DigitsDataModule", "GenerationDataModule", "ImageNetLatents", "StreamLoader", "StreamSampler"]
+__all__ = [
+    "VAE", "DigitsDataModule", "GenerationDataModule", "ImageNetLatents", "LatentShards", "StreamLoader", "StreamSampler", "load_vae",
+    "open_images",
+]

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 
 import torch
 from lightning.pytorch import LightningDataModule
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from tinyfusion_pl.data.sampler import StreamLoader, StreamSampler
@@ -42,7 +42,11 @@ class GenerationDataModule(LightningDataModule, ABC):
 
     @abstractmethod
     def train_set(self) -> Dataset:
-        """The training samples: a map-style dataset of ``(x (C, H, W), y ())``."""
+        """The training samples: a map-style dataset of ``(x (C, H, W), y ())``.
+
+        One with ``takes_draws = True`` is asked for ``(draw, index)`` instead of the index: draw is the sample's place in the stream, what
+        is random about it should depend on that and the seed alone.
+        """
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
@@ -52,6 +56,22 @@ class GenerationDataModule(LightningDataModule, ABC):
     def reference_pictures(self) -> tuple[Tensor, Tensor]:
         """Real pictures in the form that `decode` gives, and their labels (N,): what samples are held against."""
 
+    def check_fits(self, denoiser: nn.Module) -> None:
+        """Find out whether `denoiser` can be trained on these latents, before anything is.
+
+        Raises:
+            ValueError: when its latents have another size or channel count, or it has no place for a label.
+        """
+        config = getattr(denoiser, "config", {})
+        side = config.get("input_size")
+        expected = getattr(denoiser, "latent_shape", None) or (side and (config.get("in_channels"), side, side))
+        if expected and tuple(expected) != tuple(self.latent_shape):
+            raise ValueError(f"The data's latents are (C, H, W) = {tuple(self.latent_shape)}, the model takes {tuple(expected)}. Give "
+                             "latents of that size and channel count, or a model for these.")
+
+    def check_decode(self) -> None:
+        """Find out whether `decode` will work; ValueError or ArtifactError when it will not."""
+
     def train_dataloader(self) -> StreamLoader:
         if self.trainer is not None and (overfit_batches := self.trainer.overfit_batches):
             raise ValueError(
@@ -60,11 +80,14 @@ class GenerationDataModule(LightningDataModule, ABC):
             )
         dataset = self.train_set()
         ranks = self._ranks
+        if ranks["num_replicas"] > len(dataset):
+            raise ValueError(f"There are {ranks['num_replicas']} processes, but only {len(dataset)} training samples. Give fewer devices.")
         sampler = StreamSampler(
             len(dataset),
             num_draws=self.batch_size * self._batches_per_pass(len(dataset)),
             seed=self.seed,
             first_draw=self._num_draws,
+            with_draws=getattr(dataset, "takes_draws", False),
             **ranks,
         )
         return StreamLoader(

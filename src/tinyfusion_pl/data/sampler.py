@@ -20,7 +20,8 @@ class StreamSampler(DistributedSampler):
 
     Draw i of the stream is sample ``epoch_order(i // num_samples)[i % num_samples]``; process `rank` of `num_replicas`
     takes every num_replicas-th draw. Iterating begins at draw ``first_draw()``, asked anew each time (so that a resumed
-    or a second pass goes on where the last one ended), and gives `num_draws` draws.
+    or a second pass goes on where the last one ended), and gives `num_draws` draws, each as the sample's index or, `with_draws`, as
+    ``(draw, index)``.
 
     It is a `DistributedSampler` so that Lightning, whatever its `use_distributed_sampler`, leaves it in place.
     """
@@ -34,14 +35,17 @@ class StreamSampler(DistributedSampler):
         rank: int = 0,
         num_replicas: int = 1,
         first_draw: Callable[[], int] = lambda: 0,
+        with_draws: bool = False,
     ) -> None:
         super().__init__(range(num_samples), num_replicas=num_replicas, rank=rank, seed=seed)
         self.num_draws = num_draws
         self.first_draw = first_draw
+        self.with_draws = with_draws
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[int] | Iterator[tuple[int, int]]:
         first = self.first_draw() + self.rank
-        yield from map(self.draw, range(first, first + self.num_draws * self.num_replicas, self.num_replicas))
+        for i in range(first, first + self.num_draws * self.num_replicas, self.num_replicas):
+            yield (i, self.draw(i)) if self.with_draws else self.draw(i)
 
     def __len__(self) -> int:
         return self.num_draws

@@ -87,6 +87,7 @@ class Evaluate:
             ValueError, ArtifactError: when they do not.
         """
         self.sampler(inputs.teacher, inputs).check()
+        inputs.data.check_decode()
         labels_of(self.labels, self.num_samples, inputs.teacher.num_classes, seed=inputs.seed)
         if isinstance(self.trainer().strategy.launcher, _MultiProcessingLauncher):
             raise ValueError("evaluate.trainer.strategy starts its processes from within this one (spawn, fork, notebook): they would keep "

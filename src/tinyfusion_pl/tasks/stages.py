@@ -24,7 +24,8 @@ class Pipeline:
     Everything is built and checked before anything is written or trained, so a mistake in the last stage's configuration costs nothing.
 
     Raises:
-        ValueError: for unknown stages, settings out of range, a pattern that does not fit the teacher, data that cannot be evaluated.
+        ValueError: for unknown stages, settings out of range, a pattern that does not fit the teacher, data that cannot be
+            evaluated or do not fit the teacher.
     """
 
     stages: Sequence[str]
@@ -42,6 +43,8 @@ class Pipeline:
         if unknown := [stage for stage in self.stages if stage not in self.known]:
             raise ValueError(f"Unknown stages {unknown}; known are {list(self.known)}.")
         self.inputs = Inputs(name=self.name, seed=self.seed, teacher=self.teacher, objective=self.objective, data=self.data)
+        if set(self.stages) - {"report"}:
+            self.data.check_fits(self.teacher)
         for stage in self.stages:
             self.known[stage].check(self.inputs)
         numbers = {stage: self.known[stage].num_processes() for stage in self.stages if stage != "report"}

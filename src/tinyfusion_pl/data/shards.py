@@ -1,0 +1,235 @@
+"""Latents in a few large files: shard k holds the samples k * shard_size to (k + 1) * shard_size - 1, each as it is and mirrored.
+
+A folder of latents is ``latents.json`` (what they are, written last: a folder without it is unfinished) and ``shard-00000.safetensors``,
+..., each with ``latents`` (n, 2, C', h, w), the second place being the picture as it is or mirrored, and ``labels`` (n,) int64. C' is 2C
+where mean and log-variance are kept, C where a sample is. Values are those of the VAE: the scaling factor is in ``latents.json``, and is
+applied when they are read.
+
+One sample's numbers lie together, so a training draw is one positional read. That was measured to be as quick as memory mapping, and it
+fails with an error that names the file, where a mapped file that was cut or lost ends the process by a signal (docs/latents.md).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tinyfusion_pl.artifacts import ArtifactError, read_json
+
+FINISHED, UNFINISHED = "latents.json", "extraction.json"
+CONTENTS = {"moments": 2, "sample": 1}  # what is kept -> channels of it for each channel of a latent
+DTYPES = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2")}
+VIEWS = 2  # as it is, mirrored
+NUM_NAMED = 5
+MAX_OPEN = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentsInfo:
+    """What a folder of latents holds: the content of ``latents.json``.
+
+    Args:
+        content: ``"moments"`` (mean and log-variance) or ``"sample"``.
+        dtype: ``"float32"`` or ``"float16"``.
+        latent_shape: (C, h, w) as a denoiser sees it.
+        num_samples, shard_size: Of all shards together, and of each but the last.
+        image_size: Height and width of the pictures.
+        vae: `VAE.record`: source, num_channels, downsampling, scaling_factor, encoder.
+        images: Where the pictures were from.
+        listing: Of their names and labels, see `LabelledImages.listing`.
+        seed: Of kept samples' noise.
+        classes: Names of the labels 0, 1, ...
+        class_names: What they are, where known.
+    """
+
+    content: str
+    dtype: str
+    latent_shape: tuple[int, int, int]
+    num_samples: int
+    shard_size: int
+    image_size: int
+    vae: dict[str, Any]
+    images: str
+    listing: str
+    seed: int
+    classes: list[str] = field(repr=False)
+    class_names: list[str] | None = field(default=None, repr=False)
+
+    @property
+    def num_shards(self) -> int:
+        return math.ceil(self.num_samples / self.shard_size)
+
+    @property
+    def stored_shape(self) -> tuple[int, int, int]:
+        """(C', h, w)."""
+        channels, height, width = self.latent_shape
+        return channels * CONTENTS[self.content], height, width
+
+    def samples(self, shard: int) -> range:
+        """Numbers of the samples in a shard."""
+        return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.num_samples))
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "latent_shape": list(self.latent_shape)}
+
+    @classmethod
+    def from_dict(cls, content: Any, path: Path) -> LatentsInfo:
+        try:
+            return cls(**{**content, "latent_shape": tuple(content["latent_shape"])})
+        except (TypeError, KeyError) as error:
+            raise ArtifactError(f"{path} does not describe latents ({error}). Extract them again.") from error
+
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits over what decides the numbers, wherever pictures and VAE are: a shard says which extraction it is of."""
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:16]
+
+    def identity(self) -> dict[str, Any]:
+        """What two extractions share that give the same numbers."""
+        content = self.as_dict()
+        content["vae"] = {key: value for key, value in self.vae.items() if key != "source"}
+        return {key: value for key, value in content.items() if key != "images"}
+
+
+def shard_path(root: str | os.PathLike, number: int) -> Path:
+    return Path(root) / f"shard-{number:05d}.safetensors"
+
+
+class LatentShards:
+    """The samples in a folder of shards, read one by one in any order, in any number of processes.
+
+    ``info`` says what they are; ``labels`` (N,) are in memory.
+
+    Raises:
+        ArtifactError: when the folder is unfinished, or a shard is missing, truncated, or of another extraction; names each.
+    """
+
+    def __init__(self, root: str | os.PathLike) -> None:
+        self.root = Path(root)
+        if not (self.root / FINISHED).is_file():
+            what = ("holds an extraction that is not finished: run the same task=extract_latents command again, it goes on where it was"
+                    if (self.root / UNFINISHED).exists() else f"holds no {FINISHED}: task=extract_latents makes such a folder")
+            raise ArtifactError(f"{self.root} {what}.")
+        self.info = LatentsInfo.from_dict(read_json(self.root / FINISHED), self.root / FINISHED)
+        self.offsets, labels, broken = [], [], []
+        for shard in range(self.info.num_shards):
+            try:
+                offset, found = check_shard(self.root, self.info, shard)
+                self.offsets.append(offset)
+                labels.append(found)
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                broken.append(f"{shard_path(self.root, shard)} ({_reason(error)})")
+        if broken:
+            more = f", and {len(broken) - NUM_NAMED} more" if len(broken) > NUM_NAMED else ""
+            named = ", ".join(broken[:NUM_NAMED]) + more
+            raise ArtifactError(f"{len(broken)} of {self.info.num_shards} shards cannot be used: {named}. Copy them again, or "
+                                f"delete them and {FINISHED} and extract again: only what is missing is made.")
+        self.labels = np.concatenate(labels)
+        self._files: dict[int, Any] = {}
+
+    def __len__(self) -> int:
+        return self.info.num_samples
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": {}}  # another process opens its own
+
+    def read(self, index: int, view: int) -> np.ndarray:
+        """What is kept of sample `index`, (C', h, w) float32, of its picture as it is (`view` 0) or mirrored (1).
+
+        Raises:
+            ArtifactError: when the shard is gone, cut or unreadable by now, or holds values that are not finite; names it.
+        """
+        shard, row = divmod(index, self.info.shard_size)
+        stored = np.empty(self.info.stored_shape, DTYPES[self.info.dtype])
+        try:
+            file = self._files.get(shard) or self._open(shard)
+            num_read = os.preadv(file.fileno(), [stored], self.offsets[shard] + (row * VIEWS + view) * stored.nbytes)
+        except OSError as error:
+            raise ArtifactError(f"Sample {index} cannot be read: shard {shard_path(self.root, shard)}: {error.strerror}. It was there when "
+                                "training began; put it back, and the same command goes on.") from error
+        if num_read != stored.nbytes:
+            raise ArtifactError(f"Sample {index} cannot be read: shard {shard_path(self.root, shard)} was whole when training began and is "
+                                "cut now. Put it back, and the same command goes on.")
+        values = stored.astype(np.float32, copy=False)
+        if not np.isfinite(values).all():
+            raise ArtifactError(f"Sample {index} in shard {shard_path(self.root, shard)} holds values that are not finite: the file is "
+                                f"damaged. Delete it and {FINISHED} and extract again: only what is missing is made.")
+        return values
+
+    def _open(self, shard: int) -> Any:
+        if len(self._files) >= MAX_OPEN:
+            self._files.pop(next(iter(self._files))).close()
+        self._files[shard] = open(shard_path(self.root, shard), "rb", buffering=0)
+        return self._files[shard]
+
+
+def check_shard(root: Path, info: LatentsInfo, shard: int) -> tuple[int, np.ndarray]:
+    """Where a shard's latents begin in its file, and its labels, after header and size were held against what they must be.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError: when they are not that; see `_reason`.
+    """
+    path, num = shard_path(root, shard), len(info.samples(shard))
+    header, begin, size = read_header(path)
+    metadata = header.get("__metadata__", {})
+    if (metadata.get("extraction"), metadata.get("first")) != (info.fingerprint(), str(shard * info.shard_size)):
+        raise ValueError("it is of another extraction, or of another place in this one")
+    expected = {"latents": [num, VIEWS, *info.stored_shape], "labels": [num]}
+    if (shapes := {name: header[name]["shape"] for name in expected}) != expected:
+        raise ValueError(f"it holds {shapes} instead of {expected}")
+    if header["latents"]["dtype"] != {"float32": "F32", "float16": "F16"}[info.dtype]:
+        raise ValueError(f"it holds {header['latents']['dtype']} instead of {info.dtype}")
+    if size != (end := begin + max(header[name]["data_offsets"][1] for name in expected)):
+        raise ValueError(f"it has {size} bytes instead of {end}")
+    with open(path, "rb") as file:
+        file.seek(begin + header["labels"]["data_offsets"][0])
+        labels = np.frombuffer(file.read(8 * num), "<i8")
+    return begin + header["latents"]["data_offsets"][0], labels
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """A safetensors file's header, where its data begin, and its size in bytes. ValueError for what is no such file."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= size - 8:
+            raise ValueError("it is cut, or no safetensors file")
+        header = json.loads(file.read(length))
+    if not isinstance(header, dict):
+        raise ValueError("it is no safetensors file")
+    return header, 8 + length, size
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "it is missing"
+    if isinstance(error, (json.JSONDecodeError, UnicodeDecodeError)):
+        return "it is no safetensors file"
+    return f"it has no {error}" if isinstance(error, KeyError) else str(error)
+
+
+def posterior_sample(moments: np.ndarray, noise: np.ndarray) -> np.ndarray:
+    """A sample (C, h, w) of the Gaussian with mean and log-variance `moments` (2C, h, w), by standard normal `noise` (C, h, w).
+
+    The log-variance is clamped to [-30, 20], as diffusers' ``DiagonalGaussianDistribution`` does.
+    """
+    mean, log_variance = np.split(moments, 2)
+    return mean + np.exp(0.5 * np.clip(log_variance, -30, 20)) * noise  # (C, h, w)
+
+
+def noise_of(seed: int, number: int, shape: tuple[int, ...]) -> tuple[float, np.ndarray]:
+    """A uniform number in [0, 1) and standard normal noise, a function of (seed, number) alone."""
+    generator = np.random.Generator(np.random.Philox(key=[seed, number]))
+    return generator.random(), generator.standard_normal(shape, dtype=np.float32)
+
+
+def as_tensor(values: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values))

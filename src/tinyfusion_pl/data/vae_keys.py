@@ -1,0 +1,56 @@
+"""Names of an autoencoder's weights: the CompVis layout (latent diffusion, and MAR's kl16.ckpt) into that of diffusers' AutoencoderKL."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from torch import Tensor
+
+_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+_LEVEL = re.compile(r"(encoder\.down|decoder\.up)\.(\d+)\.(block|attn|downsample|upsample)\.(\d+|conv)\.(.+)")
+_MIDDLE = re.compile(r"(encoder|decoder)\.mid\.(block_1|block_2|attn_1)\.(.+)")
+
+
+def is_compvis(state: Mapping[str, Tensor]) -> bool:
+    """Whether the names are CompVis's."""
+    return any(key.startswith(("encoder.down.", "decoder.up.")) for key in state)
+
+
+def compvis_to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights under diffusers' names; those of the training loss (``loss.``) are left out.
+
+    The decoder's levels are numbered from the picture inward in one layout and outward in the other. Attention is made of 1x1
+    convolutions (C, C, 1, 1) in one and of linear layers (C, C) in the other.
+    """
+    num_levels = 1 + max((int(found[2]) for key in state if (found := _LEVEL.fullmatch(key))), default=0)
+    renamed = {}
+    for key, tensor in state.items():
+        if key.startswith("loss."):
+            continue
+        new = _renamed(key, num_levels)
+        renamed[new] = tensor.flatten(1) if "attentions." in new and tensor.ndim == 4 else tensor
+    return renamed
+
+
+def _renamed(key: str, num_levels: int) -> str:
+    if found := _LEVEL.fullmatch(key):
+        side, level, kind, number, rest = found.groups()
+        number_of_level = int(level) if side == "encoder.down" else num_levels - 1 - int(level)
+        prefix = f"{side}_blocks.{number_of_level}"
+        if kind in ("downsample", "upsample"):
+            return f"{prefix}.{kind}rs.0.conv.{rest}"
+        return f"{prefix}.{_attention(number, rest)}" if kind == "attn" else f"{prefix}.{_resnet(number, rest)}"
+    if found := _MIDDLE.fullmatch(key):
+        side, kind, rest = found.groups()
+        return f"{side}.mid_block.{_attention('0', rest) if kind == 'attn_1' else _resnet(str(int(kind[-1]) - 1), rest)}"
+    return re.sub(r"^(encoder|decoder)\.norm_out\.", r"\1.conv_norm_out.", key)
+
+
+def _resnet(number: str, rest: str) -> str:
+    return f"resnets.{number}.{rest.replace('nin_shortcut', 'conv_shortcut')}"
+
+
+def _attention(number: str, rest: str) -> str:
+    layer, _, parameter = rest.partition(".")
+    return f"attentions.{number}.{_ATTENTION.get(layer, layer)}.{parameter}"

@@ -1,0 +1,58 @@
+"""Pictures to latents in ``trainer.test``, on as many devices as the Trainer has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from tinyfusion_pl.data import VAE
+from tinyfusion_pl.data.extraction import ShardWriter
+
+
+class Extraction(LightningModule):
+    """Each process encodes the pictures of its shards, as they are and mirrored, and hands the moments to its writer.
+
+    Args:
+        vae: Makes moments of uint8 pictures.
+        images: Picture (3, H, W) uint8 and label by number.
+        writer: Makes a process's from ``rank=`` and ``world_size=``.
+        batch_size: Images read and written at once.
+        num_workers: Processes that read and decode image files.
+    """
+
+    what_it_does = "Extracting"  # for the progress bar
+
+    def __init__(self, vae: VAE, *, images: Dataset, writer: Callable[..., ShardWriter], batch_size: int = 32,
+                 num_workers: int = 0) -> None:
+        super().__init__()
+        self.model = vae.model  # a module, so that it is moved to the device
+        self.vae, self.images, self.make_writer = vae, images, writer
+        self.batch_size, self.num_workers = batch_size, num_workers
+        self.num_done = 0
+
+    def setup(self, stage: str) -> None:
+        self.writer = self.make_writer(rank=self.trainer.global_rank, world_size=self.trainer.world_size)
+        self.trainer.strategy.barrier("every process has seen what is there")
+
+    def test_dataloader(self) -> DataLoader:
+        self.writer.start()
+        return DataLoader(_Numbered(self.images), batch_sampler=self.writer.batches(self.batch_size), num_workers=self.num_workers)
+
+    def test_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> None:
+        numbers, pictures, labels = batch
+        both = torch.stack([pictures, pictures.flip(-1)], dim=1)  # (n, 2, 3, H, W)
+        moments = self.vae.encode(both.flatten(0, 1)).unflatten(0, (-1, 2))  # (n, 2, 2C, h, w)
+        self.writer.add(numbers, moments, labels)
+        self.num_done += len(numbers)
+
+
+class _Numbered(Dataset):
+    def __init__(self, images: Dataset) -> None:
+        self.images = images
+
+    def __getitem__(self, number: int) -> tuple[int, Tensor, int]:
+        return number, *self.images[number]

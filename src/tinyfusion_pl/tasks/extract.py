@@ -1,0 +1,115 @@
+"""Images to VAE latents, once, before any training: shards that `ImageNetLatents` reads."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from lightning.pytorch import Trainer
+
+from tinyfusion_pl.data import VAE, open_images
+from tinyfusion_pl.data.extraction import ShardWriter, begin, finish, is_finished, missing_shards
+from tinyfusion_pl.data.shards import CONTENTS, DTYPES, LatentShards, LatentsInfo
+from tinyfusion_pl.modules import Extraction
+from tinyfusion_pl.tasks.fitting import ctrl_c
+from tinyfusion_pl.tasks.folder import say
+
+
+@dataclass(kw_only=True)
+class Extract:
+    """What is extracted, and how.
+
+    Args:
+        images: Folder of class folders with images (ImageNet's ``train/``), or an npz file of image files (`PackedImages`).
+        output: Folder for the latents: new, or of this very extraction, which then goes on.
+        vae: Makes the `VAE`.
+        trainer: Makes a Trainer; its devices share the shards.
+        image_size: Of the ADM centre crop.
+        content: ``"moments"``: mean and log-variance, so that each training draw takes a sample of its own; ``"sample"``: one sample, half
+            the size.
+        dtype: ``"float32"``, or ``"float16"`` at half the size: a relative error of up to 5e-4.
+        shard_size: Images a shard.
+        save_every: Images of a process between two savings: the most that an interruption costs it.
+        batch_size: Images read at once; the VAE has a batch size of its own.
+        num_workers: Processes that read image files.
+        num_images: Only the first so many; None: all.
+        seed: Of the noise of kept samples.
+    """
+
+    images: str
+    output: str
+    vae: Callable[[], VAE]
+    trainer: Callable[..., Trainer]
+    image_size: int = 256
+    content: str = "moments"
+    dtype: str = "float32"
+    shard_size: int = 4096
+    save_every: int = 512
+    batch_size: int = 32
+    num_workers: int = 0
+    num_images: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in {"shard_size": 1, "save_every": 1, "batch_size": 1, "num_workers": 0, "image_size": 1, "seed": 0}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"extract.{name} is {getattr(self, name)}; give a whole number >= {least}.")
+        for name, choices in {"content": CONTENTS, "dtype": DTYPES}.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"extract.{name} is {getattr(self, name)!r}; give {' or '.join(map(repr, choices))}.")
+
+
+def extract_latents(*, run_dir: str | Path, extract: Extract) -> Path:
+    """Extract the latents of ``extract.images`` and of their mirror images into ``extract.output``; returns that folder.
+
+    Finished shards, and finished parts of others, are passed over. Files do not depend on the number of processes.
+
+    Raises:
+        ValueError, ArtifactError: for images that cannot be read, more processes than shards, or an output that holds something else.
+    """
+    root = Path(extract.output)
+    images = open_images(extract.images, image_size=extract.image_size)
+    num_samples = len(images) if extract.num_images is None else extract.num_images
+    if not 1 <= num_samples <= len(images):
+        raise ValueError(f"extract.num_images is {num_samples}; {extract.images} has {len(images)} images.")
+    trainer = extract.trainer()
+    _check_processes(trainer.world_size, num_samples, extract.shard_size)
+    vae = extract.vae()
+    info = LatentsInfo(
+        content=extract.content, dtype=extract.dtype, latent_shape=vae.latent_shape(extract.image_size), num_samples=num_samples,
+        shard_size=extract.shard_size, image_size=extract.image_size, vae=vae.record(), images=str(extract.images),
+        listing=images.listing(), seed=extract.seed, classes=images.classes, class_names=images.class_names,
+    )
+    if is_finished(root, info):
+        say(f"extract: done before; the latents of {num_samples} images are in {root}")
+        return root
+    say(f"extract: {num_samples} images of {extract.images} and their mirror images through the VAE {vae.source}: {info.content} of "
+        f"{info.latent_shape}, {len(missing_shards(root, info))} of {info.num_shards} shards to do; they go to {root}")
+    if trainer.is_global_zero:
+        begin(root, info)
+    writer = partial(ShardWriter, root, info, save_every=extract.save_every)
+    module = Extraction(vae, images=images, writer=writer, batch_size=extract.batch_size, num_workers=extract.num_workers)
+    start = time.monotonic()
+    with ctrl_c(trainer):
+        trainer.test(module, verbose=False)
+    seconds = time.monotonic() - start
+    trainer.strategy.barrier("all shards are written")
+    if trainer.is_global_zero:
+        finish(root, info)
+        LatentShards(root)  # reads every header
+    say(f"Done. {root}: {num_samples} images in {info.num_shards} shards; this process made {module.num_done} in {seconds:.1f} s, "
+        f"{module.num_done / seconds:.2f} images/s.")
+    return root
+
+
+def _check_processes(num_processes: int, num_samples: int, shard_size: int) -> None:
+    num_shards = -(-num_samples // shard_size)
+    if num_processes > num_samples:
+        raise ValueError(f"There are {num_processes} processes, but only {num_samples} images. Give fewer devices.")
+    if num_processes > num_shards:
+        raise ValueError(f"There are {num_processes} processes, but only {num_shards} shards of {shard_size} images to share out. Give "
+                         f"extract.shard_size={num_samples // num_processes} or less, or fewer devices.")
+
