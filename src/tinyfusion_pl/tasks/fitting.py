@@ -55,8 +55,8 @@ class Fit:
         if weights not in ("ema", "raw"):
             raise ValueError(f"{stage}.weights is {weights!r}; give 'ema' or 'raw'.")
         if weights == "ema" and not any(isinstance(callback, WeightAveraging) for callback in self.callbacks.values()):
-            raise ValueError(f"{stage}.weights is 'ema', but no callback in {stage}.fit.callbacks averages weights. Set {stage}.weights=raw, "
-                             f"or callbacks@{stage}.fit.callbacks=ema.")
+            raise ValueError(f"{stage}.weights is 'ema', but no callback in {stage}.fit.callbacks averages weights. Set "
+                             f"{stage}.weights=raw, or callbacks@{stage}.fit.callbacks=ema.")
 
     def num_processes(self) -> int:
         """Processes that it trains on."""
