@@ -161,6 +161,12 @@ def test_weight_averaging_listed_before_is_refused_with_the_reason(tmp_path):
         trainer(tmp_path, ema, DepthPruningCallback("1:2")).fit(InInit())
 
 
+def test_weight_averaging_of_a_model_that_setup_builds_is_refused_with_the_reason(tmp_path):
+    with pytest.raises(ValueError, match="If the model is built in setup: EMAWithWarmup copies the module before that"):
+        trainer(tmp_path, DepthPruningCallback("1:2"), EMAWithWarmup(decay=0.5)).fit(InSetup())
+    trainer(tmp_path, DepthPruningCallback("1:2"), EMAWithWarmup(decay=0.5)).fit(InConfigureModel())
+
+
 def test_weight_averaging_listed_after_averages_weights_and_leaves_the_decision_alone(tmp_path):
     torch.manual_seed(0)
     callback = DepthPruningCallback("1:2", weight_update="full", delta_w="merge")

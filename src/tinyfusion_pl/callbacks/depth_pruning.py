@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
 from tinyfusion_pl.callbacks.nonfinite import NonFiniteGuard
@@ -120,6 +121,13 @@ class DepthPruningCallback(Callback):
                     "average a model without gates. List DepthPruningCallback first."
                 )
         if self._find(pl_module) is None:
+            averaging = next((type(c).__name__ for c in trainer.callbacks if isinstance(c, WeightAveraging)), None)
+            if averaging is not None and not is_overridden("configure_model", pl_module, LightningModule):
+                try:
+                    resolve_stacks(pl_module, self.stacks)
+                except ValueError as error:
+                    raise ValueError(f"{error} If the model is built in setup: {averaging} copies the module before that and would average "
+                                     "nothing; build the model in __init__ or configure_model.") from None
             self._attach_later(pl_module)
         else:
             self.attach(trainer, pl_module)
