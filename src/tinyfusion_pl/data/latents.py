@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from tinyfusion_pl.artifacts import ArtifactError
 from tinyfusion_pl.data.base import GenerationDataModule
 from tinyfusion_pl.data.images import open_images
+from tinyfusion_pl.data.random_latents import RANDOM, random_pictures, write_random_latents
 from tinyfusion_pl.data.shards import FINISHED, UNFINISHED, LatentShards, as_tensor, noise_of, posterior_sample
 from tinyfusion_pl.data.vae import VAE
 
@@ -75,12 +78,13 @@ class ImageNetLatents(GenerationDataModule):
     """Training batches of VAE latents of ImageNet, scaled as the denoiser eats them.
 
     Args:
-        root: Folder of shards (see `LatentShards`), or one with ``imagenet256_features/`` and ``imagenet256_labels/``.
+        root: Folder of shards (see `LatentShards`), or one with ``imagenet256_features/`` and ``imagenet256_labels/``. ``"random"``: random
+            latents of the VAE, in shards in a temporary folder, to try a recipe with.
         vae: Makes the `VAE` that turns latents into pictures; called when it is needed. None: they cannot be.
         scaling_factor: Of the latents that the denoiser works on: 0.18215 with Stable Diffusion's VAE, 0.2325 with MAR's. The reference's
             folders hold scaled latents.
         pictures: Real images (class folders, or an npz of image files) that samples are held against; None: ``evaluate.reference`` has to
-            say what.
+            say what. ``"random"``: noise, to try a recipe with.
         batch_size, seed, num_workers: See `GenerationDataModule`; the seed also fixes mirroring and the samples of mean and log-variance.
 
     Raises:
@@ -97,7 +101,7 @@ class ImageNetLatents(GenerationDataModule):
                   "(1, C, h, w) and imagenet256_labels/N.npy, as the published extraction script writes them.")
         if root is None:
             raise ValueError(f"data.root is not set. {wanted} Give data.root=FOLDER.")
-        self.root = Path(root)
+        self.root = self._random_root() if str(root) == RANDOM else Path(root)
         if (self.root / FINISHED).exists() or (self.root / UNFINISHED).exists():
             self.shards: LatentShards | None = LatentShards(self.root)
             self._set = DrawnLatents(self.shards, seed=seed)
@@ -136,7 +140,10 @@ class ImageNetLatents(GenerationDataModule):
         if self.pictures is None:
             raise ValueError("There are no real pictures to hold samples against. Give evaluate.reference=FILE.npz (a reference file: the "
                              "published ImageNet ones, or one that task=reference makes), or data.pictures=PATH, images in class folders.")
-        images = open_images(self.pictures, image_size=self.latent_shape[1] * self.vae.downsampling)
+        image_size = self.latent_shape[1] * self.vae.downsampling
+        if str(self.pictures) == RANDOM:
+            return random_pictures(image_size)
+        images = open_images(self.pictures, image_size=image_size)
         return torch.stack([images[i][0] for i in range(len(images))]), torch.from_numpy(images.labels)
 
     def check_decode(self) -> None:
@@ -152,6 +159,15 @@ class ImageNetLatents(GenerationDataModule):
         if lowest < 0 or highest >= denoiser.num_classes:
             raise ValueError(f"{where} has labels {lowest} to {highest}, but the model knows the classes 0 to {denoiser.num_classes - 1}. "
                              f"Give a model with num_classes > {highest}, or latents of its classes.")
+
+    def _random_root(self) -> Path:
+        if self.make_vae is None:
+            raise ValueError("data.root is 'random', but data.vae is not set, and random latents are those of a VAE. Give vae@data.vae=sd.")
+        rank_zero_warn("The latents are random numbers: what is learned of them means nothing.")
+        self._temporary = tempfile.TemporaryDirectory(prefix="random_latents_")
+        self._vae = self.make_vae()
+        write_random_latents(Path(self._temporary.name), self._vae)
+        return Path(self._temporary.name)
 
     def _folders(self, wanted: str) -> NumpyFolders:
         found = {kind: sorted(self.root.glob(f"imagenet*_{kind}")) for kind in ("features", "labels")}
