@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -48,6 +49,37 @@ def test_stages_on_different_numbers_of_processes_are_refused_with_what_to_do(tm
     said = capfd.readouterr().err
     assert "learn_mask 2, recover 1, evaluate 1" in said and "task=learn_mask, task=recover, task=evaluate" in said
     assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_that_does_not_fit_on_the_disk_leaves_the_last_one_and_the_run_goes_on_afterwards(tmp_path, monkeypatch, capfd):
+    steps = [*SMALL, "task=learn_mask", "learn_mask.fit.checkpoint_every_n_steps=2"]
+    checkpoint, write, num = tmp_path / "out" / "learn_mask" / "checkpoints" / "last.ckpt", Path.write_bytes, 0
+
+    def full(path, content):
+        nonlocal num
+        num += path.suffix == ".ckpt"
+        if num == 2:
+            write(path, content[:1000])
+            raise OSError(28, "No space left on device")
+        return write(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        assert cli.main(steps) == 1
+    said = capfd.readouterr().err
+    assert f"Cannot write {checkpoint}: No space left on device. Free some space" in said and "Traceback" not in said
+    assert torch.load(checkpoint, weights_only=True)["global_step"] == 2 and len(list(checkpoint.parent.iterdir())) == 1
+    assert cli.main(steps) == 0
+
+
+def test_a_truncated_checkpoint_of_an_interrupted_stage_is_told_with_what_to_do(tmp_path, capfd):
+    assert cli.main([*SMALL, "task=learn_mask"]) == 0
+    checkpoint = tmp_path / "out" / "learn_mask" / "checkpoints" / "last.ckpt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-1000])
+    (tmp_path / "out" / "stages" / "learn_mask.json").unlink()
+    assert cli.main([*SMALL, "task=learn_mask"]) == 1
+    said = capfd.readouterr().err
+    assert "last.ckpt cannot be read" in said and "Delete it" in said and "Traceback" not in said
 
 
 @pytest.mark.filterwarnings("ignore:Step")

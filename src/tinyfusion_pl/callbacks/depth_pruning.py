@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -78,9 +79,13 @@ class DepthPruningCallback(Callback):
         for each in pattern.values() if isinstance(pattern, Mapping) else [pattern]:
             Pattern.parse(each)
         positive = {"tau_start": tau_start, "tau_end": tau_end, "scaling": scaling, "logits_lr": logits_lr, "logits_clip": logits_clip}
-        if wrong := {name: value for name, value in positive.items() if not value > 0}:
-            raise ValueError(f"These must be > 0: {', '.join(f'{k}={v}' for k, v in wrong.items())} "
+        if wrong := {name: value for name, value in positive.items() if not (_is_number(value) and value > 0)}:
+            raise ValueError(f"These must be numbers > 0: {', '.join(f'{k}={v}' for k, v in wrong.items())} "
                              "(published: tau 4 to 0.1, scaling 100, logits_lr 1e-3, logits_clip 1).")
+        if not (_is_number(average_decay) and 0 <= average_decay < 1):
+            raise ValueError(f"average_decay is {average_decay}; give a number in [0, 1) (published: 0.999).")
+        if not _is_number(init):
+            raise ValueError(f"init is {init}; give the number that every logit starts with (published: 0.02).")
         if anneal_steps is not None and anneal_steps < 1:
             raise ValueError(f"anneal_steps is {anneal_steps}; give a count of optimizer steps >= 1, or leave it out for the whole fit.")
         check_delta_w(delta_w)
@@ -389,6 +394,10 @@ class DepthPruningCallback(Callback):
         for average, saved in zip(_averages(trainer), state["averaged"]):
             getattr(average, GATES).load_gate_state(saved["gates"])
             load_adapter_state(self._model(average), saved["adapters"])
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _averages(trainer: Trainer) -> list[nn.Module]:

@@ -13,12 +13,14 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerStatus
 from torch import nn
 
 from tinyfusion_pl.callbacks import Clock
 from tinyfusion_pl.modules import Denoising
 from tinyfusion_pl.tasks.budget import Budget
+from tinyfusion_pl.tasks.checkpoint_io import WholeCheckpointIO
 from tinyfusion_pl.tasks.folder import RunFolder, say
 
 
@@ -109,6 +111,8 @@ class Fit:
             logger=False if self.logger is None else self.logger(folder=folder / "logs" / stage, stage=stage),
             **settings,
         )
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = WholeCheckpointIO()
         with ctrl_c(trainer):
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint if checkpoint.exists() else None, weights_only=True)
         return clock.seconds
