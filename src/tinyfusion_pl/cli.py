@@ -303,6 +303,12 @@ def _tell(error: Exception) -> int:
     return 1
 
 
+def _without_worker(error: BaseException) -> str:
+    """What an error says, without the traceback that a DataLoader's worker process puts around it."""
+    inner = re.search(r"\ACaught (\w+) in DataLoader worker process.*\n(?:[\w.]*\.)?\1: (.*)\Z", str(error), re.DOTALL)
+    return inner[2].strip() if inner else str(error)
+
+
 def _sentence(error: Exception) -> str | None:
     """What a person needs to know; None for an error that is no person's but the code's."""
     from tinyfusion_pl.artifacts import ArtifactError
@@ -318,7 +324,7 @@ def _sentence(error: Exception) -> str | None:
     if isinstance(cause, OSError) and cause.strerror and cause.filename:
         return f"Cannot use {cause.filename}: {cause.strerror}."
     if isinstance(cause, (ValueError, ArtifactError, FloatingPointError, OSError, OmegaConfBaseException)):
-        return str(cause)
+        return _without_worker(cause)
     if type(cause).__name__ == "MisconfigurationException":  # Lightning's, for a Trainer that this machine cannot run
         return str(cause)
     if cause is not error and isinstance(cause, (TypeError, ImportError)):  # a wrong argument, or no such constructor

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tinyfusion_pl.artifacts import ArtifactError, load_tensors, read_json, save_tensors, write_json
-from tinyfusion_pl.data.shards import FINISHED, UNFINISHED, LatentsInfo, check_shard, noise_of, posterior_sample, shard_path
+from tinyfusion_pl.data.shards import FINISHED, UNFINISHED, LatentsInfo, check_shard, noise_of, posterior_sample, shard_metadata, shard_path
 
 
 class ShardWriter:
@@ -75,8 +75,7 @@ class ShardWriter:
         paths = [self._part_path(part) for part in self._parts(shard)]
         parts = [load_tensors(path) for path in paths]
         whole = {name: torch.cat([part[name] for part in parts]) for name in ("latents", "labels")}
-        metadata = {"extraction": self.info.fingerprint(), "first": str(shard * self.info.shard_size)}
-        save_tensors(shard_path(self.root, shard), whole, metadata=metadata)
+        save_tensors(shard_path(self.root, shard), whole, metadata=shard_metadata(self.info, shard))
         for path in paths:
             path.unlink(missing_ok=True)
         with suppress(OSError):  # where other shards' parts are still there

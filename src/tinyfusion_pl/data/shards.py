@@ -179,8 +179,7 @@ def check_shard(root: Path, info: LatentsInfo, shard: int) -> tuple[int, np.ndar
     """
     path, num = shard_path(root, shard), len(info.samples(shard))
     header, begin, size = read_header(path)
-    metadata = header.get("__metadata__", {})
-    if (metadata.get("extraction"), metadata.get("first")) != (info.fingerprint(), str(shard * info.shard_size)):
+    if header.get("__metadata__") != shard_metadata(info, shard):
         raise ValueError("it is of another extraction, or of another place in this one")
     expected = {"latents": [num, VIEWS, *info.stored_shape], "labels": [num]}
     if (shapes := {name: header[name]["shape"] for name in expected}) != expected:
@@ -193,6 +192,11 @@ def check_shard(root: Path, info: LatentsInfo, shard: int) -> tuple[int, np.ndar
         file.seek(begin + header["labels"]["data_offsets"][0])
         labels = np.frombuffer(file.read(8 * num), "<i8")
     return begin + header["latents"]["data_offsets"][0], labels
+
+
+def shard_metadata(info: LatentsInfo, shard: int) -> dict[str, str]:
+    """What a shard's header says of its place. One entry: safetensors writes several in a random order."""
+    return {"shard": f"{shard} of {info.fingerprint()}"}
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], int, int]:

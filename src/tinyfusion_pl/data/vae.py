@@ -64,7 +64,9 @@ class VAE:
         self.num_channels = int(model.config.latent_channels)
         self.downsampling = 2 ** (len(model.config.block_out_channels) - 1)
         self._encoder = encoder_fingerprint(model)  # of the weights as they are in the file
-        self.model = model.to(PRECISIONS[precision]).eval().requires_grad_(False)
+        if model.dtype != PRECISIONS[precision]:  # without need diffusers' `to` says things about nothing
+            model.to(PRECISIONS[precision])
+        self.model = model.eval().requires_grad_(False)
         (model.enable_slicing if slicing else model.disable_slicing)()
         (model.enable_tiling if tiling else model.disable_tiling)()
 

@@ -1,0 +1,255 @@
+"""Extraction of latents: the numbers, and that neither interruptions nor processes change a byte of the files."""
+
+import os
+import subprocess
+import sys
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from latents_toys import CLASSES, NUM_IMAGES, TRAINER, autoencoder, extract, pack, vae_in, write_images
+from tinyfusion_pl import cli
+from tinyfusion_pl.artifacts import ArtifactError, read_json
+from tinyfusion_pl.data import VAE, LatentShards
+from tinyfusion_pl.data.pictures import center_crop
+from tinyfusion_pl.data.shards import noise_of
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("extract")
+    write_images(folder / "images")
+    extract(folder, folder / "images", folder / "whole")
+    return folder
+
+
+def files(folder):
+    """Every file's bytes."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_shards_hold_the_moments_of_the_centre_crop_and_of_its_mirror_image(made):
+    vae = vae_in(made)()
+    shards = LatentShards(made / "whole")
+    paths = sorted((made / "images").glob("*/*.png"), key=str)
+    for i in (0, 5, 9):
+        pixels = torch.from_numpy(np.array(center_crop(Image.open(paths[i]).convert("RGB"), 8))).permute(2, 0, 1)[None]
+        for view, picture in enumerate((pixels, pixels.flip(-1))):
+            assert np.allclose(shards.read(i, view), vae.encode(picture)[0].numpy(), atol=1e-5)
+        assert not np.allclose(shards.read(i, 1), shards.read(i, 0)[..., ::-1], atol=1e-2)  # latents cannot be flipped afterwards
+
+
+def test_the_mirrored_view_is_the_extraction_of_mirrored_files(made, tmp_path):
+    for path in (made / "images").glob("*/*.png"):
+        (place := tmp_path / "mirrored" / path.parent.name).mkdir(parents=True, exist_ok=True)
+        image = center_crop(Image.open(path), 8)  # cropped first: an odd margin is rounded to one side
+        image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(place / path.name)
+    extract(made, tmp_path / "mirrored", tmp_path / "out")
+    one, other = LatentShards(made / "whole"), LatentShards(tmp_path / "out")
+    for i in range(NUM_IMAGES):
+        assert np.allclose(one.read(i, 1), other.read(i, 0), atol=1e-5) and np.allclose(one.read(i, 0), other.read(i, 1), atol=1e-5)
+
+
+def test_a_folder_says_what_it_holds_and_has_nothing_else(made):
+    assert list(files(made / "whole")) == ["latents.json", *(f"shard-0000{i}.safetensors" for i in range(3))]
+    held = read_json(made / "whole" / "latents.json")
+    assert held["content"] == "moments" and held["latent_shape"] == [4, 4, 4] and held["num_samples"] == NUM_IMAGES
+    assert held["classes"] == list(CLASSES) and held["image_size"] == 8 and held["vae"]["scaling_factor"] == 0.18215
+    tensors = load_file(made / "whole" / "shard-00002.safetensors")
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {"latents": (2, 2, 8, 4, 4), "labels": (2,)}
+
+
+def test_a_kept_sample_is_of_the_posterior_with_noise_of_its_own(made, tmp_path):
+    extract(made, made / "images", tmp_path / "out", content="sample", seed=5, batch_size=1)
+    moments, samples = LatentShards(made / "whole"), LatentShards(tmp_path / "out")
+    for i in (0, 7):
+        for view in (0, 1):
+            mean, logvar = np.split(moments.read(i, view), 2)
+            expected = mean + np.exp(logvar / 2) * noise_of(5, 2 * i + view, (4, 4, 4))[1]
+            assert np.allclose(samples.read(i, view), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("names", [True, False])
+def test_packed_image_files_give_the_same_latents_with_their_own_order_and_names(made, tmp_path, names):
+    extract(made, pack(tmp_path / "images.npz", names=names), tmp_path / "out")
+    packed, folders = LatentShards(tmp_path / "out"), LatentShards(made / "whole")
+    assert packed.labels.tolist() == [i % 3 for i in range(NUM_IMAGES)]
+    assert packed.info.classes == (list(CLASSES) if names else ["0", "1", "2"])
+    assert packed.info.class_names == (["tench", "shark", "hen"] if names else None)
+    order = [0, 3, 6, 9, 1, 4, 7, 2, 5, 8]  # class folder by class folder
+    for i, number in enumerate(order):
+        assert np.allclose(folders.read(i, 0), packed.read(number, 0), atol=1e-5)
+
+
+# -- interruptions
+class Interrupted(Exception):
+    pass
+
+
+class Fragile(VAE):
+    """Stops at batch `at`."""
+
+    def __init__(self, *args, at, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.at = at
+
+    def encode(self, pictures):
+        self.at -= 1
+        if self.at < 0:
+            raise Interrupted
+        return super().encode(pictures)
+
+
+@pytest.mark.parametrize("at", range(5))
+def test_an_interrupted_extraction_goes_on_and_ends_with_the_same_bytes(made, tmp_path, at):
+    source = str(vae_in(made).args[0])
+    fragile = partial(Fragile, autoencoder(), source=source, batch_size=4, at=at)
+    with pytest.raises(Interrupted):
+        extract(made, made / "images", tmp_path / "out", vae=fragile)
+    there = [name for name in files(tmp_path / "out") if name.startswith("shard")]
+    assert there == [f"shard-0000{i}.safetensors" for i in range(at // 2)]  # two batches a shard, and no half shard
+    for name in there:
+        assert files(made / "whole")[name] == files(tmp_path / "out")[name]
+    with pytest.raises(ArtifactError, match="not finished"):
+        LatentShards(tmp_path / "out")
+    counting = Fragile(autoencoder(), source=source, batch_size=4, at=5 - at)  # one batch more than what is left would raise
+    extract(made, made / "images", tmp_path / "out", vae=lambda: counting)
+    assert counting.at == 0
+    assert files(tmp_path / "out") == files(made / "whole")
+
+
+def test_parts_that_are_all_there_become_a_shard(made, tmp_path, monkeypatch):
+    from tinyfusion_pl.data.extraction import ShardWriter
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ShardWriter, "_assemble", lambda self, shard: (_ for _ in ()).throw(Interrupted))
+        with pytest.raises(Interrupted):
+            extract(made, made / "images", tmp_path / "out")
+    assert len(list((tmp_path / "out" / "parts").iterdir())) == 2 and not list((tmp_path / "out").glob("shard*"))
+    extract(made, made / "images", tmp_path / "out")
+    assert files(tmp_path / "out") == files(made / "whole")
+
+
+def test_a_finished_extraction_is_not_done_again_and_a_lost_shard_alone_is(made, tmp_path, capsys):
+    extract(made, made / "images", tmp_path / "out")
+    capsys.readouterr()
+    extract(made, made / "images", tmp_path / "out", vae=lambda: Fragile(autoencoder(), source=str(vae_in(made).args[0]), at=0))
+    assert "done before" in capsys.readouterr().out
+    for name in ("latents.json", "shard-00001.safetensors"):
+        (tmp_path / "out" / name).unlink()
+    extract(made, made / "images", tmp_path / "out")
+    assert "1 of 3 shards to do" in capsys.readouterr().out
+    assert files(tmp_path / "out") == files(made / "whole")
+
+
+# -- processes
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
+
+
+@pytest.mark.parametrize("launcher", [pytest.param([], id="devices=2"), pytest.param(TORCHRUN, id="torchrun", marks=pytest.mark.slow)])
+def test_two_processes_write_the_files_that_one_writes(made, tmp_path, launcher):
+    command = [sys.executable, *launcher, "-m", "tinyfusion_pl"]
+    environment = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "RANK", "NODE_RANK", "MASTER_PORT", "WORLD_SIZE")}
+    done = subprocess.run([*command, *overrides(made, tmp_path / "out"), "extract.trainer.devices=2"], env=environment, cwd=tmp_path,
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.stdout.count("Done.") == 1
+    assert files(tmp_path / "out") == files(made / "whole")
+
+
+def overrides(made, output):
+    return ["task=extract_latents", f"extract.images={made / 'images'}", f"extract.output={output}", f"extract.vae.source={made}",
+            "extract.vae.batch_size=4", "extract.image_size=8", "extract.shard_size=4", "extract.save_every=2", "extract.batch_size=2",
+            "extract.num_workers=1", "extract.trainer.accelerator=cpu"]
+
+
+def test_more_processes_than_images_or_shards_are_refused(made, tmp_path):
+    two, twelve = (partial(TRAINER, strategy="ddp", devices=devices) for devices in (2, 12))
+    with pytest.raises(ValueError, match="There are 12 processes, but only 10 images. Give fewer devices"):
+        extract(made, made / "images", tmp_path / "out", trainer=twelve)
+    with pytest.raises(ValueError, match="There are 2 processes, but only 1 shards of 64 .* Give extract.shard_size=5 or less"):
+        extract(made, made / "images", tmp_path / "out", trainer=two, shard_size=64)
+    assert not (tmp_path / "out").exists()
+
+
+# -- the command line, and what people get wrong
+def test_the_command_extracts_and_training_data_read_it(made, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(overrides(made, tmp_path / "out")) == 0
+    out = capfd.readouterr().out
+    assert "10 images" in out and "images/s" in out and "Done." in out
+    assert files(tmp_path / "out") == files(made / "whole")
+
+
+@pytest.mark.parametrize(("settings", "said"), [
+    (["extract.image_size=9"], "image_size is 9"),
+    (["extract.content=mean"], "'moments' or 'sample'"),
+    (["extract.dtype=bfloat16"], "'float32' or 'float16'"),
+    (["extract.shard_size=0"], "extract.shard_size is 0"),
+    (["extract.num_images=11"], "num_images is 11; "),
+    (["extract.images=nowhere"], "nowhere is no folder of class folders"),
+    (["extract.images=nowhere.npz"], "There is no file nowhere.npz"),
+    (["extract.vae.source=nowhere"], "There is no VAE at nowhere"),
+    (["extract.vae.precision=float16"], "'float32', 'bfloat16'"),
+])
+def test_a_wrong_setting_is_told_before_anything_is_written(made, tmp_path, monkeypatch, capfd, settings, said):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([*overrides(made, "out"), *settings]) == 1
+    errors = capfd.readouterr().err
+    assert errors.startswith("error: ") and said in errors and "Traceback" not in errors
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_holds_another_extraction_is_left_as_it_is(made):
+    before = files(made / "whole")
+    for settings, said in (({"content": "sample"}, "content is moments there and sample here"),
+                           ({"image_size": 12}, "image_size is 8 there"), ({"num_images": 9}, "num_samples is 10"),
+                           ({"vae": partial(VAE, autoencoder(seed=9), source="other")}, "vae is ")):
+        with pytest.raises(ArtifactError, match=f"holds another extraction .*{said}"):
+            extract(made, made / "images", made / "whole", **settings)
+    assert files(made / "whole") == before
+    with pytest.raises(ArtifactError, match="which is a file"):
+        extract(made, made / "images", made / "images" / "n01" / "0.png")
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_broken_image_is_named(made, tmp_path, num_workers):
+    images = write_images(tmp_path / "images")
+    (images / "n02" / "4.png").write_bytes((images / "n02" / "4.png").read_bytes()[:60])
+    with pytest.raises(ValueError, match="n02/4.png is no readable image .* Replace or remove it"):
+        extract(made, images, tmp_path / "out", num_workers=num_workers)
+
+
+def test_a_broken_image_that_a_worker_finds_is_told_in_one_sentence(made, tmp_path, monkeypatch, capfd):
+    images = write_images(tmp_path / "images")
+    (images / "n01" / "3.png").write_bytes(b"no image")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([*overrides(made, "out"), f"extract.images={images}"]) == 1
+    (told,) = (line for line in capfd.readouterr().err.splitlines() if line.startswith("error: "))
+    assert "n01/3.png is no readable image" in told and "Replace or remove it" in told and "worker" not in told
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    (lambda arrays: arrays.pop("offsets"), "has no offsets; an npz file of images holds blob"),
+    (lambda arrays: arrays.update(offsets=arrays["offsets"][:-1]), "is inconsistent: 10 offsets"),
+    (lambda arrays: arrays.update(labels=arrays["labels"] + 1), "labels 1 to 3 and names 3 classes"),
+    (lambda arrays: arrays.update(blob=np.array([{}], dtype=object)), "not a whole npz file of plain arrays"),
+])
+def test_a_broken_npz_is_named(made, tmp_path, change, said):
+    with np.load(pack(tmp_path / "images.npz")) as found:
+        arrays = dict(found)
+    change(arrays)
+    np.savez(tmp_path / "images.npz", **arrays)
+    with pytest.raises(ArtifactError, match=said):
+        extract(made, tmp_path / "images.npz", tmp_path / "out")
+
+
+def test_moments_that_are_not_finite_stop_the_extraction(made, tmp_path):
+    model = autoencoder()
+    torch.nn.init.constant_(model.quant_conv.bias, float("inf"))
+    with pytest.raises(ValueError, match="values that are not finite for images 0 to 1"):
+        extract(made, made / "images", tmp_path / "out", vae=partial(VAE, model, source="other"))
