@@ -41,7 +41,6 @@ class Fit:
     callbacks: Mapping[str, Callback] = field(default_factory=dict)
     logger: Callable[..., Logger] | None = None
     checkpoint_every_n_steps: int = 50
-
     budget: Budget | None = None
 
     def check(self, stage: str, module: Denoising) -> None:
@@ -70,7 +69,7 @@ class Fit:
         if trainer.accumulate_grad_batches != 1:
             raise ValueError(f"{stage}.fit.trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}, but the budget "
                              "divides its global_batch_size by itself. Leave it at 1 and set budget.max_device_batch_size.")
-        return self.budget.divide(trainer.world_size)
+        return self.budget.divide(num_processes(trainer))
 
     def check_weights(self, stage: str, weights: str) -> None:
         """Raise a ValueError unless `weights`, ``"ema"`` or ``"raw"``, are ones that this fit leaves in its checkpoint."""
@@ -104,7 +103,7 @@ class Fit:
             settings["max_steps"] = steps = self._num_steps(stage, probe)
             whole = "" if steps == self.budget.num_steps else f", instead of the budget's {self.budget.num_steps}"
             say(f"{stage}: {steps} steps{whole} of {self.budget.global_batch_size} images: {data.batch_size} a device and batch, "
-                f"{probe.world_size} devices, {settings['accumulate_grad_batches']} batches a step")
+                f"{num_processes(probe)} devices, {settings['accumulate_grad_batches']} batches a step")
         trainer = self.trainer(
             callbacks=[*first, _SaveAtEnd(checkpoint), *self.callbacks.values(), clock, saving],
             default_root_dir=folder / stage,
