@@ -1,10 +1,11 @@
 """The main job through the command line: what one stage is given does not depend on the others, on one process or several."""
 
+import gc
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
+import weakref
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from tinyfusion_pl import cli
 from tinyfusion_pl.artifacts import load_tensors
 from tinyfusion_pl.data import DigitsDataModule
 from tinyfusion_pl.models import load_denoiser
+from tinyfusion_pl.tasks import Fit, checkpoint_io
 
 SMALL = ["run_dir=out", "+debug=default", "data.batch_size=8"]
 ON_TWO = [f"{stage}.trainer.{setting}" for stage in ("learn_mask.fit", "recover.fit", "evaluate")
@@ -53,18 +55,31 @@ def test_stages_on_different_numbers_of_processes_are_refused_with_what_to_do(tm
 
 def test_a_checkpoint_that_does_not_fit_on_the_disk_leaves_the_last_one_and_the_run_goes_on_afterwards(tmp_path, monkeypatch, capfd):
     steps = [*SMALL, "task=learn_mask", "learn_mask.fit.checkpoint_every_n_steps=2"]
-    checkpoint, write, num = tmp_path / "out" / "learn_mask" / "checkpoints" / "last.ckpt", Path.write_bytes, 0
+    checkpoint, num = tmp_path / "out" / "learn_mask" / "checkpoints" / "last.ckpt", 0
 
-    def full(path, content):
-        nonlocal num
-        num += path.suffix == ".ckpt"
-        if num == 2:
-            write(path, content[:1000])
+    class Full:
+        """A file on a disk that has room for 1000 bytes more."""
+
+        def __init__(self, file):
+            self.file = file
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def write(self, data):
+            self.file.write(bytes(data)[:1000])
             raise OSError(28, "No space left on device")
-        return write(path, content)
+
+    def opened(path, mode):
+        nonlocal num
+        num += 1
+        return Full(open(path, mode)) if num == 2 else open(path, mode)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_bytes", full)
+        patch.setattr(checkpoint_io, "open", opened, raising=False)
         assert cli.main(steps) == 1
     said = capfd.readouterr().err
     assert f"Cannot write {checkpoint}: No space left on device. Free some space" in said and "Traceback" not in said
@@ -93,3 +108,18 @@ def test_a_short_fit_with_nothing_but_nan_losses_fails_and_fails_again(arguments
         said = capfd.readouterr().err
         assert "All 4 optimizer steps had a non-finite loss" in said and "Traceback" not in said
         assert not (tmp_path / "out" / left).exists() and not (tmp_path / "out" / "stages").exists()
+
+
+def test_a_finished_stage_leaves_no_model_of_its_own_in_memory(tmp_path, monkeypatch):
+    modules, run = [], Fit.run
+
+    def watched(self, stage, folder, module, data, **kwargs):
+        gc.collect()
+        alive.extend(ref() is not None for ref in modules)
+        modules.append(weakref.ref(module))
+        return run(self, stage, folder, module, data, **kwargs)
+
+    alive: list[bool] = []
+    monkeypatch.setattr(Fit, "run", watched)
+    assert cli.main([*SMALL, "task.stages=[learn_mask,recover]"]) == 0
+    assert alive == [False]

@@ -53,11 +53,11 @@ def seen(tmp_path, limit):
     watch = SeenLabels()
     module = Denoising(create_model("dit_digits", depth=1), objective=GaussianDiffusion(), label_dropout=0.0)
     fit = Fit(trainer=partial(Trainer, accelerator="cpu", max_epochs=-1, max_steps=-1, enable_progress_bar=False,
-                              use_distributed_sampler=False, enable_model_summary=False), callbacks={"watch": watch},
+                              use_distributed_sampler=False, enable_model_summary=False),
               budget=Budget(num_images=44, global_batch_size=12, max_device_batch_size=limit))
     data = DigitsDataModule(batch_size=100)
     fit.check("train", module)
-    fit.run("train", RunFolder(tmp_path), module, data)
+    fit.run("train", RunFolder(tmp_path), module, data, first=[watch])
     return [torch.cat([y for at, y in watch.batches if at == step]).tolist() for step in range(4)], len(watch.batches)
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from lightning.pytorch.plugins import TorchCheckpointIO
@@ -20,10 +19,14 @@ class WholeCheckpointIO(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        content = io.BytesIO()  # torch tells no reason when a file cannot be written
-        torch.save(checkpoint, content)
-        with atomic_path(path) as temporary:
-            temporary.write_bytes(content.getbuffer())
+        with atomic_path(path) as temporary, open(temporary, "wb") as opened:
+            file = _TellingFile(opened)
+            try:
+                torch.save(checkpoint, file)
+            except Exception:
+                if file.error is not None:
+                    raise file.error from None
+                raise
 
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
         try:
@@ -31,3 +34,20 @@ class WholeCheckpointIO(TorchCheckpointIO):
         except Exception as error:  # broken files show as errors of many types
             raise ArtifactError(f"{path} cannot be read: it is truncated or no checkpoint. Delete it, and its stage begins "
                                 "anew.") from error
+
+
+class _TellingFile:
+    """A file that remembers why it could not be written: torch does not tell."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.error = file, None
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -105,7 +106,8 @@ class Fit:
             say(f"{stage}: {steps} steps{whole} of {self.budget.global_batch_size} images: {data.batch_size} a device and batch, "
                 f"{num_processes(probe)} devices, {settings['accumulate_grad_batches']} batches a step")
         trainer = self.trainer(
-            callbacks=[*first, _SaveAtEnd(checkpoint), *self.callbacks.values(), clock, saving],
+            # Copies: what a callback knows of this Trainer and its models must not outlive them.
+            callbacks=[*first, _SaveAtEnd(checkpoint), *copy.deepcopy(list(self.callbacks.values())), clock, saving],
             default_root_dir=folder / stage,
             logger=False if self.logger is None else self.logger(folder=folder / "logs" / stage, stage=stage),
             **settings,
@@ -114,6 +116,7 @@ class Fit:
             trainer.strategy.checkpoint_io = WholeCheckpointIO()
         with ctrl_c(trainer):
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint if checkpoint.exists() else None, weights_only=True)
+        data.trainer = None
         return clock.seconds
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,4 +57,5 @@ class Pipeline:
     def __call__(self, *, run_dir: str | Path) -> None:
         folder = RunFolder(run_dir)
         for stage in self.stages:
+            gc.collect()  # a Trainer and its module refer to each other: without it two stages' models lie in memory
             self.known[stage].run(folder, self.inputs)
