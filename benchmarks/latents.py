@@ -2,8 +2,9 @@
 
 Both hold random latents of ImageNet's size at 256 pixels and are read in the same order through the same `ImageNetLatents` loader
 (batches of 128, the same number of workers), alternately in one run, so that their ratio does not depend on the machine's load. Our
-shards hold mean and log-variance of both views (64 KiB an image) and each draw takes a sample of its own, or one sample of each view (32 KiB); the
-other layout holds one sample (16 KiB) and one label, a file each. "cold" empties the page cache of these files first (Linux).
+shards hold mean and log-variance of both views (64 KiB an image), each draw takes a sample of its own; or one sample of each view
+(32 KiB). The other layout holds one sample (16 KiB) and one label, a file each. "cold" empties the page cache of these files first
+(Linux). docs/latents.md has the numbers.
 
     python benchmarks/latents.py [--num-images 16384] [--workers 0 2] [--rounds 3] [--folder FOLDER] [--others]
 
