@@ -15,7 +15,7 @@ from tinyfusion_pl.artifacts import ArtifactError, read_json, write_json
 from tinyfusion_pl.data import VAE, ImageNetLatents, LatentShards
 from tinyfusion_pl.data.base import GenerationDataModule
 from tinyfusion_pl.data.sampler import StreamSampler
-from tinyfusion_pl.data.shards import noise_of, posterior_sample, shard_metadata
+from tinyfusion_pl.data.shards import generator_of, normal, posterior_sample, shard_metadata
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +50,12 @@ def stream(root, num_batches, **settings):
     return batches[:num_batches]
 
 
+def drawn(seed, draw):
+    """The chance of being mirrored and the noise of a draw."""
+    generator = generator_of(seed, draw)
+    return generator.random(), normal(generator, (4, 4, 4))
+
+
 def stored(root, index):
     """Both views of a sample, read with safetensors itself."""
     shard, row = divmod(index, 4)
@@ -62,7 +68,7 @@ def test_a_draw_is_a_scaled_sample_of_a_view_that_seed_and_draw_decide(made):
         sampler = StreamSampler(NUM_IMAGES, num_draws=1, seed=3)
         for one, label in zip(x, y):
             index = sampler.draw(seen)
-            chance, noise = noise_of(3, seen, (4, 4, 4))
+            chance, noise = drawn(3, seen)
             mean, logvar = stored(made / "moments", index)[int(chance < 0.5)].chunk(2)
             expected = (mean + torch.exp(logvar.clamp(-30, 20) / 2) * torch.from_numpy(noise)) * 0.18215
             assert torch.allclose(one, expected, atol=1e-6) and label == LatentShards(made / "moments").labels[index]
@@ -77,14 +83,14 @@ def test_the_same_sample_is_drawn_anew_each_epoch_and_another_seed_draws_others(
         for j, one in enumerate(x):
             draws.setdefault(StreamSampler(NUM_IMAGES, num_draws=1).draw(4 * i + j), []).append(one)
     assert all(len(each) == 2 and not torch.equal(*each) for each in draws.values()) and len(draws) == NUM_IMAGES
-    noise = [noise_of(seed, draw, (3,))[1].tolist() for seed in range(2) for draw in range(2)]
+    noise = [drawn(seed, draw)[1].flatten().tolist() for seed in range(2) for draw in range(2)]
     assert len({tuple(each) for each in noise}) == 4
 
 
 def test_a_kept_sample_is_read_as_it_is(made):
     x, _ = stream(made / "sample", 1)[0]
     for draw, one in enumerate(x):
-        index, chance = StreamSampler(NUM_IMAGES, num_draws=1).draw(draw), noise_of(0, draw, (4, 4, 4))[0]
+        index, chance = StreamSampler(NUM_IMAGES, num_draws=1).draw(draw), drawn(0, draw)[0]
         assert torch.allclose(one, stored(made / "sample", index)[int(chance < 0.5)] * 0.18215)
 
 

@@ -47,5 +47,5 @@ class _ImagesPerSecond(ProcessingSpeedColumn):
         self.images_a_batch = images_a_batch
 
     def render(self, task: Any) -> Text:
-        speed = f"{task.speed * self.images_a_batch:>.1f}" if task.speed else "0.0"
+        speed = f"{task.speed * self.images_a_batch:.3g}" if task.speed else "0"
         return Text(f"{speed} images/s", style=self.style)

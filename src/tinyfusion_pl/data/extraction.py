@@ -11,7 +11,17 @@ import torch
 from torch import Tensor
 
 from tinyfusion_pl.artifacts import ArtifactError, load_tensors, read_json, save_tensors, write_json
-from tinyfusion_pl.data.shards import FINISHED, UNFINISHED, LatentsInfo, check_shard, noise_of, posterior_sample, shard_metadata, shard_path
+from tinyfusion_pl.data.shards import (
+    FINISHED,
+    UNFINISHED,
+    LatentsInfo,
+    check_shard,
+    generator_of,
+    normal,
+    posterior_sample,
+    shard_metadata,
+    shard_path,
+)
 
 
 class ShardWriter:
@@ -68,8 +78,8 @@ class ShardWriter:
         return moments.to(getattr(torch, self.info.dtype))
 
     def _sample(self, number: int, view: int, moments: Tensor) -> np.ndarray:
-        _, noise = noise_of(self.info.seed, 2 * number + view, self.info.latent_shape)
-        return posterior_sample(moments.numpy(), noise)
+        generator = generator_of(self.info.seed, 2 * number + view)
+        return posterior_sample(moments.numpy(), normal(generator, self.info.latent_shape))
 
     def _assemble(self, shard: int) -> None:
         paths = [self._part_path(part) for part in self._parts(shard)]

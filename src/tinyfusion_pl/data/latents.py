@@ -17,7 +17,7 @@ from tinyfusion_pl.artifacts import ArtifactError
 from tinyfusion_pl.data.base import GenerationDataModule
 from tinyfusion_pl.data.images import open_images
 from tinyfusion_pl.data.random_latents import RANDOM, random_pictures, write_random_latents
-from tinyfusion_pl.data.shards import FINISHED, UNFINISHED, LatentShards, as_tensor, noise_of, posterior_sample
+from tinyfusion_pl.data.shards import FINISHED, UNFINISHED, LatentShards, generator_of, normal, posterior_sample
 from tinyfusion_pl.data.vae import VAE
 
 NUM_CHECKED = 32  # of the reference's files before training; each is checked when it is read
@@ -41,13 +41,19 @@ class DrawnLatents(Dataset):
         return len(self.shards)
 
     def __getitem__(self, draw_and_index: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        draw, index = draw_and_index
+        return self.__getitems__([draw_and_index])[0]
+
+    def __getitems__(self, draws_and_indices: list[tuple[int, int]]) -> list[tuple[Tensor, Tensor]]:
+        """A batch at once, as a DataLoader asks for it: a third of the time of one sample after the other."""
         info = self.shards.info
-        mirror, noise = noise_of(self.seed, draw, info.latent_shape)
-        latents = self.shards.read(index, int(mirror < 0.5))  # (C', h, w)
+        draws, indices = zip(*draws_and_indices)
+        generators = [generator_of(self.seed, draw) for draw in draws]
+        mirrored = [int(generator.random() < 0.5) for generator in generators]
+        latents = self.shards.read_many(indices, mirrored)  # (N, C', h, w)
         if info.content == "moments":
-            latents = posterior_sample(latents, noise)  # (C, h, w)
-        return as_tensor(latents * self.scaling_factor), torch.tensor(self.shards.labels[index])
+            latents = posterior_sample(latents, np.stack([normal(generator, info.latent_shape) for generator in generators]))
+        x = torch.from_numpy(latents * self.scaling_factor)  # (N, C, h, w)
+        return list(zip(x, torch.from_numpy(self.shards.labels[list(indices)])))
 
 
 class NumpyFolders(Dataset):

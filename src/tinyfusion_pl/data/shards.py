@@ -15,13 +15,12 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from tinyfusion_pl.artifacts import ArtifactError, read_json
 
@@ -142,27 +141,39 @@ class LatentShards:
         return {**self.__dict__, "_files": {}}  # another process opens its own
 
     def read(self, index: int, view: int) -> np.ndarray:
-        """What is kept of sample `index`, (C', h, w) float32, of its picture as it is (`view` 0) or mirrored (1).
+        """What is kept of sample `index`, (C', h, w) float32, of its picture as it is (`view` 0) or mirrored (1); see `read_many`."""
+        return self.read_many([index], [view])[0]
+
+    def read_many(self, indices: Sequence[int], views: Sequence[int]) -> np.ndarray:
+        """What is kept of several samples, (n, C', h, w) float32.
 
         Raises:
-            ArtifactError: when the shard is gone, cut or unreadable by now, or holds values that are not finite; names it.
+            ArtifactError: when a shard is gone, cut or unreadable by now, or holds values that are not finite; names it.
         """
-        shard, row = divmod(index, self.info.shard_size)
-        stored = np.empty(self.info.stored_shape, DTYPES[self.info.dtype])
-        try:
-            file = self._files.get(shard) or self._open(shard)
-            num_read = os.preadv(file.fileno(), [stored], self.offsets[shard] + (row * VIEWS + view) * stored.nbytes)
-        except OSError as error:
-            raise ArtifactError(f"Sample {index} cannot be read: shard {shard_path(self.root, shard)}: {error.strerror}. It was there when "
-                                "training began; put it back, and the same command goes on.") from error
-        if num_read != stored.nbytes:
-            raise ArtifactError(f"Sample {index} cannot be read: shard {shard_path(self.root, shard)} was whole when training began and is "
-                                "cut now. Put it back, and the same command goes on.")
+        stored = np.empty((len(indices), *self.info.stored_shape), DTYPES[self.info.dtype])
+        for row, index, view in zip(stored, indices, views):
+            self._read_into(row, index, view)
         values = stored.astype(np.float32, copy=False)
         if not np.isfinite(values).all():
-            raise ArtifactError(f"Sample {index} in shard {shard_path(self.root, shard)} holds values that are not finite: the file is "
-                                f"damaged. Delete it and {FINISHED} and extract again: only what is missing is made.")
+            index = next(index for index, each in zip(indices, values) if not np.isfinite(each).all())
+            raise ArtifactError(f"Sample {index} in shard {self._path_of(index)} holds values that are not finite: the file is damaged. "
+                                f"Delete it and {FINISHED} and extract again: only what is missing is made.")
         return values
+
+    def _read_into(self, row: np.ndarray, index: int, view: int) -> None:
+        shard, place = divmod(index, self.info.shard_size)
+        try:
+            file = self._files.get(shard) or self._open(shard)
+            num_read = os.preadv(file.fileno(), [row], self.offsets[shard] + (place * VIEWS + view) * row.nbytes)
+        except OSError as error:
+            raise ArtifactError(f"Sample {index} cannot be read: shard {self._path_of(index)}: {error.strerror}. It was there when "
+                                "training began; put it back, and the same command goes on.") from error
+        if num_read != row.nbytes:
+            raise ArtifactError(f"Sample {index} cannot be read: shard {self._path_of(index)} was whole when training began and is "
+                                "cut now. Put it back, and the same command goes on.")
+
+    def _path_of(self, index: int) -> Path:
+        return shard_path(self.root, index // self.info.shard_size)
 
     def _open(self, shard: int) -> Any:
         if len(self._files) >= MAX_OPEN:
@@ -221,19 +232,19 @@ def _reason(error: Exception) -> str:
 
 
 def posterior_sample(moments: np.ndarray, noise: np.ndarray) -> np.ndarray:
-    """A sample (C, h, w) of the Gaussian with mean and log-variance `moments` (2C, h, w), by standard normal `noise` (C, h, w).
+    """A sample (..., C, h, w) of the Gaussian with mean and log-variance `moments` (..., 2C, h, w), by standard normal `noise`.
 
     The log-variance is clamped to [-30, 20], as diffusers' ``DiagonalGaussianDistribution`` does.
     """
-    mean, log_variance = np.split(moments, 2)
-    return mean + np.exp(0.5 * np.clip(log_variance, -30, 20)) * noise  # (C, h, w)
+    mean, log_variance = np.split(moments, 2, axis=-3)
+    return mean + np.exp(0.5 * np.clip(log_variance, -30, 20)) * noise  # (..., C, h, w)
 
 
-def noise_of(seed: int, number: int, shape: tuple[int, ...]) -> tuple[float, np.ndarray]:
-    """A uniform number in [0, 1) and standard normal noise, a function of (seed, number) alone."""
-    generator = np.random.Generator(np.random.Philox(key=[seed, number]))
-    return generator.random(), generator.standard_normal(shape, dtype=np.float32)
+def generator_of(seed: int, number: int) -> np.random.Generator:
+    """Random numbers that are a function of (seed, number) alone: a counter-based generator (Philox) with that key."""
+    return np.random.Generator(np.random.Philox(key=[seed, number]))
 
 
-def as_tensor(values: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(values))
+def normal(generator: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Standard normal noise, float32."""
+    return generator.standard_normal(shape, dtype=np.float32)
