@@ -104,19 +104,21 @@ class Fragile(VAE):
         return super().encode(pictures)
 
 
+def fragile(made, *, at):
+    return partial(Fragile, autoencoder(), source=str(vae_in(made).args[0]), batch_size=4, at=at)
+
+
 @pytest.mark.parametrize("at", range(5))
 def test_an_interrupted_extraction_goes_on_and_ends_with_the_same_bytes(made, tmp_path, at):
-    source = str(vae_in(made).args[0])
-    fragile = partial(Fragile, autoencoder(), source=source, batch_size=4, at=at)
     with pytest.raises(Interrupted):
-        extract(made, made / "images", tmp_path / "out", vae=fragile)
+        extract(made, made / "images", tmp_path / "out", vae=fragile(made, at=at))
     there = [name for name in files(tmp_path / "out") if name.startswith("shard")]
     assert there == [f"shard-0000{i}.safetensors" for i in range(at // 2)]  # two batches a shard, and no half shard
     for name in there:
         assert files(made / "whole")[name] == files(tmp_path / "out")[name]
     with pytest.raises(ArtifactError, match="not finished"):
         LatentShards(tmp_path / "out")
-    counting = Fragile(autoencoder(), source=source, batch_size=4, at=5 - at)  # one batch more than what is left would raise
+    counting = fragile(made, at=5 - at)()  # one batch more than what is left would raise
     extract(made, made / "images", tmp_path / "out", vae=lambda: counting)
     assert counting.at == 0
     assert files(tmp_path / "out") == files(made / "whole")
@@ -134,10 +136,21 @@ def test_parts_that_are_all_there_become_a_shard(made, tmp_path, monkeypatch):
     assert files(tmp_path / "out") == files(made / "whole")
 
 
+def test_parts_of_other_settings_are_not_taken(made, tmp_path):
+    for settings in ({"content": "sample"}, {"save_every": 3}):
+        with pytest.raises(Interrupted):
+            extract(made, made / "images", tmp_path / "out", vae=fragile(made, at=1), **settings)
+        if settings == {"content": "sample"}:
+            (tmp_path / "out" / "extraction.json").unlink()
+            assert len(list((tmp_path / "out" / "parts").iterdir())) == 1
+    extract(made, made / "images", tmp_path / "out")
+    assert files(tmp_path / "out") == files(made / "whole")
+
+
 def test_a_finished_extraction_is_not_done_again_and_a_lost_shard_alone_is(made, tmp_path, capsys):
     extract(made, made / "images", tmp_path / "out")
     capsys.readouterr()
-    extract(made, made / "images", tmp_path / "out", vae=lambda: Fragile(autoencoder(), source=str(vae_in(made).args[0]), at=0))
+    extract(made, made / "images", tmp_path / "out", vae=fragile(made, at=0))
     assert "done before" in capsys.readouterr().out
     for name in ("latents.json", "shard-00001.safetensors"):
         (tmp_path / "out" / name).unlink()

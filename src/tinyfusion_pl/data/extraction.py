@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +20,7 @@ from tinyfusion_pl.data.shards import (
     generator_of,
     normal,
     posterior_sample,
+    read_header,
     shard_metadata,
     shard_path,
 )
@@ -37,7 +39,7 @@ class ShardWriter:
 
     def __init__(self, root: Path, info: LatentsInfo, *, save_every: int, rank: int = 0, world_size: int = 1) -> None:
         self.root, self.info, self.save_every = root, info, save_every
-        self.parts = {shard: [part for part in self._parts(shard) if not self._part_path(part).exists()]
+        self.parts = {shard: [part for part in self._parts(shard) if not self._is_there(part)]
                       for shard in missing_shards(root, info)[rank::world_size]}
         self._latents: list[Tensor] = []
         self._labels: list[Tensor] = []
@@ -60,7 +62,8 @@ class ShardWriter:
         part = self.parts[shard][0]
         if int(numbers[-1]) != part[-1]:
             return
-        save_tensors(self._part_path(part), {"latents": torch.cat(self._latents), "labels": torch.cat(self._labels)})
+        save_tensors(self._part_path(part), {"latents": torch.cat(self._latents), "labels": torch.cat(self._labels)},
+                     metadata={"part": self.info.fingerprint()})
         self._latents, self._labels = [], []
         self.parts[shard].pop(0)
         if not self.parts[shard]:
@@ -95,6 +98,13 @@ class ShardWriter:
         samples = self.info.samples(shard)
         for i in range(0, len(samples), self.save_every):
             yield samples[i : i + self.save_every]
+
+    def _is_there(self, part: range) -> bool:
+        """Whether a part is there, and of this extraction."""
+        try:
+            return read_header(self._part_path(part))[0].get("__metadata__") == {"part": self.info.fingerprint()}
+        except (OSError, ValueError):
+            return False
 
     def _part_path(self, part: range) -> Path:
         # Both ends are in the name: with another save_every a part is another one.
@@ -137,7 +147,8 @@ def begin(root: Path, info: LatentsInfo) -> None:
 
 
 def finish(root: Path, info: LatentsInfo) -> None:
-    """Mark `root` finished; all shards are there."""
+    """Mark `root` finished; all shards are there. Parts that another `save_every` left go."""
+    shutil.rmtree(root / "parts", ignore_errors=True)
     write_json(root / FINISHED, info.as_dict())
     (root / UNFINISHED).unlink(missing_ok=True)
 
