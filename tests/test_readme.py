@@ -20,7 +20,8 @@ def code_lines(language, text=README):
         yield from (line.split("  #")[0].strip() for line in block.splitlines() if line.strip())
 
 
-LINES = [line for text in (README, EVALUATION) for line in code_lines("bash", text)]
+PAGES = [README, *(page.read_text() for page in sorted((ROOT / "docs").glob("*.md")))]
+LINES = [line for text in PAGES for line in code_lines("bash", text)]
 COMMANDS = [line for line in LINES if line.startswith("tinyfusion") and line.split()[1] not in cli.COMMANDS]
 
 
