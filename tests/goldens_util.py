@@ -38,8 +38,8 @@ def depth_of(state):
 
 
 def new_dit(state, family=DiT):
-    """A DiT, or another family built like one, of the folder's sizes with the weights of a published-layout state dict, gates left out,
-    in evaluation mode."""
+    """A DiT, or another family built like one, of the folder's sizes, in evaluation mode, with the weights of a published-layout state
+    dict, gates left out."""
     c = CASES["config"]
     state = {k: v for k, v in state.items() if not k.startswith("gumbel_gates")}
     out_features = state["final_layer.linear.weight"].shape[0]

@@ -77,6 +77,15 @@ def test_every_job_of_a_sweep_composes_with_string_patterns(name):
         assert_patterns_are_strings(compose("main", [f"+sweep={name}", *job]))
 
 
+@pytest.mark.parametrize("name", options("sampler"))
+@pytest.mark.parametrize("experiment", [[], *([f"+experiment={name}"] for name in EXPERIMENTS)], ids=str)
+def test_a_chosen_sampler_is_taken_whole_by_every_experiment(experiment, name):
+    sampling = compose("main", [*experiment, f"sampler@evaluate.sampling={name}"]).evaluate.sampling
+    chosen = OmegaConf.load(CONF / "sampler" / f"{name}.yaml")
+    assert {key: sampling[key] for key in chosen} == dict(chosen)
+    assert set(sampling) - set(chosen) <= {"guidance_scale"}
+
+
 @pytest.mark.parametrize("name", options("debug"))
 @pytest.mark.parametrize("experiment", [[], *([f"+experiment={name}"] for name in EXPERIMENTS)], ids=str)
 def test_debug_shortens_every_fit_of_an_experiment(experiment, name):

@@ -17,9 +17,10 @@ def path_at(path, t):
     """alpha, sigma and their derivatives at `t`, float64, to broadcast over (N, C, H, W)."""
     t = t.detach().double()
     alpha, sigma = PATHS[path]
-    one = torch.ones_like(t)
-    d_alpha, d_sigma = (torch.func.jvp(f, (t,), (one,))[1] for f in (alpha, sigma))
-    return tuple(each.view(-1, 1, 1, 1) for each in (alpha(t), sigma(t), d_alpha, d_sigma))
+    with torch.enable_grad():
+        t.requires_grad_()
+        d_alpha, d_sigma = (torch.autograd.grad(f(t).sum(), t)[0] for f in (alpha, sigma))
+    return tuple(each.detach().view(-1, 1, 1, 1) for each in (alpha(t), sigma(t), d_alpha, d_sigma))
 
 
 class Oracle:

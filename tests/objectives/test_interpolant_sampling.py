@@ -18,34 +18,33 @@ def labels(n):
     return torch.arange(n) % 5
 
 
-def sampled_normal(path="linear", prediction="velocity", n=4000, num_sampling_steps=100, **options):
+def sampled_normal(path="linear", prediction="velocity", n=4000, num_sampling_steps=60, **options):
     """Mean and spread of samples of normal data of mean 1 and spread 0.5."""
     x = Interpolants(path=path, prediction=prediction).sample(
         Oracle(path, prediction), torch.randn(n, 1, 1, 1), torch.full((n,), 3), num_sampling_steps=num_sampling_steps, **options)
-    return x.mean().item(), x.std().item()
+    return x.mean().item(), x.std().item()  # standard errors of 4000 samples: 0.008 and 0.006
 
 
 @pytest.mark.parametrize(("path", "prediction"), BOTH)
 @pytest.mark.parametrize("sampler", ODE + SDE)
 def test_normal_data_is_sampled_with_its_mean_and_spread(path, prediction, sampler):
     mean, spread = sampled_normal(path, prediction, sampler=sampler)
-    # Standard errors of 4000 samples are 0.008 and 0.006.
     assert abs(mean - 1) < 0.04 and abs(spread - 0.5) < 0.03
 
 
 @pytest.mark.parametrize("sampler", SDE)
 @pytest.mark.parametrize("diffusion", DIFFUSIONS)
 def test_every_diffusion_coefficient_leads_to_the_same_data(sampler, diffusion):
+    # By the ODE's last step: a step of the SDE's drift without its noise narrows the data, by 16% where the coefficient is constant.
     for path in ("linear", "vp"):
-        # Not the "mean" step: the larger w is at the end, the more its drift without noise takes from the spread.
-        mean, spread = sampled_normal(path, sampler=sampler, diffusion=diffusion, last_step="euler", num_sampling_steps=250)
-        assert abs(mean - 1) < 0.05 and abs(spread - 0.5) < 0.05
+        mean, spread = sampled_normal(path, sampler=sampler, diffusion=diffusion, last_step="euler")
+        assert abs(mean - 1) < 0.04 and abs(spread - 0.5) < 0.03
 
 
 @pytest.mark.parametrize("sampler", SDE)
 @pytest.mark.parametrize("last_step", ["none", "mean", "tweedie", "euler"])
 def test_every_last_step_leads_to_the_same_data(sampler, last_step):
-    mean, spread = sampled_normal(sampler=sampler, last_step=last_step, num_sampling_steps=250)
+    mean, spread = sampled_normal(sampler=sampler, last_step=last_step)
     assert abs(mean - 1) < 0.04 and abs(spread - 0.5) < 0.03
 
 
@@ -59,9 +58,17 @@ def test_the_exact_flow_is_followed(path):
     mean, spread = (2.0 * y - 5).view(-1, 1, 1, 1), 0.5
     quantile = (z - first[0] * mean) / math.hypot(first[0] * spread, first[1])
     expected = last[0] * mean + math.hypot(last[0] * spread, last[1]) * quantile
-    errors = [(objective.sample(Oracle(path), z, y, sampler="heun", num_sampling_steps=n) - expected).abs().max().item() for n in (50, 200)]
-    assert errors[1] < 0.02 and errors[1] < errors[0] / 3
-    assert_near(objective.sample(Oracle(path), z, y, sampler="dopri5", atol=1e-5, rtol=1e-5), expected, 2e-3)
+    assert_near(objective.sample(Oracle(path), z, y, sampler="heun", num_sampling_steps=100), expected, 1e-3)
+    assert_near(objective.sample(Oracle(path), z, y, sampler="dopri5", atol=1e-5, rtol=1e-5), expected, 1e-4)
+
+
+@pytest.mark.parametrize(("path", "prediction"), BOTH)
+@pytest.mark.parametrize("sampler", ODE + SDE)
+def test_the_denoiser_is_never_asked_outside_of_the_interval(path, prediction, sampler):
+    oracle, objective = Oracle(path, prediction), Interpolants(path=path, prediction=prediction)
+    objective.sample(oracle, torch.randn(2, 1, 2, 2), labels(2), sampler=sampler, num_sampling_steps=3)
+    start, end = SamplingOptions(sampler=sampler).interval(objective)
+    assert all(start - 1e-7 <= t[0] <= end + 1e-6 for _, t, _ in oracle.asked)
 
 
 @pytest.mark.parametrize("sampler", ["euler", "heun"])
@@ -119,16 +126,16 @@ def test_without_guidance_the_batch_is_not_doubled():
     assert [(n, y) for n, _, y in oracle.asked] == [(3, [0, 1, 2])] * 2
 
 
-@pytest.mark.parametrize("sampler", ["euler", "dopri5", *SDE])  # heun asks at t = 1, where the velocity of a single point is 0 / 0
+@pytest.mark.parametrize("sampler", ODE + SDE)
 @pytest.mark.parametrize(("guidance_channels", "guided"), [(3, 3), (None, 4)])
 def test_guidance_moves_the_first_channels_or_all_away_from_the_null_label(sampler, guidance_channels, guided):
     z, y, scale = torch.randn(2, 4, 2, 2), torch.tensor([1, 4]), 1.5
-    # Noise that is guided moves the point by as much as the mean of the data; without spread every sampler ends there.
-    x = Interpolants().sample(Oracle(spread=0.0), z, y, num_sampling_steps=100, sampler=sampler, last_step="tweedie",
+    # Guided velocities and scores are those of data around the guided mean.
+    x = Interpolants().sample(Oracle(spread=1e-3), z, y, num_sampling_steps=100, sampler=sampler, last_step="tweedie",
                               guidance_scale=scale, guidance_channels=guidance_channels)  # fmt: skip
     plain, null = 2.0 * y - 5, 2.0 * 5 - 5
     expected = torch.stack([null + scale * (plain - null) if c < guided else plain for c in range(4)], 1)
-    assert_near(x, expected[..., None, None].expand_as(x), 5e-3)
+    assert_near(x, expected[..., None, None].expand_as(x), 0.02)
 
 
 @pytest.mark.parametrize("sampler", SDE)

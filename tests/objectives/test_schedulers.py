@@ -1,113 +1,193 @@
-"""diffusers' schedulers on the project's denoisers, against the project's own samplers and against data of one point."""
-
 import diffusers
 import pytest
 import torch
+from torch import nn
 
 from goldens_util import assert_near, golden_files, load, new_dit, part
 from objectives.test_sampling import Oracle, labels
 from tinyfusion_pl.objectives import GaussianDiffusion, PictureSampler
-from tinyfusion_pl.objectives.schedules import linear_betas
+from tinyfusion_pl.tasks.evaluate import plain
+
+DETERMINISTIC = {
+    "ddim": diffusers.DDIMScheduler(clip_sample=False),
+    "dpm_solver": diffusers.DPMSolverMultistepScheduler(algorithm_type="dpmsolver++", solver_order=2),
+    "dpm_solver_singlestep": diffusers.DPMSolverSinglestepScheduler(lower_order_final=True),
+    "unipc": diffusers.UniPCMultistepScheduler(),
+    "euler": diffusers.EulerDiscreteScheduler(),
+    "heun": diffusers.HeunDiscreteScheduler(beta_start=1e-4, beta_end=0.02),
+}
+RANDOM = {
+    "ddpm": diffusers.DDPMScheduler(clip_sample=False),
+    "ddpm_learned": diffusers.DDPMScheduler(clip_sample=False, variance_type="learned_range"),
+    "euler_ancestral": diffusers.EulerAncestralDiscreteScheduler(),
+    "sde_dpm_solver": diffusers.DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++"),
+}
+ALL = {**DETERMINISTIC, **RANDOM}
 
 
-def sample(scheduler, denoiser, z, y, *, objective=None, **options):
-    objective = objective or GaussianDiffusion()
-    return objective.sample(denoiser, z, y, sampler="diffusers", scheduler=scheduler, **{"num_sampling_steps": 8, **options})
-
-
-def ours(**options):
-    """diffusers' DDIM at the very timesteps that ours visits."""
-    return diffusers.DDIMScheduler(clip_sample=False, set_alpha_to_one=True, timestep_spacing="linspace", **options)
+def options(scheduler, **more):
+    return {"sampler": "diffusers", "scheduler": scheduler, "num_sampling_steps": 20, **more}
 
 
 @pytest.mark.golden
+@pytest.mark.parametrize("num_timesteps", [40, 100])
 @pytest.mark.parametrize("file", golden_files("dit_forward*"))
-@pytest.mark.parametrize("guidance_scale", [1.0, 1.5])
-def test_ddim_of_diffusers_is_ours_where_both_visit_every_timestep(file, guidance_scale):
-    """A process of 50 steps: with fewer steps than timesteps the two space them differently."""
-    model = new_dit(part(load(file), "weights"))
-    c, objective = model.config, GaussianDiffusion(num_timesteps=50)
-    z, y = torch.randn(2, c["in_channels"], c["input_size"], c["input_size"]), torch.tensor([0, 1])
-    options = {"num_sampling_steps": 50, "guidance_scale": guidance_scale}
-    expected = objective.sample(model, z, y, sampler="ddim", **options)
-    scheduler = ours(num_train_timesteps=50, trained_betas=linear_betas(50).numpy())
-    assert_near(sample(scheduler, model, z, y, objective=objective, **options), expected, 1e-4)
+def test_against_diffusers_ddim_on_the_golden_model(file, num_timesteps):
+    """diffusers' DDIM takes steps of equal length, ours of a length that reaches the last timestep: equal where both visit all."""
+    golden = load(file)
+    model, objective = new_dit(part(golden, "weights")), GaussianDiffusion(num_timesteps=num_timesteps)
+    scheduler = diffusers.DDIMScheduler(num_train_timesteps=num_timesteps, trained_betas=objective.tables.betas.tolist(),
+                                        clip_sample=False, timestep_spacing="leading")
+    z, y = torch.randn(2, *golden["x"].shape[1:]), golden["y"][:2]
+    shared = {"num_sampling_steps": num_timesteps, "guidance_scale": 1.5}
+    ours = objective.sample(model, z, y, sampler="ddim", **shared)
+    assert_near(objective.sample(model, z, y, **options(scheduler, **shared)), ours, 1e-4)
 
 
-class AtTimesteps(Oracle):
-    """The oracle at the nearest timestep: some schedulers ask between two of them, as a network may be asked."""
+@pytest.mark.parametrize("num_sampling_steps", [2, 10, 100])
+def test_diffusers_ddpm_with_the_learned_variance_is_ours(num_sampling_steps):
+    objective, z, y = GaussianDiffusion(), torch.randn(1, 1, 2, 2), labels(1)
+
+    class Widening(Oracle):
+        def __call__(self, x, t, y):
+            epsilon, _ = super().__call__(x, t, y).chunk(2, 1)
+            return torch.cat([epsilon, torch.sin(x)], 1)  # a variance between its bounds
+
+    seed = torch.randn(1, *z.shape)
+    scheduler = diffusers.DDPMScheduler(clip_sample=False, variance_type="learned_range", timestep_spacing="linspace")
+    theirs = objective.sample(Widening(spread=0.5), z, y, **options(scheduler, num_sampling_steps=num_sampling_steps), noise=seed)
+    first = seed.flatten()[:2].view(torch.int32).tolist()
+    generator = torch.Generator().manual_seed(((first[0] % 2**32) + ((first[1] % 2**32) << 31)) % 2**63)
+    noise = torch.stack([torch.randn(z.shape, generator=generator) for _ in range(num_sampling_steps)])
+    assert_near(theirs, objective.sample(Widening(spread=0.5), z, y, num_sampling_steps=num_sampling_steps, noise=noise), 1e-4)
+
+
+@pytest.mark.parametrize("learn_sigma", [True, False])
+@pytest.mark.parametrize("name", [name for name in ALL if name != "ddpm_learned"])
+def test_data_of_one_point_is_found(name, learn_sigma):
+    z, y = torch.randn(5, 1, 2, 2), labels(5)
+    objective, oracle = GaussianDiffusion(learn_sigma=learn_sigma), Oracle(learn_sigma=learn_sigma)
+    # Steps of DDIM's equal length stop short of the noisiest timestep by one step unless they trail.
+    if name == "ddim":
+        scheduler = diffusers.DDIMScheduler(clip_sample=False, timestep_spacing="trailing")
+    else:
+        scheduler = ALL[name]
+    x = objective.sample(RoundedTimes(oracle), z, y, **options(scheduler))
+    assert_near(x, (2.0 * y - 5).view(-1, 1, 1, 1).expand_as(x), 0.02)
+
+
+class RoundedTimes:
+    """Some schedulers ask between timesteps; the oracle's table has none there."""
+
+    num_classes = 5
+
+    def __init__(self, oracle):
+        self.oracle = oracle
 
     def __call__(self, x, t, y):
-        return super().__call__(x, t.round().long(), y)
+        return self.oracle(x, t.round().long(), y)
 
 
-@pytest.mark.parametrize("scheduler", [
-    diffusers.DPMSolverMultistepScheduler(), diffusers.DPMSolverMultistepScheduler(solver_order=3, use_karras_sigmas=True),
-    diffusers.UniPCMultistepScheduler(), diffusers.DPMSolverSinglestepScheduler(), diffusers.EulerDiscreteScheduler(),
-    diffusers.HeunDiscreteScheduler(beta_start=1e-4, beta_end=0.02), ours(), diffusers.DDPMScheduler(clip_sample=False),
-    diffusers.DDPMScheduler(clip_sample=False, variance_type="learned_range"), diffusers.EulerAncestralDiscreteScheduler(),
-], ids=lambda scheduler: type(scheduler).__name__)  # fmt: skip
-def test_data_of_one_point_is_found(scheduler):
-    z, y = torch.randn(5, 1, 2, 2), labels(5)
-    x = sample(scheduler, AtTimesteps(), z, y, num_sampling_steps=25)
-    assert_near(x, (2.0 * y - 5).view(-1, 1, 1, 1).expand_as(x), 2e-2)
+@pytest.mark.parametrize("name", ["dpm_solver", "unipc", "sde_dpm_solver", "ddpm_learned", "euler_ancestral"])
+def test_normal_data_is_sampled_with_its_mean_and_spread(name):
+    n = 4000
+    x = GaussianDiffusion().sample(RoundedTimes(Oracle(spread=0.5)), torch.randn(n, 1, 1, 1), torch.full((n,), 3),
+                                   **options(ALL[name], num_sampling_steps=200))  # fmt: skip
+    assert abs(x.mean() - 1) < 0.04 and abs(x.std() - 0.5) < 0.03
 
 
-def test_dpm_solver_needs_few_steps_for_normal_data():
-    """In 20 steps it is nearer to the exact flow than DDIM in 20."""
-    z, y = torch.randn(200, 1, 1, 1), torch.full((200,), 3)
-    exact = GaussianDiffusion().sample(Oracle(0.5), z, y, sampler="ddim", num_sampling_steps=500)
-    error = {name: (x - exact).abs().mean() for name, x in {
-        "dpm": sample(diffusers.DPMSolverMultistepScheduler(), Oracle(0.5), z, y, num_sampling_steps=20),
-        "ddim": GaussianDiffusion().sample(Oracle(0.5), z, y, sampler="ddim", num_sampling_steps=20)}.items()}
-    assert error["dpm"] < 0.8 * error["ddim"]
-
-
-def test_the_scheduler_is_left_as_it_was():
-    scheduler = diffusers.DPMSolverMultistepScheduler()
-    sample(scheduler, Oracle(), torch.randn(2, 1, 2, 2), labels(2))
-    assert scheduler.num_inference_steps is None and len(scheduler.timesteps) == 1000
-
-
-@pytest.mark.parametrize(("scheduler", "options", "num"), [
-    (diffusers.DPMSolverMultistepScheduler(), {}, 0), (ours(), {}, 0), (ours(), {"eta": 1.0}, 1),
-    (diffusers.DDPMScheduler(clip_sample=False), {}, 1),
-], ids=str)  # fmt: skip
-def test_only_schedulers_that_draw_take_noise(scheduler, options, num):
-    assert GaussianDiffusion().num_noises(sampler="diffusers", scheduler=scheduler, num_sampling_steps=8, **options) == num
-
-
-@pytest.mark.parametrize("scheduler", [ours(), diffusers.DDPMScheduler(clip_sample=False)], ids=["ddim", "ddpm"])
-def test_a_numbered_sample_is_the_same_alone_and_in_a_batch(scheduler):
-    denoiser = torch.nn.Module()
-    denoiser.forward, denoiser.num_classes = Oracle(0.5), 5
+@pytest.mark.parametrize("name", ALL)
+def test_a_numbered_sample_is_the_same_alone_and_in_a_batch_and_nothing_else_is_drawn(name):
+    denoiser = nn.Module()
+    denoiser.forward, denoiser.num_classes = RoundedTimes(Oracle(spread=0.5)), 5
     sampler = PictureSampler(denoiser=denoiser, objective=GaussianDiffusion(), latent_shape=(1, 2, 2), decode=lambda latents: latents,
-                             sampling={"sampler": "diffusers", "scheduler": scheduler, "num_sampling_steps": 6}, seed=3)
+                             sampling=options(ALL[name], num_sampling_steps=6), seed=3)
+    state = torch.get_rng_state()
+    sampler.check()
     together = sampler(torch.arange(4), labels(4))
     assert_near(sampler(torch.tensor([2]), labels(4)[2:3]), together[2:3], 1e-5)
-    assert not torch.equal(together[0], together[1])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert GaussianDiffusion().num_noises(**options(ALL[name])) == (name in RANDOM)
 
 
-@pytest.mark.parametrize(("scheduler", "options", "said"), [
-    (None, {}, "there is no scheduler"),
-    (diffusers.FlowMatchEulerDiscreteScheduler(), {}, "no noise schedule"),
-    (diffusers.DDIMScheduler(beta_schedule="scaled_linear"), {}, "another noise schedule than the objective"),
-    (diffusers.DDIMScheduler(prediction_type="v_prediction"), {}, "prediction_type 'v_prediction'"),
-    (diffusers.DPMSolverMultistepScheduler(), {"eta": 0.5}, "has no eta"),
-    (ours(), {"clip_denoised": True}, "clipping is the scheduler's own part"),
-    (ours(), {"num_sampling_steps": 0}, "num_sampling_steps is 0"),
-    (diffusers.DDIMInverseScheduler(), {}, "from data to noise|cannot make"),
-], ids=str)  # fmt: skip
-def test_a_scheduler_that_does_not_fit_is_refused_before_the_denoiser_runs(scheduler, options, said):
-    oracle, options = Oracle(), {"num_sampling_steps": 8, **options}
+@pytest.mark.parametrize("name", RANDOM)
+def test_other_noise_gives_other_samples(name):
+    objective, z, y = GaussianDiffusion(), torch.randn(2, 1, 2, 2), labels(2)
+
+    def sampled(seed):
+        return objective.sample(RoundedTimes(Oracle(spread=0.5)), z, y, **options(ALL[name]), generator=torch.Generator().manual_seed(seed))
+
+    assert torch.equal(sampled(1), sampled(1)) and not torch.equal(sampled(1), sampled(2))
+
+
+def test_ddim_with_eta_draws_and_without_does_not():
+    scheduler = DETERMINISTIC["ddim"]
+    assert GaussianDiffusion().num_noises(**options(scheduler, eta=1.0)) == 1
+    assert GaussianDiffusion().num_noises(**options(scheduler)) == 0
+
+
+def test_the_scheduler_given_is_not_changed():
+    scheduler = diffusers.DPMSolverMultistepScheduler()
+    before = scheduler.timesteps.clone()
+    GaussianDiffusion().sample(Oracle(), torch.randn(2, 1, 2, 2), labels(2), **options(scheduler))
+    assert torch.equal(scheduler.timesteps, before) and scheduler.num_inference_steps is None
+    assert scheduler.model_outputs == [None, None]
+
+
+def test_guidance_asks_for_the_null_label_beside_each_label():
+    oracle = Oracle()
+    GaussianDiffusion().sample(oracle, torch.randn(3, 1, 2, 2), labels(3),
+                               **options(DETERMINISTIC["dpm_solver"], num_sampling_steps=2, guidance_scale=1.5))  # fmt: skip
+    assert [(n, y) for n, _, y in oracle.asked] == [(6, [0, 1, 2, 5, 5, 5])] * 2
+
+
+class DrawsOnItsOwn(diffusers.DDPMScheduler):
+    def step(self, model_output, timestep, sample):
+        return super().step(model_output, timestep, sample)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"scheduler": None}, "there is no scheduler"),
+        ({"scheduler": "DPMSolverMultistepScheduler"}, "scheduler is a str, which has no noise schedule"),
+        ({"scheduler": diffusers.FlowMatchEulerDiscreteScheduler()}, "has no noise schedule"),
+        ({"scheduler": diffusers.DDIMScheduler(beta_schedule="scaled_linear")}, "another noise schedule than the objective"),
+        ({"scheduler": diffusers.DDIMScheduler(num_train_timesteps=500)}, "500 steps .* instead of 1000"),
+        ({"scheduler": diffusers.DDIMScheduler(prediction_type="v_prediction")}, "prediction_type 'v_prediction'"),
+        ({"scheduler": diffusers.DDIMInverseScheduler()}, "from data to noise"),
+        ({"scheduler": diffusers.DPMSolverMultistepScheduler(variance_type="learned")}, "cannot make 20 steps .*variance_type"),
+        ({"scheduler": DrawsOnItsOwn()}, "DrawsOnItsOwn draws noise that cannot be fixed for each sample"),
+        ({"eta": 0.5}, "DPMSolverMultistepScheduler has no eta"),
+        ({"eta": 2.0, "scheduler": diffusers.DDIMScheduler()}, "eta is 2.0"),
+        ({"clip_denoised": True}, "clipping is the scheduler's own part"),
+        ({"num_sampling_steps": 1001}, "num_sampling_steps is 1001"),
+        ({"guidance_channels": 0}, "guidance_channels is 0"),
+        ({"sampler": "ddim"}, "There is a scheduler, but sampler is 'ddim'"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_named_before_the_denoiser_runs(wrong, said):
+    oracle, given = Oracle(), {**options(diffusers.DPMSolverMultistepScheduler()), **wrong}
     with pytest.raises(ValueError, match=said):
-        GaussianDiffusion().check_sampling(sampler="diffusers", scheduler=scheduler, **options)
-    with pytest.raises(ValueError, match=said):
-        sample(scheduler, oracle, torch.randn(2, 1, 2, 2), labels(2), **options)
+        GaussianDiffusion().check_sampling(**given)
+    if given["sampler"] == "diffusers":
+        with pytest.raises(ValueError, match=said):
+            GaussianDiffusion().sample(oracle, torch.randn(2, 1, 2, 2), labels(2), **given)
     assert not oracle.asked
 
 
-def test_a_learned_variance_needs_a_denoiser_that_predicts_one():
+def test_a_learned_variance_needs_one():
     with pytest.raises(ValueError, match="variance_type 'learned_range', but with learn_sigma=False"):
-        GaussianDiffusion(learn_sigma=False).check_sampling(
-            sampler="diffusers", scheduler=diffusers.DDPMScheduler(variance_type="learned_range"), num_sampling_steps=8)
+        GaussianDiffusion(learn_sigma=False).check_sampling(**options(RANDOM["ddpm_learned"]))
+
+
+def test_noise_of_another_shape_is_refused():
+    with pytest.raises(ValueError, match=r"\(20, 2, 1, 2, 2\); expected \(1, 2, 1, 2, 2\)"):
+        GaussianDiffusion().sample(Oracle(), torch.randn(2, 1, 2, 2), labels(2), **options(RANDOM["ddpm"]),
+                                   noise=torch.zeros(20, 2, 1, 2, 2))  # fmt: skip
+
+
+def test_a_protocol_holds_a_scheduler_as_plain_settings():
+    given = plain(options(DETERMINISTIC["dpm_solver"]))
+    assert given["num_sampling_steps"] == 20 and given["scheduler"]["name"] == "DPMSolverMultistepScheduler"
+    assert given["scheduler"]["solver_order"] == 2 and given["scheduler"]["lambda_min_clipped"] == "-inf"

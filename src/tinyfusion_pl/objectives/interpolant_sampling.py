@@ -199,11 +199,11 @@ def sample_interpolant(objective: Interpolants, denoiser: nn.Module, z: Tensor, 
 
 
 def _dopri5(process: _Process, z: Tensor, start: float, end: float) -> Tensor:
-    options, times = process.options, torch.tensor([start, end], device=z.device)
+    options, ends = process.options, torch.tensor([start, end], device=z.device)
     try:
-        # Its last step ends at `end`; left to itself it goes beyond, where paths are singular, and interpolates.
-        return odeint(lambda t, x: process.velocity(x, t), z, times, method="dopri5", atol=options.atol, rtol=options.rtol,
-                      options={"step_t": times[1:]})[-1]
+        # A step must land on the end: by itself the solver steps past it, where the paths are not defined, and interpolates.
+        return odeint(lambda t, x: process.velocity(x, t), z, ends, method="dopri5", atol=options.atol, rtol=options.rtol,
+                      options={"step_t": ends[1:]})[-1]
     except AssertionError as error:  # its steps became too small to count
         raise ValueError(f"dopri5 cannot solve the ODE to atol={options.atol} and rtol={options.rtol}: the model has diverged, or they are "
                          f"too small for {z.dtype} ({error}). Give larger ones, or another sampler.") from error
