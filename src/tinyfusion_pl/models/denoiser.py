@@ -36,8 +36,8 @@ class Denoiser(nn.Module):
 
     @property
     def has_null_label(self) -> bool:
-        """Whether there is a null label, which label dropout and guidance need."""
-        return True
+        """Whether there is a null label, which label dropout and guidance need: where the table of labels has its row."""
+        return self.config.get("class_dropout_prob", 1.0) > 0
 
     def units(self, stack: str) -> tuple[tuple[int, ...], ...] | None:
         """The units of a stack (a key of ``STACKS``) that must stay or go whole, as indices of blocks; None: each block on its own."""

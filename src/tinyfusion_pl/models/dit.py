@@ -5,17 +5,14 @@ Own code; parameter names and layout are those of the published checkpoints (fac
 
 from __future__ import annotations
 
-import math
-
 import torch
 from timm.layers import Mlp, PatchEmbed
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
 from tinyfusion_pl.models.denoiser import Denoiser
+from tinyfusion_pl.models.layers import LabelEmbedder, TimestepEmbedder, initialize_linears, unpatchify
 from tinyfusion_pl.models.registry import register_model
-
-FREQUENCY_CHANNELS = 256
 
 
 def sincos_position_embedding(hidden_size: int, grid_size: int) -> Tensor:
@@ -29,33 +26,6 @@ def sincos_position_embedding(hidden_size: int, grid_size: int) -> Tensor:
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale[:, None]) + shift[:, None]  # (N, T, D)
-
-
-class TimestepEmbedder(nn.Module):
-    """Sinusoidal timestep features through a two-layer perceptron; for `frequency_shift` see `DiT`."""
-
-    def __init__(self, hidden_size: int, *, frequency_shift: int = 0) -> None:
-        super().__init__()
-        self.frequency_shift = frequency_shift
-        self.mlp = nn.Sequential(nn.Linear(FREQUENCY_CHANNELS, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
-
-    def forward(self, t: Tensor) -> Tensor:
-        half = FREQUENCY_CHANNELS // 2
-        frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / (half - self.frequency_shift))
-        angles = t[:, None].float() * frequencies  # (N, 128)
-        features = torch.cat([angles.cos(), angles.sin()], 1)  # (N, 256)
-        return self.mlp(features.to(self.mlp[0].weight.dtype))  # (N, D)
-
-
-class LabelEmbedder(nn.Module):
-    """Class embeddings; with label dropout in training the table has a last row for the null label."""
-
-    def __init__(self, num_classes: int, hidden_size: int, *, has_null: bool) -> None:
-        super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + has_null, hidden_size)
-
-    def forward(self, y: Tensor) -> Tensor:
-        return self.embedding_table(y)  # (N, D)
 
 
 class DiTBlock(nn.Module):
@@ -148,10 +118,7 @@ class DiT(Denoiser):
     @torch.no_grad()
     def initialize_weights(self) -> None:
         """adaLN-Zero: every block starts as the identity, the output as zero (section 3.2)."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+        initialize_linears(self)
         projection = self.x_embedder.proj
         nn.init.xavier_uniform_(projection.weight.view(projection.weight.shape[0], -1))
         nn.init.zeros_(projection.bias)
@@ -160,18 +127,6 @@ class DiT(Denoiser):
         for zero in (*(block.adaLN_modulation[1] for block in self.blocks), self.final_layer.adaLN_modulation[1], self.final_layer.linear):
             nn.init.zeros_(zero.weight)
 
-    @property
-    def has_null_label(self) -> bool:
-        """Whether the label table has the row that label dropout and guidance need."""
-        return self.config["class_dropout_prob"] > 0
-
-    def unpatchify(self, x: Tensor) -> Tensor:
-        """Patches (N, T, P*P*C) -> (N, C, H, W)."""
-        n, num_patches, _ = x.shape
-        grid, p = math.isqrt(num_patches), self.patch_size
-        x = x.view(n, grid, grid, p, p, self.out_channels).permute(0, 5, 1, 3, 2, 4)  # (N, C, G, P, G, P)
-        return x.reshape(n, self.out_channels, grid * p, grid * p)  # (N, C, H, W)
-
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Predict for latents `x` (N, C, H, W) at timesteps `t` (N,) with labels `y` (N,): (N, C or 2C, H, W), in the dtype of `x`."""
         dtype = x.dtype
@@ -179,7 +134,7 @@ class DiT(Denoiser):
         c = self.t_embedder(t) + self.y_embedder(y)  # (N, D)
         for block in self.blocks:
             x = self.run(block, x, c)  # (N, T, D)
-        return self.unpatchify(self.final_layer(x, c)).to(dtype)  # (N, C_out, H, W)
+        return unpatchify(self.final_layer(x, c), self.patch_size).to(dtype)  # (N, C_out, H, W)
 
 
 SIZES = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "xl": (1152, 28, 16), "h": (1280, 32, 16)}

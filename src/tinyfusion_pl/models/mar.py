@@ -16,6 +16,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from tinyfusion_pl.models.denoiser import Denoiser
+from tinyfusion_pl.models.layers import initialize_linears
 from tinyfusion_pl.models.mar_head import DiffusionHead
 from tinyfusion_pl.models.registry import register_model
 
@@ -108,10 +109,7 @@ class MAR(Denoiser):
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+        initialize_linears(self)
         for weight in (self.class_emb.weight, self.fake_latent, self.mask_token, self.encoder_pos_embed_learned,
                        self.decoder_pos_embed_learned, self.diffusion_pos_embed_learned):
             nn.init.normal_(weight, std=0.02)

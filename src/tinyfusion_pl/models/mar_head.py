@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinyfusion_pl.models.dit import TimestepEmbedder
+from tinyfusion_pl.models.layers import TimestepEmbedder, initialize_linears
 
 
 def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -68,10 +68,7 @@ class DiffusionHead(nn.Module):
     @torch.no_grad()
     def initialize_weights(self) -> None:
         """Every block starts as the identity, the output as zero."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+        initialize_linears(self)
         for layer in (self.time_embed.mlp[0], self.time_embed.mlp[2]):
             nn.init.normal_(layer.weight, std=0.02)
         for zero in (*(block.adaLN_modulation[1] for block in self.res_blocks), self.final_layer.adaLN_modulation[1],

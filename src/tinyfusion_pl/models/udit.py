@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tinyfusion_pl.models.denoiser import Denoiser
-from tinyfusion_pl.models.dit import LabelEmbedder, TimestepEmbedder
+from tinyfusion_pl.models.layers import LabelEmbedder, TimestepEmbedder, initialize_linears
 from tinyfusion_pl.models.registry import register_model
 
 FACTOR = 2
@@ -261,11 +261,9 @@ class UDiT(Denoiser):
     @torch.no_grad()
     def initialize_weights(self) -> None:
         """adaLN-Zero: every block starts as the identity, the output as zero, as in DiT; convolutions as torch has them."""
+        initialize_linears(self)
         for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-            elif isinstance(module, TimestepEmbedder):
+            if isinstance(module, TimestepEmbedder):
                 for index in (0, 2):
                     nn.init.normal_(module.mlp[index].weight, std=0.02)
             elif isinstance(module, LabelEmbedder):
@@ -276,11 +274,6 @@ class UDiT(Denoiser):
         for zero in zeros:
             nn.init.zeros_(zero.weight)
             nn.init.zeros_(zero.bias)
-
-    @property
-    def has_null_label(self) -> bool:
-        """Whether the label tables have the row that label dropout and guidance need."""
-        return self.config["class_dropout_prob"] > 0
 
     def stage(self, blocks: nn.ModuleList, x: Tensor, c: Tensor) -> Tensor:
         """Features `x` (N, C, H, W) through the blocks of a stage."""

@@ -6,27 +6,18 @@ Own code; parameter names and layout are those of the published checkpoints (bao
 
 from __future__ import annotations
 
-import math
-
 import torch
 from timm.layers import Mlp, PatchEmbed
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
 from tinyfusion_pl.models.denoiser import Denoiser
+from tinyfusion_pl.models.layers import sinusoidal_features, unpatchify
 from tinyfusion_pl.models.registry import register_model
 
 STACK = "in_blocks+out_blocks"
 NUM_EXTRA_TOKENS = 2
 """Label and time stand before the patches, in this order."""
-
-
-def sinusoidal_features(t: Tensor, num_channels: int) -> Tensor:
-    """Cosines, then sines of `t` (N,) at num_channels / 2 frequencies from 1 down to 1/10000: float32 (N, num_channels)."""
-    half = num_channels // 2
-    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
-    angles = t[:, None].float() * frequencies  # (N, C/2)
-    return torch.cat([angles.cos(), angles.sin()], 1)  # (N, C)
 
 
 class UViTBlock(nn.Module):
@@ -113,22 +104,10 @@ class UViT(Denoiser):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    @property
-    def has_null_label(self) -> bool:
-        """Whether the label table has the row that label dropout and guidance need."""
-        return self.config["class_dropout_prob"] > 0
-
     def units(self, stack: str) -> tuple[tuple[int, ...], ...]:
         """In block i and the out block that takes its skip."""
         num_blocks = len(self.in_blocks) + len(self.out_blocks)
         return tuple((i, num_blocks - 1 - i) for i in range(num_blocks // 2))
-
-    def unpatchify(self, x: Tensor) -> Tensor:
-        """Patches (N, T, P*P*C) -> (N, C, H, W)."""
-        n, num_patches, _ = x.shape
-        grid, p = math.isqrt(num_patches), self.patch_size
-        x = x.view(n, grid, grid, p, p, self.out_channels).permute(0, 5, 1, 3, 2, 4)  # (N, C, G, P, G, P)
-        return x.reshape(n, self.out_channels, grid * p, grid * p)  # (N, C, H, W)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Predict the noise in latents `x` (N, C, H, W) at timesteps `t` (N,) with labels `y` (N,): (N, C, H, W), in the dtype of `x`."""
@@ -143,7 +122,7 @@ class UViT(Denoiser):
         for block in self.out_blocks:
             x = self.run(block, x, skips.pop())  # (N, T, D)
         x = self.decoder_pred(self.norm(x))[:, NUM_EXTRA_TOKENS:]  # (N, T - 2, P*P*C)
-        return self.final_layer(self.unpatchify(x)).to(dtype)  # (N, C, H, W)
+        return self.final_layer(unpatchify(x, self.patch_size)).to(dtype)  # (N, C, H, W)
 
 
 SIZES = {"s": (512, 12, 8), "m": (768, 16, 12), "l": (1024, 20, 16), "h": (1152, 28, 16)}
