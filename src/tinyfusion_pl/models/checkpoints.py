@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,8 @@ def _without(prefix: str, state: dict[str, Tensor], where: str | Path) -> dict[s
 def _unpickle(path: Path) -> Any:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            # Mapped where the format allows: of a training's checkpoint only the weights asked for are read, not the optimizer's state.
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except OSError as error:
         raise ArtifactError(f"Cannot read {path}: {error.strerror}.") from error
     except Exception as error:  # broken files show as errors of many types: RuntimeError, EOFError, IndexError, struct.error
