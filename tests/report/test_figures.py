@@ -142,6 +142,15 @@ def test_rows_are_named_with_depth_in_the_models_colour():
     assert not any(text.startswith("recovered") for text in texts)
 
 
+@pytest.mark.parametrize("num", [1, 2, 6, 10])
+def test_names_of_rows_stay_inside_the_figure_however_few_pictures(num):
+    figure = plot_samples({"labels": np.arange(num), **pictures(num)}, depths={model: 28 for model in COLORS})
+    figure.canvas.draw()
+    for text in figure.axes[0].texts:
+        box = text.get_window_extent()
+        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1, text.get_text()
+
+
 def test_pictures_are_upscaled_without_blur_and_keep_their_grey_values():
     samples = {"labels": np.arange(6), **pictures(6)}
     for image in shown(plot_samples(samples)).values():

@@ -259,6 +259,7 @@ def test_headline_says_what_was_measured(changes, sentence):
     [
         ("digits_classifier", "never with FID figures published elsewhere"),
         ("InceptionV3 (torch-fidelity)", "the usual one"),
+        ("RandomInceptionFeatures-0123456789ab", "no figure here means anything"),
         (None, "does not say"),
     ],
 )

@@ -40,7 +40,7 @@ class InceptionFeatures(nn.Module):
         super().__init__()
         if str(weights_path) == RANDOM:
             warnings.warn("InceptionV3 is randomly initialised: every number that is measured with it means nothing.", stacklevel=2)
-            self.network = _random()
+            self.network, self.name = _random(), "RandomInceptionFeatures"
             return
         path = _downloaded() if weights_path is None else Path(weights_path)
         _check_is_data(path)  # torch-fidelity would run code that a pickle holds

@@ -23,7 +23,7 @@ COLORS = {"teacher": "#0072B2", "pruned": "#D55E00", "recovered": "#009E73"}
 KEPT, DROPPED, INK, FAINT = "#3B2E8C", "#C9CCD6", "#22252E", "#6B7080"
 WIDTH = 10.0  # inches; the page shows a figure about as wide as its text
 MAX_STEPS_DRAWN = 600  # more columns than this are not told apart on 10 inches
-MAX_COLUMNS = 10  # of sample pictures
+MIN_COLUMNS, MAX_COLUMNS = 6, 10  # of sample pictures
 FAINTEST = 0.14  # opacity at confidence 0: an undecided group stays visible
 
 _PROBABILITY = LinearSegmentedColormap.from_list("probability", ["#FFFFFF", KEPT])
@@ -88,7 +88,7 @@ def plot_samples(samples: dict[str, np.ndarray], *, depths: dict[str, float] | N
     """
     models = models_in(samples)
     labels, bands = samples["labels"], _sample_bands(samples["labels"])
-    num_columns = max(map(len, bands))
+    num_columns = max(MIN_COLUMNS, *map(len, bands))  # few pictures are not blown up
     aspect, gap = np.divide(*samples[models[0]].shape[2:]), 0.45  # sizes in picture widths
     band_height = len(models) * aspect + gap
     figure = _figure(WIDTH, max(1.6, WIDTH * 0.88 / num_columns * len(bands) * band_height))
@@ -107,7 +107,7 @@ def plot_samples(samples: dict[str, np.ndarray], *, depths: dict[str, float] | N
                 axes.imshow(picture, extent=extent, interpolation="nearest", gid=f"{model}/{index}")
             name = f"{model}\n{depths[model]:.0f} blocks" if depths and model in depths else model
             style = {"color": COLORS.get(model, INK), "fontsize": 11, "fontweight": "bold"}
-            axes.text(-0.12, upper + aspect / 2, name, ha="right", va="center", **style)
+            axes.text(-0.012 * num_columns, upper + aspect / 2, name, ha="right", va="center", **style)
     axes.set(xlim=(0, num_columns), ylim=(len(bands) * band_height, 0), aspect="equal")
     axes.axis("off")
     return figure
