@@ -5,6 +5,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 
+from tinyfusion_pl.callbacks import StepProgressBar
 from tinyfusion_pl.cli import main
 from tinyfusion_pl.data import DigitsDataModule
 from tinyfusion_pl.models import create_model
@@ -84,3 +85,12 @@ def test_a_stage_follows_its_budget_from_the_command_line(tmp_path, capsys):
     assert "learn_mask: 3 steps of 16 images" in capsys.readouterr().out
     lines = (tmp_path / "learn_mask" / "decisions.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["step"] == 3
+
+
+def test_the_progress_bar_counts_optimizer_steps_where_batches_are_accumulated(tmp_path, capsys):
+    fit = Fit(trainer=partial(Trainer, accelerator="cpu", max_epochs=-1, max_steps=-1, use_distributed_sampler=False,
+                              enable_model_summary=False),
+              callbacks={"progress": StepProgressBar()}, budget=Budget(num_images=44, global_batch_size=12, max_device_batch_size=5))
+    module = Denoising(create_model("dit_digits", depth=1), objective=GaussianDiffusion())
+    fit.run("train", RunFolder(tmp_path), module, DigitsDataModule(batch_size=100))
+    assert "4/4" in (said := capsys.readouterr().out) and "12/" not in said
