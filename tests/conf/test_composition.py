@@ -7,6 +7,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_module
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 import tinyfusion_pl.cli  # noqa: F401  (registers the resolvers that main.yaml uses)
@@ -93,6 +94,15 @@ def test_debug_shortens_every_fit_of_an_experiment(experiment, name):
     fits = {key: node["fit"] for key, node in cfg.items() if isinstance(node, dict) and "fit" in node}
     steps = {key: fit["trainer"]["max_steps"] for key, fit in fits.items()}
     assert steps and all(count <= 10 for count in steps.values()), steps
+
+
+@pytest.mark.parametrize("name", [name for name in options("model") if name != "digits_teacher"])
+def test_activation_checkpointing_is_a_flag_of_every_published_model(name):
+    assert compose("main", [f"model={name}"]).model.activation_checkpointing is False
+    model = compose("main", [f"model={name}", "model.activation_checkpointing=true", "model.checkpoint=random"]).model
+    sizes = {"hidden_size": 64, "num_heads": 4, "num_classes": 10}
+    with pytest.warns(UserWarning, match="randomly initialised"):
+        assert instantiate(model, **sizes).activation_checkpointing is True
 
 
 @pytest.mark.parametrize("name", options("metrics"))

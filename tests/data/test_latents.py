@@ -201,6 +201,24 @@ def test_the_published_layout_is_checked(folders, tmp_path):
         data(folders)
 
 
+@pytest.mark.parametrize(("kind", "content", "said"), [
+    ("labels", np.array([1000]), "labels/500.npy has the label 1000, but the model knows the classes 0 to 999"),
+    ("labels", np.array([-1]), "labels/500.npy has the label -1"),
+    ("features", np.full((1, 4, 2, 2), np.nan, np.float32), "features/500.npy holds values that are not finite"),
+])
+def test_a_published_file_that_was_not_looked_at_before_training_is_checked_when_it_is_read(folders, kind, content, said):
+    for i in range(12, 1200):
+        np.save(folders / "imagenet256_features" / f"{i}.npy", np.zeros((1, 4, 2, 2), np.float32))
+        np.save(folders / "imagenet256_labels" / f"{i}.npy", np.array([i % 1000]))
+    np.save(folders / f"imagenet256_{kind}" / "500.npy", content)
+    module = data(folders)
+    module.check_fits(model(num_classes=1000, input_size=2))
+    assert 500 not in module._checked()
+    with pytest.raises(ArtifactError, match=said):
+        for _ in module.train_dataloader():
+            pass
+
+
 def test_a_published_latent_that_goes_missing_in_training_is_named(folders):
     batches = iter(data(folders).train_dataloader())
     next(batches)
@@ -352,3 +370,4 @@ def test_more_processes_than_samples_are_refused(made, monkeypatch):
     monkeypatch.setattr(GenerationDataModule, "_ranks", {"rank": 0, "num_replicas": 11})
     with pytest.raises(ValueError, match="There are 11 processes, but only 10 training samples"):
         data(made / "moments").train_dataloader()
+    data(made / "moments").check_processes(10)

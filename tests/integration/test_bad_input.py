@@ -86,6 +86,12 @@ def test_a_wrong_setting(tell, setting, expected):
     assert expected in said, said
 
 
+def test_more_processes_than_training_samples(tell):
+    many = [f"{stage}.trainer.{word}" for stage in ("learn_mask.fit", "recover.fit", "evaluate")
+            for word in ("accelerator=cpu", "devices=1800")]
+    assert "There are 1800 processes, but only 1797 training samples" in tell(*many)
+
+
 @pytest.mark.parametrize("choice, expected", [
     ("+experiment=dit_d15", "dit_d14"), ("adapter=dora", "lora"), ("task=prune", "pipeline"), ("+experimnt=dit_d14", "+experiment"),
 ])

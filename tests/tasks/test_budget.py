@@ -1,10 +1,12 @@
 import json
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 
+from tinyfusion_pl.callbacks import StepProgressBar
 from tinyfusion_pl.cli import main
 from tinyfusion_pl.data import DigitsDataModule
 from tinyfusion_pl.models import create_model
@@ -40,25 +42,29 @@ def test_numbers_out_of_range_are_refused_by_name(wrong):
 
 
 class SeenLabels(Callback):
-    def __init__(self):
-        self.batches = []
+    def __init__(self, until):
+        self.batches, self.until = [], until
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == self.until:
+            raise KeyboardInterrupt
         self.batches.append((trainer.global_step, batch[1]))
 
 
-def seen(tmp_path, limit):
-    """Labels of every optimizer step of a fit with this limit of a device's batch, and the weights it ends with."""
+def seen(tmp_path, limit, *, until=None):
+    """Labels of the optimizer steps of a fit with this limit of a device's batch, perhaps interrupted, and the number of its batches."""
     torch.manual_seed(0)
-    watch = SeenLabels()
+    watch = SeenLabels(until)
     module = Denoising(create_model("dit_digits", depth=1), objective=GaussianDiffusion(), label_dropout=0.0)
     fit = Fit(trainer=partial(Trainer, accelerator="cpu", max_epochs=-1, max_steps=-1, enable_progress_bar=False,
                               use_distributed_sampler=False, enable_model_summary=False),
-              budget=Budget(num_images=44, global_batch_size=12, max_device_batch_size=limit))
+              budget=Budget(num_images=44, global_batch_size=12, max_device_batch_size=limit), checkpoint_every_n_steps=1)
     data = DigitsDataModule(batch_size=100)
     fit.check("train", module)
-    fit.run("train", RunFolder(tmp_path), module, data, first=[watch])
-    return [torch.cat([y for at, y in watch.batches if at == step]).tolist() for step in range(4)], len(watch.batches)
+    with nullcontext() if until is None else pytest.raises(KeyboardInterrupt):
+        fit.run("train", RunFolder(tmp_path), module, data, first=[watch])
+    steps = sorted({at for at, _ in watch.batches})
+    return [torch.cat([y for at, y in watch.batches if at == step]).tolist() for step in steps], len(watch.batches)
 
 
 def test_a_step_sees_the_same_images_however_its_batch_is_divided(tmp_path, capsys):
@@ -67,6 +73,14 @@ def test_a_step_sees_the_same_images_however_its_batch_is_divided(tmp_path, caps
     parts, num_parts = seen(tmp_path / "parts", 5)
     assert parts == whole and num_parts == 12
     assert "4 steps of 12 images: 4 a device and batch, 1 devices, 3 batches a step" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("before", "after"), [(5, None), (None, 5), (5, 2), (2, 5)])
+def test_a_training_goes_on_with_whole_steps_where_its_batch_is_divided_otherwise(tmp_path, before, after):
+    """As on another number of devices."""
+    whole, _ = seen(tmp_path / "whole", None)
+    assert seen(tmp_path / "parts", before, until=2)[0] == whole[:2]
+    assert seen(tmp_path / "parts", after)[0] == whole[2:]
 
 
 def test_accumulation_by_hand_beside_a_budget_is_refused():
@@ -84,3 +98,12 @@ def test_a_stage_follows_its_budget_from_the_command_line(tmp_path, capsys):
     assert "learn_mask: 3 steps of 16 images" in capsys.readouterr().out
     lines = (tmp_path / "learn_mask" / "decisions.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["step"] == 3
+
+
+def test_the_progress_bar_counts_optimizer_steps_where_batches_are_accumulated(tmp_path, capsys):
+    fit = Fit(trainer=partial(Trainer, accelerator="cpu", max_epochs=-1, max_steps=-1, use_distributed_sampler=False,
+                              enable_model_summary=False),
+              callbacks={"progress": StepProgressBar()}, budget=Budget(num_images=44, global_batch_size=12, max_device_batch_size=5))
+    module = Denoising(create_model("dit_digits", depth=1), objective=GaussianDiffusion())
+    fit.run("train", RunFolder(tmp_path), module, DigitsDataModule(batch_size=100))
+    assert "4/4" in (said := capsys.readouterr().out) and "12/" not in said

@@ -21,8 +21,9 @@ from tinyfusion_pl.artifacts import ArtifactError, read_json, sha256, tensors_sh
 from tinyfusion_pl.callbacks import SamplingProgressBar
 from tinyfusion_pl.data import DigitsDataModule
 from tinyfusion_pl.metrics import FrechetDistance, GenerationMetrics, PrecisionRecall, Reference, load_digits_classifier, read_reference
-from tinyfusion_pl.models import save_shallow
+from tinyfusion_pl.models import export_model, save_shallow
 from tinyfusion_pl.objectives import GaussianDiffusion
+from tinyfusion_pl.pruning import remove_blocks
 from tinyfusion_pl.tasks import Evaluate, Inputs, RunFolder
 from tinyfusion_pl.tasks.kept import KeptBatches
 
@@ -183,6 +184,20 @@ def test_models_by_path_are_measured_in_place_of_the_runs_own(whole, tmp_path):
     results = run(tmp_path / "run", models={"mine": str(tmp_path / "shallow"), "other": str(tmp_path / "other.pt")}, write_npz=True)
     assert "teacher" not in results and quality(results, "mine") == quality(whole[1])
     assert not np.array_equal(pictures(tmp_path / "run", "other"), pictures(tmp_path / "run", "mine"))
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_an_exported_shallow_model_is_measured_beside_its_teacher(tmp_path, suffix):
+    shallow = remove_blocks(denoiser(), {"blocks": [1]})
+    path = export_model(shallow, tmp_path / f"shallow{suffix}")
+    results = run(tmp_path / "run", models={"mine": str(path)})
+    assert results["mine"]["depth"] == 1 and results["mine"]["weights_sha256"] == tensors_sha256(shallow.state_dict())
+
+
+def test_a_model_for_other_latents_is_refused_before_anything_is_sampled(tmp_path):
+    save_shallow(tmp_path / "other", create_model("dit_digits", input_size=16, depth=1), {"stacks": {}})
+    with pytest.raises(ValueError, match=r"latents are \(C, H, W\) = \(1, 8, 8\), the model takes \(1, 16, 16\)"):
+        evaluate(models={"mine": str(tmp_path / "other")}).check(inputs())
 
 
 def test_a_reference_file_gives_the_numbers_of_its_pictures(whole, tmp_path):

@@ -11,7 +11,18 @@ from rich.text import Text
 
 
 class StepProgressBar(RichProgressBar):
-    """The rich bar without epochs and logger version, which say nothing where a fit is a number of steps."""
+    """The rich bar without epochs and logger version, which say nothing where a fit is a number of steps: it counts these, not batches."""
+
+    @property
+    def total_train_batches(self) -> int | float:
+        return self.trainer.max_steps if self._counts_steps else super().total_train_batches
+
+    @property
+    def _counts_steps(self) -> bool:
+        return self.trainer.max_epochs == -1 and self.trainer.max_steps > 0
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, trainer.global_step - 1 if self._counts_steps else batch_idx)
 
     def _get_train_description(self, current_epoch: int) -> str:
         return "Training"

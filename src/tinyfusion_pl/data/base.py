@@ -62,12 +62,21 @@ class GenerationDataModule(LightningDataModule, ABC):
         Raises:
             ValueError: when its latents have another size or channel count, or it has no place for a label.
         """
+        self.check_latents(denoiser)
+
+    def check_latents(self, denoiser: nn.Module) -> None:
+        """Find out whether `denoiser` works on latents of this size and channel count; ValueError when it does not."""
         config = getattr(denoiser, "config", {})
         side = config.get("input_size")
         expected = getattr(denoiser, "latent_shape", None) or (side and (config.get("in_channels"), side, side))
         if expected and tuple(expected) != tuple(self.latent_shape):
             raise ValueError(f"The data's latents are (C, H, W) = {tuple(self.latent_shape)}, the model takes {tuple(expected)}. Give "
                              "latents of that size and channel count, or a model for these.")
+
+    def check_processes(self, num_processes: int) -> None:
+        """Find out whether so many processes can train; ValueError when there is no sample for each."""
+        if num_processes > (num_samples := len(self.train_set())):
+            raise ValueError(f"There are {num_processes} processes, but only {num_samples} training samples. Give fewer devices.")
 
     def check_decode(self) -> None:
         """Find out whether `decode` will work; ValueError or ArtifactError when it will not."""
@@ -80,8 +89,7 @@ class GenerationDataModule(LightningDataModule, ABC):
             )
         dataset = self.train_set()
         ranks = self._ranks
-        if ranks["num_replicas"] > len(dataset):
-            raise ValueError(f"There are {ranks['num_replicas']} processes, but only {len(dataset)} training samples. Give fewer devices.")
+        self.check_processes(ranks["num_replicas"])
         sampler = StreamSampler(
             len(dataset),
             num_draws=self.batch_size * self._batches_per_pass(len(dataset)),

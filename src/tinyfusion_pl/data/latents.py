@@ -63,6 +63,7 @@ class NumpyFolders(Dataset):
         self.features, self.labels = features, labels
         self.names = sorted((path.name for path in features.glob("*.npy")), key=lambda name: int(name.removesuffix(".npy")))
         self.shape: tuple[int, ...] | None = None  # that all must have, once it is known
+        self.num_classes: int | None = None  # that the labels must be below, likewise
 
     def __len__(self) -> int:
         return len(self.names)
@@ -77,6 +78,11 @@ class NumpyFolders(Dataset):
                                 "the same command goes on.") from error
         if self.shape is not None and latents.shape != self.shape:
             raise ArtifactError(f"{self.features / name} is {tuple(latents.shape)}, the others are {tuple(self.shape)}.")
+        if not torch.isfinite(latents).all():
+            raise ArtifactError(f"{self.features / name} holds values that are not finite: the file is damaged. Extract it again.")
+        if self.num_classes is not None and not 0 <= label < self.num_classes:
+            raise ArtifactError(f"{self.labels / name} has the label {int(label)}, but the model knows the classes 0 to "
+                                f"{self.num_classes - 1}. Give a model with more classes, or put the right label there.")
         return latents, label
 
 
@@ -165,6 +171,8 @@ class ImageNetLatents(GenerationDataModule):
         if lowest < 0 or highest >= denoiser.num_classes:
             raise ValueError(f"{where} has labels {lowest} to {highest}, but the model knows the classes 0 to {denoiser.num_classes - 1}. "
                              f"Give a model with num_classes > {highest}, or latents of its classes.")
+        if self.shards is None:  # the files that were not looked at
+            self._set.num_classes = denoiser.num_classes
 
     def _random_root(self) -> Path:
         if self.make_vae is None:

@@ -19,7 +19,7 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
-from tinyfusion_pl.artifacts import save_tensors, sha256, tensors_sha256, write_json
+from tinyfusion_pl.artifacts import read_metadata, save_tensors, sha256, tensors_sha256, write_json
 from tinyfusion_pl.metrics import GenerationMetrics, Reference, read_reference
 from tinyfusion_pl.metrics.reference import write_pictures
 from tinyfusion_pl.models import load_pretrained, load_shallow, load_weights
@@ -41,8 +41,8 @@ class Evaluate:
     Args:
         trainer: Makes a Trainer from ``default_root_dir=``.
         metrics: Measures pictures.
-        models: Name -> a shallow or diffusers folder, a published name, or a checkpoint of the configured model: these
-            are measured instead of the run's own.
+        models: Name -> a shallow or diffusers folder, a published name, or a checkpoint of the configured model, whatever its depth:
+            these are measured instead of the run's own.
         reference: Reference file (see `read_reference`); None: the data module's pictures.
         sampling: Arguments of ``objective.sample``; those not given are its defaults, and not in the protocol.
         labels: ``"balanced"`` or ``"random"``.
@@ -129,10 +129,17 @@ class Evaluate:
         return models
 
     def load(self, path: str, inputs: Inputs) -> nn.Module:
-        """A shallow or diffusers folder, a published name, or a checkpoint of the configured model."""
-        if not Path(path).is_file():
-            return load_pretrained(path)
-        return load_weights(copy.deepcopy(inputs.teacher), path).eval()
+        """A shallow or diffusers folder, a published name, or a checkpoint of the configured model, of its depth or shallower."""
+        teacher = inputs.teacher
+        if not Path(path).is_file() or (Path(path).suffix == ".safetensors" and "config" in read_metadata(path)):
+            model = load_pretrained(path)
+        elif hasattr(teacher, "model_name"):
+            depths = teacher.STACKS.values()  # which the file says
+            model = load_pretrained(path, name=teacher.model_name, **{k: v for k, v in teacher.config.items() if k not in depths})
+        else:
+            model = load_weights(copy.deepcopy(teacher), path).eval()
+        inputs.data.check_latents(model)
+        return model
 
     def sampler(self, model: nn.Module, inputs: Inputs) -> PictureSampler:
         return PictureSampler(denoiser=model.eval(), objective=inputs.objective, latent_shape=inputs.data.latent_shape,

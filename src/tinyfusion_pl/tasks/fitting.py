@@ -107,7 +107,7 @@ class Fit:
                 f"{num_processes(probe)} devices, {settings['accumulate_grad_batches']} batches a step")
         trainer = self.trainer(
             # Copies: what a callback knows of this Trainer and its models must not outlive them.
-            callbacks=[*first, _SaveAtEnd(checkpoint), *copy.deepcopy(list(self.callbacks.values())), clock, saving],
+            callbacks=[*first, _WholeSteps(), _SaveAtEnd(checkpoint), *copy.deepcopy(list(self.callbacks.values())), clock, saving],
             default_root_dir=folder / stage,
             logger=False if self.logger is None else self.logger(folder=folder / "logs" / stage, stage=stage),
             **settings,
@@ -123,6 +123,19 @@ class Fit:
 def num_processes(trainer: Trainer) -> int:
     """Processes of `trainer`, before it has started them."""
     return trainer.num_nodes * trainer.num_devices
+
+
+class _WholeSteps(Callback):
+    """A training that goes on where its batch is divided otherwise (other devices) begins with a whole step.
+
+    Lightning steps after every accumulate_grad_batches-th batch, counting those of the attempt before, which were of another size.
+    """
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        seen = trainer.fit_loop.epoch_loop.batch_progress.current
+        if rest := seen.processed % trainer.accumulate_grad_batches:
+            for count in ("ready", "started", "processed", "completed"):
+                setattr(seen, count, getattr(seen, count) - rest)
 
 
 class _SaveAtEnd(Callback):

@@ -26,7 +26,7 @@ class Pipeline:
 
     Raises:
         ValueError: for unknown stages, settings out of range, a pattern that does not fit the teacher, data that cannot be
-            evaluated or do not fit the teacher.
+            evaluated, do not fit the teacher, or are fewer samples than processes.
     """
 
     stages: Sequence[str]
@@ -53,6 +53,8 @@ class Pipeline:
             raise ValueError(f"The stages run on different numbers of processes: {', '.join(f'{k} {n}' for k, n in numbers.items())}. Set "
                              "devices and num_nodes of all their trainers alike, or run them one after the other: "
                              f"{', '.join(f'task={stage}' for stage in numbers)}.")
+        for stage in {"learn_mask", "recover"} & set(numbers):
+            self.data.check_processes(numbers[stage])
 
     def __call__(self, *, run_dir: str | Path) -> None:
         folder = RunFolder(run_dir)
