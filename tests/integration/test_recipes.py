@@ -19,7 +19,9 @@ def test_a_dry_run_goes_from_mask_learning_to_the_report(name, depths, tmp_path)
     done = subprocess.run(command, capture_output=True, text=True, timeout=3000)
     assert done.returncode == 0, done.stderr[-3000:]
     said = done.stdout + done.stderr
-    assert all(f"{what} randomly initialised" in said for what in ("VAE is", "InceptionV3 is")) and "The latents are random" in said
+    model = {"sit_d14": "sit_xl_2", "mar_d16": "mar_large"}.get(name, "dit_xl_2")
+    assert all(f"{what} is randomly initialised" in said for what in ("VAE", "InceptionV3", model))
+    assert "The latents are random" in said and "held against are noise" in said
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert [metrics[role]["depth"] for role in ("teacher", "pruned", "recovered")] == [depths[0], depths[1], depths[1]]
     assert {"fid", "sfid", "inception_score", "precision", "recall"} <= metrics["recovered"].keys()

@@ -208,6 +208,22 @@ def test_what_looks_like_a_dit_and_says_nothing_is_one_unless_the_name_says_othe
     assert type(load_pretrained(tmp_path / "bare.pt", name="sit_xl_2", **SIZES)) is SiT
 
 
+def test_the_half_of_the_last_layer_that_a_sit_does_not_train_tells_which_of_both_a_file_is_of(tmp_path, model):
+    sit = create_model("sit_s_2", depth=1, **SIZES)
+    x, t, y = torch.randn(2, 4, 8, 8), torch.rand(2), torch.arange(2)
+    optimizer = torch.optim.AdamW(sit.parameters(), lr=1e-2)
+    (sit(x, t, y) - x).square().mean().backward()
+    optimizer.step()
+    torch.save(sit.state_dict(), tmp_path / "sit.pt")
+    for name in (None, "dit_s_2"):
+        with pytest.raises(ValueError, match=r"sit.pt is no DiT's.*all zeros.*name=sit_xl_2"):
+            load_pretrained(tmp_path / "sit.pt", name=name, **SIZES)
+    assert same(load_pretrained(tmp_path / "sit.pt", name="sit_s_2", **SIZES), sit.state_dict())
+    FORMS["bare.pt"](model, tmp_path / "dit.pt")
+    with pytest.warns(UserWarning, match="dit.pt is loaded as sit_s_2, but looks like a DiT's"):
+        load_pretrained(tmp_path / "dit.pt", name="sit_s_2", **SIZES)
+
+
 def test_the_arguments_of_its_training_tell_a_sit(tmp_path, model):
     torch.save({"ema": model.state_dict(), "args": argparse.Namespace(model="SiT-XL/2")}, tmp_path / "0400000.pt")
     loaded = load_pretrained(tmp_path / "0400000.pt", num_heads=4)

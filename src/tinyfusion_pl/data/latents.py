@@ -154,6 +154,7 @@ class ImageNetLatents(GenerationDataModule):
                              "published ImageNet ones, or one that task=reference makes), or data.pictures=PATH, images in class folders.")
         image_size = self.latent_shape[1] * self.vae.downsampling
         if str(self.pictures) == RANDOM:
+            rank_zero_warn("The real pictures that samples are held against are noise: every distance to them means nothing.")
             return random_pictures(image_size)
         images = open_images(self.pictures, image_size=image_size)
         return torch.stack([images[i][0] for i in range(len(images))]), torch.from_numpy(images.labels)

@@ -29,6 +29,19 @@ def family_of(keys: Iterable[str]) -> str | None:
     return next((family for family, marks in MARKS.items() if keys.issuperset(marks)), None)
 
 
+def predicts_variance(state: Mapping[str, Tensor]) -> bool | None:
+    """Whether a DiT's or SiT's weights were trained to predict a variance, which tells a DiT; None where it cannot be seen.
+
+    A SiT of ``learn_sigma`` drops the second half of its channels: the last layer, which begins as zeros, stays so there.
+    """
+    if family_of(state) != "DiT or SiT":
+        return None
+    weight, (_, in_channels, patch_size, _) = state["final_layer.linear.weight"], state["x_embedder.proj.weight"].shape
+    if len(weight) != 2 * in_channels * patch_size**2 or not weight.any():
+        return None
+    return bool(weight.view(patch_size**2, 2, in_channels, -1)[:, 1].any())
+
+
 def depths_of(state: Collection[str], name: str) -> dict[str, int]:
     """How deep the stacks of model `name` are in a state dict: constructor argument -> number of blocks."""
     stacks = getattr(model_family(name), "STACKS", {})

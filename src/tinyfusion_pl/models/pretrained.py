@@ -17,10 +17,11 @@ from tinyfusion_pl.artifacts import ArtifactError, read_json, sha256
 from tinyfusion_pl.models.checkpoints import fit_weights, read_checkpoint
 from tinyfusion_pl.models.diffusers_layout import is_diffusers_folder, read_diffusers_folder
 from tinyfusion_pl.models.dit import DiT
-from tinyfusion_pl.models.families import depths_of, dit_of_width, family_of, name_and_sizes
+from tinyfusion_pl.models.families import depths_of, dit_of_width, family_of, name_and_sizes, predicts_variance
 from tinyfusion_pl.models.published import PUBLISHED, RENAMED, fetch_published, published_as
 from tinyfusion_pl.models.registry import create_model, list_models, model_family, registered_name
 from tinyfusion_pl.models.shallow import RECORD, check_weights, load_shallow
+from tinyfusion_pl.models.sit import SiT
 
 SHIPPED = {"dit_digits": "digits_teacher"}
 RANDOM = "random"
@@ -50,7 +51,8 @@ def load_pretrained(name_or_path: str | Path, *, name: str | None = None, weight
     `name`, all sizes are read from the file: of a DiT (heads: of the registered model of equal width) and of published MARs.
 
     SiT's files have the keys and shapes of DiT's: give ``name="sit_xl_2"``. Where a file says which of them it is (its published name, the
-    arguments of its training, a record), the other is refused; where it says nothing it cannot be told, and is taken for a DiT.
+    arguments of its training, a record), the other is refused. Where it says nothing it is taken for a DiT, and refused as one where the
+    variance's half of the last layer is all zeros, as training leaves a SiT's; as a SiT it warns where that half is not.
 
     Args:
         name_or_path: A published name (see docs/checkpoints.md; downloaded once to torch's cache folder), ``"shipped"`` for weights in the
@@ -114,9 +116,22 @@ def _from_file(path: Path, own: str | None, weights: str, overrides: dict[str, A
         own, arguments = name_and_sizes(state, path, name=stated, given=overrides)
     else:
         arguments = depths_of(state, own)
+    if stated is None:
+        _tell_dit_from_sit(state, own, path)
     model = _build(own, {**arguments, **overrides}, state, path)
     model.source = {"path": str(path), "sha256": sha256(path), "weights": weights}
     return model
+
+
+def _tell_dit_from_sit(state: Mapping[str, Tensor], own: str, path: Path) -> None:
+    """Names and shapes are equal; what is left is the half of the last layer that predicts the variance."""
+    trained = predicts_variance(state)
+    if trained is False and model_family(own) is DiT:
+        raise ValueError(f"{path} is no DiT's: the half of its last layer that predicts the variance is all zeros, as a SiT leaves it. "
+                         "Give name=sit_xl_2 (model=sit_xl_2), or another SiT's name.")
+    if trained and model_family(own) is SiT:
+        warnings.warn(f"{path} is loaded as {own}, but looks like a DiT's: the half of its last layer that a SiT does not use is not zero. "
+                      "If it is a DiT's, the samples will be wrong: give name=dit_xl_2 (model=dit_xl_2).", stacklevel=6)
 
 
 def _from_record(folder: Path, own: str | None, overrides: dict[str, Any]) -> nn.Module:

@@ -135,7 +135,8 @@ def feature_note(protocol: dict[str, Any]) -> str:
     if not network:
         return "FID is a Fréchet distance; the run does not say in whose features, so compare it with nothing."
     if str(network).startswith("Random"):
-        return f"FID was taken in features of a randomly initialised network ({network}): it tries the run out, and no figure here means anything."
+        return (f"FID was taken in features of a randomly initialised network ({network}): it tries the run out, and no figure here means "
+                "anything.")
     if "inception" in str(network).lower():
         return f"FID is the Fréchet distance between features of the Inception network ({network}), the usual one."
     return (
