@@ -86,6 +86,21 @@ def test_a_wrong_setting(tell, setting, expected):
     assert expected in said, said
 
 
+@pytest.mark.parametrize("settings, expected", [
+    (["model.name=sit_s_2"], ["sit_s_2 predicts 1 channels of latents of 1", "needs 2 channels", "sit for SiT"]),
+    (["model.name=dit_s_2", "objective=sit", "sampler@evaluate.sampling=sit_sde"], ["dit_s_2 predicts 2 channels", "interpolant needs 1"]),
+    (["model.name=dit_s_2", "objective=mar", "sampler@evaluate.sampling=mar"], ["dit_s_2 is no MAR", "gaussian_diffusion for DiT"]),
+    (["model.name=uvit_s_2"], ["uvit_s_2 predicts 1 channels", "noise for U-ViT"]),
+    (["model.name=mar_base", "+model.encoder_depth=2", "+model.decoder_depth=2"], ["mar_base predicts masked tokens", "mar for MAR"]),
+])
+@pytest.mark.filterwarnings("ignore:.*randomly initialised")
+def test_an_objective_of_another_family(tell, settings, expected, monkeypatch):
+    monkeypatch.setattr("warnings.showwarning", lambda *_, **__: None)
+    said = tell("model.checkpoint=random", "+model.in_channels=1", "+model.input_size=8", "+model.hidden_size=32", "+model.num_heads=2",
+                "+model.num_classes=10", *settings)
+    assert all(words in said for words in expected), said
+
+
 def test_more_processes_than_training_samples(tell):
     many = [f"{stage}.trainer.{word}" for stage in ("learn_mask.fit", "recover.fit", "evaluate")
             for word in ("accelerator=cpu", "devices=1800")]

@@ -33,6 +33,9 @@ class Objective(Protocol):
     def distillation_losses(self, output: Tensor, teacher_output: Tensor, draw: Draw) -> dict[str, Tensor]:
         """Per-sample (N,) "loss_kd" and its terms for the student's output against the teacher's."""
 
+    def check_fits(self, denoiser: nn.Module) -> None:
+        """Raise ValueError for a denoiser whose prediction is of another kind; says which objective or model is meant."""
+
     def check_sampling(self, **options: Any) -> None:
         """Raise ValueError for options that `sample` would refuse, and TypeError for those it does not know."""
 
@@ -41,3 +44,15 @@ class Objective(Protocol):
 
     def sample(self, denoiser: nn.Module, z: Tensor, y: Tensor, **options: Any) -> Tensor:
         """Samples (N, ...) from noise `z` (N, ...) with labels `y` (N,)."""
+
+
+def check_channels(denoiser: nn.Module, *, expected: int, objective: str) -> None:
+    """`ValueError` unless a `Denoiser` predicts for each channel of its latents `expected` ones; of others nothing is known."""
+    config, name = getattr(denoiser, "config", {}), getattr(denoiser, "model_name", type(denoiser).__name__)
+    if "in_channels" not in config or not hasattr(denoiser, "out_channels"):
+        return
+    found = f"{denoiser.out_channels} channels" if denoiser.out_channels else "masked tokens"
+    if denoiser.out_channels != (wanted := expected * config["in_channels"]):
+        raise ValueError(f"{name} predicts {found} of latents of {config['in_channels']}, but {objective} needs {wanted} channels. Give "
+                         "the objective that goes with it: objective=gaussian_diffusion for DiT and U-DiT, sit for SiT, mar for MAR, noise "
+                         "for U-ViT; or learn_sigma alike in both.")

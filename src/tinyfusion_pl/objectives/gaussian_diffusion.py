@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinyfusion_pl.objectives.base import Draw
+from tinyfusion_pl.objectives.base import Draw, check_channels
 from tinyfusion_pl.objectives.likelihood import discretized_gaussian_log_likelihood, gaussian_kl
 from tinyfusion_pl.objectives.sampling import check_options, sample_chain
 from tinyfusion_pl.objectives.schedulers import check_scheduler, sample_with_scheduler
@@ -104,6 +104,10 @@ class GaussianDiffusion:
         timesteps = spaced_timesteps(self.num_timesteps, num_sampling_steps)
         kept = self.tables.alphas_cumprod[timesteps]
         return GaussianTables(1 - kept / torch.cat([kept.new_ones(1), kept[:-1]])), timesteps
+
+    def check_fits(self, denoiser: nn.Module) -> None:
+        """Raise ValueError for a denoiser of another number of channels than learn_sigma says."""
+        check_channels(denoiser, expected=2 if self.learn_sigma else 1, objective=f"Gaussian diffusion with learn_sigma={self.learn_sigma}")
 
     # -- training -----------------------------------------------------------------------------------------------------------------------
     def draw(self, x0: Tensor, *, t: Tensor | None = None, noise: Tensor | None = None) -> Draw:

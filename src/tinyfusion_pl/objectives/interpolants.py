@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinyfusion_pl.objectives.base import Draw
+from tinyfusion_pl.objectives.base import Draw, check_channels
 from tinyfusion_pl.objectives.interpolant_sampling import SamplingOptions, sample_interpolant
 from tinyfusion_pl.objectives.paths import PATHS, PREDICTIONS, Coefficients, coefficients
 
@@ -58,6 +58,10 @@ class Interpolants:
     def singular_ends(self) -> tuple[bool, bool]:
         """Whether the velocity that the prediction says is singular at t = 0, and at t = 1."""
         return self.path != "vp" and self.prediction != "velocity", self.path == "vp" or self.prediction != "velocity"
+
+    def check_fits(self, denoiser: nn.Module) -> None:
+        """Raise ValueError for a denoiser that predicts another number of channels than its latents have."""
+        check_channels(denoiser, expected=1, objective="an interpolant")
 
     # -- training -----------------------------------------------------------------------------------------------------------------------
     def draw(self, x0: Tensor, *, t: Tensor | None = None, noise: Tensor | None = None) -> Draw:

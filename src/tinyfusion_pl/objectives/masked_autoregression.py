@@ -62,6 +62,13 @@ class MaskedAutoregression:
         self.mask_ratio_min, self.num_noised = mask_ratio_min, num_noised
         self.diffusion = GaussianDiffusion(num_timesteps=num_timesteps, noise_schedule="cosine", learn_sigma=True)
 
+    def check_fits(self, denoiser: nn.Module) -> None:
+        """Raise ValueError for a denoiser that is no MAR: one without the parts that the sampler calls."""
+        if lacking := [part for part in ("encode", "decode", "head") if not hasattr(denoiser, part)]:
+            raise ValueError(f"{getattr(denoiser, 'model_name', type(denoiser).__name__)} is no MAR: it has no {', no '.join(lacking)}. "
+                             "Give model=mar_large, or the objective of this model: gaussian_diffusion for DiT and U-DiT, sit for SiT, "
+                             "noise for U-ViT.")
+
     # -- training -----------------------------------------------------------------------------------------------------------------------
     def draw(self, x0: Tensor, *, order: Tensor | None = None, num_masked: int | None = None, t: Tensor | None = None,
              noise: Tensor | None = None) -> MaskedDraw:

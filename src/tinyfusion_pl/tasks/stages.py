@@ -25,7 +25,7 @@ class Pipeline:
     Everything is built and checked before anything is written or trained, so a mistake in the last stage's configuration costs nothing.
 
     Raises:
-        ValueError: for unknown stages, settings out of range, a pattern that does not fit the teacher, data that cannot be
+        ValueError: for unknown stages, settings out of range, a pattern or an objective that does not fit the teacher, data that cannot be
             evaluated, do not fit the teacher, or are fewer samples than processes.
     """
 
@@ -46,6 +46,7 @@ class Pipeline:
         self.inputs = Inputs(name=self.name, seed=self.seed, teacher=self.teacher, objective=self.objective, data=self.data)
         if set(self.stages) - {"report"}:
             self.data.check_fits(self.teacher)
+            self.objective.check_fits(self.teacher)
         for stage in self.stages:
             self.known[stage].check(self.inputs)
         numbers = {stage: self.known[stage].num_processes() for stage in self.stages if stage != "report"}

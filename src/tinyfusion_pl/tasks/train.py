@@ -48,6 +48,7 @@ def train_denoiser(*, run_dir: str | Path, name: str, seed: int, model: str, obj
     denoiser: nn.Module = create_model(model, **(overrides or {}))
     inputs = Inputs(name=name, seed=seed, teacher=denoiser, objective=objective, data=data)
     data.check_fits(denoiser)
+    objective.check_fits(denoiser)
     data.check_processes(train.fit.num_processes())
     evaluate.check(inputs)
     train.fit.check("train", train.module(denoiser, objective=objective))
