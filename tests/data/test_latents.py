@@ -219,6 +219,13 @@ def test_a_published_file_that_was_not_looked_at_before_training_is_checked_when
             pass
 
 
+def test_a_file_of_the_published_layout_that_is_no_number_is_named(folders):
+    for kind in ("features", "labels"):
+        (folders / f"imagenet256_{kind}" / "mean.npy").write_bytes(b"")
+    with pytest.raises(ArtifactError, match="mean.npy is no N.npy with a number"):
+        ImageNetLatents(folders)
+
+
 def test_a_published_latent_that_goes_missing_in_training_is_named(folders):
     batches = iter(data(folders).train_dataloader())
     next(batches)

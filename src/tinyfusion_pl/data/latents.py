@@ -61,7 +61,10 @@ class NumpyFolders(Dataset):
 
     def __init__(self, features: Path, labels: Path) -> None:
         self.features, self.labels = features, labels
-        self.names = sorted((path.name for path in features.glob("*.npy")), key=lambda name: int(name.removesuffix(".npy")))
+        names = [path.name for path in features.glob("*.npy")]
+        if wrong := [name for name in names if not name.removesuffix(".npy").isdecimal()]:
+            raise ArtifactError(f"{features / wrong[0]} is no N.npy with a number N, as the published extraction writes them. Remove it.")
+        self.names = sorted(names, key=lambda name: int(name.removesuffix(".npy")))
         self.shape: tuple[int, ...] | None = None  # that all must have, once it is known
         self.num_classes: int | None = None  # that the labels must be below, likewise
 
