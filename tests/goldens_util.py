@@ -6,6 +6,7 @@ from its cases.json and the tensors.
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -52,8 +53,8 @@ def new_dit(state, family=DiT):
 
 
 def pattern_in_name(file):
-    """``mask_learning_1of2_3of4`` -> "1:2+3:4"."""
-    return "+".join(term.replace("of", ":") for term in file.stem.removeprefix("mask_learning_").split("_"))
+    """``mask_learning_1of2_3of4`` -> "1:2+3:4"; what else the name says (``_seed7``) is no part of the pattern."""
+    return "+".join(f"{num_kept}:{num_blocks}" for num_kept, num_blocks in re.findall(r"(?<=_)(\d+)of(\d+)(?=_|$)", file.stem))
 
 
 def assert_near(ours, theirs, tolerance, name=""):

@@ -214,3 +214,17 @@ def test_gaussian_mmd_against_the_double_sum():
     assert gaussian_mmd(x, x).item() == pytest.approx(0, abs=1e-9)
     with pytest.raises(ValueError, match="sigma is 0"):
         gaussian_mmd(x, y, sigma=0)
+
+
+def test_arrays_are_taken_as_tensors_are():
+    a, b = (torch.randn(30, 4, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
+    for function in (precision_recall, lambda x, y: kernel_inception_distance(x, y, num_subsets=3, subset_size=10), gaussian_mmd):
+        assert torch.equal(torch.as_tensor(function(a.numpy(), b.numpy())), torch.as_tensor(function(a, b)))
+    assert inception_score(a.numpy()) == inception_score(a)
+
+
+def test_logits_that_are_not_finite_are_counted():
+    logits = torch.zeros(5, 3)
+    logits[2, 1] = float("nan")
+    with pytest.raises(ValueError, match="logits of 1 of 5 pictures are not finite"):
+        inception_score(logits)

@@ -24,12 +24,15 @@ def batch(n=3, size=8):
 
 
 def of_golden(golden):
-    """A U-DiT of the golden's sizes with its weights: the label tables of the golden have no null row."""
-    state, case = part(golden, "weights"), CASES["udit"]
+    """A U-DiT of the golden's sizes with its weights: where cases.json does not say otherwise, its label tables have no null row."""
+    state = part(golden, "weights")
     hidden_size, in_channels = state["x_embedder.proj.weight"].shape[:2]
     num_rows = len(state["y_embedder_1.embedding_table.weight"])
-    model = UDiT(input_size=golden["x"].shape[-1], in_channels=in_channels, hidden_size=hidden_size, **dict(zip(DEPTHS, case["depth"])),
-                 num_heads=case["heads"], num_classes=case["ncls"], class_dropout_prob=float(num_rows > case["ncls"]),
+    num_classes = CASES.get("udit", {}).get("ncls", num_rows)
+    depths = {depth: len({key.split(".")[1] for key in state if key.startswith(f"{stage}.")}) for depth, stage in zip(DEPTHS, STAGES)}
+    model = UDiT(input_size=golden["x"].shape[-1], in_channels=in_channels, hidden_size=hidden_size, **depths,
+                 num_heads=len(state["latent.0.attn1.logit_scale"]), num_classes=num_classes,
+                 class_dropout_prob=float(num_rows > num_classes),
                  mlp_ratio=len(state["latent.0.mlp1.dwconv.0.bias"]) / (4 * hidden_size),
                  learn_sigma=golden["output"].shape[1] == 2 * in_channels)
     model.load_state_dict(state)

@@ -9,6 +9,7 @@ from tinyfusion_pl.objectives import GaussianDiffusion, Interpolants
 def case(file):
     golden = load(file)
     forward = file.with_name(file.name.replace("dit_diffusion", "dit_forward"))
+    forward = forward if forward.exists() else file.with_name("dit_forward.safetensors")
     return golden, new_dit(part(load(forward), "weights")), GaussianDiffusion(num_timesteps=len(golden["betas"]))
 
 

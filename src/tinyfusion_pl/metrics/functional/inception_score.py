@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 
-def inception_score(logits: Tensor, block_size: int = 5000) -> Tensor:
+def inception_score(logits: Any, block_size: int = 5000) -> Tensor:
     """exp E KL(p(y|x) || p(y)) of each block of `block_size` consecutive samples, averaged over the blocks (float64, 1 to num_classes).
 
     The last block may be smaller. Published figures use bias-free logits of InceptionV3, 50,000 samples and blocks of 5000.
 
     Args:
-        logits: (N, classes), N >= 1, in the order of the samples.
+        logits: (N, classes), N >= 1, in the order of the samples; tensor or array.
         block_size: >= 1.
+
+    Raises:
+        ValueError: for another shape, and for logits that are not finite.
     """
+    logits = torch.as_tensor(logits)
     if logits.ndim != 2 or not len(logits):
         raise ValueError(f"logits have shape {tuple(logits.shape)}; expected (N, classes) with N >= 1.")
+    if num_wrong := int((~torch.isfinite(logits)).any(1).sum()):
+        raise ValueError(f"The logits of {num_wrong} of {len(logits)} pictures are not finite.")
     indices = torch.arange(len(logits), device=logits.device)
     return score_of_blocks(block_sums(logits, indices, block_size))
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 
-def kernel_inception_distance(reference: Tensor, samples: Tensor, *, num_subsets: int = 100, subset_size: int = 1000,
+def kernel_inception_distance(reference: Any, samples: Any, *, num_subsets: int = 100, subset_size: int = 1000,
                               seed: int = 0) -> Tensor:
     """Unbiased squared MMD with the kernel (x.y / D + 1)^3, averaged over random subsets (float64; around 0 for equal distributions).
 
     torchmetrics' `poly_mmd`; the subsets are drawn from `seed` alone, so the same features in the same order give the same number.
 
     Args:
-        reference, samples: Features (N, D), (M, D).
+        reference, samples: Features (N, D), (M, D), tensors or arrays.
         num_subsets, subset_size: Published: 100 of 1000. `subset_size` at most N and M, at least 2.
 
     Raises:
@@ -27,7 +29,7 @@ def kernel_inception_distance(reference: Tensor, samples: Tensor, *, num_subsets
         if len(x) < subset_size:
             raise ValueError(f"Subsets of {subset_size} need as many {name} pictures; there are {len(x)}. Give a smaller subset_size.")
     generator = torch.Generator().manual_seed(seed)
-    reference, samples = reference.double(), samples.double()
+    reference, samples = (torch.as_tensor(x).double() for x in (reference, samples))
 
     def subset(x: Tensor) -> Tensor:
         return x[torch.randperm(len(x), generator=generator)[:subset_size].to(x.device)]
@@ -35,13 +37,13 @@ def kernel_inception_distance(reference: Tensor, samples: Tensor, *, num_subsets
     return torch.stack([poly_mmd(subset(reference), subset(samples)) for _ in range(num_subsets)]).mean()
 
 
-def gaussian_mmd(reference: Tensor, samples: Tensor, *, sigma: float = 10.0, scale: float = 1000.0, max_block_mib: int = 256) -> Tensor:
+def gaussian_mmd(reference: Any, samples: Any, *, sigma: float = 10.0, scale: float = 1000.0, max_block_mib: int = 256) -> Tensor:
     """`scale` times the squared MMD with the kernel exp(-|x - y|^2 / (2 sigma^2)), all pairs counted (float64, >= 0 but for rounding).
 
     CMMD is this of unit-length CLIP embeddings, with the defaults.
 
     Args:
-        reference, samples: Features (N, D), (M, D), N and M at least 1.
+        reference, samples: Features (N, D), (M, D), tensors or arrays, N and M at least 1.
         sigma: > 0.
         max_block_mib: Memory for kernel values at once, in MiB.
     """
@@ -49,7 +51,7 @@ def gaussian_mmd(reference: Tensor, samples: Tensor, *, sigma: float = 10.0, sca
         raise ValueError(f"sigma is {sigma}; give a number > 0 (published: 10).")
     if not len(reference) or not len(samples):
         raise ValueError(f"A kernel distance needs pictures on both sides; there are {len(reference)} reference, {len(samples)} generated.")
-    x, y = reference.double(), samples.double()
+    x, y = (torch.as_tensor(x).double() for x in (reference, samples))
 
     def mean(a: Tensor, b: Tensor) -> Tensor:
         num_rows = max(1, max_block_mib * 2**20 // (3 * b.element_size() * len(b)))

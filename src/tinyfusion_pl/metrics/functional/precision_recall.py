@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 PRECISIONS = ("float32", "float64", "adm_float16")
 
 
-def precision_recall(reference: Tensor, samples: Tensor, k: int = 3, precision: str = "float32", *,
+def precision_recall(reference: Any, samples: Any, k: int = 3, precision: str = "float32", *,
                      max_block_mib: int = 256) -> tuple[Tensor, Tensor]:
     """Precision, the share of `samples` inside the manifold of `reference`, and recall, the reverse (float64, 0 to 1).
 
@@ -18,7 +19,7 @@ def precision_recall(reference: Tensor, samples: Tensor, k: int = 3, precision: 
     distances, <=). Published: k = 3, 10,000 reference pictures, 50,000 samples, InceptionV3's pooled features.
 
     Args:
-        reference, samples: Features (N, D), (M, D); N and M at least k + 1.
+        reference, samples: Features (N, D), (M, D), tensors or arrays; N and M at least k + 1.
         k: Neighbours, >= 1.
         precision: Of the distances: ``"float32"``, ``"float64"``, or ``"adm_float16"``, which rounds features, norms and products to half
             precision as the ADM evaluator does and falls back on float32 for a block of distances that is not finite. It works on copies
@@ -29,6 +30,7 @@ def precision_recall(reference: Tensor, samples: Tensor, k: int = 3, precision: 
         ValueError: for shapes that do not fit, too few points, or features that are not finite.
     """
     check_options(k, precision, max_block_mib)
+    reference, samples = torch.as_tensor(reference), torch.as_tensor(samples)
     if reference.ndim != 2 or samples.ndim != 2 or reference.shape[1] != samples.shape[1]:
         raise ValueError(f"Features are (N, D) and (M, D) with the same D; given are {tuple(reference.shape)} and {tuple(samples.shape)}.")
     half, budget = precision == "adm_float16", max_block_mib * 2**20
