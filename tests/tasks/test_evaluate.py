@@ -104,6 +104,20 @@ def test_nothing_but_the_results_is_left(whole):
                                                           "samples_teacher.png", "stages"}
 
 
+def test_models_that_come_after_an_evaluation_are_measured_by_the_next(whole, tmp_path):
+    folder, measured = RunFolder(tmp_path), quality(whole[1])
+    assert run(tmp_path).keys() >= {"teacher"}
+    for seed, (path, role) in enumerate([(folder.shallow, "pruned"), (folder.recovered, "recovered")], start=1):
+        path.mkdir()  # a stage that is being written leaves no model yet
+        assert role not in run(tmp_path)
+        save_shallow(path, denoiser(seed), {"stacks": {}})
+        results = run(tmp_path)
+        assert results[role]["fid"] != results["teacher"]["fid"] and quality(results) == measured
+    written = (tmp_path / "metrics.json").stat().st_mtime_ns
+    run(tmp_path)
+    assert (tmp_path / "metrics.json").stat().st_mtime_ns == written
+
+
 def test_an_evaluation_cut_between_batches_goes_on_to_the_identical_numbers(whole, tmp_path, monkeypatch):
     class Cut(Exception):
         pass

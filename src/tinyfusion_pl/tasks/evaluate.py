@@ -23,6 +23,7 @@ from tinyfusion_pl.artifacts import read_metadata, save_tensors, sha256, tensors
 from tinyfusion_pl.metrics import GenerationMetrics, Reference, read_reference
 from tinyfusion_pl.metrics.reference import write_pictures
 from tinyfusion_pl.models import load_pretrained, load_shallow, load_weights
+from tinyfusion_pl.models.shallow import RECORD
 from tinyfusion_pl.modules import Generation
 from tinyfusion_pl.objectives import PictureSampler, labels_of
 from tinyfusion_pl.pruning import find_stacks
@@ -104,7 +105,7 @@ class Evaluate:
 
     def run(self, folder: RunFolder, inputs: Inputs) -> None:
         """Measure the models; each one's numbers are kept as soon as they are there, and each batch until they are."""
-        if folder.result("evaluate") is not None:
+        if (done := folder.result("evaluate")) is not None and done.get("models") == self.names(folder):
             say(f"evaluate: done before; numbers in {folder / 'metrics.json'}")
             return
         models = self.models_of(folder, inputs)
@@ -116,17 +117,20 @@ class Evaluate:
                 results, seconds = self.measure(sampler, folder, inputs, role=role)
                 folder.finish(f"evaluate_{role}", {**describe(models[role]), **results, "seconds": seconds})
         self.write(folder, inputs, models=models, speed=self.images_per_second(samplers, inputs), shown=self.shown(samplers, inputs))
-        folder.finish("evaluate", {"seconds": sum(folder.result(f"evaluate_{role}")["seconds"] for role in models)})
+        folder.finish("evaluate", {"seconds": sum(folder.result(f"evaluate_{role}")["seconds"] for role in models), "models": [*models]})
+
+    def names(self, folder: RunFolder) -> list[str]:
+        """Of the models given, or of the run's own as far as they are there: a stage that ran since may have left another one."""
+        own = {"pruned": folder.shallow, "recovered": folder.recovered}
+        return list(self.models) or ["teacher", *(role for role, path in own.items() if (path / RECORD).exists())]  # written last
 
     def models_of(self, folder: RunFolder, inputs: Inputs) -> dict[str, nn.Module]:
         """Name -> model: those given, or the run's own as far as they are there."""
         if self.models:
             return {name: self.load(path, inputs) for name, path in self.models.items()}
-        models = {"teacher": inputs.teacher}
-        for role, path in {"pruned": folder.shallow, "recovered": folder.recovered}.items():
-            if path.exists():
-                models[role] = load_shallow(path)
-        return models
+        own = {"teacher": lambda: inputs.teacher, "pruned": lambda: load_shallow(folder.shallow),
+               "recovered": lambda: load_shallow(folder.recovered)}
+        return {role: own[role]() for role in self.names(folder)}
 
     def load(self, path: str, inputs: Inputs) -> nn.Module:
         """A shallow or diffusers folder, a published name, or a checkpoint of the configured model, of its depth or shallower."""
