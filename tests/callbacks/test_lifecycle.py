@@ -10,6 +10,7 @@ from peft import LoraConfig
 from torch import nn
 
 from callbacks.toy_module import Base, InInit, Manual, ResidualBlock, new_classifier
+from tinyfusion_pl.artifacts import ArtifactError
 from tinyfusion_pl.callbacks import DepthPruningCallback, EMAWithWarmup
 
 
@@ -97,6 +98,20 @@ def test_a_list_that_only_looked_like_the_blocks_is_refused_and_the_real_one_nam
 
     with pytest.raises(ValueError, match="Gates were put on heads.*stacks='model.blocks'"):
         fit(Decoy(), DepthPruningCallback("1:2"), folder=tmp_path)
+
+
+def test_a_folder_that_cannot_be_made_is_named_and_the_shallow_model_is_not_lost(tmp_path):
+    (tmp_path / "taken").write_text("mine")
+    callback = DepthPruningCallback("1:2", save_dir=tmp_path / "taken")
+    with pytest.raises(ArtifactError, match="Cannot write .*taken"):
+        fit(InInit(), callback, folder=tmp_path)
+    assert len(callback.shallow_model.blocks) == 2 and (tmp_path / "taken").read_text() == "mine"
+
+
+@pytest.mark.parametrize(("setting", "said"), [({"stacks": []}, "stacks is empty"), ({"anneal_steps": "ten"}, "anneal_steps is ten")])
+def test_settings_of_the_wrong_kind_are_refused_in_words(setting, said, tmp_path):
+    with pytest.raises(ValueError, match=said):
+        fit(InInit(), DepthPruningCallback("1:2", **setting), folder=tmp_path)
 
 
 # -- more than one fit -----------------------------------------------------------------------------------------------------------------

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import timm
 import torch
@@ -36,6 +38,18 @@ def test_lora_goes_on_every_linear_and_leaves_everything_else_frozen():
     assert trainable == {name for name, m in Toy(2).named_modules() if isinstance(m, torch.nn.Linear)}
     a = model.blocks[0].lin.lora_A["default"]
     assert a.weight.shape[0] == 8 and model.blocks[0].lin.scaling["default"] == 2.0
+
+
+def test_lora_goes_on_linear_layers_whose_names_are_numbers_and_on_no_block_that_ends_alike():
+    lin = torch.nn.Linear
+    model = torch.nn.Sequential(lin(3, 8), torch.nn.Sequential(Toy(2), Toy(2)), torch.nn.Sequential(torch.nn.LayerNorm(8)), lin(8, 2))
+    config = LoHaConfig(r=2)
+    for kind in ("lora", config):
+        mine = copy.deepcopy(model)
+        WeightUpdate(kind).start(mine)
+        adapted = {name.rpartition(".base_layer")[0] for name, _ in mine.named_modules() if name.endswith(".base_layer")}
+        assert adapted == {name for name, m in model.named_modules() if isinstance(m, lin)}
+    assert config.target_modules is None  # the caller's own is not written to
 
 
 def test_any_peft_config_will_do():

@@ -86,7 +86,7 @@ class DepthPruningCallback(Callback):
             raise ValueError(f"average_decay is {average_decay}; give a number in [0, 1) (published: 0.999).")
         if not _is_number(init):
             raise ValueError(f"init is {init}; give the number that every logit starts with (published: 0.02).")
-        if anneal_steps is not None and anneal_steps < 1:
+        if anneal_steps is not None and not (isinstance(anneal_steps, int) and anneal_steps >= 1):
             raise ValueError(f"anneal_steps is {anneal_steps}; give a count of optimizer steps >= 1, or leave it out for the whole fit.")
         check_delta_w(delta_w)
         self.pattern, self.stacks, self.delta_w = pattern, stacks, delta_w

@@ -45,7 +45,6 @@ def save_shallow(folder: str | Path, model: nn.Module, record: Mapping[str, Any]
         The folder.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     save_tensors(folder / WEIGHTS, {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()})
     own = {"name": model.model_name, "kwargs": model.config} if hasattr(model, "model_name") and hasattr(model, "config") else None
     write_json(folder / RECORD, {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -60,7 +62,9 @@ class WeightUpdate:
             return
         config = LoraConfig(r=8, lora_alpha=16) if self.kind == "lora" else self.kind
         if getattr(config, "target_modules", None) in (None, "all-linear"):
-            config.target_modules = linear_names(model)
+            config = copy.copy(config)  # the caller's, who may use it for another model
+            # A pattern of whole names: of a list peft takes the names for endings, and "0" would be every first block.
+            config.target_modules = "|".join(map(re.escape, linear_names(model)))
         inject_adapter_in_model(config, model)
         keep_plain_keys(model)
         self.remember(model)

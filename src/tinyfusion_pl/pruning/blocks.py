@@ -121,6 +121,8 @@ def resolve_stacks(model: nn.Module, stacks: str | Sequence[str] | None) -> list
             )
         return paths
     paths = [stacks] if isinstance(stacks, str) else list(stacks)
+    if not paths:
+        raise ValueError("stacks is empty; give the path of a list of blocks, e.g. 'model.blocks', or leave it out to have it found.")
     for path in paths:
         get_stack(model, path)
     return paths
