@@ -239,12 +239,13 @@ def test_processes_that_would_keep_their_numbers_to_themselves_are_refused():
         evaluate(trainer=trainer).check(inputs())
 
 
-def test_the_progress_bar_says_images_per_second_and_time_left(tmp_path, capsys):
+@pytest.mark.parametrize(("batch_size", "num_batches"), [(5, 5), (23, 1)])
+def test_the_progress_bar_says_images_per_second_and_time_left(batch_size, num_batches, tmp_path, capsys):
     trainer = partial(Trainer, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_model_summary=False,
                       callbacks=[SamplingProgressBar()])
-    run(tmp_path, trainer=trainer)
+    run(tmp_path, trainer=trainer, batch_size=batch_size)
     said = capsys.readouterr().out
-    assert re.search(r"Sampling .*5/5 .*0:00:0\d • 0:00:00 [\d.]+ images/s", said), said
+    assert re.search(rf"Sampling .*{num_batches}/{num_batches} .*0:00:0\d • 0:00:00 [\d.e+]*[1-9][\d.e+]* images/s", said), said
 
 
 def test_half_precision_samples_are_near_those_of_full_precision(whole, tmp_path):

@@ -58,5 +58,5 @@ class _ImagesPerSecond(ProcessingSpeedColumn):
         self.images_a_batch = images_a_batch
 
     def render(self, task: Any) -> Text:
-        speed = f"{task.speed * self.images_a_batch:.3g}" if task.speed else "0"
-        return Text(f"{speed} images/s", style=self.style)
+        speed = task.speed or task.completed / max(task.elapsed or 0, 1e-3)  # a single batch has no speed of its own
+        return Text(f"{speed * self.images_a_batch:.3g} images/s", style=self.style)
