@@ -12,6 +12,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from tinyfusion_pl import cli
+from tinyfusion_pl.cli import command_line
+from tinyfusion_pl.cli.processes import as_single_run
 
 CONFIGS = {
     "toy": """
@@ -93,8 +95,8 @@ def test_a_word_with_too_few_arguments_says_what_it_takes(capsys):
 
 @pytest.mark.parametrize("argument", ["+experiment=x", "~seed", "seed=1", "-m", "--help"])
 def test_settings_and_flags_are_no_words(argument, monkeypatch):
-    monkeypatch.setattr(cli, "_run_word", lambda *arguments: pytest.fail("taken for a word"))
-    monkeypatch.setattr(cli, "_run_task", lambda: None)
+    monkeypatch.setattr(command_line, "_run_command", lambda *arguments: pytest.fail("taken for a word"))
+    monkeypatch.setattr(command_line, "_run_task", lambda: None)
     assert cli.main([argument]) == 0
 
 

@@ -1,0 +1,146 @@
+"""Commands that are not settings go to functions, everything else to Hydra, which runs a task.
+
+A task's run folder is named after its configuration: rerun the same command to resume; each configuration gets its own folder.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from contextlib import suppress
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from tinyfusion_pl.cli.errors import Told, sentence, tell
+from tinyfusion_pl.cli.processes import as_single_run, is_first_process, process
+from tinyfusion_pl.cli.run_identity import check_folder, config_hash, write_config
+from tinyfusion_pl.cli.settings import check_added, check_complete
+
+# word -> function of strings; the text that it returns is printed
+COMMANDS = {
+    "compare": "tinyfusion_pl.report:compare",
+    "export": "tinyfusion_pl.models.export:export",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (default: the process's own) and return its exit code.
+
+    0: well; 1: an error, told in one sentence on stderr; 2: wrong usage; 130: Ctrl-C. ``TINYFUSION_TRACEBACK=1`` or
+    ``hydra.verbose=true`` shows where an error comes from.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning 2.6 beside newer torch
+    try:
+        if arguments and "=" not in arguments[0] and not arguments[0].startswith(("-", "+", "~")):
+            return _run_command(*arguments)
+        # With this variable Hydra raises its errors instead of printing them: all of them are told in one way, below.
+        with process([sys.argv[0], *arguments], HYDRA_FULL_ERROR="1"):
+            _run_task()
+    except SystemExit as stop:  # --help, an unknown flag, a task that failed
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except KeyboardInterrupt:
+        if is_first_process():
+            print("\nInterrupted. The same command goes on from where it was.", file=sys.stderr)
+        return 130
+    except Exception as error:
+        return tell(error)
+    return 0
+
+
+def _run_command(word: str, *arguments: str) -> int:
+    if word not in COMMANDS:
+        return _usage(
+            f"Unknown word {word!r}; known are: {', '.join(COMMANDS)}. Settings are given as key=value, for instance "
+            "task=recover, and --help lists them."
+        )
+    module, name = COMMANDS[word].split(":")
+    function = getattr(import_module(module), name)
+    try:
+        inspect.signature(function).bind(*arguments)
+    except TypeError:
+        parameters = inspect.signature(function).parameters.values()
+        words = (each.name.upper() if each.default is each.empty else f"[{each.name.upper()}]" for each in parameters)
+        return _usage(f"Usage: tinyfusion {word} {' '.join(words)}")
+    print(function(*arguments))
+    return 0
+
+
+def _usage(sentence: str) -> int:
+    print(f"error: {sentence}", file=sys.stderr)
+    return 2
+
+
+@hydra.main(version_base="1.3", config_path="pkg://tinyfusion_pl.conf", config_name="main")
+def _run_task(cfg: DictConfig) -> Any:
+    job = HydraConfig.get()
+    run_dir = Path(job.runtime.output_dir)
+    sweeping = job.mode == RunMode.MULTIRUN
+    try:
+        if not sweeping:
+            return run(cfg, run_dir)
+        print(f"job {job.job.num}: {' '.join(job.overrides.task)} -> {run_dir}", flush=True)
+        with process([sys.argv[0], *as_single_run(sys.argv[1:], job)]):
+            return run(cfg, run_dir)
+    except Exception as error:
+        exit_code = tell(error)
+        with suppress(OSError):
+            run_dir.rmdir()  # Hydra made it; a run that never began leaves nothing
+        if sweeping:
+            raise Told from error  # the sweep's other jobs still run
+        raise SystemExit(exit_code) from None
+
+
+def run(cfg: DictConfig, run_dir: Path) -> Any:
+    """Build everything that ``cfg.task`` names, then call it with `run_dir`; returns what it returns.
+
+    ``config.yaml`` is written in between, so a mistake in the configuration leaves nothing behind.
+
+    Raises:
+        ValueError: a value is missing or wrong, or `run_dir` holds a run of another configuration.
+    """
+    # A stage says in one line what Lightning says in ten. Its import sets the level of its outer logger to INFO: hence twice.
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    check_added(cfg)
+    check_folder(run_dir, cfg)
+    check_complete(cfg.task)
+    task = _build(copy.deepcopy(cfg).task)  # Hydra resolves references in place; what is written keeps them
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    write_config(run_dir, cfg)
+    return task(run_dir=run_dir)
+
+
+def _build(node: DictConfig) -> Any:
+    """Instantiate `node`; where several of its parts cannot be built, the error tells of each, and nothing is downloaded to find out."""
+    try:
+        return hydra.utils.instantiate(node, _convert_="all")
+    except Exception as error:
+        from tinyfusion_pl.models.download import without_download  # imports torch, which --help does not need
+
+        sentences = []
+        for key in node:
+            if OmegaConf.is_config(part := node[key]) and "_target_" in part:
+                try:
+                    with without_download():
+                        hydra.utils.instantiate(part, _convert_="all")
+                except Exception as of_part:
+                    sentences.append(sentence(of_part) or repr(of_part))
+        if len(sentences) < 2:
+            raise
+        raise ValueError("\n".join(sentences)) from error
+
+
+OmegaConf.register_new_resolver("config_hash", lambda *, _root_: config_hash(_root_), replace=True)
+OmegaConf.register_new_resolver("absolute_path", os.path.abspath, replace=True)
+OmegaConf.register_new_resolver("words", lambda: ", ".join(COMMANDS), replace=True)

@@ -1,0 +1,57 @@
+"""How an error is reported: in one sentence where a person can do something about it, with a traceback where the code is at fault."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import traceback
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, InstantiationException
+from omegaconf.errors import OmegaConfBaseException
+
+
+class Told(Exception):
+    """A job of a sweep failed, and the error was told."""
+
+
+def tell(error: Exception) -> int:
+    if isinstance(error, Told):
+        return 1
+    told = sentence(error)
+    verbose = HydraConfig.initialized() and HydraConfig.get().verbose
+    if told is None or verbose or os.environ.get("TINYFUSION_TRACEBACK") == "1":
+        traceback.print_exception(error)
+    print(f"error: {told or repr(error)}", file=sys.stderr)
+    return 1
+
+
+def _without_worker(error: BaseException) -> str:
+    """What an error says, without the traceback that a DataLoader's worker process puts around it."""
+    inner = re.search(r"\ACaught (\w+) in DataLoader worker process.*\n(?:[\w.]*\.)?\1: (.*)\Z", str(error), re.DOTALL)
+    return inner[2].strip() if inner else str(error)
+
+
+def sentence(error: Exception) -> str | None:
+    """What a person needs to know; None for an error that is no person's but the code's."""
+    from tinyfusion_pl.artifacts import ArtifactError
+
+    cause: BaseException = error
+    while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
+        cause = cause.__cause__
+    missing = re.search(r"Missing mandatory value: (\S+)", str(cause))
+    if isinstance(cause, OmegaConfBaseException) and missing:
+        return f"{missing[1]} has no value. Give one: {missing[1]}=VALUE."
+    if isinstance(cause, HydraException):
+        return "\n".join(str(each) for each in (cause, cause.__cause__) if each is not None)
+    if isinstance(cause, OSError) and cause.strerror and cause.filename:
+        return f"Cannot use {cause.filename}: {cause.strerror}."
+    if isinstance(cause, (ValueError, ArtifactError, FloatingPointError, OSError, OmegaConfBaseException)):
+        return _without_worker(cause)
+    if type(cause).__name__ == "MisconfigurationException":  # Lightning's, for a Trainer that this machine cannot run
+        return str(cause)
+    if cause is not error and isinstance(cause, (TypeError, ImportError)):  # a wrong argument, or no such constructor
+        key = re.search(r"full_key: (\S+)", str(error))
+        return f"{key[1]}: {cause}" if key else str(error)
+    return None
