@@ -13,7 +13,6 @@ from omegaconf import OmegaConf
 
 from tinyfusion_pl import cli
 from tinyfusion_pl.cli import command_line
-from tinyfusion_pl.cli.processes import as_single_run
 
 CONFIGS = {
     "toy": """
@@ -275,7 +274,7 @@ def test_a_failing_job_does_not_keep_the_others_from_running(work, capsys):
 
 def test_a_job_of_a_sweep_is_one_run_for_the_processes_that_it_starts(work, monkeypatch):
     seen = []
-    monkeypatch.setattr(cli, "run", lambda cfg, run_dir: seen.append((sys.argv[1:], run_dir)))
+    monkeypatch.setattr(command_line, "run", lambda cfg, run_dir: seen.append((sys.argv[1:], run_dir)))
     assert toy("-m", "seed=1,2", "hydra.verbose=false", "part.pattern='1:2'") == 0
     for seed, (argv, run_dir) in zip([1, 2], seen):
         flags, task = ["--config-dir", "c", "--config-name", "toy"], [f"seed={seed}", "part.pattern='1:2'"]
