@@ -89,7 +89,7 @@ def test_manual_optimization_with_two_optimizers_steps_the_logits_once_a_batch(t
     callback = DepthPruningCallback("1:2", weight_update="full")
     module = Manual()
     trainer(tmp_path, callback, max_steps=8).fit(module)  # two optimizer steps a batch
-    steps = {int(state["step"]) for state in callback._optimizer.state.values()}
+    steps = {int(state["step"]) for state in callback.optimizer._optimizer.state.values()}
     assert steps == {4}
     assert all((p != 0.02).any() for p in module.depth_gates.logits())
 
@@ -97,7 +97,7 @@ def test_manual_optimization_with_two_optimizers_steps_the_logits_once_a_batch(t
 def test_gradient_accumulation_steps_the_logits_with_the_optimizer(tmp_path):
     callback = DepthPruningCallback("1:2")
     trainer(tmp_path, callback, max_steps=3, accumulate_grad_batches=2).fit(InInit())
-    assert {int(state["step"]) for state in callback._optimizer.state.values()} == {3}
+    assert {int(state["step"]) for state in callback.optimizer._optimizer.state.values()} == {3}
 
 
 def test_temperature_falls_from_start_to_end_by_step(tmp_path):
@@ -137,7 +137,7 @@ def test_an_interrupted_fit_resumes_to_the_same_result(kind, update, tmp_path):
         seed_everything(1)
         callback = DepthPruningCallback("1:2", weight_update=update, anneal_steps=8, decisions_path=folder / "decisions.jsonl")
         module = kind()
-        trainer(folder, callback, SameDraws(), *extra, max_steps=8, enable_checkpointing=bool(extra)).fit(
+        trainer(folder, SameDraws(), callback, *extra, max_steps=8, enable_checkpointing=bool(extra)).fit(
             module, ckpt_path=ckpt, weights_only=True)
         return callback, module
 

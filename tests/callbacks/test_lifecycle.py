@@ -100,12 +100,13 @@ def test_a_list_that_only_looked_like_the_blocks_is_refused_and_the_real_one_nam
         fit(Decoy(), DepthPruningCallback("1:2"), folder=tmp_path)
 
 
-def test_a_folder_that_cannot_be_made_is_named_and_the_shallow_model_is_not_lost(tmp_path):
+def test_a_folder_that_cannot_be_made_is_named_before_training(tmp_path):
     (tmp_path / "taken").write_text("mine")
     callback = DepthPruningCallback("1:2", save_dir=tmp_path / "taken")
-    with pytest.raises(ArtifactError, match="Cannot write .*taken"):
-        fit(InInit(), callback, folder=tmp_path)
-    assert len(callback.shallow_model.blocks) == 2 and (tmp_path / "taken").read_text() == "mine"
+    module = InInit()
+    with pytest.raises(ValueError, match="taken is a file"):
+        fit(module, callback, folder=tmp_path)
+    assert module.trainer.global_step == 0 and (tmp_path / "taken").read_text() == "mine"
 
 
 @pytest.mark.parametrize(("setting", "said"), [({"stacks": []}, "stacks is empty"), ({"anneal_steps": "ten"}, "anneal_steps is ten")])
@@ -132,9 +133,9 @@ def test_a_resumed_callbacks_next_fit_begins_with_a_new_optimizer(tmp_path):
     fit(InInit(), DepthPruningCallback("1:2"), saving, folder=tmp_path, max_steps=2, enable_checkpointing=True)
     callback, module = DepthPruningCallback("1:2"), InInit()
     fit(module, callback, folder=tmp_path, ckpt_path=tmp_path / "last.ckpt", max_steps=6)
-    assert {int(state["step"]) for state in callback._optimizer.state.values()} == {6}
+    assert {int(state["step"]) for state in callback.optimizer._optimizer.state.values()} == {6}
     fit(module, callback, folder=tmp_path, max_steps=3)
-    assert {int(state["step"]) for state in callback._optimizer.state.values()} == {3}
+    assert {int(state["step"]) for state in callback.optimizer._optimizer.state.values()} == {3}
 
 
 def test_averaged_adapters_and_logits_survive_an_interruption(tmp_path):

@@ -2,12 +2,12 @@ import pytest
 import torch
 
 from pruning.toys import Toy
-from tinyfusion_pl.pruning import CandidateSampler, DepthGates, Pattern, StackGates, linear_anneal
+from tinyfusion_pl.pruning import CandidateDistribution, DepthGates, Pattern, StackGates, linear_anneal
 
 
 def test_sampler_draws_candidates_with_their_probabilities():
     """Gumbel-max: the argmax of logits plus Gumbel noise is distributed as the softmax."""
-    sampler = CandidateSampler(Pattern.parse("2:4").groups(4)[0], scaling=10.0)
+    sampler = CandidateDistribution(Pattern.parse("2:4").groups(4)[0], scaling=10.0)
     logits = torch.tensor([0.1, 0.0, -0.1, 0.05, 0.0, 0.02])
     noise = sampler.noise(200_000, generator=torch.Generator().manual_seed(0))
     for tau in (4.0, 0.1):
@@ -20,7 +20,7 @@ def test_sampler_draws_candidates_with_their_probabilities():
 
 
 def test_masks_are_exactly_zero_or_one_with_the_gradient_of_the_soft_choice():
-    sampler = CandidateSampler(Pattern.parse("1:3").groups(3)[0])
+    sampler = CandidateDistribution(Pattern.parse("1:3").groups(3)[0])
     logits = torch.tensor([0.01, 0.02, 0.0], requires_grad=True)
     noise, weights = sampler.noise(7, generator=torch.Generator().manual_seed(0)), torch.randn(7, 3)
     mask = sampler.sample(logits, 2.0, noise)

@@ -7,7 +7,6 @@ from torch.utils.checkpoint import checkpoint
 
 from pruning.toys import AttnToy, PairToy, Toy, plain_formula
 from tinyfusion_pl.pruning import DepthGates, remove_gates
-from tinyfusion_pl.pruning.arguments import BatchAxes
 
 N, T, D = 5, 3, 6
 
@@ -30,13 +29,13 @@ def gated_toy(mode="positional", pattern="1:2", depth=4, init=None, **kwargs):
 
 def noise_for(gates, n=N, seed=1):
     g = torch.Generator().manual_seed(seed)
-    return {s.path: [-torch.empty(n, m.num_logits).exponential_(generator=g).log() for m in s.samplers] for s in gates.stacks}
+    return {s.path: [-torch.empty(n, m.num_logits).exponential_(generator=g).log() for m in s.distributions] for s in gates.stacks}
 
 
 def reference_masks(gates, noise):
     """Straight-through masks by torch's own arithmetic, independent of the sampler."""
     columns = []
-    for sampler, logits, g in zip(gates.stacks[0].samplers, gates.logits(), noise["blocks"]):
+    for sampler, logits, g in zip(gates.stacks[0].distributions, gates.logits(), noise["blocks"]):
         soft = ((sampler.scaling * logits + g) / gates.tau).softmax(-1)
         hard = nn.functional.one_hot(soft.argmax(-1), soft.shape[-1]).to(soft)
         columns.append((hard - soft.detach() + soft) @ sampler.candidates)
@@ -118,20 +117,43 @@ def test_twenty_adamw_steps_equal_twenty_of_the_plain_formula():
 
 
 @pytest.mark.parametrize("mode", ["checkpoint", "checkpoint-reentrant"])
-def test_checkpointing_recomputes_with_the_same_mask_when_two_forwards_precede_the_backward(mode):
+def test_two_forwards_of_a_batch_share_masks_when_recomputed(mode):
     model, gates = gated_toy(mode)
     model.embed = nn.Identity()  # so that the first block is handed the very same tensor
     x, c = batch()
     x.requires_grad_()
-    first, second = noise_for(gates, seed=1), noise_for(gates, seed=2)
-    total = 0
-    for noise in (first, second):  # the same input twice
-        gates.fix_noise(noise)
-        total = total + model(x, c).square().mean()
-    total.backward()
+    noise = noise_for(gates)
+    gates.fix_noise(noise)
+    (model(x, c).square().mean() + model(x, c).square().mean()).backward()
     grads = {n: p.grad.clone() for n, p in model.named_parameters()} | {f"gate{i}": p.grad.clone() for i, p in enumerate(gates.logits())}
-    one, two = plain(model, gates, first, x, c)[1], plain(model, gates, second, x, c)[1]
-    assert_same_gradients(grads, {n: one[n] + two[n] for n in one})
+    once = plain(model, gates, noise, x, c)[1]
+    assert_same_gradients(grads, {n: 2 * g for n, g in once.items()})
+
+
+def test_a_redraw_before_a_recomputation_is_refused():
+    model, gates = gated_toy("checkpoint", pattern="2:4")
+    loss = model(*batch(n=2)).square().mean()
+    gates.redraw()
+    with pytest.raises(RuntimeError, match="drawn anew|different metadata|different number"):
+        loss.backward()
+
+
+def test_logits_that_change_without_a_redraw_are_refused():
+    model, gates = gated_toy()
+    model(*batch())
+    with torch.no_grad():
+        gates.logits()[0].add_(1)
+    with pytest.raises(RuntimeError, match="gates.redraw()"):
+        model(*batch())
+    gates.redraw()
+    model(*batch())
+
+
+def test_another_batch_size_in_a_step_has_masks_of_its_own():
+    model, gates = gated_toy(depth=8)
+    first, other = (gates.masks.column(gates.stacks[0], 0, n) for n in (64, 32))
+    assert len(first) == 64 and len(other) == 32 and not torch.equal(first[:32], other)
+    assert torch.equal(first, gates.masks.column(gates.stacks[0], 0, 64))
 
 
 def test_checkpointing_of_the_whole_model_recomputes_with_the_same_mask():
@@ -147,23 +169,16 @@ def test_checkpointing_of_the_whole_model_recomputes_with_the_same_mask():
     assert_same_gradients(grads, expected)
 
 
-def test_each_sample_draws_its_own_mask_once_for_a_forward():
+def test_each_sample_has_its_own_mask_for_the_batch():
     model, gates = gated_toy(depth=8)
-    seen = []
-    for block in model.blocks:
-        gated = block.forward.__self__
-        original = gated.owner.masks_for
-    gates.masks_for = lambda gated, hidden: seen.append(original(gated, hidden)[1]) or original(gated, hidden)
-    x, c = batch(n=64)
-    model(x, c)
-    first = seen[0]
-    assert all(mask is first for mask in seen)
+    masks = lambda: torch.stack([gates.masks.column(gates.stacks[0], unit, 64) for unit in range(8)], 1)  # noqa: E731
+    first = masks()
+    assert torch.equal(masks(), first)
     assert len({tuple(row) for row in first.tolist()}) > 4
     assert set(first.unique().tolist()) == {0.0, 1.0}
     assert (first.view(64, 4, 2).sum(-1) == 1).all()
-    seen.clear()
-    model(x, c)
-    assert not torch.equal(seen[0], first)
+    gates.redraw()
+    assert not torch.equal(masks(), first)
 
 
 def test_evaluation_is_deterministic_and_equals_the_model_without_the_dropped_blocks():
@@ -216,7 +231,7 @@ def test_tuples_follow_the_plain_formula(kind):
     assert isinstance(model(x), torch.Tensor)
 
 
-def test_an_argument_with_unknown_batch_axis_selects_the_plain_formula_and_says_so_once(caplog):
+def test_a_table_of_as_many_rows_as_samples_is_shared():
     torch.manual_seed(0)
     model = Toy()
     gates = DepthGates(model, "1:2")
@@ -225,19 +240,19 @@ def test_an_argument_with_unknown_batch_axis_selects_the_plain_formula_and_says_
     table = torch.randn(T, D)
     noise = noise_for(gates, n=n)
     gates.fix_noise(noise)
-    with caplog.at_level("INFO"):
-        for _ in range(2):
-            h = model.embed(x)
-            for block in model.blocks:
-                h = block(h, None, table)
-    assert sum("batch axis" in r.message for r in caplog.records) == 1
+    h = model.embed(x)
+    for block in model.blocks:
+        h = block(h, c, table)
     bare = copy.deepcopy(model)
     remove_gates(bare)
     masks, expected = reference_masks(gates, noise), model.embed(x)
     for i, block in enumerate(bare.blocks):
         m = masks[:, i].view(-1, 1, 1)
-        expected = m * block(expected, None, table) + (1 - m) * expected
+        expected = m * block(expected, c, table) + (1 - m) * expected
     torch.testing.assert_close(h, expected)
+    for block in model.blocks:
+        (plan,) = block.forward.__self__.plans.values()
+        assert plan.per_sample == {"c": 0} and not plan.plain_because
 
 
 def test_a_shared_table_is_not_indexed_by_sample():
@@ -291,6 +306,7 @@ def test_autocast_keeps_gradients_of_weights_first_seen_without_a_graph():
         first = model(x, c).float().square().mean()
         with torch.no_grad():
             gates.logits()[0].copy_(torch.tensor([0.0, 9.0]))
+        gates.redraw()
         second = model(x, c).float().square().mean()
     (first + second).backward()
     assert model.blocks[1].lin.weight.grad.any()
@@ -324,6 +340,7 @@ def test_a_deep_copy_has_gates_of_its_own():
 def test_dropped_samples_do_not_reach_the_blocks_graph():
     model, gates = gated_toy(pattern="1:2")
     sizes = []
+    model(*batch(n=16))  # the first call learns the block's batch axes
     model.blocks[0].lin.register_forward_hook(lambda m, a, out: sizes.append((out.shape[0], out.requires_grad)))
     x, c = batch(n=16)
     model(x, c)
@@ -340,23 +357,6 @@ def test_state_dict_keys_stay_as_they_were():
     assert list(model.state_dict()) == list(before)
     assert {id(p) for p in model.depth_gates.logits()} <= {id(p) for p in model.parameters()}
     model.load_state_dict(before)
-
-
-def test_another_batch_size_in_mid_stack_is_refused():
-    model, gates = gated_toy()
-    x, c = batch()
-
-    class Fold(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.blocks = model.blocks
-
-        def forward(self, x):
-            for i, block in enumerate(self.blocks):
-                x = block(x if i == 0 else x.repeat(2, 1, 1))
-
-    with pytest.raises(ValueError, match="drew masks for 5"):
-        Fold()(x)
 
 
 def test_remove_gates_gives_every_block_its_own_forward_back():
@@ -378,8 +378,8 @@ def test_masks_differ_by_rank_under_equal_seeds():
     for rank in (0, 1):
         model, gates = gated_toy(depth=8, rank=rank)
         torch.manual_seed(7)
-        draw = gates._new_draw(gates.stacks[0], 32, model.blocks[0].forward.__self__)
-        masks.append(gates.stacks[0].mask(draw))
+        gates.redraw()
+        masks.append(gates.masks.column(gates.stacks[0], 0, 32))
     assert not torch.equal(*masks)
 
 
@@ -412,18 +412,13 @@ def test_a_recomputed_blocks_dropout_lets_through_what_it_did_before(use_reentra
     torch.manual_seed(0)
     model = Model()
     DepthGates(model, "1:2")
+    model(torch.randn(8, 3, 6))  # the first call learns the block's batch axes
+    for block in model.blocks:
+        block.seen.clear()
     model(torch.randn(8, 3, 6, requires_grad=True)).sum().backward()
     for block in model.blocks:
         half = len(block.seen) // 2
         assert half and all(torch.equal(a, b) for a, b in zip(block.seen[:half], block.seen[half:], strict=True))
-
-
-def test_remembered_forwards_hold_no_noise():
-    model = Toy()
-    gates = DepthGates(model, "2:4")
-    for _ in range(3):
-        model(torch.randn(5, 3, 6))
-    assert gates._records and all(draw.noise is None for draw in gates._records.values())
 
 
 def test_the_first_parameter_is_gated_whatever_the_order_of_keywords():
@@ -471,7 +466,7 @@ def test_a_bias_of_as_many_heads_as_samples_is_not_indexed_by_sample():
     bias = torch.randn(4, 3, 3)
     for num_samples in (4, 4, 7, 4):  # as many as heads, and another number in between
         x = torch.randn(num_samples, 3, 6)
-        fixed = {"blocks": [s.noise(num_samples) for s in gates.stacks[0].samplers]}
+        fixed = {"blocks": [s.noise(num_samples) for s in gates.stacks[0].distributions]}
         results = []
         for gather in (True, False):
             gates.gather = gather
@@ -482,9 +477,3 @@ def test_a_bias_of_as_many_heads_as_samples_is_not_indexed_by_sample():
             results.append([output.detach(), *(p.grad.clone() for p in model.parameters())])
         for ours, plain in zip(*results, strict=True):
             torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-3)
-
-
-def test_conditioning_is_still_gathered():
-    axes = BatchAxes("block", [])
-    hidden = torch.zeros(4, 16, 6)
-    assert axes.per_sample([torch.zeros(4, 6), torch.zeros(4, 9, 6)], hidden) == [True, True]

@@ -41,7 +41,7 @@ def test_against_reference_losses_and_every_gradient(file):
 def test_against_reference_kept_layers_and_candidates(file):
     golden, _, gates = case(file)
     assert gates.decide().kept_blocks == {"blocks": golden["kept_layers"].tolist()}
-    for i, sampler in enumerate(gates.stacks[0].samplers):
+    for i, sampler in enumerate(gates.stacks[0].distributions):
         assert torch.equal(sampler.candidates, golden[f"candidates.{i}"])
 
 

@@ -7,7 +7,7 @@ from peft import LoHaConfig
 
 from pruning.toys import Toy
 from tinyfusion_pl.pruning import WeightUpdate, find_stacks, remove_blocks
-from tinyfusion_pl.pruning.adapters import adapter_state, load_adapter_state
+from tinyfusion_pl.pruning.adapter_state import adapter_state, load_adapter_state
 
 
 def test_kept_blocks_stay_the_same_objects_in_order():
@@ -36,8 +36,8 @@ def test_lora_goes_on_every_linear_and_leaves_everything_else_frozen():
     WeightUpdate("lora").start(model)
     trainable = {name.split(".lora_")[0] for name, p in model.named_parameters() if p.requires_grad}
     assert trainable == {name for name, m in Toy(2).named_modules() if isinstance(m, torch.nn.Linear)}
-    a = model.blocks[0].lin.lora_A["default"]
-    assert a.weight.shape[0] == 8 and model.blocks[0].lin.scaling["default"] == 2.0
+    a = model.blocks[0].lin.lora_A["tinyfusion"]
+    assert a.weight.shape[0] == 8 and model.blocks[0].lin.scaling["tinyfusion"] == 2.0
 
 
 def test_lora_goes_on_linear_layers_whose_names_are_numbers_and_on_no_block_that_ends_alike():
@@ -85,9 +85,9 @@ def test_adapter_state_goes_round_and_refuses_other_adapters():
     for model in (a, b, c):
         WeightUpdate("lora").start(model)
     with torch.no_grad():
-        a.head.lora_B["default"].weight.fill_(0.5)
+        a.head.lora_B["tinyfusion"].weight.fill_(0.5)
     load_adapter_state(b, adapter_state(a))
-    assert torch.equal(b.head.lora_B["default"].weight, a.head.lora_B["default"].weight)
+    assert torch.equal(b.head.lora_B["tinyfusion"].weight, a.head.lora_B["tinyfusion"].weight)
     with pytest.raises(ValueError, match="do not match"):
         load_adapter_state(c, adapter_state(a))
 

@@ -3,13 +3,14 @@
 from tinyfusion_pl.pruning.adapters import WeightUpdate
 from tinyfusion_pl.pruning.blocks import find_stacks, get_stack, resolve_stacks
 from tinyfusion_pl.pruning.decision import Decision, GroupDecision, StackDecision
-from tinyfusion_pl.pruning.gates import DepthGates, StackGates, find_gates, remove_gates
+from tinyfusion_pl.pruning.distributions import CandidateDistribution, MaskDistribution
+from tinyfusion_pl.pruning.gates import DepthGates, find_gates, remove_gates
 from tinyfusion_pl.pruning.patterns import Group, Pattern
-from tinyfusion_pl.pruning.samplers import CandidateSampler, MaskSampler
 from tinyfusion_pl.pruning.schedule import linear_anneal
+from tinyfusion_pl.pruning.stack_gates import StackGates
 from tinyfusion_pl.pruning.surgery import remove_blocks
 
 __all__ = [
-    "CandidateSampler", "Decision", "DepthGates", "Group", "GroupDecision", "MaskSampler", "Pattern", "StackDecision", "StackGates",
+    "CandidateDistribution", "Decision", "DepthGates", "Group", "GroupDecision", "MaskDistribution", "Pattern", "StackDecision", "StackGates",
     "WeightUpdate", "find_gates", "find_stacks", "get_stack", "linear_anneal", "remove_blocks", "remove_gates", "resolve_stacks",
 ]

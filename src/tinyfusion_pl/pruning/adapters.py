@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,15 +11,23 @@ from peft import LoraConfig, PeftConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from tinyfusion_pl.pruning.adapter_state import ADAPTER, keep_plain_keys, our_layers, plain_name, release_plain_keys
+
 WEIGHT_UPDATES = ("lora", "full", "frozen")
 
 
 def linear_names(model: nn.Module) -> list[str]:
-    """Names of every ``nn.Linear`` of `model`, embedders and modulation included.
+    """Names of every ``nn.Linear`` of `model`, embedders and modulation included, those with the user's adapters too.
 
     Subclasses are left out: the output projection of ``nn.MultiheadAttention`` is one, and its weight is read without a forward.
     """
-    return [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    adapted = {name: m for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+    inside = tuple(f"{name}." for name in adapted)
+    return [
+        name
+        for name, module in model.named_modules()
+        if not name.startswith(inside) and type(adapted[name].get_base_layer() if name in adapted else module) is nn.Linear
+    ]
 
 
 class WeightUpdate:
@@ -28,7 +35,7 @@ class WeightUpdate:
 
     Args:
         kind: ``"lora"`` (rank 8, alpha 16, every Linear, through peft), ``"full"``, ``"frozen"`` (gates alone), or any peft config; one
-            that names no target modules gets every Linear.
+            that names no target modules gets every Linear. The user's own adapters stay as they are.
 
     Raises:
         ValueError: for another word, or a config that replaces whole modules (``modules_to_save``).
@@ -40,7 +47,7 @@ class WeightUpdate:
         for name in ("modules_to_save", "trainable_token_indices"):
             if getattr(kind, name, None):
                 raise ValueError(f"The peft config sets {name}, which puts copies in place of whole modules; they could not be taken back. "
-                                 "Leave it out, or use weight_update='full'.")
+                                 "Leave it out, or use weight_update='full'.")  # fmt: skip
         self.kind = kind
         self.original: dict[str, Tensor] = {}  # by the keys that the model had before
         self.trainable: dict[str, bool] = {}
@@ -53,29 +60,55 @@ class WeightUpdate:
         return {k: sorted(v) if isinstance(v, set) else v for k, v in settings.items() if v not in (None, False, {}, [], set())}
 
     def start(self, model: nn.Module) -> None:
-        """Remember what can change and set up `model` in place: adapters in, parameters frozen or free."""
+        """Remember what can change and set up `model` in place: adapters in, parameters frozen or free.
+
+        Raises:
+            ValueError: for a peft config whose adapters would have no effect, or only in training.
+        """
         self.trainable = {name: p.requires_grad for name, p in model.named_parameters()}
         if self.kind != "full":
             model.requires_grad_(False)
-        if self.kind in ("full", "frozen"):
-            self.remember(model)
-            return
+        if self.kind not in ("full", "frozen"):
+            try:
+                self._inject(model)
+            except Exception:
+                self._restore_trainable(model)
+                raise
+        self.remember(model)
+
+    def _inject(self, model: nn.Module) -> None:
         config = LoraConfig(r=8, lora_alpha=16) if self.kind == "lora" else self.kind
         if getattr(config, "target_modules", None) in (None, "all-linear"):
             config = copy.copy(config)  # the caller's, who may use it for another model
             # A pattern of whole names: of a list peft takes the names for endings, and "0" would be every first block.
             config.target_modules = "|".join(map(re.escape, linear_names(model)))
-        inject_adapter_in_model(config, model)
+        users = {n: list(m.active_adapters) for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+        inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+        for name, active in users.items():  # peft turns the others off, and frees their parameters
+            layer = model.get_submodule(name)
+            layer.set_adapter([*active, ADAPTER] if _has_ours(layer) else active)
+            for key, parameter in layer.named_parameters():
+                if f".{ADAPTER}" not in f".{key}":
+                    parameter.requires_grad_(False)
+        try:
+            _check_effect(model)
+        except ValueError:
+            unload_adapters(model, merge=False)
+            raise
+        # torch's fused encoder path reads the linear layers' weights, not their adapters; this is what it asks for.
+        for layer in _fused_layers(model):
+            layer.__dict__["_tinyfusion_activation"] = layer.activation_relu_or_gelu
+            layer.activation_relu_or_gelu = 0
         keep_plain_keys(model)
-        self.remember(model)
 
     def remember(self, model: nn.Module) -> None:
-        """Keep the present values of everything that can change: what trains and is no adapter, and buffers.
+        """Keep the present values of everything that can change: what trains and is no adapter of ours, and buffers.
 
         `start` does it; again where the weights come only afterwards.
         """
-        movable = {plain_name(name) for name, p in model.named_parameters() if p.requires_grad} & self.trainable.keys()
-        movable |= {plain_name(name) for name, _ in model.named_buffers()}
+        ours = our_layers(model)
+        movable = {plain_name(name, ours) for name, p in model.named_parameters() if p.requires_grad} & self.trainable.keys()
+        movable |= {plain_name(name, ours) for name, _ in model.named_buffers()}
         self.original = {k: v.detach().cpu().clone() for k, v in model.state_dict().items() if k in movable}
 
     def finish(self, model: nn.Module, *, delta_w: str) -> None:
@@ -86,86 +119,62 @@ class WeightUpdate:
         """
         check_delta_w(delta_w)
         unload_adapters(model, merge=delta_w == "merge")
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(self.trainable.get(name, True))
+        self._restore_trainable(model)
         if delta_w == "discard":
             with torch.no_grad():
                 own = model.state_dict()
                 for name, value in self.original.items():
                     own[name].copy_(value)
 
+    def _restore_trainable(self, model: nn.Module) -> None:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(self.trainable.get(name, True))
+
 
 def check_delta_w(delta_w: str) -> None:
+    """`ValueError` for anything but the two ways to end a weight update."""
     if delta_w not in ("discard", "merge"):
         raise ValueError(f"delta_w is {delta_w!r}; give 'discard' (kept blocks get their original weights back) or 'merge'.")
 
 
-def plain_name(name: str) -> str:
-    """The name that a parameter had before peft wrapped its layer."""
-    return name.replace(".base_layer.", ".")
+def _has_ours(layer: nn.Module) -> bool:
+    return any(name == ADAPTER or name.endswith(f".{ADAPTER}") or f".{ADAPTER}." in name for name, _ in layer.named_parameters())
+
+
+def _check_effect(model: nn.Module) -> None:
+    """Refuse adapters on modules that `nn.MultiheadAttention` computes with without calling them."""
+    inert = []
+    for name in our_layers(model):
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(model.get_submodule(name).get_base_layer(), nn.MultiheadAttention) or isinstance(parent, nn.MultiheadAttention):
+            inert.append(name)
+    if inert:
+        raise ValueError(
+            f"The peft config's target_modules reach {inert[0]}{f' and {len(inert) - 1} more' if len(inert) > 1 else ''}, inside "
+            "nn.MultiheadAttention, which reads its weights without calling its layers, so that the adapters would not learn or could "
+            "not be taken back. Leave these targets out: linear layers around the attention are adapted by target_modules=None."
+        )
+
+
+def _fused_layers(model: nn.Module) -> list[nn.TransformerEncoderLayer]:
+    return [m for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer)]
 
 
 def unload_adapters(model: nn.Module, *, merge: bool) -> None:
-    """Replace every peft layer of `model` by the layer it wraps, with (`merge`) or without its update."""
-    for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)]:
+    """Take our adapter out of every layer of `model`, with (`merge`) or without its update; the user's adapters stay."""
+    for name, wrapped_by_us in our_layers(model).items():
+        layer = model.get_submodule(name)
         if merge:
-            layer.merge(safe_merge=True)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer.get_base_layer())
-    for hooks in (model._state_dict_hooks, model._load_state_dict_pre_hooks):
-        for key in [k for k, hook in hooks.items() if getattr(hook, "hook", hook) in (_to_plain_keys, _from_plain_keys)]:
-            del hooks[key]
-
-
-# -- state dicts with the keys that the model had before -----------------------------------------------------------------------------------
-def keep_plain_keys(model: nn.Module) -> None:
-    """Let `model` save and load with the keys it had before adapters came; `adapter_state` has the adapters' own weights."""
-    model.register_state_dict_post_hook(_to_plain_keys)
-    model.register_load_state_dict_pre_hook(_from_plain_keys)
-
-
-def _wrapped(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
-
-
-def _to_plain_keys(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-    for name in _wrapped(module):
-        start = f"{prefix}{name}."
-        for key in [k for k in state if k.startswith(start)]:
-            value = state.pop(key)
-            if key.startswith(start + "base_layer."):
-                state[start + key.removeprefix(start + "base_layer.")] = value
-
-
-def _from_plain_keys(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    for name in _wrapped(module):
-        layer, start = module.get_submodule(name), f"{prefix}{name}."
-        for key, own in layer.state_dict(prefix=start).items():
-            plain = start + key.removeprefix(start + "base_layer.")
-            if key.startswith(start + "base_layer."):
-                if plain in state:
-                    state[key] = state.pop(plain)
-            else:
-                state.setdefault(key, own)
-
-
-def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """The adapters' own weights in `model`, by full name, on CPU."""
-    return {f"{name}.{key}": value.detach().cpu().clone() for name in _wrapped(model)
-            for key, value in model.get_submodule(name).state_dict().items() if not key.startswith("base_layer.")}
-
-
-@torch.no_grad()
-def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Take back what `adapter_state` gave.
-
-    Raises:
-        ValueError: when the adapters differ.
-    """
-    own = {f"{name}.{key}": value for name in _wrapped(model) for key, value in model.get_submodule(name).state_dict().items()
-           if not key.startswith("base_layer.")}
-    if own.keys() != state.keys() or any(own[k].shape != v.shape for k, v in state.items()):
-        raise ValueError(f"The checkpoint holds {len(state)} adapter tensors that do not match this model's {len(own)}; "
-                         "resume with the adapter configuration it was made with.")
-    for key, value in state.items():
-        own[key].copy_(value)
+            layer.merge(safe_merge=True, adapter_names=[ADAPTER])
+        if wrapped_by_us:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer.get_base_layer())
+        else:
+            active = [each for each in layer.active_adapters if each != ADAPTER]
+            layer.merged_adapters = [each for each in layer.merged_adapters if each != ADAPTER]
+            layer.delete_adapter(ADAPTER)
+            layer.set_adapter(active)
+    for layer in _fused_layers(model):
+        if "_tinyfusion_activation" in layer.__dict__:
+            layer.activation_relu_or_gelu = layer.__dict__.pop("_tinyfusion_activation")
+    release_plain_keys(model)

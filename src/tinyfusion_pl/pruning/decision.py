@@ -10,7 +10,8 @@ from typing import Any
 class GroupDecision:
     """One group: its place among the units, the units kept, and the distribution over candidates.
 
-    `confidence` is the largest candidate probability, `entropy` that of the distribution in nats.
+    `confidence` is the largest candidate probability, `entropy` that of the distribution in nats; `probabilities` is None where there
+    are too many candidates to list.
     """
 
     start: int
@@ -19,7 +20,7 @@ class GroupDecision:
     kept: list[int]
     confidence: float
     entropy: float
-    probabilities: list[float]
+    probabilities: list[float] | None = None
 
 
 @dataclass

@@ -33,7 +33,7 @@ class Group:
     def candidates(self) -> Tensor:
         """All ways to keep `num_kept` of `num_blocks`, in lexicographic order: float32 (C(M, N), M) of zeros and ones."""
         rows = list(itertools.combinations(range(self.num_blocks), self.num_kept))
-        onehot = torch.zeros(len(rows), self.num_blocks)
+        onehot = torch.zeros(len(rows), self.num_blocks, dtype=torch.float32)
         return onehot.scatter_(1, torch.tensor(rows), 1.0)
 
 

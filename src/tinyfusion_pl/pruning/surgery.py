@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from torch import nn
 
@@ -41,3 +42,17 @@ def remove_blocks(model: nn.Module, kept_blocks: Mapping[str, Sequence[int]]) ->
         if isinstance(stated, Mapping) and name in stated and hasattr(owner, "config"):
             owner.config = {**owner.config, stated[name]: len(kept)}
     return model
+
+
+@contextmanager
+def temporarily_cut(model: nn.Module, kept_blocks: Mapping[str, Sequence[int]]) -> Iterator[None]:
+    """Inside, `model` has only the given blocks; everything is restored afterwards. No weights are copied."""
+    lists = [m for m in model.modules() if isinstance(m, (nn.ModuleList, nn.Sequential))]
+    before = [(m, dict(m._modules)) for m in lists]
+    try:
+        remove_blocks(model, kept_blocks)
+        yield
+    finally:
+        for each, modules in before:
+            each._modules.clear()
+            each._modules.update(modules)

@@ -1,10 +1,13 @@
-"""How a group's gate logits become masks: hard straight-through Gumbel-softmax over candidates (TinyFusion, section 3.2, equations 5-6).
+"""How a group's gate logits become masks (TinyFusion, section 3.2, equations 5-6).
 
-A sampler is the one seam between logits and masks: another choice (a learned k-of-n over a whole stack, say) is another class.
+A `MaskDistribution` is the one seam between logits and masks: only it knows which outcomes there
+are. `CandidateDistribution` enumerates the ways to keep N of M and draws them by a hard
+straight-through Gumbel-softmax; another choice is another class (see `StackGates`).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -13,20 +16,32 @@ from torch import Tensor, nn
 from tinyfusion_pl.pruning.patterns import Group
 
 
-class MaskSampler(Protocol):
-    """What gates need of a sampler: logits, tau and noise in; mask and probabilities out."""
+@dataclass(frozen=True)
+class Certainty:
+    """How decided a distribution is.
+
+    Attributes:
+        confidence: Probability of the most probable outcome, in (0, 1].
+        entropy: Entropy in nats, >= 0.
+        probabilities: Probability of each outcome; None where outcomes are too many to list.
+    """
+
+    confidence: float
+    entropy: float
+    probabilities: list[float] | None
+
+
+class MaskDistribution(Protocol):
+    """What gates need of a distribution over the masks of a group."""
 
     num_logits: int
     num_members: int
 
     def noise(self, num_samples: int, *, generator: torch.Generator | None = None) -> Tensor:
-        """Noise (num_samples, num_logits) of the kind that `sample` takes, float32 on CPU."""
+        """Noise (num_samples, K) of the kind that `sample` takes, float32 on CPU."""
 
     def sample(self, logits: Tensor, tau: float, noise: Tensor) -> Tensor:
-        """Hard masks (num_samples, num_members) of exact zeros and ones, with the soft gradient into `logits` (num_logits,)."""
-
-    def probabilities(self, logits: Tensor) -> Tensor:
-        """Probability of each outcome (num_logits,), summing to one."""
+        """Masks (num_samples, num_members) of exact zeros and ones, differentiable in `logits`."""
 
     def member_probabilities(self, logits: Tensor) -> Tensor:
         """Probability that each member stays (num_members,)."""
@@ -34,8 +49,11 @@ class MaskSampler(Protocol):
     def decide(self, logits: Tensor) -> list[int]:
         """The members (0-based in the group, ascending) of the most probable outcome."""
 
+    def certainty(self, logits: Tensor) -> Certainty:
+        """Confidence and entropy at `logits`."""
 
-class CandidateSampler(nn.Module):
+
+class CandidateDistribution(nn.Module):
     """One logit for each way of keeping N of M; probability = softmax(scaling * logits).
 
     Args:
@@ -59,7 +77,9 @@ class CandidateSampler(nn.Module):
         return self.candidates.shape[1]
 
     def noise(self, num_samples: int, *, generator: torch.Generator | None = None) -> Tensor:
-        return -torch.empty(num_samples, self.num_logits).exponential_(generator=generator).log()
+        """Gumbel noise (num_samples, num_logits)."""
+        exponential = torch.empty(num_samples, self.num_logits, dtype=torch.float32).exponential_(generator=generator)
+        return -exponential.log()
 
     def sample(self, logits: Tensor, tau: float, noise: Tensor) -> Tensor:
         soft = ((self.scaling * logits + noise) / tau).softmax(-1)  # (N, C)
@@ -68,6 +88,7 @@ class CandidateSampler(nn.Module):
         return (hard + (soft - soft.detach())) @ self.candidates  # (N, M)
 
     def probabilities(self, logits: Tensor) -> Tensor:
+        """Probability of each candidate (num_logits,)."""
         return (self.scaling * logits).softmax(-1)
 
     def member_probabilities(self, logits: Tensor) -> Tensor:
@@ -75,3 +96,8 @@ class CandidateSampler(nn.Module):
 
     def decide(self, logits: Tensor) -> list[int]:
         return self.candidates[logits.argmax()].nonzero().flatten().tolist()
+
+    def certainty(self, logits: Tensor) -> Certainty:
+        p = self.probabilities(logits).double().cpu()
+        entropy = -(p * p.clamp_min(1e-300).log()).sum().item()
+        return Certainty(p.max().item(), max(entropy, 0.0), p.tolist())

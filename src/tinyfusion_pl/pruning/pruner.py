@@ -1,0 +1,218 @@
+"""Depth pruning of a model, without Lightning: plan, check, start, freeze, record.
+
+Example::
+
+    pruner = DepthPruner("1:2")
+    gates = pruner.start(model)
+    steps = GateOptimizer()
+    steps.start(gates)
+    for step, (x, y) in enumerate(batches):
+        steps.anneal(step, num_steps)
+        gates.redraw()
+        loss_fn(model(x), y).backward()
+        steps.set_aside()
+        optimizer.step()
+        steps.step()
+    shallow = pruner.freeze(model)
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tinyfusion_pl.pruning.adapters import WeightUpdate, check_delta_w
+from tinyfusion_pl.pruning.blocks import by_path, find_stacks, get_stack, resolve_stacks, units_of
+from tinyfusion_pl.pruning.decision import Decision
+from tinyfusion_pl.pruning.gates import DepthGates, remove_gates
+from tinyfusion_pl.pruning.patterns import Pattern
+from tinyfusion_pl.pruning.surgery import remove_blocks
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is pruned: the module that holds all stacks, and pattern, units and streams by path inside it."""
+
+    root: str
+    patterns: dict[str, Pattern]
+    units: dict[str, Any]
+    streams: dict[str, list[str]]
+
+    def path(self, inside: str) -> str:
+        """Path of a stack in the module that was planned for."""
+        return f"{self.root}.{inside}" if self.root else inside
+
+
+class DepthPruner:
+    """Depth pruning of one model (see `DepthPruningCallback` for the arguments)."""
+
+    def __init__(
+        self, pattern: str | Mapping[str, str], *, stacks: str | Sequence[str] | None = None, weight_update: Any = "lora",
+        delta_w: str = "discard", units: Any = None, streams: Mapping[str, Sequence[str]] | None = None, gather: bool = True,
+        scaling: float = 100.0, init: float = 0.02, average_decay: float = 0.999, tau: float = 4.0, distribution: Any = None,
+    ) -> None:  # fmt: skip
+        for each in pattern.values() if isinstance(pattern, Mapping) else [pattern]:
+            Pattern.parse(each)
+        if not (_is_number(scaling) and scaling > 0):
+            raise ValueError(f"These must be numbers > 0: scaling={scaling} (published: 100).")
+        if not (_is_number(average_decay) and 0 <= average_decay < 1):
+            raise ValueError(f"average_decay is {average_decay}; give a number in [0, 1) (published: 0.999).")
+        if not _is_number(init):
+            raise ValueError(f"init is {init}; give the number that every logit starts with (published: 0.02).")
+        check_delta_w(delta_w)
+        # A mapping's keys name the stacks.
+        self.stacks = list(pattern) if stacks is None and isinstance(pattern, Mapping) else stacks
+        self.pattern, self.delta_w, self.units, self.streams, self.tau = pattern, delta_w, units, streams, tau
+        self.weight_update = WeightUpdate(weight_update)
+        self.options = {"scaling": scaling, "init": init, "average_decay": average_decay, "gather": gather}
+        self.distribution = distribution
+        self.root = ""
+        self.gates: DepthGates | None = None
+        self._caches: dict[str, bool] = {}  # use_cache of each config, as it was
+
+    # -- planning -------------------------------------------------------------------------------
+    def find(self, module: nn.Module) -> list[str]:
+        """Paths of the stacks to prune in `module`.
+
+        Raises:
+            ValueError: when there are none.
+        """
+        return resolve_stacks(module, self.stacks)
+
+    def plan(self, module: nn.Module) -> Plan:
+        """Find out whether pattern, stacks, units and streams fit `module`, and change nothing.
+
+        Raises:
+            ValueError: when they do not; says what would.
+        """
+        paths = self.find(module)
+        heads = {path.partition(".")[0] for path in paths}
+        root = heads.pop() if len(heads) == 1 and all("." in path for path in paths) else ""
+        inside = {path: path.removeprefix(f"{root}.") if root else path for path in paths}  # a mapping may be keyed by either
+
+        def of(given: Any, what: str) -> dict[str, Any]:
+            renamed = {inside.get(path, path): each for path, each in given.items()} if isinstance(given, Mapping) else given
+            return by_path(renamed, list(inside.values()), what)
+
+        patterns = {path: Pattern.parse(pattern) for path, pattern in of(self.pattern, "pattern").items()}
+        units = of(self.units, "units")
+        streams = {inside.get(path, path): list(names) for path, names in (self.streams or {}).items()}
+        if unknown := [path for path in streams if path not in patterns]:
+            raise ValueError(f"streams is given for {unknown}, where there is no stack; the stacks are {list(inside)}.")
+        for path, short in inside.items():
+            counted = units_of(module, path, units[short])
+            try:
+                patterns[short].groups(len(counted))
+            except ValueError as error:
+                what = "" if all(len(unit) == 1 for unit in counted) else f", where a pattern counts {len(counted)} units of several blocks"
+                raise ValueError(f"Stack '{path}'{what}: {error} Each stack may have a pattern of its own, given by path.") from error
+        return Plan(root, patterns, units, streams)
+
+    def start(self, module: nn.Module, *, rank: int = 0) -> DepthGates:
+        """Put adapters and gates on the blocks of `module`, in place.
+
+        Raises:
+            ValueError: as `plan`; `module` is then as it was.
+        """
+        plan = self.plan(module)
+        model = module.get_submodule(plan.root)
+        self.weight_update.start(model)
+        try:
+            gates = DepthGates(model, plan.patterns, units=plan.units, streams=plan.streams, tau=self.tau, rank=rank,
+                               distribution=self.distribution, **self.options)  # fmt: skip
+        except Exception:
+            self.weight_update.finish(model, delta_w="discard")
+            raise
+        self.root, self.gates = plan.root, gates
+        self._caches = _turn_off_caches(model)
+        return gates
+
+    def model(self, module: nn.Module) -> nn.Module:
+        """The part of `module` that holds all gated stacks."""
+        return module.get_submodule(self.root)
+
+    def paths(self) -> list[str]:
+        """Paths of the gated stacks in the module that `start` was called with."""
+        return [f"{self.root}.{gates.path}" if self.root else gates.path for gates in self.gates.stacks]
+
+    def check_attached(self, module: nn.Module) -> None:
+        """`ValueError` where the gated blocks are no longer those of `module`, which was built further since `start`."""
+        for path in self.paths():
+            blocks = list(get_stack(module, path))
+            if not any(gated.block is block for gated in self.gates.gated_forwards for block in blocks):
+                raise ValueError(f"The blocks at '{path}' were replaced after gates were put on them. Build the model once: in __init__, "
+                                 "setup or configure_model.")  # fmt: skip
+        if self.stacks is None:
+            mine = self.paths()
+            found = [path for path in find_stacks(module) if not path.startswith("depth_gates")]
+            if found != mine:
+                raise ValueError(f"Gates were put on {', '.join(mine)}, all that looked like blocks before the model was whole; now "
+                                 f"{', '.join(found)} does. Name the block list: stacks={found[0]!r}.")  # fmt: skip
+
+    # -- ending ---------------------------------------------------------------------------------
+    def stop(self, module: nn.Module) -> None:
+        """Take gates and adapters off `module`, which gets its original weights back or keeps what it learned (`delta_w`)."""
+        self._restore(self.model(module))
+        self.gates = None
+
+    def freeze(self, module: nn.Module, decision: Decision | None = None) -> nn.Module:
+        """A copy of the model without gates, adapters and dropped blocks; `module` itself stays as it is."""
+        shallow = copy.deepcopy(self.model(module))
+        for name, child in list(shallow.named_children()):
+            if isinstance(child, DepthGates):  # the module that holds the stacks holds the gates too
+                delattr(shallow, name)
+        self._restore(shallow)
+        return remove_blocks(shallow, (decision or self.gates.decide()).kept_blocks)
+
+    def _restore(self, model: nn.Module) -> None:
+        remove_gates(model)
+        self.weight_update.finish(model, delta_w=self.delta_w)
+        _restore_caches(model, self._caches)
+
+    def configuration(self) -> dict[str, Any]:
+        """The settings, for a record."""
+        return {"weight_update": self.weight_update.describe(), "delta_w": self.delta_w, **self.options}
+
+
+def check_target(folder: Path, model: nn.Module) -> None:
+    """`ValueError` unless a model of the size of `model` can be written into `folder`, which need not exist."""
+    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    if not there.is_dir():
+        raise ValueError(f"save_dir is {folder}, but {there} is a file. Give the path of a folder.")
+    probe = there / f".{folder.name}.write-test"
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"save_dir is {folder}, which cannot be written to ({error.strerror}). Give another folder.") from error
+    needed = sum(t.numel() * t.element_size() for t in {id(t): t for t in model.state_dict().values() if t is not None}.values())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise ValueError(f"save_dir is {folder}, where {free / 2**30:.1f} GiB are free; the shallow model may take up to "
+                         f"{needed / 2**30:.1f} GiB. Free some space or give another folder.")  # fmt: skip
+
+
+def _turn_off_caches(model: nn.Module) -> dict[str, bool]:
+    """Set ``config.use_cache`` to False wherever a module has it: a block that runs twice would write its cache twice."""
+    before = {}
+    for name, module in model.named_modules():
+        config = getattr(module, "config", None)
+        if getattr(config, "use_cache", None) is True and not isinstance(config, Mapping):
+            before[name], config.use_cache = True, False
+    return before
+
+
+def _restore_caches(model: nn.Module, before: Mapping[str, bool]) -> None:
+    for name, value in before.items():
+        model.get_submodule(name).config.use_cache = value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,134 @@
+"""The gate logits of one stack of blocks, their average, and the decision they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from tinyfusion_pl.pruning.blocks import check_units, single_units
+from tinyfusion_pl.pruning.decision import GroupDecision, StackDecision
+from tinyfusion_pl.pruning.distributions import CandidateDistribution, MaskDistribution
+from tinyfusion_pl.pruning.patterns import Group, Pattern
+
+DistributionFactory = Callable[[Group], MaskDistribution]
+
+
+class StackGates(nn.Module):
+    """The gate logits of one stack.
+
+    Args:
+        path: Path of the stack in the model, the key in decisions and records.
+        num_blocks: Blocks in the stack.
+        pattern: What share of the stack's units stays.
+        units: Blocks that only go together; default: each block on its own.
+        scaling: Factor on logits in the softmax, > 0 (published: 100).
+        init: Initial value of every logit (published: 0.02).
+        average_decay: Decay of the exponential average of the logits that decides, in [0, 1)
+            (published: 0.999).
+        index: Place of this stack among those of its model.
+        distribution: Makes the `MaskDistribution` of a group; default: `CandidateDistribution`.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        num_blocks: int,
+        pattern: str | Pattern,
+        *,
+        units: Sequence[Sequence[int]] | None = None,
+        scaling: float = 100.0,
+        init: float = 0.02,
+        average_decay: float = 0.999,
+        index: int = 0,
+        distribution: DistributionFactory | None = None,
+    ) -> None:
+        super().__init__()
+        if not 0 <= average_decay < 1:
+            raise ValueError(f"average_decay is {average_decay}; give a number in [0, 1) (published: 0.999).")
+        self.path, self.num_blocks, self.index, self.average_decay = path, num_blocks, index, average_decay
+        self.pattern = Pattern.parse(pattern)
+        self.units = single_units(num_blocks) if units is None else check_units(units, num_blocks, path)
+        self.groups = self.pattern.groups(len(self.units))
+        make = distribution or (lambda group: CandidateDistribution(group, scaling=scaling))
+        self.distributions = nn.ModuleList(make(group) for group in self.groups)
+        for i, each in enumerate(self.distributions):
+            self.register_parameter(f"logits_{i}", nn.Parameter(torch.full((each.num_logits,), float(init), dtype=torch.float32)))
+            self.register_buffer(f"average_{i}", torch.full((each.num_logits,), float(init), dtype=torch.float32), persistent=False)
+
+    @property
+    def logits(self) -> list[nn.Parameter]:
+        """The gate logits, one (num_logits,) a group."""
+        return [getattr(self, f"logits_{i}") for i in range(len(self.groups))]
+
+    @property
+    def averages(self) -> list[Tensor]:
+        """The exponential averages of the logits, one (num_logits,) a group."""
+        return [getattr(self, f"average_{i}") for i in range(len(self.groups))]
+
+    @property
+    def device(self) -> torch.device:
+        return self.logits_0.device
+
+    def group_of(self, unit: int) -> int:
+        """The place of the group that the unit belongs to."""
+        return next(i for i, group in enumerate(self.groups) if unit in group.members)
+
+    def sample(self, group: int, tau: float, noise: Tensor) -> Tensor:
+        """Masks (N, num_members) of one group, differentiable in its logits."""
+        return self.distributions[group].sample(self.logits[group], tau, noise)
+
+    @torch.no_grad()
+    def update_average(self) -> None:
+        """One step of the exponential average; call after each change of the logits."""
+        for average, logits in zip(self.averages, self.logits):
+            average.lerp_(logits, 1 - self.average_decay)
+
+    def kept_units(self) -> list[int]:
+        """The units of the most probable outcomes by the averaged logits."""
+        each = zip(self.groups, self.distributions, self.averages)
+        return [group.start + i for group, d, average in each for i in d.decide(average)]
+
+    def blocks_of(self, kept_units: Sequence[int]) -> list[int]:
+        """The blocks that stay when exactly these units do: theirs, and those in no unit."""
+        dropped = {i for n, unit in enumerate(self.units) if n not in set(kept_units) for i in unit}
+        return [i for i in range(self.num_blocks) if i not in dropped]
+
+    @torch.no_grad()
+    def decide(self) -> StackDecision:
+        """The decision (by the averaged logits) with the current probabilities."""
+        kept, groups, unit_probabilities = set(self.kept_units()), [], []
+        for group, distribution, logits in zip(self.groups, self.distributions, self.logits):
+            unit_probabilities += distribution.member_probabilities(logits).tolist()
+            certainty = distribution.certainty(logits)
+            groups.append(
+                GroupDecision(
+                    group.start,
+                    group.num_kept,
+                    group.num_blocks,
+                    [i for i in group.members if i in kept],
+                    confidence=certainty.confidence,
+                    entropy=certainty.entropy,
+                    probabilities=certainty.probabilities,
+                )
+            )
+        unit_of = {index: unit for unit, indices in enumerate(self.units) for index in indices}
+        block_probabilities = [
+            unit_probabilities[unit_of[i]] if i in unit_of else 1.0 for i in range(self.num_blocks)
+        ]
+        units = [list(unit) for unit in self.units]
+        return StackDecision(
+            str(self.pattern), self.num_blocks, self.blocks_of(sorted(kept)), block_probabilities, groups, units=units
+        )
+
+    def _apply(self, fn, recurse: bool = True):
+        """Moves with the model to another device, but stays in float32 where it becomes half precision."""
+        return super()._apply(lambda t: t.to(fn(t.new_empty(0)).device), recurse)
+
+    # A model that carries gates saves and loads with the keys it had before: see DepthGates.gate_state.
+    def _save_to_state_dict(self, *args, **kwargs) -> None:
+        pass
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        pass

@@ -1,0 +1,228 @@
+"""One check before the first optimizer step: does dropping blocks by gates give what cutting them out gives?
+
+The first call that the training step makes to the gated model is replayed, quietly (without
+dropout or a graph), under one structure in which every group drops something: with gates, and
+with the lists of blocks shortened in place. Equal outputs mean that nothing beside the blocks
+depends on their number or place. Then the gradients of one block of each stack are compared,
+gathered against plain. It costs a few forward passes and no copy of the weights.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tinyfusion_pl.pruning.calls import Call, map_tree, quiet, unwrapped
+from tinyfusion_pl.pruning.gates import DepthGates
+from tinyfusion_pl.pruning.gating import GatedForward
+from tinyfusion_pl.pruning.masks import Split
+from tinyfusion_pl.pruning.stack_gates import StackGates
+from tinyfusion_pl.pruning.surgery import temporarily_cut
+
+SWITCH_OFF = "If this is intended, pass verify=False."
+
+Recorded = dict[str, tuple[GatedForward, Call]]
+
+
+def verify(module: nn.Module, owner: DepthGates, args: tuple, kwargs: dict[str, Any], *, paths: Mapping[str, str] | None = None) -> None:
+    """Check that gates on `module` do what cutting blocks out does.
+
+    Args:
+        module: The module that was called; the stacks are inside it.
+        owner: The gates.
+        args, kwargs: The call.
+        paths: The stacks to check, by the paths that the gates know, and their paths in `module`; default: all, under equal paths.
+
+    Raises:
+        ValueError: where they differ; names the stack, the block, and what couples them.
+    """
+    paths = {g.path: g.path for g in owner.stacks} if paths is None else dict(paths)
+    gates = [g for g in owner.stacks if g.path in paths]
+    replay = _Replay(unwrapped(module), owner, args, kwargs, paths)
+    try:
+        recorded, output = replay.gated({g.path: earliest_drops(g) for g in gates})
+    except (ValueError, RuntimeError, TypeError, IndexError, AttributeError) as error:
+        raise ValueError(f"The first call of {type(module).__name__} could not be replayed with blocks dropped: {error}") from error
+    if next(_tensors(output), None) is None:
+        raise ValueError(f"{type(module).__name__} returned no tensor that could be compared. {SWITCH_OFF}")
+    for stack in gates:
+        _check_batch(stack, [call for call in recorded.values() if call[0].gates is stack])
+    if problem := replay.differs({g.path: earliest_drops(g) for g in gates}):
+        raise ValueError(_localize(replay, gates, problem))
+    for stack in gates:
+        first = next((pair for pair in recorded.values() if pair[0].gates is stack), None)
+        if first is not None:
+            _check_gradients(*first)
+
+
+def earliest_drops(gates: StackGates) -> list[int]:
+    """Units of a structure in which every group drops something, as early in the stack as it can."""
+    kept = []
+    for group, distribution in zip(gates.groups, gates.distributions):
+        noise = distribution.noise(32, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            logits = torch.zeros(distribution.num_logits, dtype=torch.float32)
+            masks = copy.deepcopy(distribution).cpu().sample(logits, 1.0, noise).tolist()
+        kept += [group.start + i for i, keep in enumerate(min(masks)) if keep]
+    return kept
+
+
+class _Replay:
+    """Runs the same call of a module again, with gates or without blocks."""
+
+    def __init__(self, module: nn.Module, owner: DepthGates, args: tuple, kwargs: dict[str, Any], paths: dict[str, str]) -> None:
+        self.module, self.owner, self.args, self.kwargs, self.paths = module, owner, args, kwargs, paths
+        self.blocks = {g.path: g for g in owner.stacks}
+
+    def _run(self) -> Any:
+        def fresh(_: str, leaf: Any) -> Any:  # the module may write into what it is given
+            if isinstance(leaf, Tensor):
+                return leaf.detach().clone()
+            with suppress(Exception):
+                return copy.deepcopy(leaf) if Call(None, (leaf,), {}).remembering else leaf
+            return leaf
+
+        args = tuple(map_tree(fresh, each) for each in self.args)
+        kwargs = {k: map_tree(fresh, each) for k, each in self.kwargs.items()}
+        with quiet(self.module, seed=0), torch.compiler.set_stance("force_eager"):
+            return self.module.forward(*args, **kwargs)
+
+    @contextmanager
+    def _recording(self) -> Iterator[Recorded]:
+        recorded: Recorded = {}
+        self.owner.recorder = lambda gated, call: recorded.setdefault(gated.name, (gated, call))
+        try:
+            yield recorded
+        finally:
+            self.owner.recorder = None
+
+    def _whole(self, kept: Mapping[str, list[int]]) -> dict[str, list[int]]:
+        return {path: list(kept.get(path, range(len(g.units)))) for path, g in self.blocks.items()}
+
+    def gated(self, kept: Mapping[str, list[int]]) -> tuple[Recorded, Any]:
+        """Calls of the blocks, and the output, with gates under one structure; stacks not named keep all."""
+        with self._recording() as recorded, self.owner.masks.forced(self._whole(kept)):
+            return recorded, self._run()
+
+    def cut(self, kept: Mapping[str, list[int]]) -> tuple[Recorded, Any]:
+        """The same with the other blocks cut out."""
+        inside = {self.paths[path]: self.blocks[path].blocks_of(units) for path, units in kept.items()}
+        with self._recording() as recorded, self.owner.bypass(), temporarily_cut(self.module, inside):
+            return recorded, self._run()
+
+    def differs(self, kept: Mapping[str, list[int]]) -> str:
+        """How gated and cut differ under a structure; empty where they do not."""
+        mine, gated = self.gated(kept)
+        try:
+            theirs, cut = self.cut(kept)
+        except Exception as error:  # whatever a foreign forward raises
+            return f"without the dropped blocks its forward fails ({type(error).__name__}: {error})"
+        a, b = list(_tensors(gated)), list(_tensors(cut))
+        if len(a) != len(b) or any(x.shape != y.shape for x, y in zip(a, b)):
+            return (f"it returns {len(a)} tensors with gates and {len(b)} without the blocks (or of other shapes): outputs of every layer "
+                    "(output_hidden_states, output_attentions) must be off")  # fmt: skip
+        distance = max(((x.float() - y.float()).abs().max().item() for x, y in zip(a, b) if x.numel()), default=0.0)
+        scale = max((y.float().abs().max().item() for y in b if y.numel()), default=0.0)
+        eps = max(torch.finfo(y.dtype).eps if y.is_floating_point() else 0.0 for y in b)
+        if distance <= max(scale, 1e-6) * max(1e-4, 100 * eps):
+            return ""
+        return f"the outputs differ by {distance:.3g} (they reach {scale:.3g}){_first_difference(mine, theirs)}"
+
+
+def _first_difference(mine: Recorded, theirs: Recorded) -> str:
+    """The first argument of a kept block that is another with gates than without the dropped blocks."""
+    for name, (gated, call) in mine.items():
+        if name not in theirs:
+            continue
+        other = theirs[name][1]
+        for argument, tensor in call.tensors.items():
+            its = other.tensors.get(argument)
+            same = its is not None and its.shape == tensor.shape
+            if not same or (its.float() - tensor.float()).abs().max() > 1e-4 * tensor.float().abs().max().clamp_min(1e-6):
+                streams = {n for plan in gated.plans.values() for n in plan.streams.names}
+                kind = "its hidden states" if argument in streams else "the argument"
+                return f"; {kind} '{argument}' of block {name} depends on which blocks come before it, beyond what they compute"
+    return ""
+
+
+def _localize(replay: _Replay, gates: list[StackGates], problem: str) -> str:
+    guilty, unit = gates[0], None
+    for stack in gates:
+        if found := replay.differs({stack.path: earliest_drops(stack)}):
+            guilty, problem = stack, found
+            break
+    dropped = [u for u in range(len(guilty.units)) if u not in earliest_drops(guilty)]
+    for each in dropped:
+        if found := replay.differs({guilty.path: [u for u in range(len(guilty.units)) if u != each]}):
+            unit, problem = each, found
+            break
+    which = f"block {guilty.units[unit][0]}" if unit is not None else f"blocks {[i for u in dropped for i in guilty.units[u]]}"
+    lists = [k for k, v in replay.kwargs.items() if isinstance(v, (tuple, list)) and any(isinstance(i, Tensor) for i in v)]
+    inputs = f" The call's {', '.join(map(repr, lists))} may be meant for blocks by their place." if lists else ""
+    return (
+        f"Stack '{guilty.path}' cannot be pruned as it is called: with {which} dropped by gates and cut out of {type(replay.module).__name__}, "
+        f"{problem}.{inputs} So the shallow model would not compute what the search measured. Name other stacks (stacks=), blocks that only "
+        f"go together (units=), the hidden states (streams=), or leave out the input that goes to blocks by their place. {SWITCH_OFF}"
+    )
+
+
+def _check_batch(stack: StackGates, recorded: list[tuple[GatedForward, Call]]) -> None:
+    """All blocks of a stack must see the same batch: a sample's mask is one for the whole stack."""
+    sizes = {}
+    for gated, call in recorded:
+        plan = gated.plan(call)
+        sizes.setdefault(call.tensors[plan.streams.names[0]].shape[plan.axis], gated.name)
+    if len(sizes) > 1:
+        seen = ", ".join(f"{size} in block {name}" for size, name in sizes.items())
+        raise ValueError(f"The blocks of '{stack.path}' see batches of different sizes ({seen}), so that a sample has no one mask. Prune a "
+                         "list of blocks that all run on the same batch.")  # fmt: skip
+
+
+def _check_gradients(gated: GatedForward, call: Call) -> None:
+    """The gradients of one block, half of the samples dropped: gathered against the plain formula."""
+    plan = gated.plan(call)
+    num_samples = call.tensors[plan.streams.names[0]].shape[plan.axis]
+    if plan.plain_because or num_samples < 2:
+        return
+    first = call.tensors[plan.streams.names[0]]
+    bits = torch.arange(num_samples, device=first.device) % 2 == 0
+    split = Split(int(bits.sum()), bits.nonzero().flatten(), (~bits).nonzero().flatten())
+    results = []
+    with quiet(gated.block, seed=0), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+        leaves = {n: call.tensors[n].detach().clone().requires_grad_() for n in plan.streams.names}
+        args, kwargs = call.replace(leaves)
+        mask = bits.to(torch.float32).requires_grad_()
+        parameters = [p for p in gated.block.parameters() if p.requires_grad]
+        for way in (split, None):
+            # Streams as they come out of another block: no leaves, which a block could not write into.
+            copies = {n: leaf.view_as(leaf) for n, leaf in leaves.items()}
+            again = Call(gated.signature, *call.replace(copies)) if plan.writes_streams else Call(gated.signature, args, kwargs)
+            y = plan.streams.take(gated.gate(again, plan, mask, way))
+            loss = sum((each.float() * torch.sin(torch.arange(each.numel(), device=each.device)).view(each.shape)).sum() for each in y.values())
+            wanted = [mask, *leaves.values(), *parameters]
+            grads = torch.autograd.grad(loss, wanted, allow_unused=True)
+            results.append([torch.zeros_like(w) if g is None else g for w, g in zip(wanted, grads)])
+    for ours, plain in zip(*results):
+        scale = plain.float().abs().max().item() if plain.numel() else 0.0
+        eps = torch.finfo(plain.dtype).eps
+        if plain.numel() and (ours.float() - plain.float()).abs().max().item() > max(scale, 1e-4) * max(1e-2, 100 * eps):
+            raise ValueError(f"Block {gated.name}: gradients with its samples gathered differ from those of the plain formula. Pass "
+                             "gather=False, which computes the plain formula throughout.")  # fmt: skip
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """The floating-point tensors in what a module returned."""
+    if isinstance(output, Tensor):
+        if output.is_floating_point() or output.is_complex():
+            yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, (tuple, list)):
+        for value in output:
+            yield from _tensors(value)
