@@ -22,7 +22,8 @@ from tinyfusion_pl.callbacks.nonfinite import NonFiniteGuard
 from tinyfusion_pl.models import save_shallow
 from tinyfusion_pl.pruning import Decision, DepthGates, Pattern, WeightUpdate, linear_anneal, remove_blocks, remove_gates
 from tinyfusion_pl.pruning.adapters import adapter_state, check_delta_w, load_adapter_state
-from tinyfusion_pl.pruning.blocks import by_path, find_stacks, get_stack, resolve_stacks, units_of
+from tinyfusion_pl.pruning.blocks import by_path, get_stack, units_of
+from tinyfusion_pl.pruning.discovery import resolve_stacks
 
 GATES = "depth_gates"
 
@@ -129,7 +130,7 @@ class DepthPruningCallback(Callback):
             averaging = next((type(c).__name__ for c in trainer.callbacks if isinstance(c, WeightAveraging)), None)
             if averaging is not None and not is_overridden("configure_model", pl_module, LightningModule):
                 try:
-                    resolve_stacks(pl_module, self.stacks)
+                    resolve_stacks(pl_module, self.stacks, pattern=self.pattern)
                 except ValueError as error:
                     raise ValueError(f"{error} If the model is built in setup: {averaging} copies the module before that and would average "
                                      "nothing; build the model in __init__ or configure_model.") from None
@@ -140,7 +141,7 @@ class DepthPruningCallback(Callback):
     def _find(self, pl_module: LightningModule) -> list[str] | None:
         """Paths of the stacks in `pl_module`; None while its model does not exist."""
         try:
-            return resolve_stacks(pl_module, self.stacks)
+            return resolve_stacks(pl_module, self.stacks, pattern=self.pattern)
         except ValueError:
             return None
 
@@ -154,7 +155,7 @@ class DepthPruningCallback(Callback):
                 del module.configure_model
                 callback.attach(module.trainer, module)
             elif module.trainer is not None and module.trainer.state.fn == "fit":
-                resolve_stacks(module, callback.stacks)  # still nothing: say so
+                resolve_stacks(module, callback.stacks, pattern=callback.pattern)  # still nothing: say so
 
         pl_module.configure_model = types.MethodType(configure_model, pl_module)
 
@@ -191,7 +192,7 @@ class DepthPruningCallback(Callback):
 
     def _plan(self, pl_module: LightningModule) -> tuple[str, dict[str, Pattern], dict[str, Any]]:
         """The attribute of `pl_module` that holds all stacks ("" for itself); pattern and units by the stacks' paths inside it."""
-        paths = resolve_stacks(pl_module, self.stacks)
+        paths = resolve_stacks(pl_module, self.stacks, pattern=self.pattern)
         heads = {path.partition(".")[0] for path in paths}
         root = heads.pop() if len(heads) == 1 and all("." in path for path in paths) else ""
         inside = {path: path.removeprefix(f"{root}.") if root else path for path in paths}  # a mapping may be keyed by either
@@ -217,7 +218,7 @@ class DepthPruningCallback(Callback):
             if not any(getattr(block.__dict__.get("forward"), "__self__", None) is not None for block in stack):
                 raise ValueError(f"The blocks at '{path}' were replaced after gates were put on them. Build the model once: in __init__, "
                                  "setup or configure_model.")
-        if self.stacks is None and (found := [p for p in find_stacks(pl_module) if not p.startswith(GATES)]) != (gated := self._gated()):
+        if self.stacks is None and (found := resolve_stacks(pl_module, None, pattern=self.pattern)) != (gated := self._gated()):
             raise ValueError(f"Gates were put on {', '.join(gated)}, all that looked like blocks before the model was whole; now "
                              f"{', '.join(found)} does. Name the block list: stacks={found[0]!r}.")
         if not self._remembered:  # again, now that the module's setup has run and a checkpoint of dense weights may be restored

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from tinyfusion_pl.pruning.arguments import detached_storage_key, random_state_key
-from tinyfusion_pl.pruning.blocks import by_path, check_units, common_root, get_stack, resolve_stacks, single_units, units_of
+from tinyfusion_pl.pruning.blocks import by_path, check_units, common_root, get_stack, single_units, units_of
 from tinyfusion_pl.pruning.decision import Decision, GroupDecision, StackDecision
+from tinyfusion_pl.pruning.discovery import resolve_stacks
 from tinyfusion_pl.pruning.gating import GatedForward
 from tinyfusion_pl.pruning.patterns import Pattern
 from tinyfusion_pl.pruning.samplers import CandidateSampler
@@ -189,7 +190,7 @@ class DepthGates(nn.Module):
                  units: Sequence[Sequence[int]] | Mapping[str, Sequence[Sequence[int]]] | None = None, scaling: float = 100.0,
                  init: float = 0.02, average_decay: float = 0.999, tau: float = 4.0, rank: int = 0, gather: bool = True) -> None:
         super().__init__()
-        paths = resolve_stacks(model, list(pattern) if isinstance(pattern, Mapping) and stacks is None else stacks)
+        paths = resolve_stacks(model, stacks, pattern=pattern)
         patterns, all_units = by_path(pattern, paths, "pattern"), by_path(units, paths, "units")
         self.stacks = nn.ModuleList(
             StackGates(path, len(get_stack(model, path)), patterns[path], units=units_of(model, path, all_units[path]), scaling=scaling,
