@@ -12,7 +12,7 @@ from tinyfusion_pl import DepthPruningCallback, MaskLearning, Recovery, create_m
 from tinyfusion_pl.callbacks import NonFiniteGuard
 from tinyfusion_pl.distill import Distillation
 from tinyfusion_pl.objectives import GaussianDiffusion
-from tinyfusion_pl.pruning.gates import StackGates
+from tinyfusion_pl.pruning.masks import Masks
 
 NUM_STEPS = 3
 
@@ -33,7 +33,7 @@ class Direct(LightningModule):
         return x
 
     def training_step(self, batch, batch_idx):
-        first, second = self.net(batch[0]), self.net(batch[0])
+        first, second = self.net(batch[0]), self.net(batch[0])  # of equal size: they share their masks
         self.equal.append(bool(torch.equal(first, second)))
         return first.sum() + second.sum() + self.net(batch[0][:1]).sum()
 
@@ -54,11 +54,14 @@ class Watch(Callback):
 
     def __init__(self, objective):
         self.seen = {"masks": [], "x_t": [], "t": [], "noise": [], "y": [], "logits": [], "weights": []}
-        build, draw = StackGates.mask, objective.draw
+        column, draw = Masks.column, objective.draw
 
-        def mask(gates, drawn):
-            mask = build(gates, drawn)
-            self.seen["masks"].append(mask.detach().clone())
+        def seen_column(masks, gates, unit, num_samples):
+            mask = column(masks, gates, unit, num_samples)
+            if not masks.is_forced:
+                if unit == 0:
+                    self.seen["masks"].append([])
+                self.seen["masks"][-1].append(mask.detach().clone())
             return mask
 
         def drawing(x0, **kwargs):
@@ -67,7 +70,7 @@ class Watch(Callback):
                 self.seen[name].append(getattr(drawn, name).clone())
             return drawn
 
-        StackGates.mask, objective.draw = mask, drawing
+        Masks.column, objective.draw = seen_column, drawing
 
     def on_train_start(self, trainer, pl_module):
         drop = pl_module.drop_labels
@@ -127,6 +130,7 @@ def main(case, folder):
                       enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=1,
                       default_root_dir=folder)
     trainer.fit(module, loader)
+    watch.seen["masks"] = [torch.stack(columns, 1) for columns in watch.seen["masks"]]
     left = {**watch.seen, "teacher_in_state_dict": any("teacher" in key for key in module.state_dict())}
     if case != "recovery":
         left |= {"kept_blocks": pruning.decision.kept_blocks, "num_skipped": pruning.guard.num_skipped,

@@ -196,6 +196,7 @@ def test_gates_give_every_gradient_that_the_plain_formula_gives():
         twin = copy.deepcopy(model)
         gates = DepthGates(twin, "2:4", tau=1.0, scaling=1.0, gather=gather)
         torch.manual_seed(1)
+        gates.redraw()
         twin(x, t, y).square().sum().backward()
         named = [*twin.named_parameters(), *((str(i), p) for i, p in enumerate(gates.logits()))]
         gradients.append({name: p.grad for name, p in named})

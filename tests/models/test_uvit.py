@@ -145,6 +145,7 @@ def test_gates_give_the_same_gradients_with_recomputed_activations():
         model.load_state_dict(state)
         gates = DepthGates(model, "1:2", tau=1.0)
         torch.manual_seed(3)
+        gates.redraw()
         model(x, t, y).square().sum().backward()
         grads.append([p.grad for p in (*gates.logits(), *model.parameters())])
     assert grads[0][0].abs().max() > 0

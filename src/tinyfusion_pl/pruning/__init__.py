@@ -1,9 +1,10 @@
 """The method in plain PyTorch: patterns, gates, gated blocks, the weight update beside them, the decision and the surgery."""
 
 from tinyfusion_pl.pruning.adapters import WeightUpdate
-from tinyfusion_pl.pruning.blocks import find_stacks, get_stack, resolve_stacks
+from tinyfusion_pl.pruning.blocks import get_stack
 from tinyfusion_pl.pruning.decision import Decision, GroupDecision, StackDecision
 from tinyfusion_pl.pruning.distributions import CandidateDistribution, MaskDistribution
+from tinyfusion_pl.pruning.discovery import Discovery, discover, find_stacks, resolve_stacks
 from tinyfusion_pl.pruning.gates import DepthGates, find_gates, remove_gates
 from tinyfusion_pl.pruning.patterns import Group, Pattern
 from tinyfusion_pl.pruning.schedule import linear_anneal
@@ -11,6 +12,6 @@ from tinyfusion_pl.pruning.stack_gates import StackGates
 from tinyfusion_pl.pruning.surgery import remove_blocks
 
 __all__ = [
-    "CandidateDistribution", "Decision", "DepthGates", "Group", "GroupDecision", "MaskDistribution", "Pattern", "StackDecision", "StackGates",
-    "WeightUpdate", "find_gates", "find_stacks", "get_stack", "linear_anneal", "remove_blocks", "remove_gates", "resolve_stacks",
+    "CandidateDistribution", "Decision", "DepthGates", "Discovery", "Group", "GroupDecision", "MaskDistribution", "Pattern", "StackDecision", "StackGates",
+    "WeightUpdate", "discover", "find_gates", "find_stacks", "get_stack", "linear_anneal", "remove_blocks", "remove_gates", "resolve_stacks",
 ]

@@ -1,8 +1,9 @@
-"""Finding the stacks of blocks in a model, and naming their members.
+"""Stacks of blocks in a model by their paths, and what a pattern counts in them.
 
 A *stack* is an ``nn.ModuleList`` (or ``nn.Sequential``) of blocks, keyed by its path in the model ("blocks", "decoder.layers"). Lists of
 one module that form one stack are joined by a plus sign in the path's last part ("in_blocks+out_blocks", "model.in_blocks+out_blocks").
-A *unit* is what a pattern counts: one block, or several that only go together (mirrored pairs under long skips).
+A *unit* is what a pattern counts: one block, or several that only go together (mirrored pairs under long skips). Modules compiled in place
+are seen through: paths never have ``_orig_mod``.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+
+from tinyfusion_pl.pruning.known_models import known_units
 
 Units = tuple[tuple[int, ...], ...]
 
@@ -48,34 +50,6 @@ class JoinedStack:
 Stack = nn.ModuleList | nn.Sequential | JoinedStack
 
 
-def find_stacks(model: nn.Module) -> dict[str, Stack]:
-    """The stacks of blocks of `model`, by path.
-
-    A module that states them (attribute ``STACKS``, its paths) is believed, `model` itself or the outermost in it. Where none does: every
-    outermost list of at least two modules with parameters that all have one class; of these the longest, and those with blocks of the same
-    class.
-    """
-    stating: dict[str, nn.Module] = {}
-    for path, module in model.named_modules():
-        if getattr(module, "STACKS", None) and not any(outer == "" or path.startswith(f"{outer}.") for outer in stating):
-            stating[path] = module
-    if stating:
-        return {f"{path}.{name}" if path else name: get_stack(module, name) for path, module in stating.items() for name in module.STACKS}
-    found: dict[str, nn.ModuleList | nn.Sequential] = {}
-    for path, module in model.named_modules():
-        if any(path.startswith(f"{outer}.") for outer in found):
-            continue
-        if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) >= 2:
-            # An adapted linear layer has children, but is no block.
-            if len({type(block) for block in module}) == 1 and any(True for _ in module[0].children()) \
-                    and not isinstance(module[0], BaseTunerLayer):
-                found[path] = module
-    if not found:
-        return {}
-    block_class = type(max(found.values(), key=len)[0])
-    return {path: stack for path, stack in found.items() if type(stack[0]) is block_class}
-
-
 def get_stack(model: nn.Module, path: str) -> Stack:
     """The stack at `path`; of several lists joined by plus signs one view.
 
@@ -87,45 +61,62 @@ def get_stack(model: nn.Module, path: str) -> Stack:
     return lists[0] if len(lists) == 1 else JoinedStack(lists)
 
 
+def unwrap(module: nn.Module) -> nn.Module:
+    """The module that ``torch.compile`` wrapped, or `module` itself."""
+    while (inner := module._modules.get("_orig_mod")) is not None:
+        module = inner
+    return module
+
+
+def get_module(model: nn.Module, path: str) -> nn.Module:
+    """The module at `path`, seen through ``torch.compile``.
+
+    Raises:
+        AttributeError: when there is none there.
+    """
+    module = unwrap(model)
+    for name in filter(None, path.split(".")):
+        if name == "_orig_mod":
+            continue
+        if name not in module._modules:
+            raise AttributeError(f"{type(module).__name__} has no module '{name}'.")
+        module = unwrap(module._modules[name])
+    return module
+
+
+def walk_modules(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Every module of `model` with its path, outer ones first, seen through ``torch.compile``."""
+    model = unwrap(model)
+    yield path, model
+    for name, child in model._modules.items():
+        if child is not None:
+            yield from walk_modules(child, f"{path}.{name}" if path else name)
+
+
 def split_path(path: str) -> tuple[str, str]:
     """The path of the module that owns the stack, and the stack's name in it."""
+    path = ".".join(part for part in path.split(".") if part != "_orig_mod")
     owner, _, name = path.rpartition(".")
     return owner, name
 
 
 def _get_list(model: nn.Module, path: str) -> nn.ModuleList | nn.Sequential:
     try:
-        stack = model.get_submodule(path)
+        stack = get_module(model, path)
     except AttributeError:
         stack = None
     if not isinstance(stack, (nn.ModuleList, nn.Sequential)) or len(stack) == 0:
         what = "nothing" if stack is None else f"a {type(stack).__name__}"
-        lists = [name for name, m in model.named_modules() if isinstance(m, (nn.ModuleList, nn.Sequential)) and len(m) > 1]
+        lists = [
+            name
+            for name, m in walk_modules(model)
+            if isinstance(m, (nn.ModuleList, nn.Sequential)) and len(m) > 1
+        ]
         raise ValueError(
             f"There is {what} at '{path}' in {type(model).__name__}; a list of blocks (nn.ModuleList) was expected. "
             f"Lists found: {', '.join(map(repr, lists)) or 'none'}."
         )
     return stack
-
-
-def resolve_stacks(model: nn.Module, stacks: str | Sequence[str] | None) -> list[str]:
-    """Paths of the stacks to prune: those given, checked, or those found.
-
-    Raises:
-        ValueError: when a path holds no list of blocks, or none is given and none found.
-    """
-    if stacks is None:
-        if not (paths := list(find_stacks(model))):
-            raise ValueError(
-                f"No list of equal blocks was found in {type(model).__name__}. Name its path, e.g. stacks='model.blocks'."
-            )
-        return paths
-    paths = [stacks] if isinstance(stacks, str) else list(stacks)
-    if not paths:
-        raise ValueError("stacks is empty; give the path of a list of blocks, e.g. 'model.blocks', or leave it out to have it found.")
-    for path in paths:
-        get_stack(model, path)
-    return paths
 
 
 def single_units(num_blocks: int) -> Units:
@@ -145,18 +136,27 @@ def units_of(model: nn.Module, path: str, given: Sequence[Sequence[int]] | None 
 
 
 def stated_units(model: nn.Module, path: str) -> Units | None:
-    """The blocks of the stack at `path` that only go together, as the module says that states the stack: its method ``units(name)``.
+    """The blocks of the stack at `path` that only go together: as the module that states the stack says in its method ``units(name)``, or
+    as is known of its class.
 
     Raises:
         ValueError: for a list that is stated as part of a joined stack.
     """
     owner_path, name = split_path(path)
-    owner = model.get_submodule(owner_path)
+    owner = get_module(model, owner_path)
     stated = getattr(owner, "STACKS", None) or ()
-    if whole := [joined for joined in stated if name != joined and set(name.split("+")) & set(joined.split("+"))]:
-        raise ValueError(f"'{path}' is a part of the stack '{whole[0]}' of {type(owner).__name__}, whose blocks go together. Name the "
-                         f"whole stack: '{f'{owner_path}.' if owner_path else ''}{whole[0]}'.")
-    return owner.units(name) if name in stated and callable(getattr(owner, "units", None)) else None
+    if whole := [
+        joined
+        for joined in stated
+        if name != joined and set(name.split("+")) & set(joined.split("+"))
+    ]:
+        raise ValueError(
+            f"'{path}' is a part of the stack '{whole[0]}' of {type(owner).__name__}, whose blocks go together. Name the "
+            f"whole stack: '{f'{owner_path}.' if owner_path else ''}{whole[0]}'."
+        )
+    if name in stated:
+        return owner.units(name) if callable(getattr(owner, "units", None)) else None
+    return known_units(owner, name)
 
 
 def check_units(units: Sequence[Sequence[int]], num_blocks: int, path: str) -> Units:
@@ -165,7 +165,11 @@ def check_units(units: Sequence[Sequence[int]], num_blocks: int, path: str) -> U
     Blocks in no unit are never gated and always stay (the middle block of a U-ViT).
     """
     flat = [index for unit in units for index in unit]
-    if len(set(flat)) != len(flat) or not all(0 <= index < num_blocks for index in flat) or not flat:
+    if (
+        len(set(flat)) != len(flat)
+        or not all(0 <= index < num_blocks for index in flat)
+        or not flat
+    ):
         raise ValueError(
             f"Units {[list(u) for u in units]} of stack '{path}': each block 0..{num_blocks - 1} may be in at most one unit."
         )
@@ -188,7 +192,11 @@ def by_path(value, paths: Sequence[str], what: str) -> dict:
     if not isinstance(value, Mapping):
         return {path: value for path in paths}
     if missing := [path for path in paths if path not in value]:
-        raise ValueError(f"{what} is given per stack for {list(value)}, but not for {missing}; name each stack of {list(paths)}.")
+        raise ValueError(
+            f"{what} is given per stack for {list(value)}, but not for {missing}; name each stack of {list(paths)}."
+        )
     if unknown := [path for path in value if path not in paths]:
-        raise ValueError(f"{what} is given for {unknown}, where there is no stack; the stacks are {list(paths)}.")
+        raise ValueError(
+            f"{what} is given for {unknown}, where there is no stack; the stacks are {list(paths)}."
+        )
     return {path: value[path] for path in paths}

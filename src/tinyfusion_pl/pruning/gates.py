@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinyfusion_pl.pruning.blocks import by_path, get_stack, resolve_stacks, units_of
+from tinyfusion_pl.pruning.blocks import by_path, get_stack, units_of
 from tinyfusion_pl.pruning.calls import Call
 from tinyfusion_pl.pruning.decision import Decision
+from tinyfusion_pl.pruning.discovery import resolve_stacks
 from tinyfusion_pl.pruning.gating import GatedForward
 from tinyfusion_pl.pruning.masks import Masks, Noise
 from tinyfusion_pl.pruning.patterns import Pattern
@@ -50,7 +51,7 @@ class DepthGates(nn.Module):
         distribution: DistributionFactory | None = None, tau: float = 4.0, rank: int = 0, gather: bool = True,
     ) -> None:  # fmt: skip
         super().__init__()
-        paths = resolve_stacks(model, list(pattern) if isinstance(pattern, Mapping) and stacks is None else stacks)
+        paths = resolve_stacks(model, stacks, pattern=pattern)
         patterns, all_units = by_path(pattern, paths, "pattern"), by_path(units, paths, "units")
         self.stacks = nn.ModuleList(
             StackGates(

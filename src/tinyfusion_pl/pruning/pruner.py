@@ -29,8 +29,9 @@ from typing import Any
 from torch import nn
 
 from tinyfusion_pl.pruning.adapters import WeightUpdate, check_delta_w
-from tinyfusion_pl.pruning.blocks import by_path, find_stacks, get_stack, resolve_stacks, units_of
+from tinyfusion_pl.pruning.blocks import by_path, get_module, get_stack, units_of
 from tinyfusion_pl.pruning.decision import Decision
+from tinyfusion_pl.pruning.discovery import resolve_stacks
 from tinyfusion_pl.pruning.gates import DepthGates, remove_gates
 from tinyfusion_pl.pruning.patterns import Pattern
 from tinyfusion_pl.pruning.surgery import remove_blocks
@@ -67,9 +68,7 @@ class DepthPruner:
         if not _is_number(init):
             raise ValueError(f"init is {init}; give the number that every logit starts with (published: 0.02).")
         check_delta_w(delta_w)
-        # A mapping's keys name the stacks.
-        self.stacks = list(pattern) if stacks is None and isinstance(pattern, Mapping) else stacks
-        self.pattern, self.delta_w, self.units, self.streams, self.tau = pattern, delta_w, units, streams, tau
+        self.stacks, self.pattern, self.delta_w, self.units, self.streams, self.tau = stacks, pattern, delta_w, units, streams, tau
         self.weight_update = WeightUpdate(weight_update)
         self.options = {"scaling": scaling, "init": init, "average_decay": average_decay, "gather": gather}
         self.distribution = distribution
@@ -84,7 +83,7 @@ class DepthPruner:
         Raises:
             ValueError: when there are none.
         """
-        return resolve_stacks(module, self.stacks)
+        return [p for p in resolve_stacks(module, self.stacks, pattern=self.pattern) if not p.startswith("depth_gates")]
 
     def plan(self, module: nn.Module) -> Plan:
         """Find out whether pattern, stacks, units and streams fit `module`, and change nothing.
@@ -122,7 +121,7 @@ class DepthPruner:
             ValueError: as `plan`; `module` is then as it was.
         """
         plan = self.plan(module)
-        model = module.get_submodule(plan.root)
+        model = get_module(module, plan.root)
         self.weight_update.start(model)
         try:
             gates = DepthGates(model, plan.patterns, units=plan.units, streams=plan.streams, tau=self.tau, rank=rank,
@@ -136,7 +135,7 @@ class DepthPruner:
 
     def model(self, module: nn.Module) -> nn.Module:
         """The part of `module` that holds all gated stacks."""
-        return module.get_submodule(self.root)
+        return get_module(module, self.root)
 
     def paths(self) -> list[str]:
         """Paths of the gated stacks in the module that `start` was called with."""
@@ -151,7 +150,7 @@ class DepthPruner:
                                  "setup or configure_model.")  # fmt: skip
         if self.stacks is None:
             mine = self.paths()
-            found = [path for path in find_stacks(module) if not path.startswith("depth_gates")]
+            found = self.find(module)
             if found != mine:
                 raise ValueError(f"Gates were put on {', '.join(mine)}, all that looked like blocks before the model was whole; now "
                                  f"{', '.join(found)} does. Name the block list: stacks={found[0]!r}.")  # fmt: skip
