@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+ADAPTER_KEY = re.compile(r"\.(lora_|hada_|lokr_|oft_|boft_|ia3_|vera_|ln_tuning_|fourierft_|hra_)\w+(\.|$)")
 WEIGHT_UPDATES = ("lora", "full", "frozen")
 
 
@@ -103,6 +104,11 @@ def check_delta_w(delta_w: str) -> None:
 def plain_name(name: str) -> str:
     """The name that a parameter had before peft wrapped its layer."""
     return name.replace(".base_layer.", ".")
+
+
+def is_adapter_key(key: str) -> bool:
+    """Whether a key of a state dict is an adapter's own: peft names them so, all kinds of them."""
+    return bool(ADAPTER_KEY.search(key))
 
 
 def unload_adapters(model: nn.Module, *, merge: bool) -> None:
