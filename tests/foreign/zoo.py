@@ -875,7 +875,7 @@ ZOO: dict[str, Row] = {
         kept=SINGLE,
     ),
     "lumina2": Row(lumina2, {"layers": "num_layers"}),
-    "hunyuandit": Row(hunyuandit, {"blocks": "num_layers"}, kept={"blocks": [0, 2, 5, 7]}),
+    "hunyuandit": Row(hunyuandit, {"blocks": "num_layers"}, kept={"blocks": [0, 3, 4, 7]}),
     "uvit2d": Row(uvit2d, {"transformer_layers": "num_hidden_layers"}),
     "transformer2d": Row(transformer2d, ONE),
     "unet2d": Row(unet2d, found=False),

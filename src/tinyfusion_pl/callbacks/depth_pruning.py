@@ -141,6 +141,8 @@ class DepthPruningCallback(Callback):
                                  "detach(module), prune a fresh module, or fit again with that callback.")  # fmt: skip
             return
         setattr(pl_module, GATES, self.pruner.start(pl_module, rank=trainer.global_rank))
+        if self.pruner.remark:
+            rank_zero_info(self.pruner.remark)
         self._sources = self.source or getattr(self._model(pl_module), "source", None) or {}
         if self.verify:
             self._check = FirstCallCheck(pl_module, self.gates, dict(zip((g.path for g in self.gates.stacks), self.pruner.paths())))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,14 @@ from torch import Tensor, nn
 
 ADAPTER = "tinyfusion"
 """Name of the adapter that learns beside the gates; the user's own have other names."""
+
+
+ADAPTER_KEY = re.compile(r"\.(lora_|hada_|lokr_|oft_|boft_|ia3_|vera_|ln_tuning_|fourierft_|hra_)\w+(\.|$)")
+
+
+def is_adapter_key(key: str) -> bool:
+    """Whether a key of a state dict is an adapter's own: peft names them so, all kinds of them."""
+    return bool(ADAPTER_KEY.search(key))
 
 
 def _is_ours(key: str) -> bool:

@@ -309,6 +309,7 @@ def _ambiguous(model: nn.Module, candidates: list[_Candidate], why: str) -> Valu
     more = f" and {len(candidates) - MAX_LISTED} more" if len(candidates) > MAX_LISTED else ""
     root = common_root([c.path for c in candidates])
     return ValueError(
-        f"Which blocks of {type(model).__name__} to prune is ambiguous: {why}. Name the lists, e.g. stacks={candidates[0].path!r} or a list "
+        f"Which blocks of {type(model).__name__} to prune is ambiguous: {why}. "
+        f"Name the lists, e.g. stacks={candidates[0].path!r} or a list "
         f"of several. Lists of equal blocks found{f' in {root}' if root else ''}: {shown}{more}."
     )

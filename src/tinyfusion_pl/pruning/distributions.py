@@ -7,6 +7,7 @@ straight-through Gumbel-softmax; another choice is another class (see `StackGate
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -58,15 +59,18 @@ class CandidateDistribution(nn.Module):
 
     Args:
         group: The group whose candidates are enumerated.
+        fixed: Units of the stack that always stay.
         scaling: Factor on the logits, > 0 (published: 100).
     """
 
-    def __init__(self, group: Group, *, scaling: float = 100.0) -> None:
+    def __init__(
+        self, group: Group, *, scaling: float = 100.0, fixed: Collection[int] = ()
+    ) -> None:
         super().__init__()
         if not scaling > 0:
             raise ValueError(f"scaling is {scaling}; give a number > 0 (published: 100).")
         self.scaling = float(scaling)
-        self.register_buffer("candidates", group.candidates(), persistent=False)
+        self.register_buffer("candidates", group.candidates(fixed=fixed), persistent=False)
 
     @property
     def num_logits(self) -> int:

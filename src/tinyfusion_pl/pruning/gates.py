@@ -14,6 +14,7 @@ from tinyfusion_pl.pruning.calls import Call
 from tinyfusion_pl.pruning.decision import Decision
 from tinyfusion_pl.pruning.discovery import resolve_stacks
 from tinyfusion_pl.pruning.gating import GatedForward
+from tinyfusion_pl.pruning.library_configs import fixed_blocks
 from tinyfusion_pl.pruning.masks import Masks, Noise
 from tinyfusion_pl.pruning.patterns import Pattern
 from tinyfusion_pl.pruning.stack_gates import DistributionFactory, StackGates
@@ -57,6 +58,7 @@ class DepthGates(nn.Module):
             StackGates(
                 path, len(get_stack(model, path)), patterns[path], units=units_of(model, path, all_units[path]), scaling=scaling,
                 init=init, average_decay=average_decay, index=i, distribution=distribution,
+                fixed=fixed_blocks(model, path),
             ) for i, path in enumerate(paths)
         )  # fmt: skip
         if unknown := [path for path in streams or {} if path not in paths]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -30,9 +31,21 @@ class Group:
     def members(self) -> range:
         return range(self.start, self.start + self.num_blocks)
 
-    def candidates(self) -> Tensor:
-        """All ways to keep `num_kept` of `num_blocks`, in lexicographic order: float32 (C(M, N), M) of zeros and ones."""
-        rows = list(itertools.combinations(range(self.num_blocks), self.num_kept))
+    def candidates(self, *, fixed: Collection[int] = ()) -> Tensor:
+        """All ways to keep `num_kept` of `num_blocks`, in lexicographic order: float32 (num_candidates, M) of zeros and ones.
+
+        Args:
+            fixed: Members of the stack, in this group or not, that every candidate keeps.
+
+        Raises:
+            ValueError: when more members of the group are fixed than it keeps.
+        """
+        always = {member - self.start for member in fixed if member in self.members}
+        if len(always) > self.num_kept:
+            raise ValueError(f"The pattern keeps {self.num_kept} of the units {self.start}..{self.members[-1]}, but "
+                             f"{', '.join(str(i + self.start) for i in sorted(always))} have to stay. "
+                             "Give a pattern that keeps more of them.")
+        rows = [row for row in itertools.combinations(range(self.num_blocks), self.num_kept) if always <= set(row)]
         onehot = torch.zeros(len(rows), self.num_blocks, dtype=torch.float32)
         return onehot.scatter_(1, torch.tensor(rows), 1.0)
 

@@ -33,8 +33,10 @@ from tinyfusion_pl.pruning.blocks import by_path, get_module, get_stack, units_o
 from tinyfusion_pl.pruning.decision import Decision
 from tinyfusion_pl.pruning.discovery import resolve_stacks
 from tinyfusion_pl.pruning.gates import DepthGates, remove_gates
+from tinyfusion_pl.pruning.library_configs import check_library_config
 from tinyfusion_pl.pruning.patterns import Pattern
 from tinyfusion_pl.pruning.surgery import remove_blocks
+from tinyfusion_pl.pruning.verification import earliest_drops
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class DepthPruner:
         self.options = {"scaling": scaling, "init": init, "average_decay": average_decay, "gather": gather}
         self.distribution = distribution
         self.root = ""
+        self.remark: str | None = None  # why the shallow model will not open in its library alone
         self.gates: DepthGates | None = None
         self._caches: dict[str, bool] = {}  # use_cache of each config, as it was
 
@@ -126,7 +129,10 @@ class DepthPruner:
         try:
             gates = DepthGates(model, plan.patterns, units=plan.units, streams=plan.streams, tau=self.tau, rank=rank,
                                distribution=self.distribution, **self.options)  # fmt: skip
+            # A structure that the search might decide for: its config is tried now, not after training.
+            self.remark = check_library_config(model, {g.path: g.blocks_of(earliest_drops(g)) for g in gates.stacks})
         except Exception:
+            remove_gates(model)
             self.weight_update.finish(model, delta_w="discard")
             raise
         self.root, self.gates = plan.root, gates

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +11,10 @@ from torch import Tensor, nn
 from tinyfusion_pl.pruning.blocks import check_units, single_units
 from tinyfusion_pl.pruning.decision import GroupDecision, StackDecision
 from tinyfusion_pl.pruning.distributions import CandidateDistribution, MaskDistribution
-from tinyfusion_pl.pruning.patterns import Group, Pattern
+from tinyfusion_pl.pruning.patterns import Pattern
 
-DistributionFactory = Callable[[Group], MaskDistribution]
+DistributionFactory = Callable[..., MaskDistribution]
+"""Called with a `Group` and ``fixed=``, the units of the stack that always stay."""
 
 
 class StackGates(nn.Module):
@@ -28,7 +30,9 @@ class StackGates(nn.Module):
         average_decay: Decay of the exponential average of the logits that decides, in [0, 1)
             (published: 0.999).
         index: Place of this stack among those of its model.
-        distribution: Makes the `MaskDistribution` of a group; default: `CandidateDistribution`.
+        distribution: Makes the `MaskDistribution` of a group, from the `Group` and ``fixed=``;
+            default: `CandidateDistribution`.
+        fixed: Blocks that always stay, with their units.
     """
 
     def __init__(
@@ -43,6 +47,7 @@ class StackGates(nn.Module):
         average_decay: float = 0.999,
         index: int = 0,
         distribution: DistributionFactory | None = None,
+        fixed: Collection[int] = (),
     ) -> None:
         super().__init__()
         if not 0 <= average_decay < 1:
@@ -51,8 +56,9 @@ class StackGates(nn.Module):
         self.pattern = Pattern.parse(pattern)
         self.units = single_units(num_blocks) if units is None else check_units(units, num_blocks, path)
         self.groups = self.pattern.groups(len(self.units))
-        make = distribution or (lambda group: CandidateDistribution(group, scaling=scaling))
-        self.distributions = nn.ModuleList(make(group) for group in self.groups)
+        make = distribution or partial(CandidateDistribution, scaling=scaling)
+        always = frozenset(n for n, unit in enumerate(self.units) if set(unit) & set(fixed))
+        self.distributions = nn.ModuleList(make(group, fixed=always) for group in self.groups)
         for i, each in enumerate(self.distributions):
             self.register_parameter(f"logits_{i}", nn.Parameter(torch.full((each.num_logits,), float(init), dtype=torch.float32)))
             self.register_buffer(f"average_{i}", torch.full((each.num_logits,), float(init), dtype=torch.float32), persistent=False)

@@ -22,7 +22,7 @@ from tinyfusion_pl.pruning.gates import DepthGates
 from tinyfusion_pl.pruning.gating import GatedForward
 from tinyfusion_pl.pruning.masks import Split
 from tinyfusion_pl.pruning.stack_gates import StackGates
-from tinyfusion_pl.pruning.surgery import temporarily_cut
+from tinyfusion_pl.pruning.surgery import blocks_removed
 
 SWITCH_OFF = "If this is intended, pass verify=False."
 
@@ -112,7 +112,7 @@ class _Replay:
     def cut(self, kept: Mapping[str, list[int]]) -> tuple[Recorded, Any]:
         """The same with the other blocks cut out."""
         inside = {self.paths[path]: self.blocks[path].blocks_of(units) for path, units in kept.items()}
-        with self._recording() as recorded, self.owner.bypass(), temporarily_cut(self.module, inside):
+        with self._recording() as recorded, self.owner.bypass(), blocks_removed(self.module, inside):
             return recorded, self._run()
 
     def differs(self, kept: Mapping[str, list[int]]) -> str:
