@@ -5,6 +5,7 @@ from tinyfusion_pl.pruning.blocks import get_stack
 from tinyfusion_pl.pruning.decision import Decision, GroupDecision, StackDecision
 from tinyfusion_pl.pruning.discovery import Discovery, discover, find_stacks, resolve_stacks
 from tinyfusion_pl.pruning.gates import DepthGates, StackGates, find_gates, remove_gates
+from tinyfusion_pl.pruning.lora import remap_lora
 from tinyfusion_pl.pruning.patterns import Group, Pattern
 from tinyfusion_pl.pruning.samplers import CandidateSampler, MaskSampler
 from tinyfusion_pl.pruning.schedule import linear_anneal
@@ -13,6 +14,6 @@ from tinyfusion_pl.pruning.surgery import remove_blocks
 __all__ = [
     "CandidateSampler", "Decision", "DepthGates", "Discovery", "Group", "GroupDecision",
     "MaskSampler", "Pattern", "StackDecision", "StackGates", "WeightUpdate", "discover",
-    "find_gates", "find_stacks", "get_stack", "linear_anneal", "remove_blocks", "remove_gates",
+    "find_gates", "find_stacks", "get_stack", "linear_anneal", "remap_lora", "remove_blocks", "remove_gates",
     "resolve_stacks",
 ]
