@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import platform
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -14,8 +15,18 @@ from torch import nn
 
 from tinyfusion_pl.artifacts import ArtifactError, read_json, save_tensors, sha256, write_json
 from tinyfusion_pl.models.checkpoints import load_weights
+from tinyfusion_pl.models.library_models import (
+    LIBRARIES,
+    load_library_model,
+    not_savable,
+    remove_library_files,
+    save_library_model,
+)
 from tinyfusion_pl.models.registry import create_model
 from tinyfusion_pl.pruning import Decision, remove_blocks
+from tinyfusion_pl.pruning.blocks import unwrap, without_compiling
+
+log = logging.getLogger(__name__)
 
 WEIGHTS, RECORD = "model.safetensors", "record.json"
 FORMAT = 1
@@ -37,25 +48,41 @@ def save_shallow(folder: str | Path, model: nn.Module, record: Mapping[str, Any]
 
     Args:
         folder: Made if missing.
-        model: The shallow model. One of this project's models (``model_name``, ``config``) states how to build it.
+        model: The shallow model. One of this project's models (``model_name``, ``config``) states how to build it; one of diffusers or
+            transformers is saved by its library besides, so that its plain ``from_pretrained`` opens the folder.
         record: ``stacks`` (see `Decision.as_dict`), ``source``, ``configuration``, ``seed``, ``model_factory``. How to build the model,
             versions, size and the weights' checksum are added.
 
     Returns:
         The folder.
     """
-    folder = Path(folder)
-    save_tensors(folder / WEIGHTS, {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()})
+    folder, model = Path(folder), unwrap(model)
+    with without_compiling(model):
+        library = _save_weights(folder, model)
     own = {"name": model.model_name, "kwargs": model.config} if hasattr(model, "model_name") and hasattr(model, "config") else None
     write_json(folder / RECORD, {
         "format": FORMAT,
         "model": own,
+        "library": library,
         **record,
         "num_params": sum(p.numel() for p in model.parameters()),
         "weights": {"file": WEIGHTS, "sha256": sha256(folder / WEIGHTS)},
         "versions": library_versions(),
     })
     return folder
+
+
+def _save_weights(folder: Path, model: nn.Module) -> dict[str, str] | None:
+    """Write the weights: by the library that can open `model`, whose entry for the record is returned; else as a state dict."""
+    reason = not_savable(model)
+    if reason is None:
+        return save_library_model(folder, model, WEIGHTS)
+    if folder.is_dir():
+        remove_library_files(folder)
+    if type(model).__module__.partition(".")[0] in LIBRARIES:
+        log.warning("%s The shallow model in %s is a state dict with its record: load_shallow(path, model=...) reads it.", reason, folder)
+    save_tensors(folder / WEIGHTS, {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()})
+    return None
 
 
 def check_weights(folder: Path, record: Mapping[str, Any]) -> Path:
@@ -72,8 +99,8 @@ def load_shallow(path: str | Path, *, model: nn.Module | None = None, **override
 
     Args:
         path: Folder with ``model.safetensors`` and ``record.json``.
-        model: A dense model of the same kind, for models that the record cannot build (no model of this project, no `model_factory`); it
-            is copied, not changed.
+        model: A dense model of the same kind, for models that the record cannot build (no model of this project, of diffusers or of
+            transformers, no `model_factory`); it is copied, not changed.
         overrides: Arguments of a model of this project that its record does not say, e.g. ``activation_checkpointing=True``.
 
     Raises:
@@ -88,6 +115,13 @@ def load_shallow(path: str | Path, *, model: nn.Module | None = None, **override
     if overrides and (model is not None or record["model"] is None):
         raise ValueError(f"{', '.join(overrides)} is of this project's models, and the record in {folder} names none.")
     kept = Decision.from_dict(record["stacks"]).kept_blocks
+    if (library := record.get("library")) is not None:
+        shallow = load_library_model(folder, library)
+        if model is not None:  # of a class of one's own, with the same weights
+            own = remove_blocks(copy.deepcopy(model), kept)
+            own.load_state_dict(shallow.state_dict())
+            shallow = own
+        return shallow.eval()
     if model is not None:
         shallow = remove_blocks(copy.deepcopy(model), kept)
     elif record["model"] is not None:
@@ -96,7 +130,8 @@ def load_shallow(path: str | Path, *, model: nn.Module | None = None, **override
         shallow = remove_blocks(_from_factory(record["model_factory"]), kept)
     else:
         raise ValueError(
-            f"The record in {folder} does not say how to build its model, which is not one of this project. Give a dense one: "
+            f"The record in {folder} does not say how to build its model, which is not one of this project nor one that its "
+            "library opens. Give a dense one: "
             "load_shallow(path, model=MyModel(...)), or state model_factory={'name': 'timm/...'} when pruning."
         )
     load_weights(shallow, weights)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from torch import nn
 
@@ -91,6 +92,24 @@ def walk_modules(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Mod
     for name, child in model._modules.items():
         if child is not None:
             yield from walk_modules(child, f"{path}.{name}" if path else name)
+
+
+@contextmanager
+def without_compiling(model: nn.Module) -> Iterator[None]:
+    """While the context lasts, modules of `model` that were compiled in place are themselves: names and keys are the plain ones."""
+    places = [
+        (parent, name, child)
+        for parent in list(model.modules())
+        for name, child in parent._modules.items()
+        if child is not None and child is not unwrap(child) and "_orig_mod" not in parent._modules
+    ]
+    for parent, name, child in places:
+        parent._modules[name] = unwrap(child)
+    try:
+        yield
+    finally:
+        for parent, name, child in places:
+            parent._modules[name] = child
 
 
 def split_path(path: str) -> tuple[str, str]:
