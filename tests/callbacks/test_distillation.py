@@ -72,10 +72,10 @@ def nets():
     return Net(2), Net(4)
 
 
-def fit(module, callback, *, steps=4, ckpt=None, path=None, more=(), **kwargs):
+def fit(module, callback, *, steps=4, ckpt=None, path=None, more=(), loader=None, **kwargs):
     trainer = Trainer(max_steps=steps, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, max_epochs=-1,
                       enable_progress_bar=False, enable_model_summary=False, callbacks=[callback, *more], **kwargs)
-    trainer.fit(module, data(), ckpt_path=ckpt)
+    trainer.fit(module, loader or data(), ckpt_path=ckpt)
     if path:
         trainer.save_checkpoint(path)
     return trainer
@@ -129,9 +129,9 @@ def test_resuming_is_bit_equal_and_the_weight_goes_on(nets, tmp_path):
     student, teacher = nets
     whole, half, rest = (Module(copy.deepcopy(student)) for _ in range(3))
     make = lambda: DistillationCallback(teacher, pairs=PAIRS, anneal_steps=8)  # noqa: E731
-    fit(whole, make(), steps=8)
-    fit(half, make(), steps=4, path=tmp_path / "c.ckpt")
-    fit(rest, make(), steps=8, ckpt=tmp_path / "c.ckpt")
+    fit(whole, make(), loader=data(1), steps=8)
+    fit(half, make(), loader=data(1), steps=4, path=tmp_path / "c.ckpt")
+    fit(rest, make(), loader=data(1), steps=8, ckpt=tmp_path / "c.ckpt")
     assert half.seen + rest.seen == whole.seen and whole.seen[-1] == 0
     for ours, theirs in zip(rest.parameters(), whole.parameters(), strict=True):
         assert torch.equal(ours, theirs)

@@ -177,7 +177,8 @@ class DistillationCallback(Callback):
             like = next(self.teacher.parameters())
         args, kwargs = _moved((args, kwargs), like)
         devices = [like.device] if like.device.type == "cuda" else []
-        with torch.no_grad(), torch.random.fork_rng(devices), collecting(getattr(self.teacher, "_orig_mod", self.teacher), pairs, 1) as hidden:
+        bare = getattr(self.teacher, "_orig_mod", self.teacher)
+        with torch.no_grad(), torch.random.fork_rng(devices), collecting(bare, pairs, 1) as hidden:
             return self.teacher(*args, **kwargs), {path: dict(found) for path, found in hidden.items()}
 
     # -- batches ------------------------------------------------------------------------------------------------------------------------
