@@ -4,15 +4,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tinyfusion_pl.callbacks import DepthPruningCallback
+    from tinyfusion_pl.callbacks import DepthPruningCallback, DistillationCallback
     from tinyfusion_pl.models import create_model, load_shallow
     from tinyfusion_pl.modules import MaskLearning, Recovery
 
-__all__ = ["DepthPruningCallback", "MaskLearning", "Recovery", "create_model", "load_shallow"]
+__all__ = ["DepthPruningCallback", "DistillationCallback", "MaskLearning", "Recovery", "create_model", "load_shallow"]
 
 # Imported when asked for: torch and Lightning take seconds, which `tinyfusion --help` need not wait for.
-_HOMES = {"DepthPruningCallback": "callbacks", "MaskLearning": "modules", "Recovery": "modules", "create_model": "models",
-          "load_shallow": "models"}
+_HOMES = {"DepthPruningCallback": "callbacks", "DistillationCallback": "callbacks", "MaskLearning": "modules", "Recovery": "modules",
+          "create_model": "models", "load_shallow": "models"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,12 +1,14 @@
-"""Lightning callbacks: depth pruning and what training beside it needs."""
+"""Lightning callbacks: depth pruning, recovery and what training beside it needs."""
 
 from tinyfusion_pl.callbacks.clock import Clock
 from tinyfusion_pl.callbacks.depth_pruning import DepthPruningCallback
+from tinyfusion_pl.callbacks.distillation import DistillationCallback
 from tinyfusion_pl.callbacks.ema import EMAWithWarmup
 from tinyfusion_pl.callbacks.evaluation import EvaluationCallback
 from tinyfusion_pl.callbacks.nonfinite import NonFiniteGuard
 from tinyfusion_pl.callbacks.progress import SamplingProgressBar, StepProgressBar
 
 __all__ = [
-    "Clock", "DepthPruningCallback", "EMAWithWarmup", "EvaluationCallback", "NonFiniteGuard", "SamplingProgressBar", "StepProgressBar",
+    "Clock", "DepthPruningCallback", "DistillationCallback", "EMAWithWarmup", "EvaluationCallback", "NonFiniteGuard",
+    "SamplingProgressBar", "StepProgressBar",
 ]

@@ -6,17 +6,18 @@ data with the data itself, and feature the hidden states of paired layers. Publi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tinyfusion_pl.distill.features import HiddenStates, check_feature_mask, feature_loss
+from tinyfusion_pl.distill.features import HiddenStates, check_feature_mask, float_tensors, paired_feature_loss
 from tinyfusion_pl.pruning import get_stack, linear_anneal
 
 Pairs = Mapping[str, Sequence[tuple[int, int]]]
+Hidden = Mapping[str, Mapping[int, Any]]  # hidden states by stack path and block
 
 
 def check_pairs(pairs: Pairs, student: nn.Module, teacher: nn.Module) -> None:
@@ -73,24 +74,50 @@ class Distillation:
         states are collected.
         """
         pairs = pairs if feature_weight else {}
-        taps = [HiddenStates(student, path, [s for s, _ in of_path]) for path, of_path in pairs.items()]
-        with ExitStack() as stack:
-            hidden = [stack.enter_context(tap) for tap in taps]
+        with collecting(student, pairs, 0) as hidden:
             output = student(draw.x_t, draw.t, y)
-        terms = {"loss_data": objective.losses(output, draw)["loss"]}
-        total = self.weight_data * terms["loss_data"]
+        data, kd, feature = objective.losses(output, draw)["loss"], None, None
         if self.weight_kd or pairs:
-            teacher_taps = [HiddenStates(teacher, path, [t for _, t in of_path]) for path, of_path in pairs.items()]
-            with torch.no_grad(), ExitStack() as stack:
-                teacher_hidden = [stack.enter_context(tap) for tap in teacher_taps]
+            with torch.no_grad(), collecting(teacher, pairs, 1) as teacher_hidden:
                 teacher_output = teacher(draw.x_t, draw.t, y)
             if self.weight_kd:
-                terms["loss_kd"] = objective.distillation_losses(output, teacher_output, draw)["loss_kd"]
-                total = total + self.weight_kd * terms["loss_kd"]
+                kd = objective.distillation_losses(output, teacher_output, draw)["loss_kd"]
             if pairs:
-                each = [feature_loss(of_student[s], of_teacher[t], mask=self.feature_mask, num_sigma=self.num_sigma)
-                        for of_student, of_teacher, of_path in zip(hidden, teacher_hidden, pairs.values()) for s, t in of_path]
-                terms["loss_feature"] = torch.stack(each).mean(0)
-                total = total + feature_weight * terms["loss_feature"]
+                feature = self.feature_losses(hidden, teacher_hidden, pairs)
+        return self.total(data, kd=kd, feature=feature, feature_weight=feature_weight)
+
+    def feature_losses(self, hidden: Hidden, teacher_hidden: Hidden, pairs: Pairs) -> Tensor:
+        """Representation distillation of one call, averaged over the pairs of all stacks. (N,)"""
+        each = [paired_feature_loss(hidden[path][s], teacher_hidden[path][t], mask=self.feature_mask, num_sigma=self.num_sigma)
+                for path, of_path in pairs.items() for s, t in of_path]
+        return torch.stack(each).mean(0)
+
+    def total(self, data: Tensor, *, kd: Tensor | None, feature: Tensor | None, feature_weight: float) -> dict[str, Tensor]:
+        """The weighted sum "loss" and its terms; terms that are None are left out."""
+        terms, total = {"loss_data": data}, self.weight_data * data
+        if kd is not None:
+            terms["loss_kd"], total = kd, total + self.weight_kd * kd
+        if feature is not None:
+            terms["loss_feature"], total = feature, total + feature_weight * feature
         return {"loss": total, **terms}
 
+
+@contextmanager
+def collecting(model: nn.Module, pairs: Pairs, side: int) -> Iterator[Hidden]:
+    """Collects the hidden states of the paired blocks of `model` while it runs; side 0 is the student's, 1 the teacher's."""
+    with ExitStack() as stack:
+        yield {path: stack.enter_context(HiddenStates(model, path, [pair[side] for pair in of_path])) for path, of_path in pairs.items()}
+
+
+def output_loss(output: Any, teacher_output: Any) -> Tensor:
+    """Mean squared error of what two models return, in float32, averaged over its tensors; of tensors, tuples, lists, `ModelOutput`.
+
+    Raises:
+        ValueError: when the outputs do not hold equal numbers of tensors of equal shapes.
+    """
+    ours, theirs = float_tensors(output), float_tensors(teacher_output)
+    shapes = [[tuple(t.shape) for t in tensors] for tensors in (ours, theirs)]
+    if not ours or shapes[0] != shapes[1]:
+        raise ValueError(f"The student returns floating-point tensors of shapes {shapes[0]}, the teacher {shapes[1]}. They must be equal "
+                         "and at least one: give a teacher of the student's class and widths.")
+    return torch.stack([(s.float() - t.to(s.device).float()).square().mean() for s, t in zip(ours, theirs)]).mean()
