@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import json
+import os
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -86,7 +87,8 @@ class StepLogger(Logger):
         if not lines or not lines[0].startswith(b"step") or not lines[0].endswith(b"\n"):
             write_text(self.path, "step\n")
             lines = [b"step\n"]
-        if not lines[-1].endswith(b"\n"):
+        if not lines[-1].endswith(b"\n"):  # torn
+            os.truncate(self.path, sum(map(len, lines[:-1])))
             lines.pop()
         self._columns, *rows = csv.reader([lines[0].decode(), *(line.decode() for line in lines[1:][-1:])])
         self._end = sum(map(len, lines))
