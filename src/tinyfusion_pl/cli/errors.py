@@ -23,8 +23,9 @@ def tell(error: Exception) -> int:
     verbose = HydraConfig.initialized() and HydraConfig.get().verbose
     if told is None or verbose or os.environ.get("TINYFUSION_TRACEBACK") == "1":
         traceback.print_exception(error)
-    print(f"error: {told or repr(error)}", file=sys.stderr)
-    return 1
+    exit_code = getattr(error, "exit_code", None)  # an outcome that is no error, as an unfinished stage
+    print(told if exit_code else f"error: {told or repr(error)}", file=sys.stderr)
+    return exit_code or 1
 
 
 def _without_worker(error: BaseException) -> str:
@@ -47,6 +48,8 @@ def sentence(error: Exception) -> str | None:
         return "\n".join(str(each) for each in (cause, cause.__cause__) if each is not None)
     if isinstance(cause, OSError) and cause.strerror and cause.filename:
         return f"Cannot use {cause.filename}: {cause.strerror}."
+    if hasattr(cause, "exit_code"):
+        return str(cause)
     if isinstance(cause, (ValueError, ArtifactError, FloatingPointError, OSError, OmegaConfBaseException)):
         return _without_worker(cause)
     if type(cause).__name__ == "MisconfigurationException":  # Lightning's, for a Trainer that this machine cannot run

@@ -60,6 +60,8 @@ class Denoising(OwnRandomness):
         means = {name: value.mean() for name, value in losses.items()}
         self.log_dict({f"train/{name}": value.detach() for name, value in means.items() if name != "loss"}, batch_size=num_samples)
         self.log("train/loss", means["loss"].detach(), prog_bar=True, batch_size=num_samples)
+        # The step that this batch is part of, counted from 1 as callbacks count: Lightning logs by it instead of counting from 0.
+        self.log("step", torch.tensor(self.trainer.global_step + 1.0), batch_size=num_samples)
         return means["loss"]
 
     def configure_optimizers(self) -> Any:

@@ -3,16 +3,18 @@
 from tinyfusion_pl.tasks.budget import Budget
 from tinyfusion_pl.tasks.evaluate import Evaluate
 from tinyfusion_pl.tasks.extract import Extract, extract_latents
-from tinyfusion_pl.tasks.fitting import Fit, csv_logger, wandb_logger
+from tinyfusion_pl.tasks.fitting import Fit
 from tinyfusion_pl.tasks.folder import Inputs, RunFolder
 from tinyfusion_pl.tasks.learn_mask import LearnMask
+from tinyfusion_pl.tasks.loggers import csv_logger, wandb_logger
 from tinyfusion_pl.tasks.measure import PictureFiles, make_reference, measure
 from tinyfusion_pl.tasks.recover import Recover
 from tinyfusion_pl.tasks.report import Report
 from tinyfusion_pl.tasks.stages import Pipeline
+from tinyfusion_pl.tasks.steps import Unfinished
 from tinyfusion_pl.tasks.train import Train, train_denoiser
 
 __all__ = [
     "Budget", "Evaluate", "Extract", "Fit", "Inputs", "LearnMask", "PictureFiles", "Pipeline", "Recover", "Report", "RunFolder", "Train",
-    "csv_logger", "extract_latents", "make_reference", "measure", "train_denoiser", "wandb_logger",
+    "Unfinished", "csv_logger", "extract_latents", "make_reference", "measure", "train_denoiser", "wandb_logger",
 ]

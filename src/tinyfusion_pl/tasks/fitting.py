@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
-from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerStatus
 from torch import nn
@@ -23,6 +21,9 @@ from tinyfusion_pl.modules import Denoising
 from tinyfusion_pl.tasks.budget import Budget
 from tinyfusion_pl.tasks.checkpoint_io import WholeCheckpointIO
 from tinyfusion_pl.tasks.folder import RunFolder, say
+from tinyfusion_pl.tasks.loggers import LogsFollowSteps
+from tinyfusion_pl.tasks.steps import FullLength, SaveAtEnd, StepCheckpoint, WholeSteps
+from tinyfusion_pl.tasks.trainer_checks import check_length, check_trainer
 
 
 @dataclass(kw_only=True)
@@ -31,9 +32,9 @@ class Fit:
 
     Args:
         trainer: Makes the Trainer from callbacks, logger and default_root_dir.
-        callbacks: Further callbacks by name, as in a config.
+        callbacks: Further callbacks by name, as in a config; one that is None is left out.
         logger: Makes a logger from ``folder=`` and ``stage=`` (`csv_logger`, `wandb_logger`); None: none.
-        checkpoint_every_n_steps: Optimizer steps between checkpoints: the most work that an interruption costs.
+        checkpoint_every_n_steps: Optimizer steps between checkpoints: the most work that a killed process loses.
         budget: Length and batch; its batch goes before the data module's. The Trainer's max_steps, where it is not -1, goes before its
             length. None: the Trainer's max_steps and the data module's batch.
     """
@@ -44,23 +45,32 @@ class Fit:
     checkpoint_every_n_steps: int = 50
     budget: Budget | None = None
 
+    def __post_init__(self) -> None:
+        self.callbacks = {name: each for name, each in (self.callbacks or {}).items() if each is not None}
+
     def check(self, stage: str, module: Denoising) -> None:
         """Build the Trainer and the optimizer of `module` once, to find wrong settings before anything is trained.
 
         Raises:
-            ValueError: when the number of steps is not stated, or the budget's batch cannot be divided; whatever Trainer, optimizer and
-                scheduler refuse.
+            ValueError: when the number of steps is not stated, the budget's batch cannot be divided, or a setting of the Trainer would end
+                the training before its last step or leave it without checkpoints; whatever Trainer, optimizer and scheduler refuse.
         """
-        probe = self._bare_trainer()
-        if self.checkpoint_every_n_steps < 1:
-            raise ValueError(f"{stage}.fit.checkpoint_every_n_steps is {self.checkpoint_every_n_steps}; give a count >= 1.")
-        self._shares(stage, probe)
-        module.make_optimizers([nn.Parameter(torch.zeros(1))], num_steps=self._num_steps(stage, probe))
+        for name, each in self.callbacks.items():
+            if not isinstance(each, Callback):
+                raise ValueError(f"{stage}.fit.callbacks.{name} is {each!r}; give a Lightning callback, or null for none.")
+        every = self.checkpoint_every_n_steps
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ValueError(f"{stage}.fit.checkpoint_every_n_steps is {every!r}; give a count >= 1.")
+        probe = check_trainer(stage, self.trainer, self.callbacks)
+        shares = self._shares(stage, probe)
+        num_steps = self._num_steps(stage, probe)
+        check_length(stage, probe, num_steps=num_steps, accumulate=shares[1] if shares else probe.accumulate_grad_batches)
+        module.make_optimizers([nn.Parameter(torch.zeros(1))], num_steps=num_steps)
 
     def _num_steps(self, stage: str, trainer: Trainer) -> int:
         if trainer.max_steps >= 1:
             return trainer.max_steps
-        if self.budget is None:
+        if self.budget is None or trainer.max_steps != -1:
             raise ValueError(f"{stage}.fit.trainer.max_steps is {trainer.max_steps}; give a count of optimizer steps >= 1, or a budget.")
         return self.budget.num_steps
 
@@ -85,29 +95,31 @@ class Fit:
         return num_processes(self._bare_trainer())
 
     def _bare_trainer(self) -> Trainer:
-        return self.trainer(callbacks=list(self.callbacks.values()), logger=False, enable_checkpointing=False)
+        return self.trainer(callbacks=list(self.callbacks.values()), logger=False)
 
     def run(self, stage: str, folder: RunFolder, module: LightningModule, data: LightningDataModule, *,
             first: Sequence[Callback] = ()) -> float:
         """Fit `module` on `data`, from the stage's last checkpoint where there is one; returns the seconds of training.
 
-        `first` are callbacks that must come before all others.
+        `first` are callbacks that must come before all others of the stage.
+
+        Raises:
+            Unfinished: when the training stopped before its last step, as ``max_time`` makes it.
         """
         clock = Clock()
         checkpoint = folder.checkpoint(stage)
-        saving = ModelCheckpoint(dirpath=checkpoint.parent, filename=checkpoint.stem, every_n_train_steps=self.checkpoint_every_n_steps,
-                                 save_on_train_epoch_end=False, enable_version_counter=False)
-        settings: dict[str, Any] = {}
+        probe = self._bare_trainer()
+        settings: dict[str, Any] = {"max_steps": (steps := self._num_steps(stage, probe))}
         if self.budget is not None:
-            probe = self._bare_trainer()
             data.batch_size, settings["accumulate_grad_batches"] = self._shares(stage, probe)
-            settings["max_steps"] = steps = self._num_steps(stage, probe)
             whole = "" if steps == self.budget.num_steps else f", instead of the budget's {self.budget.num_steps}"
             say(f"{stage}: {steps} steps{whole} of {self.budget.global_batch_size} images: {data.batch_size} a device and batch, "
                 f"{num_processes(probe)} devices, {settings['accumulate_grad_batches']} batches a step")
         trainer = self.trainer(
             # Copies: what a callback knows of this Trainer and its models must not outlive them.
-            callbacks=[*first, _WholeSteps(), _SaveAtEnd(checkpoint), *copy.deepcopy(list(self.callbacks.values())), clock, saving],
+            callbacks=[FullLength(stage, steps), LogsFollowSteps(folder / stage / "decisions.jsonl"), *first, WholeSteps(),
+                       SaveAtEnd(checkpoint), *copy.deepcopy(list(self.callbacks.values())), clock,
+                       StepCheckpoint(checkpoint, every_n_steps=self.checkpoint_every_n_steps)],
             default_root_dir=folder / stage,
             logger=False if self.logger is None else self.logger(folder=folder / "logs" / stage, stage=stage),
             **settings,
@@ -125,29 +137,6 @@ def num_processes(trainer: Trainer) -> int:
     return trainer.num_nodes * trainer.num_devices
 
 
-class _WholeSteps(Callback):
-    """A training that goes on where its batch is divided otherwise (other devices) begins with a whole step.
-
-    Lightning steps after every accumulate_grad_batches-th batch, counting those of the attempt before, which were of another size.
-    """
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        seen = trainer.fit_loop.epoch_loop.batch_progress.current
-        if rest := seen.processed % trainer.accumulate_grad_batches:
-            for count in ("ready", "started", "processed", "completed"):
-                setattr(seen, count, getattr(seen, count) - rest)
-
-
-class _SaveAtEnd(Callback):
-    """Checkpoint the last step, before a weight averaging callback writes averaged weights over the raw ones."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        trainer.save_checkpoint(self.path)
-
-
 @contextmanager
 def ctrl_c(trainer: Trainer) -> Iterator[None]:
     """Lightning turns Ctrl-C into an exit of the process; this turns it back into the KeyboardInterrupt that it was."""
@@ -157,17 +146,3 @@ def ctrl_c(trainer: Trainer) -> Iterator[None]:
         if trainer.state.status == TrainerStatus.INTERRUPTED:
             raise KeyboardInterrupt from None
         raise
-
-
-def csv_logger(*, folder: Path, stage: str) -> Logger:
-    """Lightning's CSV logger; each attempt has its own ``version_<k>``, since Lightning would overwrite an earlier one's file."""
-    return CSVLogger(folder, name="", flush_logs_every_n_steps=10)
-
-
-def wandb_logger(*, folder: Path, stage: str, experiment: str, **kwargs: Any) -> Logger:
-    """Lightning's W&B logger: one W&B run a stage, grouped by experiment; a resumed stage goes on in its run."""
-    from lightning.pytorch.loggers import WandbLogger  # imports wandb, which only this logger needs
-
-    folder.mkdir(parents=True, exist_ok=True)
-    run_id = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-    return WandbLogger(save_dir=folder, name=f"{experiment}-{stage}", group=experiment, id=run_id, resume="allow", **kwargs)

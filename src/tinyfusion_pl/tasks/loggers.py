@@ -1,0 +1,190 @@
+"""The logs of a stage: one file each, one row a step, without gaps or repetitions after an interruption."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import os
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.core.saving import save_hparams_to_yaml
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+
+from tinyfusion_pl.artifacts import atomic_path, write_text
+
+
+class StepLogger(Logger):
+    """Writes ``metrics.csv`` with one row a step, and ``hparams.yaml``.
+
+    Each row is in the file as soon as it is logged. What is logged at the step of the last row
+    joins that row, whoever logs it; so a resumed fit may log a step again.
+
+    Args:
+        folder: Where the files go; an existing ``metrics.csv`` is continued.
+    """
+
+    name = version = ""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder, self.path = Path(folder), Path(folder) / "metrics.csv"
+        self._hyperparams: dict[str, Any] = {}
+        self._columns: list[str] | None = None  # None: the file has not been read yet
+
+    @property
+    def save_dir(self) -> str:
+        return str(self.folder)
+
+    @property
+    def log_dir(self) -> str:
+        return str(self.folder)
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        if self._columns is None:
+            self._open()
+        step = int(self._last.get("step", 0) if step is None else step)
+        row = {name: value.item() if isinstance(value, Tensor) else value for name, value in metrics.items()}
+        row["step"] = step
+        joins = bool(self._last) and int(self._last["step"]) == step
+        if joins:
+            row = self._last | row
+        start = self._start if joins else self._end
+        if new := [name for name in row if name not in self._columns]:
+            self._columns += new
+            self._rewrite(row, joins=joins)
+        elif len(line := self._line([row.get(name) for name in self._columns])) < self._end - start:
+            self._rewrite(row, joins=joins)
+        else:
+            with self.path.open("r+b", buffering=0) as file:  # a single write: nothing is torn
+                file.seek(start)
+                file.write(line)
+            self._last, self._start, self._end = row, start, start + len(line)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        self._hyperparams.update(vars(params) if isinstance(params, Namespace) else params or {})
+        with atomic_path(self.folder / "hparams.yaml") as temporary:
+            save_hparams_to_yaml(temporary, self._hyperparams)
+
+    @rank_zero_only
+    def drop_after(self, step: int) -> None:
+        """Forget what was logged after `step`."""
+        drop_lines_after(self.path, step, step_of=_csv_step)
+        self._columns = None
+
+    def _open(self) -> None:
+        """Find the columns and the last whole row; a file that is missing or has no header begins anew."""
+        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
+        if not lines or not lines[0].startswith(b"step") or not lines[0].endswith(b"\n"):
+            write_text(self.path, "step\n")
+            lines = [b"step\n"]
+        if not lines[-1].endswith(b"\n"):  # torn
+            os.truncate(self.path, sum(map(len, lines[:-1])))
+            lines.pop()
+        self._columns, *rows = csv.reader([lines[0].decode(), *(line.decode() for line in lines[1:][-1:])])
+        self._end = sum(map(len, lines))
+        self._start = self._end - (len(lines[-1]) if rows else 0)
+        self._last = {name: cell for name, cell in zip(self._columns, rows[-1]) if cell} if rows else {}
+
+    def _rewrite(self, row: dict[str, Any], *, joins: bool) -> None:
+        with self.path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        rows = rows[:-1] if joins else rows
+        cells = ([each.get(name) for name in self._columns] for each in [*rows, row])
+        write_text(self.path, b"".join(map(self._line, [self._columns, *cells])).decode())
+        self._open()
+
+    @staticmethod
+    def _line(cells: list[Any]) -> bytes:
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerow(cells)
+        return text.getvalue().encode()
+
+
+class LogsFollowSteps(Callback):
+    """A resumed fit continues its logs where its checkpoint was made.
+
+    What the interrupted attempt logged after that is dropped from `StepLogger`s and from
+    `decisions`, a file with a line of JSON a step. What belongs to a checkpoint's own step is logged
+    before the checkpoint is written: Lightning does it after that, where a kill would lose it.
+    """
+
+    def __init__(self, decisions: Path) -> None:
+        self.decisions = decisions
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            drop_lines_after(self.decisions, trainer.global_step, step_of=_json_step)
+        for logger in _step_loggers(trainer):
+            logger.drop_after(trainer.global_step)
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        metrics, every = dict(trainer.logged_metrics), trainer.log_every_n_steps
+        if not every or trainer.global_step % every or int(metrics.pop("step", -1)) != trainer.global_step:
+            return
+        for logger in _step_loggers(trainer):
+            logger.log_metrics(metrics, step=trainer.global_step)
+
+
+def _step_loggers(trainer: Trainer) -> list[StepLogger]:
+    return [logger for logger in trainer.loggers if isinstance(logger, StepLogger)]
+
+
+def drop_lines_after(path: Path, step: int, *, step_of: Callable[[str], int | None]) -> None:
+    """Rewrite the log at `path` without torn lines and those of steps after `step`.
+
+    Of several lines of the same step the last stays. `step_of` gives a line's step, 0 for a header,
+    None for a line that cannot be read.
+    """
+    if not path.exists():
+        return
+    text = path.read_text(encoding="utf-8", errors="replace")
+    kept: dict[int, str] = {}
+    header = ""
+    for i, line in enumerate(text.splitlines(keepends=True)):
+        at = step_of(line) if line.endswith("\n") else None
+        if i == 0 and line.startswith("step") and line.endswith("\n"):
+            header = line
+        elif at is not None and at <= step:
+            kept[at] = line
+    if (remaining := header + "".join(kept.values())) != text:
+        write_text(path, remaining)
+
+
+def _json_step(line: str) -> int | None:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _csv_step(line: str) -> int | None:
+    try:
+        return int(line.partition(",")[0])
+    except ValueError:
+        return None
+
+
+def csv_logger(*, folder: Path, stage: str) -> Logger:
+    """One ``metrics.csv`` a stage, which a resumed stage continues."""
+    return StepLogger(folder)
+
+
+def wandb_logger(*, folder: Path, stage: str, experiment: str, **kwargs: Any) -> Logger:
+    """Lightning's W&B logger: one W&B run a stage, grouped by experiment; a resumed stage goes on in its run."""
+    from lightning.pytorch.loggers import WandbLogger  # imports wandb, which only this logger needs
+
+    folder.mkdir(parents=True, exist_ok=True)
+    run_id = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    return WandbLogger(save_dir=folder, name=f"{experiment}-{stage}", group=experiment, id=run_id, resume="allow", **kwargs)

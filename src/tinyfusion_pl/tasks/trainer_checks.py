@@ -1,0 +1,111 @@
+"""Settings of a stage's Trainer that would break the stage, found before anything is trained."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, Timer
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+
+OWN = {  # argument -> what sets it
+    "callbacks": "{stage}.fit.callbacks",
+    "logger": "logger=csv, wandb or none",
+    "default_root_dir": "run_dir",
+}
+
+
+def check_trainer(
+    stage: str, factory: Callable[..., Trainer], callbacks: Mapping[str, Callback]
+) -> Trainer:
+    """Make the Trainer that `factory` makes, and return it.
+
+    Raises:
+        ValueError: for a setting that is ignored, that the Trainer refuses, or under which the stage would not be trained in full, or
+            not resume as it was; names it.
+    """
+    key = f"{stage}.fit.trainer"
+    given = getattr(factory, "keywords", {})
+    for name in OWN:
+        if name in given:
+            instead = OWN[name].format(stage=stage)
+            raise ValueError(f"{key}.{name} is {given[name]!r}, but the stage sets it. Leave it out; give {instead}.")
+    for name, callback in callbacks.items():
+        if isinstance(callback, EarlyStopping):
+            raise ValueError(
+                f"{stage}.fit.callbacks.{name} is {type(callback).__name__}, which ends the training before its last "
+                f"step, while temperature and learning rate are scheduled up to that. Remove it, and set {key}.max_steps."
+            )
+    _check_off(key, given)
+    try:
+        trainer = factory(callbacks=list(callbacks.values()), logger=False)
+    except Exception as error:  # Lightning refuses wrong settings by errors of many types
+        wrong = [f"{key}.{name} is {value!r}" for name, value in given.items() if _is_refused(factory, {name: value})]
+        raise ValueError(f"{', '.join(wrong) or key}: {error}") from error
+    _check_off(key, {
+        "fast_dev_run": trainer.fast_dev_run, "overfit_batches": trainer.overfit_batches, "barebones": trainer.barebones,
+        "enable_checkpointing": bool(trainer.checkpoint_callbacks),
+    })  # fmt: skip
+    for name, value, least in (
+        ("accumulate_grad_batches", trainer.accumulate_grad_batches, 1),
+        ("log_every_n_steps", trainer.log_every_n_steps, 0),
+    ):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{key}.{name} is {value!r}; give a count >= {least}.")
+    clip = trainer.gradient_clip_val
+    if clip is not None and not (math.isfinite(clip) and clip >= 0):
+        raise ValueError(f"{key}.gradient_clip_val is {clip}; give a number > 0, or 0 or null for no clipping.")
+    if isinstance(launcher := trainer.strategy.launcher, _MultiProcessingLauncher):
+        raise ValueError(
+            f"{key}.strategy is {given.get('strategy')!r}, which trains in processes made by {launcher._start_method}: "
+            "what they learn does not come back to the stage. Give strategy=ddp or auto."
+        )
+    for timer in (each for each in trainer.callbacks if isinstance(each, Timer)):
+        if (limit := timer.time_remaining()) is not None and limit <= 0:
+            raise ValueError(f"{key}.max_time leaves no time for a single step. Give a longer one, or null.")
+    return trainer
+
+
+def _is_refused(factory: Any, setting: dict[str, Any]) -> bool:
+    """Whether the Trainer refuses `setting` by itself."""
+    try:
+        factory.func(**{"logger": False, "enable_checkpointing": False} | setting)
+    except Exception:
+        return True
+    return False
+
+
+def _check_off(key: str, given: Mapping[str, Any]) -> None:
+    """Raise a ValueError for the first setting of `given` that no stage can have."""
+    reasons = {
+        "fast_dev_run": (False, "trains a single batch and saves nothing. Set max_steps, or +debug=default, for a short run"),
+        "overfit_batches": (0, "replaces the order of samples, which the checkpoint holds. Set max_steps for a short run"),
+        "barebones": (False, "leaves out checkpoints and logs"),
+        "enable_checkpointing": (True, "leaves the stage without a checkpoint to resume from"),
+    }
+    for name, (allowed, reason) in reasons.items():
+        if (value := given.get(name)) is not None and value != allowed:
+            raise ValueError(f"{key}.{name} is {value!r}, which {reason}. Leave it at {allowed}.")
+
+
+def check_length(stage: str, trainer: Trainer, *, num_steps: int, accumulate: int) -> None:
+    """Raise a ValueError where epochs, or a limit of their batches, keep `trainer` from `num_steps` whole steps."""
+    key = f"{stage}.fit.trainer"
+    endless = trainer.max_steps == -1 and trainer.max_epochs == 1000  # what Lightning sets where neither is given
+    if trainer.max_epochs not in (None, -1) and not endless:
+        raise ValueError(
+            f"{key}.max_epochs is {trainer.max_epochs}, but the stage's length is its {num_steps} steps. "
+            "Leave max_epochs at -1."
+        )
+    limit = trainer.limit_train_batches
+    num_batches = num_steps * accumulate  # of the one epoch that a fit is
+    num_batches = limit if isinstance(limit, int) else int(num_batches * limit)
+    if num_batches < 1:
+        raise ValueError(f"{key}.limit_train_batches is {limit}, which leaves no batch to train on. Leave it at 1.0.")
+    if num_batches < num_steps * accumulate and num_batches % accumulate:
+        raise ValueError(
+            f"{key}.limit_train_batches is {limit}: every {num_batches} batches a step would see fewer than the "
+            f"{accumulate} batches that are accumulated. Give a multiple of {accumulate}, or leave it at 1.0."
+        )
