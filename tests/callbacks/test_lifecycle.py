@@ -10,7 +10,6 @@ from peft import LoraConfig
 from torch import nn
 
 from callbacks.toy_module import Base, InInit, Manual, ResidualBlock, new_classifier
-from tinyfusion_pl.artifacts import ArtifactError
 from tinyfusion_pl.callbacks import DepthPruningCallback, EMAWithWarmup
 
 

@@ -116,7 +116,8 @@ def test_text_as_long_as_the_image_is_told_apart_by_name():
     model.train()
     gates = DepthGates(model, "1:2", stacks=stacks)
     verify(model, gates, args, kwargs)
-    assert {gated.plans and next(iter(gated.plans.values())).streams.inputs[0] for gated in gates.gated_forwards} == {"encoder_hidden_states"}
+    plans = [next(iter(gated.plans.values())) for gated in gates.gated_forwards]
+    assert {plan.streams.inputs[0] for plan in plans} == {"encoder_hidden_states"}
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 9])  # 9: as many samples as tokens

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
@@ -197,7 +196,8 @@ class DepthPruningCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if still := [gated.name for gated in self.gates.gated_forwards if not gated.block.training]:
             raise ValueError(f"{len(still)} gated blocks are in evaluation mode ({', '.join(still[:3])}, ...), where gates draw no "
-                             "masks and nothing is learned. Call train() on the model before fit; dropout in the blocks can be set to 0.")  # fmt: skip
+                             "masks and nothing is learned. Call train() on the model before fit; dropout in the blocks can be set "
+                             "to 0.")  # fmt: skip
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self.optimizer.anneal(trainer.global_step if self._count_all else self._num_batches_stepped, self._num_steps)

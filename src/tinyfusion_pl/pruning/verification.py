@@ -165,9 +165,10 @@ def _localize(replay: _Replay, gates: list[StackGates], problem: str) -> str:
     lists = [k for k, v in replay.kwargs.items() if isinstance(v, (tuple, list)) and any(isinstance(i, Tensor) for i in v)]
     inputs = f" The call's {', '.join(map(repr, lists))} may be meant for blocks by their place." if lists else ""
     return (
-        f"Stack '{guilty.path}' cannot be pruned as it is called: with {which} dropped by gates and cut out of {type(replay.module).__name__}, "
-        f"{problem}.{inputs} So the shallow model would not compute what the search measured. Name other stacks (stacks=), blocks that only "
-        f"go together (units=), the hidden states (streams=), or leave out the input that goes to blocks by their place. {SWITCH_OFF}"
+        f"Stack '{guilty.path}' cannot be pruned as it is called: with {which} dropped by gates and cut out of "
+        f"{type(replay.module).__name__}, {problem}.{inputs} So the shallow model would not compute what the search measured. Name "
+        "other stacks (stacks=), blocks that only go together (units=), the hidden states (streams=), or leave out the input that goes "
+        f"to blocks by their place. {SWITCH_OFF}"
     )
 
 
@@ -203,7 +204,7 @@ def _check_gradients(gated: GatedForward, call: Call) -> None:
             copies = {n: leaf.view_as(leaf) for n, leaf in leaves.items()}
             again = Call(gated.signature, *call.replace(copies)) if plan.writes_streams else Call(gated.signature, args, kwargs)
             y = plan.streams.take(gated.gate(again, plan, mask, way))
-            loss = sum((each.float() * torch.sin(torch.arange(each.numel(), device=each.device)).view(each.shape)).sum() for each in y.values())
+            loss = sum(_weighted_sum(each) for each in y.values())
             wanted = [mask, *leaves.values(), *parameters]
             grads = torch.autograd.grad(loss, wanted, allow_unused=True)
             results.append([torch.zeros_like(w) if g is None else g for w, g in zip(wanted, grads)])
@@ -213,6 +214,11 @@ def _check_gradients(gated: GatedForward, call: Call) -> None:
         if plain.numel() and (ours.float() - plain.float()).abs().max().item() > max(scale, 1e-4) * max(1e-2, 100 * eps):
             raise ValueError(f"Block {gated.name}: gradients with its samples gathered differ from those of the plain formula. Pass "
                              "gather=False, which computes the plain formula throughout.")  # fmt: skip
+
+
+def _weighted_sum(tensor: Tensor) -> Tensor:
+    """A scalar whose gradient differs at every place."""
+    return (tensor.float().flatten() * torch.arange(tensor.numel(), device=tensor.device).sin()).sum()
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:
