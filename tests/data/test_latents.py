@@ -208,7 +208,7 @@ def test_the_published_layout_is_checked(folders, tmp_path):
 ])
 def test_a_published_file_that_was_not_looked_at_before_training_is_checked_when_it_is_read(folders, kind, content, said):
     for i in range(12, 1200):
-        np.save(folders / "imagenet256_features" / f"{i}.npy", np.zeros((1, 4, 2, 2), np.float32))
+        np.save(folders / "imagenet256_features" / f"{i}.npy", np.random.default_rng(i).normal(size=(1, 4, 2, 2)).astype(np.float32))
         np.save(folders / "imagenet256_labels" / f"{i}.npy", np.array([i % 1000]))
     np.save(folders / f"imagenet256_{kind}" / "500.npy", content)
     module = data(folders)
@@ -243,7 +243,12 @@ def model(**overrides):
 
 def test_a_model_that_fits_is_accepted(made):
     data(made / "moments").check_fits(model())
-    data(made / "moments").check_fits(model(num_classes=1000))
+
+
+def test_labels_by_order_warn_for_a_model_of_more_classes(made):
+    with pytest.warns(UserWarning, match="3 classes, labelled 0 to 2 in the order of their names, and the model has 1000.*class_to_idx"):
+        data(made / "moments").check_fits(model(num_classes=1000))
+    data(made / "moments", class_to_idx="order").check_fits(model(num_classes=1000))  # the user knows
 
 
 @pytest.mark.parametrize(("settings", "said"), [

@@ -55,7 +55,7 @@ def test_the_mirrored_view_is_the_extraction_of_mirrored_files(made, tmp_path):
 
 
 def test_a_folder_says_what_it_holds_and_has_nothing_else(made):
-    assert list(files(made / "whole")) == ["latents.json", *(f"shard-0000{i}.safetensors" for i in range(3))]
+    assert list(files(made / "whole")) == ["images.jsonl", "latents.json", *(f"shard-0000{i}.safetensors" for i in range(3))]
     held = read_json(made / "whole" / "latents.json")
     assert held["content"] == "moments" and held["latent_shape"] == [4, 4, 4] and held["num_samples"] == NUM_IMAGES
     assert held["classes"] == list(CLASSES) and held["image_size"] == 8 and held["vae"]["scaling_factor"] == 0.18215

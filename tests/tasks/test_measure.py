@@ -165,7 +165,7 @@ def test_wrong_files_are_named_with_what_was_expected(files, tmp_path):
     np.savez(tmp_path / "nan.npz", arr_0=broken)
     (tmp_path / "deep").mkdir()
     for i in range(4):
-        Image.fromarray(np.full((8, 8), 40_000, dtype=np.uint16)).save(tmp_path / "deep" / f"{i}.png")
+        Image.fromarray(np.full((8, 8), 0.5, dtype=np.float32)).save(tmp_path / "deep" / f"{i}.tiff")
     np.savez(tmp_path / "objects.npz", arr_0=np.array([{}], dtype=object))
     (tmp_path / "cut.npz").write_bytes((files / "made.npz").read_bytes()[:500])
     statistics = {"features": (torch.zeros(64), torch.eye(64))}
@@ -173,7 +173,7 @@ def test_wrong_files_are_named_with_what_was_expected(files, tmp_path):
     for samples, said in (("missing", "There is no folder"), ("empty", "holds no pictures"), ("keys.npz", "holds other. A reference holds"),
                           ("float.npz", "arr_0 of .* is float64 .* between 0.5 and 0.5; pictures are uint8"),
                           ("nan.npz", r"1 of 5 hold values that are not finite \(places \[3\]\)"),
-                          ("deep", "0.png is no readable picture .*more than 8 bits"),
+                          ("deep", r"0.tiff is no readable picture .*floats .* which may mean 0..1 or 0..255"),
                           ("objects.npz", "not a whole npz file of plain arrays"),
                           ("cut.npz", "not a whole npz file"), ("statistics.npz", r"holds no pictures \(arr_0\)"),
                           ("missing.npz", "There is no file")):
