@@ -109,7 +109,7 @@ class ImageReader:
             BrokenImage: when it is no image that can be read in one way, or of more than `max_pixels`.
             ArtifactError: when it may be whole, but the disk or the network it is on fails.
         """
-        from PIL import Image
+        from PIL import Image, UnidentifiedImageError
 
         try:
             if isinstance(file, (str, os.PathLike)):
@@ -118,6 +118,8 @@ class ImageReader:
                 return self._convert(image)
         except BrokenImage:
             raise
+        except UnidentifiedImageError as error:
+            raise BrokenImage("its content is of no known image format") from error
         except OSError as error:
             if error.errno not in OF_THIS_FILE:
                 raise ArtifactError(f"Cannot read {file}: {error.strerror}.") from error
