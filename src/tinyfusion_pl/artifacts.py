@@ -150,6 +150,8 @@ def _existing(path: str | os.PathLike) -> Path:
         raise ArtifactError(f"{path} is a folder, where a file was expected. Give the file inside it.")
     if not path.exists():
         raise ArtifactError(f"There is no file {path}. Check the path.")
+    if not path.is_file():
+        raise ArtifactError(f"{path} is a named pipe, a socket or a device. Give a regular file.")
     return path
 
 

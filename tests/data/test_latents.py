@@ -208,7 +208,7 @@ def test_the_published_layout_is_checked(folders, tmp_path):
 ])
 def test_a_published_file_that_was_not_looked_at_before_training_is_checked_when_it_is_read(folders, kind, content, said):
     for i in range(12, 1200):
-        np.save(folders / "imagenet256_features" / f"{i}.npy", np.zeros((1, 4, 2, 2), np.float32))
+        np.save(folders / "imagenet256_features" / f"{i}.npy", np.random.default_rng(i).normal(size=(1, 4, 2, 2)).astype(np.float32))
         np.save(folders / "imagenet256_labels" / f"{i}.npy", np.array([i % 1000]))
     np.save(folders / f"imagenet256_{kind}" / "500.npy", content)
     module = data(folders)
@@ -243,7 +243,12 @@ def model(**overrides):
 
 def test_a_model_that_fits_is_accepted(made):
     data(made / "moments").check_fits(model())
-    data(made / "moments").check_fits(model(num_classes=1000))
+
+
+def test_labels_by_order_warn_for_a_model_of_more_classes(made):
+    with pytest.warns(UserWarning, match="3 classes, labelled 0 to 2 in the order of their names, and the model has 1000.*class_to_idx"):
+        data(made / "moments").check_fits(model(num_classes=1000))
+    data(made / "moments", class_to_idx="order").check_fits(model(num_classes=1000))  # the user knows
 
 
 @pytest.mark.parametrize(("settings", "said"), [
@@ -371,6 +376,67 @@ def test_values_that_are_not_finite_name_their_shard(root):
         file.write(np.array(np.nan, "<f4").tobytes())
     with pytest.raises(ArtifactError, match="Sample 0 in shard .*shard-00000.safetensors holds values that are not finite"):
         shards.read(0, 0)
+
+
+def overwrite(root, value):
+    """All latents of all shards."""
+    for path in root.glob("shard-*"):
+        shard = int(path.stem[-5:])
+        tensors, metadata = load_file(path), shard_metadata(LatentShards(root).info, shard)
+        tensors["latents"].fill_(value)
+        save_file(tensors, path, metadata=metadata)
+
+
+@pytest.mark.parametrize(("value", "said"), [(0.0, "all hold the number 0 alone"), (0.5, "all hold the number 0.5 alone"),
+                                             (1e30, r"holds values up to 1e\+30: the file is damaged"),
+                                             (float("nan"), "holds values that are not finite")])
+def test_shards_of_values_that_no_latent_has_are_refused(root, value, said):
+    overwrite(root, value)
+    with pytest.raises(ArtifactError, match=said):
+        data(root)
+
+
+def test_values_of_1e30_in_training_name_their_shard(root):
+    shards = LatentShards(root)
+    with open(root / "shard-00000.safetensors", "r+b") as file:
+        file.seek(shards.offsets[0])
+        file.write(np.array(1e30, "<f4").tobytes())
+    with pytest.raises(ArtifactError, match=r"Sample 0 in shard .*shard-00000.safetensors holds values up to 1e\+30"):
+        shards.read(0, 0)
+
+
+@pytest.mark.parametrize(("key", "value"), [
+    ("num_samples", "10"), ("num_samples", 10.0), ("num_samples", -1), ("num_samples", 10**15), ("num_samples", None), ("shard_size", 0),
+    ("latent_shape", [4, 4]), ("latent_shape", "444"), ("latent_shape", None), ("latent_shape", [4, 4, 0]), ("vae", None), ("vae", {}),
+    ("vae", {"scaling_factor": "1", "source": "", "encoder": ""}), ("classes", None), ("classes", []), ("classes", [1, 2, 3]),
+    ("classes", {"a": 1}), ("indices", [1]), ("indices", ["0", "1", "2"]), ("skipped", {"a": 99}), ("skipped", []), ("content", "mean"),
+    ("content", []), ("dtype", {}), ("image_size", True), ("unknown", 1),
+])
+def test_a_description_of_odd_types_is_named(root, key, value):
+    content = read_json(root / "latents.json")
+    write_json(root / "latents.json", {**content, key: value})
+    with pytest.raises(ArtifactError, match="latents.json does not describe latents"):
+        data(root)
+
+
+def test_a_description_of_endless_shards_ends(root):
+    content = read_json(root / "latents.json")
+    write_json(root / "latents.json", {**content, "num_samples": 2**39, "shard_size": 1})
+    with pytest.raises(ArtifactError, match="1001 of 549755813888 shards cannot be used"):
+        data(root)
+
+
+def test_corrupt_headers_of_shards_are_one_sentence(root):
+    path = root / "shard-00001.safetensors"
+    content, generator = np.frombuffer(path.read_bytes(), np.uint8), np.random.default_rng(0)
+    for _ in range(150):
+        broken = content.copy()
+        broken[generator.integers(0, 300, 3)] = generator.integers(0, 256, 3)
+        path.write_bytes(broken.tobytes())
+        try:
+            data(root)
+        except ArtifactError as error:
+            assert str(path) in str(error) or "latents.json" in str(error)
 
 
 def test_more_processes_than_samples_are_refused(made, monkeypatch):

@@ -1,6 +1,7 @@
 """Extraction of latents: the numbers, and that neither interruptions nor processes change a byte of the files."""
 
 import os
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from image_toys import broken_images
 from latents_toys import CLASSES, NUM_IMAGES, TRAINER, autoencoder, extract, pack, vae_in, write_images
 from tinyfusion_pl import cli
 from tinyfusion_pl.artifacts import ArtifactError, read_json
@@ -55,7 +57,7 @@ def test_the_mirrored_view_is_the_extraction_of_mirrored_files(made, tmp_path):
 
 
 def test_a_folder_says_what_it_holds_and_has_nothing_else(made):
-    assert list(files(made / "whole")) == ["latents.json", *(f"shard-0000{i}.safetensors" for i in range(3))]
+    assert list(files(made / "whole")) == ["images.jsonl", "latents.json", *(f"shard-0000{i}.safetensors" for i in range(3))]
     held = read_json(made / "whole" / "latents.json")
     assert held["content"] == "moments" and held["latent_shape"] == [4, 4, 4] and held["num_samples"] == NUM_IMAGES
     assert held["classes"] == list(CLASSES) and held["image_size"] == 8 and held["vae"]["scaling_factor"] == 0.18215
@@ -204,6 +206,9 @@ def test_the_command_extracts_and_training_data_read_it(made, tmp_path, monkeypa
     (["extract.dtype=bfloat16"], "'float32' or 'float16'"),
     (["extract.shard_size=0"], "extract.shard_size is 0"),
     (["extract.num_images=11"], "num_images is 11; "),
+    (["extract.max_pixels=0"], "extract.max_pixels is 0"),
+    (["extract.class_to_idx=imagenet"], "are no wnids of ImageNet's 1000 classes (n01, n02, n10)"),
+    (["extract.class_to_idx=nowhere.json"], "There is no file nowhere.json"),
     (["extract.images=nowhere"], "nowhere is no folder of class folders"),
     (["extract.images=nowhere.npz"], "There is no file nowhere.npz"),
     (["extract.vae.source=nowhere"], "There is no VAE at nowhere"),
@@ -266,3 +271,148 @@ def test_moments_that_are_not_finite_stop_the_extraction(made, tmp_path):
     torch.nn.init.constant_(model.quant_conv.bias, float("inf"))
     with pytest.raises(ValueError, match="values that are not finite for images 0 to 1"):
         extract(made, made / "images", tmp_path / "out", vae=partial(VAE, model, source="other"))
+
+
+# -- broken images, and images that are removed, added or changed
+def break_image(images):
+    """Cut one image file; its sample is number 8 of 10 (class folder by class folder)."""
+    path = images / "n10" / "5.png"
+    path.write_bytes(path.read_bytes()[:60])
+    return path
+
+
+@pytest.fixture
+def stopped(made, tmp_path):
+    """An extraction that a broken image stopped after two whole shards."""
+    images = write_images(tmp_path / "images")
+    path = break_image(images)
+    with pytest.raises(ValueError, match="n10/5.png is no readable image .*run the same command again; or .* skip_broken=true"):
+        extract(made, images, tmp_path / "out")
+    assert (tmp_path / "out" / "shard-00001.safetensors").exists()
+    return images, tmp_path / "out", path
+
+
+def other_samples(root, made):
+    """Whether all samples of `root` but the broken one are those of the whole extraction."""
+    shards, whole = LatentShards(root), LatentShards(made / "whole")
+    kept = [i for i in range(NUM_IMAGES) if i != 8]
+    assert len(shards) == 9 and shards.labels.tolist() == whole.labels[kept].tolist()
+    return all(np.array_equal(shards.read(i, view), whole.read(number, view)) for i, number in enumerate(kept) for view in (0, 1))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_broken_images_are_skipped_counted_and_named(made, tmp_path, capsys, num_workers):
+    images = write_images(tmp_path / "images")
+    break_image(images)
+    extract(made, images, tmp_path / "out", skip_broken=True, num_workers=num_workers)
+    out = capsys.readouterr().out
+    assert "1 images were left out (n10/5.png); latents.json names all of them" in out and "5.png: " in out
+    assert read_json(tmp_path / "out" / "latents.json")["skipped"] == {"n10/5.png": 8}
+    assert other_samples(tmp_path / "out", made)
+
+
+def test_removing_a_broken_image_resumes(made, stopped, capsys):
+    images, out, path = stopped
+    before = files(out)
+    path.unlink()
+    counting = fragile(made, at=1)()  # one batch is left: nothing that is finished is done again
+    extract(made, images, out, vae=lambda: counting)
+    assert counting.at == 0
+    assert "1 of the 10 images that this extraction began with were removed since (n10/5.png)" in capsys.readouterr().out
+    assert all(files(out)[name] == content for name, content in before.items() if name.startswith("shard"))
+    assert other_samples(out, made) and read_json(out / "latents.json")["skipped"] == {"n10/5.png": 8}
+    extract(made, images, out)
+    assert "done before" in capsys.readouterr().out
+
+
+def test_skip_broken_and_replacing_resume_too(made, stopped, tmp_path):
+    images, out, path = stopped
+    extract(made, images, shutil.copytree(out, tmp_path / "skipped"), skip_broken=True)
+    assert other_samples(tmp_path / "skipped", made)
+    shutil.copy(made / "images" / "n10" / "5.png", path)
+    extract(made, images, out)
+    assert files(out) == files(made / "whole") | {name: files(out)[name] for name in ("latents.json", "images.jsonl")}  # other paths
+
+
+def test_added_and_changed_images_are_told_by_name(made, stopped):
+    images, out, path = stopped
+    path.unlink()
+    Image.new("RGB", (9, 9)).save(images / "n01" / "zz.png")
+    with pytest.raises(ArtifactError, match=r"since then 1 images were added \(n01/zz.png\). Give another extract.output"):
+        extract(made, images, out)
+    (images / "n01" / "zz.png").unlink()
+    Image.new("RGB", (9, 9)).save(images / "n01" / "0.png")
+    with pytest.raises(ArtifactError, match=r"1 images .* are others than those whose latents .* \(n01/0.png\).*delete shard-00000"):
+        extract(made, images, out)
+    (out / "shard-00000.safetensors").unlink()
+    extract(made, images, out)
+    assert len(LatentShards(out)) == 9
+
+
+def test_a_renamed_class_folder_is_told(made, stopped):
+    images, out, _ = stopped
+    (images / "n02").rename(images / "n11")
+    with pytest.raises(ArtifactError, match="since then 3 images were added"):
+        extract(made, images, out)
+
+
+def test_images_removed_after_the_end_are_left_out(made, tmp_path, capsys):
+    images = write_images(tmp_path / "images")
+    extract(made, images, tmp_path / "out")
+    shards = {name: content for name, content in files(tmp_path / "out").items() if name.startswith("shard")}
+    (images / "n10" / "5.png").unlink()
+    capsys.readouterr()
+    extract(made, images, tmp_path / "out", vae=fragile(made, at=0))
+    out = capsys.readouterr().out
+    assert "done before" in out and "1 images were left out (n10/5.png)" in out
+    assert other_samples(tmp_path / "out", made) and shards.items() <= files(tmp_path / "out").items()
+
+
+def test_a_removed_image_of_the_first_few_resumes(made, tmp_path):
+    images = write_images(tmp_path / "images")
+    path = images / "n01" / "6.png"
+    content = path.read_bytes()
+    path.write_bytes(b"broken")
+    with pytest.raises(ValueError, match="6.png is no readable image"):
+        extract(made, images, tmp_path / "out", num_images=6)
+    path.unlink()
+    extract(made, images, tmp_path / "out", num_images=6)
+    assert LatentShards(tmp_path / "out").info.skipped == {"n01/6.png": 2} and content
+    assert LatentShards(tmp_path / "out").labels.tolist() == [0, 0, 0, 1, 1]
+
+
+def test_all_images_broken_is_an_error(made, tmp_path):
+    images = write_images(tmp_path / "images")
+    for path in images.glob("*/*"):
+        path.write_bytes(b"x")
+    with pytest.raises(ValueError, match="None of the 10 images of .* could be read"):
+        extract(made, images, tmp_path / "out", skip_broken=True)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_every_kind_of_broken_image_is_skipped(made, tmp_path, num_workers):
+    images = write_images(tmp_path / "images")
+    broken = broken_images(images / "n02")
+    extract(made, images, tmp_path / "out", skip_broken=True, num_workers=num_workers)
+    shards = LatentShards(tmp_path / "out")
+    assert set(shards.info.skipped) == {f"n02/{path.name}" for path in broken if not path.stem.isdecimal()}
+    assert len(shards) == NUM_IMAGES and shards.labels.tolist() == [0] * 4 + [1] * 3 + [2] * 3
+
+
+def test_what_is_ignored_and_noted_is_said(made, tmp_path, capsys):
+    images = write_images(tmp_path / "images")
+    (images / ".ipynb_checkpoints").mkdir()
+    Image.new("RGBA", (9, 9), (1, 2, 3, 4)).save(images / "n01" / "0.png")
+    extract(made, images, tmp_path / "out")
+    out = capsys.readouterr().out
+    assert "1 hidden files or folders (.ipynb_checkpoints)" in out and "1 images have transparent pixels: transparency is ignored" in out
+    assert "3 classes, labels by the order of the class folders (n01: 0, n02: 1, n10: 2)" in out
+
+
+@pytest.mark.parametrize("content", [b"", b"[1]\n[2]\n", b"{}\n", b"\xff\xfe", b"null"])
+def test_a_damaged_list_of_images_is_named(made, stopped, content):
+    images, out, path = stopped
+    path.unlink()
+    (out / "images.jsonl").write_bytes(content)
+    with pytest.raises(ArtifactError, match="images.jsonl (is damaged|does not describe latents)"):
+        extract(made, images, out)

@@ -165,7 +165,7 @@ def test_wrong_files_are_named_with_what_was_expected(files, tmp_path):
     np.savez(tmp_path / "nan.npz", arr_0=broken)
     (tmp_path / "deep").mkdir()
     for i in range(4):
-        Image.fromarray(np.full((8, 8), 40_000, dtype=np.uint16)).save(tmp_path / "deep" / f"{i}.png")
+        Image.fromarray(np.full((8, 8), 0.5, dtype=np.float32)).save(tmp_path / "deep" / f"{i}.tiff")
     np.savez(tmp_path / "objects.npz", arr_0=np.array([{}], dtype=object))
     (tmp_path / "cut.npz").write_bytes((files / "made.npz").read_bytes()[:500])
     statistics = {"features": (torch.zeros(64), torch.eye(64))}
@@ -173,7 +173,7 @@ def test_wrong_files_are_named_with_what_was_expected(files, tmp_path):
     for samples, said in (("missing", "There is no folder"), ("empty", "holds no pictures"), ("keys.npz", "holds other. A reference holds"),
                           ("float.npz", "arr_0 of .* is float64 .* between 0.5 and 0.5; pictures are uint8"),
                           ("nan.npz", r"1 of 5 hold values that are not finite \(places \[3\]\)"),
-                          ("deep", "0.png is no readable picture .*more than 8 bits"),
+                          ("deep", r"0.tiff is no readable picture .*floats .* which may mean 0..1 or 0..255"),
                           ("objects.npz", "not a whole npz file of plain arrays"),
                           ("cut.npz", "not a whole npz file"), ("statistics.npz", r"holds no pictures \(arr_0\)"),
                           ("missing.npz", "There is no file")):
@@ -214,3 +214,93 @@ def test_centre_crop_is_that_of_the_adm_data_loader():
     scaled = halved.resize((20, round(35 * 20 / 22)), resample=Image.Resampling.BICUBIC)
     top = (scaled.height - 20) // 2
     assert np.array_equal(np.array(center_crop(image, 20)), np.array(scaled)[top : top + 20])
+
+
+# -- what images there may be
+def grey_images(folder, num=6):
+    folder.mkdir(parents=True)
+    for i in range(num):
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, (8, 8), dtype=np.uint8)).save(folder / f"{i}.png")
+    return folder
+
+
+def test_every_kind_of_broken_image_is_named_or_skipped(files, tmp_path):
+    from image_toys import broken_images
+
+    folder = grey_images(tmp_path / "images")
+    broken = {path.name for path in broken_images(folder)} - {f"{i}.png" for i in range(6)}
+    with pytest.raises(ValueError, match="is no readable picture .*skip_broken=true"):
+        measured(folder, files / "real", tmp_path)
+    measured(folder, files / "real", tmp_path, skip_broken=True)
+    results = read_json(tmp_path / "measure.json")
+    assert (results["protocol"]["num_samples"], results["num_skipped"]) == (6, len(broken))
+
+
+def test_only_broken_images_is_an_error(files, tmp_path):
+    folder = grey_images(tmp_path / "images")
+    for path in folder.iterdir():
+        path.write_bytes(b"x")
+    with pytest.raises(ValueError, match="None of the 6 images could be read"):
+        measured(folder, files / "real", tmp_path, skip_broken=True)
+
+
+def test_too_few_images_after_skipping_is_an_error(files, tmp_path):
+    folder = grey_images(tmp_path / "images")
+    for i in range(4):
+        (folder / f"{i}.png").write_bytes(b"x")
+    with pytest.raises(ValueError, match="'precision_recall' needs 4 or more samples; there are 2"):
+        measured(folder, files / "real", tmp_path, skip_broken=True)
+
+
+def test_what_was_ignored_noted_and_skipped_is_said(files, tmp_path, capsys):
+    folder = grey_images(tmp_path / "images")
+    Image.new("LA", (8, 8), (9, 9)).save(folder / "alpha.png")
+    (folder / ".DS_Store").write_bytes(b"")
+    (folder / "broken.png").write_bytes(b"x")
+    measured(folder, files / "real", tmp_path, skip_broken=True)
+    out = capsys.readouterr().out
+    assert "1 hidden files or folders (.DS_Store)" in out and "1 images have transparent pixels: transparency is ignored" in out
+    assert "1 broken images were skipped: " in out and "broken.png: its content is of no known image format" in out
+
+
+def test_npz_of_image_files_is_measured_as_the_folder(files, tmp_path):
+    folder = grey_images(tmp_path / "images")
+    contents = [path.read_bytes() for path in sorted(folder.iterdir())]
+    np.savez(tmp_path / "packed.npz", blob=np.frombuffer(b"".join(contents), np.uint8), offsets=np.cumsum([0, *map(len, contents)]),
+             labels=[5] * 6)
+    results = [measured(samples, reference, tmp_path) for samples, reference in
+               ((folder, files / "real"), (tmp_path / "packed.npz", files / "real"))]
+    assert results[0] == results[1]
+    measured(files / "made", tmp_path / "packed.npz", tmp_path)
+    make_reference(run_dir=tmp_path, pictures=str(tmp_path / "packed.npz"), output=str(tmp_path / "ref.npz"), metrics=metrics(),
+                   trainer=TRAINER, files=PictureFiles(num_channels=1))
+    assert read_reference(tmp_path / "ref.npz").num_pictures == 6
+
+
+@pytest.mark.parametrize("arrays", [
+    {"mu": np.zeros(64), "sigma": np.zeros(64)}, {"mu": np.zeros(64), "sigma": np.zeros((64, 63))},
+    {"mu": np.array("x"), "sigma": np.eye(2)},
+    {"mu": np.zeros(64, complex), "sigma": np.eye(64)}, {"features": np.zeros(64)}, {"features": np.array([["a"]])},
+    {"arr_0": np.array(1.0)}, {"arr_0": np.array("x")}, {"arr_0": np.zeros((0, 8, 8, 1), np.uint8)},
+    {"arr_0": np.zeros((4, 0, 8, 1), np.uint8)},
+    {"features": np.zeros((9, 64)), "num_pictures": np.zeros(3)}, {"features": np.zeros((9, 64)), "network": np.zeros(3)},
+])
+def test_references_of_odd_types_are_named(tmp_path, arrays):
+    np.savez(tmp_path / "odd.npz", **arrays)
+    with pytest.raises(ArtifactError, match=".*odd.npz"):
+        read_reference(tmp_path / "odd.npz")
+
+
+def test_references_of_either_byte_order_are_read(tmp_path):
+    np.savez(tmp_path / "x.npz", mu=np.arange(3, dtype=">f8"), sigma=np.eye(3, dtype=">f4"), features=np.ones((2, 3), ">f2"))
+    found = read_reference(tmp_path / "x.npz")
+    assert found.statistics["features"][0].tolist() == [0, 1, 2] and found.features.dtype == torch.float32
+
+
+def test_a_pipe_is_never_opened(files, tmp_path):
+    import os
+
+    os.mkfifo(tmp_path / "x.npz")
+    for samples, reference in ((tmp_path / "x.npz", files / "real"), (files / "made", tmp_path / "x.npz")):
+        with pytest.raises(ArtifactError, match="x.npz is a named pipe, not a regular file"):
+            measured(samples, reference, tmp_path)

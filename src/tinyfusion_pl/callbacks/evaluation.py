@@ -61,7 +61,7 @@ class EvaluationCallback(Callback):
                 raise ValueError(f"EvaluationCallback: the {kind} {type(owner).__name__} has no {', '.join(lacking)}.")
         sampler = self._sampler(trainer, pl_module)
         sampler.check()
-        labels_of(self.labels, self.num_samples, sampler.denoiser.num_classes, seed=self.seed)
+        self._labels_of(trainer, sampler)
         pictures = trainer.datamodule.reference_pictures()[0]
         self.metrics.check(num_samples=self.num_samples, num_reference=len(pictures))
         averaging = any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)
@@ -87,7 +87,7 @@ class EvaluationCallback(Callback):
     def evaluate(self, trainer: Trainer, pl_module: LightningModule, step: int) -> dict[str, float]:
         """Sample, measure and log at `step`; every process takes part. Returns the metrics' results."""
         sampler = self._sampler(trainer, pl_module)
-        labels = labels_of(self.labels, self.num_samples, sampler.denoiser.num_classes, seed=self.seed)
+        labels = self._labels_of(trainer, sampler)
         self.metrics.reset()
         for indices in torch.arange(trainer.global_rank, self.num_samples, trainer.world_size).split(self.batch_size):
             self.metrics.update(sampler(indices, labels[indices], device=pl_module.device), labels[indices], indices=indices)
@@ -110,6 +110,12 @@ class EvaluationCallback(Callback):
                 from torchvision.io import read_image
 
                 logger.experiment.add_image("val/samples", read_image(str(path)), step)
+
+    def _labels_of(self, trainer: Trainer, sampler: PictureSampler) -> Tensor:
+        """Labels of the samples, among the classes of the images that they are held against."""
+        num_classes, data = sampler.denoiser.num_classes, trainer.datamodule
+        classes = data.reference_classes(num_classes=num_classes) if hasattr(data, "reference_classes") else None
+        return labels_of(self.labels, self.num_samples, num_classes, seed=self.seed, classes=classes)
 
     def _sampler(self, trainer: Trainer, pl_module: LightningModule) -> PictureSampler:
         data = trainer.datamodule

@@ -56,6 +56,19 @@ class GenerationDataModule(LightningDataModule, ABC):
     def reference_pictures(self) -> tuple[Tensor, Tensor]:
         """Real pictures in the form that `decode` gives, and their labels (N,): what samples are held against."""
 
+    @property
+    def classes(self) -> list[int] | None:
+        """Labels that the training samples have, ascending; None: all that the model knows."""
+        return None
+
+    def reference_classes(self, *, num_classes: int) -> list[int] | None:
+        """Labels that `reference_pictures` have, ascending; None: all `num_classes` that the model knows.
+
+        Raises:
+            ValueError: when it is not certain that they are the model's.
+        """
+        return self.reference_pictures()[1].unique().tolist()
+
     def check_fits(self, denoiser: nn.Module) -> None:
         """Find out whether `denoiser` can be trained on these latents, before anything is.
 
@@ -63,6 +76,14 @@ class GenerationDataModule(LightningDataModule, ABC):
             ValueError: when its latents have another size or channel count, or it has no place for a label.
         """
         self.check_latents(denoiser)
+        self.check_labels(denoiser.num_classes)
+
+    def check_labels(self, num_classes: int) -> None:
+        """Find out whether labels are those of a model with `num_classes` classes; ValueError when they are not, a warning when they may
+        be others."""
+        if self.classes is not None and self.classes and not 0 <= min(self.classes) <= max(self.classes) < num_classes:
+            raise ValueError(f"The data has labels {min(self.classes)} to {max(self.classes)}, but the model knows the classes 0 to "
+                             f"{num_classes - 1}. Give a model of these classes, or data of its classes.")
 
     def check_latents(self, denoiser: nn.Module) -> None:
         """Find out whether `denoiser` works on latents of this size and channel count; ValueError when it does not."""

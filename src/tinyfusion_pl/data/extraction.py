@@ -5,17 +5,21 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tinyfusion_pl.arrays import check_regular
 from tinyfusion_pl.artifacts import ArtifactError, load_tensors, read_json, save_tensors, write_json
+from tinyfusion_pl.data.images import LabelledImages
+from tinyfusion_pl.data.inventory import GONE, Inventory
+from tinyfusion_pl.data.latents_info import FINISHED, UNFINISHED, LatentsInfo
+from tinyfusion_pl.data.listing import named, printable
 from tinyfusion_pl.data.shards import (
-    FINISHED,
-    UNFINISHED,
-    LatentsInfo,
+    UNUSABLE,
     check_shard,
     generator_of,
     normal,
@@ -39,7 +43,7 @@ class ShardWriter:
 
     def __init__(self, root: Path, info: LatentsInfo, *, save_every: int, rank: int = 0, world_size: int = 1) -> None:
         self.root, self.info, self.save_every = root, info, save_every
-        self.parts = {shard: [part for part in self._parts(shard) if not self._is_there(part)]
+        self.parts = {shard: [part for part in self._parts(shard) if not _is_part(self._part_path(part), info)]
                       for shard in missing_shards(root, info)[rank::world_size]}
         self._latents: list[Tensor] = []
         self._labels: list[Tensor] = []
@@ -55,7 +59,10 @@ class ShardWriter:
                 self._assemble(shard)
 
     def add(self, numbers: Tensor, moments: Tensor, labels: Tensor) -> None:
-        """Take one batch of `batches`: numbers (n,), moments (n, 2, 2C, h, w), labels (n,); write what is complete."""
+        """Take one batch of `batches`: numbers (n,), moments (n, 2, 2C, h, w), labels (n,), -1 where there is no image; write what is
+        complete."""
+        moments = moments.float().cpu()  # (n, 2, 2C, h, w)
+        moments[labels.cpu() < 0] = 0
         self._latents.append(self._kept(numbers, moments))
         self._labels.append(labels.cpu())
         shard = int(numbers[0]) // self.info.shard_size
@@ -70,7 +77,6 @@ class ShardWriter:
             self._assemble(shard)
 
     def _kept(self, numbers: Tensor, moments: Tensor) -> Tensor:
-        moments = moments.float().cpu()  # (n, 2, 2C, h, w)
         if not torch.isfinite(moments).all():
             raise ValueError(f"The VAE gives values that are not finite for images {int(numbers[0])} to {int(numbers[-1])}. With "
                              "extract.vae.precision=float32 it should not; otherwise its weights are damaged.")
@@ -99,13 +105,6 @@ class ShardWriter:
         for i in range(0, len(samples), self.save_every):
             yield samples[i : i + self.save_every]
 
-    def _is_there(self, part: range) -> bool:
-        """Whether a part is there, and of this extraction."""
-        try:
-            return read_header(self._part_path(part))[0].get("__metadata__") == {"part": self.info.fingerprint()}
-        except (OSError, ValueError):
-            return False
-
     def _part_path(self, part: range) -> Path:
         # Both ends are in the name: with another save_every a part is another one.
         return self.root / "parts" / f"{part[0]:09d}-{part[-1]:09d}.safetensors"
@@ -117,9 +116,56 @@ def missing_shards(root: Path, info: LatentsInfo) -> list[int]:
     for shard in range(info.num_shards):
         try:
             check_shard(root, info, shard)
-        except (OSError, ValueError, KeyError, TypeError):
+        except UNUSABLE:
             missing.append(shard)
     return missing
+
+
+def resume(root: Path, info: LatentsInfo, images: LabelledImages, *, num_images: int | None) -> tuple[LatentsInfo, Inventory, list[str]]:
+    """What to extract into `root`: `info` and the images of its samples, as they were when the extraction there began.
+
+    Images that were removed since then are left out. Returns also sentences on what differs.
+
+    Raises:
+        ArtifactError: when images were added, or others changed whose latents are there.
+    """
+    now = Inventory.of(images, num_samples=info.num_samples)
+    before = Inventory.read(root)
+    if before is None:
+        return info, now, []
+    then, stored = before
+    of_images = ("listing", "num_samples", "classes", "class_names", "indices")
+    if num_images not in (None, then.num_samples) or _without(then.identity(), of_images) != _without(info.identity(), of_images):
+        return info, now, []  # another extraction, which `is_finished` refuses unless its marks were deleted
+    found = stored.compared(images, now, all_images=num_images is None)
+    if found.added or found.relabelled:
+        what = "were added" if found.added else "have another label"
+        names = named(found.added) if found.added else found.named(found.relabelled)
+        raise ArtifactError(f"{root} holds the latents of {then.num_samples} images of {then.images}, and since then "
+                            f"{len(found.added or found.relabelled)} images {what} ({names}). Give another extract.output, or put the "
+                            "images back as they were: removed ones alone are left out.")
+    done = finished_samples(root, then) if found.changed else {}
+    if changed := [slot for slot in found.changed if slot in done]:
+        files = sorted({str(done[slot].relative_to(root)) for slot in changed})
+        raise ArtifactError(f"{len(changed)} images of {info.images} are others than those whose latents are in {root} "
+                            f"({found.named(changed)}). Put them back, or delete {', '.join(files[:3])}{' ...' if len(files) > 3 else ''} "
+                            f"and {FINISHED} there and extract again: only what is missing is made.")
+    gone = found.inventory.gone
+    said = [f"{len(gone)} of the {then.num_samples} images that this extraction began with were removed since "
+            f"({found.named(gone)}): they are left out."] if gone else []
+    kept = {name: getattr(then, name) for name in of_images}
+    return replace(info, **kept), found.inventory, said
+
+
+def finished_samples(root: Path, info: LatentsInfo) -> dict[int, Path]:
+    """Number -> file of the samples whose latents are there: those of whole shards, and of parts of others."""
+    missing = set(missing_shards(root, info))
+    done = {number: shard_path(root, shard) for shard in range(info.num_shards) if shard not in missing for number in info.samples(shard)}
+    for path in (root / "parts").glob("*-*.safetensors"):
+        first, _, last = path.stem.partition("-")
+        if first.isdecimal() and last.isdecimal() and _is_part(path, info):
+            done |= {number: path for number in range(int(first), min(int(last) + 1, info.num_samples))}
+    return done
 
 
 def is_finished(root: Path, info: LatentsInfo) -> bool:
@@ -133,24 +179,57 @@ def is_finished(root: Path, info: LatentsInfo) -> bool:
     held = next((root / name for name in (FINISHED, UNFINISHED) if (root / name).exists()), None)
     if held is None:
         return False
+    check_regular(held)
     there, here = LatentsInfo.from_dict(read_json(held), held).identity(), info.identity()
-    if differing := [key for key in here if there[key] != here[key]]:
-        said = "; ".join(f"{key} is {_brief(there[key])} there and {_brief(here[key])} here" for key in differing)
+    if differing := [key for key in here | there if there.get(key) != here.get(key)]:
+        said = "; ".join(f"{key} is {_brief(there.get(key))} there and {_brief(here.get(key))} here" for key in differing)
         raise ArtifactError(f"{root} holds another extraction ({said}). Give another extract.output, or the settings of that one.")
     return held.name == FINISHED
 
 
-def begin(root: Path, info: LatentsInfo) -> None:
-    """Mark `root` as the place of this extraction."""
+def begin(root: Path, info: LatentsInfo, inventory: Inventory | None = None) -> None:
+    """Mark `root` as the place of this extraction, of the images in `inventory`."""
+    if inventory is not None:
+        inventory.write(root, info)
     if not (root / UNFINISHED).exists():
         write_json(root / UNFINISHED, info.as_dict())
 
 
-def finish(root: Path, info: LatentsInfo) -> None:
-    """Mark `root` finished; all shards are there. Parts that another `save_every` left go."""
+def finish(root: Path, info: LatentsInfo, inventory: Inventory | None = None) -> dict[str, int]:
+    """Mark `root` finished; all shards are there. Parts that another `save_every` left go.
+
+    Returns:
+        Name -> number of the samples that are left out: their images were broken, or removed.
+
+    Raises:
+        ValueError: when that is all of them.
+    """
+    skipped = {} if inventory is None else left_out(root, info, inventory)
+    if len(skipped) == info.num_samples:
+        raise ValueError(f"None of the {info.num_samples} images of {info.images} could be read ({named(list(skipped))}). Nothing is left "
+                         "to train on.")
     shutil.rmtree(root / "parts", ignore_errors=True)
-    write_json(root / FINISHED, info.as_dict())
+    write_json(root / FINISHED, replace(info, skipped=skipped).as_dict())
     (root / UNFINISHED).unlink(missing_ok=True)
+    return skipped
+
+
+def left_out(root: Path, info: LatentsInfo, inventory: Inventory) -> dict[str, int]:
+    """Name -> number of the samples without an image: the labels in the shards say which were broken."""
+    labels = np.concatenate([check_shard(root, info, shard)[1] for shard in range(info.num_shards)])
+    return {printable(inventory.names[slot]): slot for slot in np.flatnonzero((labels < 0) | (inventory.places == GONE)).tolist()}
+
+
+def _is_part(path: Path, info: LatentsInfo) -> bool:
+    """Whether a part is there, and of this extraction."""
+    try:
+        return read_header(path)[0].get("__metadata__") == {"part": info.fingerprint()}
+    except UNUSABLE:
+        return False
+
+
+def _without(content: dict, keys: tuple[str, ...]) -> dict:
+    return {key: value for key, value in content.items() if key not in keys}
 
 
 def _brief(value: object) -> str:

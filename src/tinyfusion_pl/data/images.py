@@ -1,11 +1,11 @@
-"""Labelled images before they become latents: class folders as ImageNet has them, or JPEG files packed into an npz file."""
+"""Labelled images before they become latents: class folders as ImageNet has them, or image files packed into an npz file."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import os
-import zipfile
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -14,104 +14,164 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from tinyfusion_pl.arrays import read_npz
 from tinyfusion_pl.artifacts import ArtifactError
-from tinyfusion_pl.data.pictures import center_crop
+from tinyfusion_pl.data.classes import label_classes, relabel
+from tinyfusion_pl.data.listing import SPLITS, find_class_folders, named, printable
+from tinyfusion_pl.data.reading import BrokenImage, ImageReader, Note
+
+PACKED = ("blob", "offsets", "labels", "wnids", "classes", "names")
+REMEDY = "Replace or remove it, and run the same command again; or leave such images out with skip_broken=true."
 
 
-class LabelledImages(Dataset):
-    """Image i as uint8 (3, size, size), ADM centre crop, and its label.
+class LabelledImages(Dataset, ABC):
+    """Image i as uint8 (3, size, size), ADM center crop, and its label.
 
-    ``classes`` names the labels (wnids), ``class_names`` says what they are where that is known.
+    Args:
+        reader: Reads an image.
+        skip_broken: `read` gives the reason for an image that cannot be read, instead of an error.
+        remedy: What the error for a broken image says should be done.
+
+    ``classes`` names the classes, ``indices`` are their labels, ``labelled_by`` says how these came about (`label_classes`),
+    ``class_names`` says what the classes are where that is known. ``said`` are sentences on what was ignored or may be meant otherwise.
     """
 
     classes: list[str]
+    indices: list[int]
+    labelled_by: str
     class_names: list[str] | None
     labels: np.ndarray
+    said: list[str]
 
-    def __init__(self, *, image_size: int) -> None:
-        self.image_size = image_size
+    def __init__(self, *, reader: ImageReader, skip_broken: bool = False, remedy: str = REMEDY) -> None:
+        self.reader, self.skip_broken, self.remedy = reader, skip_broken, remedy
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    @abstractmethod
     def name(self, index: int) -> str:
-        """Where image `index` is, for people."""
-        raise NotImplementedError
+        """The name of image `index` among these."""
 
+    @abstractmethod
+    def place(self, index: int) -> str:
+        """Where image `index` is, for people."""
+
+    @abstractmethod
     def file(self, index: int) -> Any:
         """What PIL opens."""
-        raise NotImplementedError
 
+    @abstractmethod
     def listing(self) -> str:
         """16 hexadecimal digits over what there is, in its order: names or sizes of the image files, and labels."""
-        raise NotImplementedError
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        from PIL import Image, UnidentifiedImageError
+    @abstractmethod
+    def sizes(self) -> list[int]:
+        """Bytes of each image file; -1 where that cannot be known."""
 
+    def read(self, index: int) -> tuple[Tensor | None, Note, str]:
+        """Pixels (3, size, size), what is worth saying of them, and "". With `skip_broken`: None and the reason, for a broken image."""
         try:
-            with Image.open(self.file(index)) as image:
-                image = image.convert("RGB")
-        except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
-            raise ValueError(f"{self.name(index)} is no readable image ({error}). Replace or remove it, and begin again.") from error
-        picture = np.array(center_crop(image, self.image_size))  # (size, size, 3)
-        return torch.from_numpy(picture).permute(2, 0, 1), int(self.labels[index])
+            return *self.reader.read(self.file(index)), ""
+        except BrokenImage as error:
+            if self.skip_broken:
+                return None, Note(0), f"{self.place(index)}: {error}"
+            raise ValueError(f"{self.place(index)} is no readable image ({error}). {self.remedy}") from error
+
+    def __getitem__(self, index: int) -> tuple[Tensor | None, int]:
+        return self.read(index)[0], int(self.labels[index])
 
 
 class ClassFolders(LabelledImages):
-    """``root/CLASS/*.JPEG``; labels are numbers of the sorted class folders, as torchvision's ``ImageFolder`` gives them."""
+    """``root/CLASS/*.JPEG``, with labels as `label_classes` says."""
 
-    def __init__(self, root: str | os.PathLike, *, image_size: int) -> None:
-        from torchvision.datasets import ImageFolder
-
-        super().__init__(image_size=image_size)
-        try:
-            self.root, found = root, ImageFolder(root)
-        except FileNotFoundError as error:
-            raise ValueError(f"{root} is no folder of class folders with images ({error}). Give ImageNet's train/ (train/n01440764/*.JPEG, "
-                             "...) or an npz file.") from error
-        self.paths = np.array([path for path, _ in found.samples])  # one array: a list would be copied into every worker process
-        self.labels = np.array([label for _, label in found.samples], dtype=np.int64)
-        self.classes, self.class_names = found.classes, None
+    def __init__(self, root: str | os.PathLike, *, class_to_idx: str | None = None, **reading: Any) -> None:
+        super().__init__(**reading)
+        self.root = Path(root)
+        if not self.root.is_dir():
+            raise ValueError(f"{root} is no folder of class folders with images. Give ImageNet's train/ (train/n01440764/*.JPEG, ...) or "
+                             "an npz file.")
+        found, ignored = find_class_folders(root)
+        self.said = [f"Ignored in {root}: {sentence}." for sentence in ignored.sentences()]
+        empty = [name for name, names in found.items() if not names]
+        if len(empty) == len(found):
+            what = f"its {len(found)} class folders hold no images" if found else "it has no class folders"
+            beside = f" (it holds {'; '.join(ignored.sentences())})" if ignored.sentences() else ""
+            raise ValueError(f"{root} is no folder of class folders with images: {what}{beside}. Give ImageNet's train/ "
+                             "(train/n01440764/*.JPEG, ...) or an npz file.")
+        self.indices, self.labelled_by, said = label_classes(list(found), class_to_idx=class_to_idx, where=str(root))
+        if empty and self.labelled_by == "order":
+            raise ValueError(f"{len(empty)} of the {len(found)} class folders of {root} hold no images ({named(empty)}), and labels are "
+                             "the order of the folders. Remove the empty ones, or give class_to_idx=order to count them.")
+        self.said += [f"Class folders of {root} without images: {named(empty)}."] if empty else []
+        self.said += said + _split_folders(root, found)
+        self.classes, self.class_names = list(found), None
+        nums = [len(names) for names in found.values()]
+        self.paths = np.array([name for names in found.values() for name in names])  # a list would be copied into each worker process
+        self.labels = np.repeat(np.array(self.indices, dtype=np.int64), nums)
 
     def name(self, index: int) -> str:
         return str(self.paths[index])
 
-    file = name
+    def place(self, index: int) -> str:
+        return printable(str(self.root / self.name(index)))
+
+    def file(self, index: int) -> Any:
+        return os.path.join(self.root, self.name(index))
 
     def listing(self) -> str:
-        names = "\n".join(os.path.relpath(path, self.root) for path in self.paths)
-        return _digest(names.encode(), self.labels.tobytes())
+        names = "\n".join(self.paths.tolist())
+        return _digest(os.fsencode(names), self.labels.tobytes())
+
+    def sizes(self) -> list[int]:
+        return [_size(os.path.join(self.root, name)) for name in self.paths.tolist()]
 
 
 class PackedImages(LabelledImages):
-    """An npz file with ``blob``, the bytes of all image files, ``offsets`` (N + 1) into it, ``labels`` (N,), and optionally ``wnids`` and
-    ``names`` of the classes."""
+    """An npz file with ``blob``, the bytes of all image files, ``offsets`` (N + 1) into it, ``labels`` (N,), and optionally ``wnids`` (or
+    ``classes``) and ``names`` of the classes."""
 
-    def __init__(self, path: str | os.PathLike, *, image_size: int) -> None:
-        super().__init__(image_size=image_size)
+    def __init__(self, path: str | os.PathLike, *, class_to_idx: str | None = None, **reading: Any) -> None:
+        super().__init__(**reading)
         self.path = Path(path)
-        if not self.path.is_file():
-            raise ArtifactError(f"There is no file {path}. Check the path.")
-        try:
-            with np.load(self.path, allow_pickle=False) as arrays:
-                held = {name: arrays[name] for name in arrays.files if name in ("blob", "offsets", "labels", "wnids", "names")}
-        except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
-            raise ArtifactError(f"{path} is not a whole npz file of plain arrays ({error}). Make or download it again.") from error
+        held, _ = read_npz(path, only=PACKED)
         if lacking := [name for name in ("blob", "offsets", "labels") if name not in held]:
             raise ArtifactError(f"{path} has no {', '.join(lacking)}; an npz file of images holds blob (bytes of the image files), offsets "
                                 "(N + 1) into it and labels (N,).")
-        self.blob, self.offsets, self.labels = held["blob"], held["offsets"], held["labels"].astype(np.int64)
-        if len(self.offsets) != len(self.labels) + 1 or int(self.offsets[-1]) != self.blob.nbytes:
-            raise ArtifactError(f"{path} is inconsistent: {len(self.offsets)} offsets up to {int(self.offsets[-1])} for {len(self.labels)} "
-                                f"labels and {self.blob.nbytes} bytes.")
-        num_classes = int(self.labels.max()) + 1
-        self.classes = [str(name) for name in held["wnids"]] if "wnids" in held else [str(number) for number in range(num_classes)]
-        self.class_names = [str(name) for name in held["names"]] if "names" in held else None
-        if num_classes > len(self.classes) or self.labels.min() < 0:
-            raise ArtifactError(f"{path} has labels {self.labels.min()} to {self.labels.max()} and names {len(self.classes)} classes.")
+        self.blob, self.offsets = held["blob"], _whole_numbers(held["offsets"], "offsets", path)
+        labels = _whole_numbers(held["labels"], "labels", path)
+        if self.blob.dtype != np.uint8 or self.blob.ndim != 1:
+            raise ArtifactError(f"'blob' of {path} is {self.blob.dtype} {self.blob.shape}; expected the bytes of all image files, uint8 of "
+                                "one dimension.")
+        offsets = self.offsets
+        if not len(labels) or len(offsets) != len(labels) + 1 or int(offsets[-1]) != self.blob.nbytes:
+            raise ArtifactError(f"{path} is inconsistent: {len(offsets)} offsets up to {int(offsets[-1]) if len(offsets) else 0} for "
+                                f"{len(labels)} labels and {self.blob.nbytes} bytes.")
+        if offsets[0] != 0 or (np.diff(offsets) < 0).any():
+            raise ArtifactError(f"{path} is inconsistent: its offsets must begin with 0 and never decrease.")
+        names = held.get("wnids", held.get("classes"))
+        for key, given in (("wnids or classes", names), ("names", held.get("names"))):
+            if given is not None and (given.ndim != 1 or given.dtype.kind not in "US"):
+                raise ArtifactError(f"{key!r} of {path} is {given.dtype} {given.shape}; expected one text for each class.")
+        highest, lowest = int(labels.max()), int(labels.min())
+        present = range(highest + 1) if names is None and highest < len(labels) else np.unique(labels).tolist()
+        own = list(present) if names is None else list(range(len(names)))
+        if lowest < 0 or highest > own[-1]:
+            raise ArtifactError(f"{path} has labels {lowest} to {highest} and names {len(own)} classes.")
+        self.classes = [str(number) for number in own] if names is None else _texts(names)
+        if len(set(self.classes)) < len(self.classes):
+            raise ArtifactError(f"{path} names a class twice in wnids or classes.")
+        self.class_names = _texts(held["names"]) if "names" in held else None
+        if self.class_names is not None and len(self.class_names) != len(self.classes):
+            raise ArtifactError(f"{path} has {len(self.class_names)} names for {len(self.classes)} classes.")
+        self.indices, self.labelled_by, self.said = label_classes(
+            self.classes, class_to_idx=class_to_idx, where=str(path), own=own)
+        self.labels = relabel(labels, own, self.indices, where=str(path))
 
     def name(self, index: int) -> str:
+        return str(index)
+
+    def place(self, index: int) -> str:
         return f"image {index} of {self.path}"
 
     def file(self, index: int) -> Any:
@@ -120,18 +180,65 @@ class PackedImages(LabelledImages):
     def listing(self) -> str:
         return _digest(self.offsets.tobytes(), self.labels.tobytes())
 
+    def sizes(self) -> list[int]:
+        return np.diff(self.offsets).tolist()
+
+
+def open_images(path: str | os.PathLike, *, image_size: int | None, **settings: Any) -> LabelledImages:
+    """The images of a folder of class folders, or of an npz file.
+
+    Args:
+        image_size: Of the ADM center crop; None: as they are.
+        settings: ``class_to_idx``, see `label_classes`; ``num_channels`` and ``max_pixels``, see `ImageReader`; ``skip_broken`` and
+            ``remedy``, see `LabelledImages`.
+
+    Raises:
+        ValueError, ArtifactError: when they cannot be read; says what was expected.
+    """
+    of_reader = {name: settings.pop(name) for name in ("num_channels", "max_pixels") if name in settings}
+    reader = ImageReader(image_size=image_size, **of_reader)
+    return (PackedImages if Path(path).suffix == ".npz" else ClassFolders)(path, reader=reader, **settings)
+
+
+def as_batch_item(images: LabelledImages, index: int) -> tuple[Tensor, int, int, str]:
+    """What a DataLoader collates: pixels, label, notes and reason; a broken image is black, and its label is -1."""
+    pixels, notes, reason = images.read(index)
+    if pixels is None:
+        size = images.reader.image_size
+        return torch.zeros(images.reader.num_channels, size, size, dtype=torch.uint8), -1, 0, reason
+    return pixels, int(images.labels[index]), int(notes), ""
+
+
+def _whole_numbers(array: np.ndarray, name: str, path: str | os.PathLike) -> np.ndarray:
+    if array.dtype.kind not in "iu" or array.ndim != 1:
+        raise ArtifactError(f"{name!r} of {path} is {array.dtype} {array.shape}; expected whole numbers of one dimension.")
+    if len(array) and int(array.max()) > np.iinfo(np.int64).max:
+        raise ArtifactError(f"{name!r} of {path} go up to {int(array.max())}.")
+    return array.astype(np.int64)
+
+
+def _texts(array: np.ndarray) -> list[str]:
+    return [each.decode("utf-8", "replace") if isinstance(each, bytes) else str(each) for each in array.tolist()]
+
+
+def _split_folders(root: str | os.PathLike, found: dict[str, list[str]]) -> list[str]:
+    """A sentence where class folders look like the parts of a data set, each with class folders of its own."""
+    nested = all(name.count(os.sep) >= 2 for names in found.values() for name in names)
+    if found and nested and all(name.lower() in SPLITS for name in found):
+        return [f"The class folders of {root} are {named(list(found))}, and their images are in folders of their own: if those are the "
+                f"classes, give {Path(root) / next(iter(found))}."]
+    return []
+
+
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return -1
+
 
 def _digest(*parts: bytes) -> str:
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part)
     return digest.hexdigest()[:16]
-
-
-def open_images(path: str | os.PathLike, *, image_size: int) -> LabelledImages:
-    """The images of a folder of class folders, or of an npz file.
-
-    Raises:
-        ValueError, ArtifactError: when they cannot be read; says what was expected.
-    """
-    return (PackedImages if Path(path).suffix == ".npz" else ClassFolders)(path, image_size=image_size)

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from tinyfusion_pl.artifacts import ArtifactError
 from tinyfusion_pl.data.base import GenerationDataModule
-from tinyfusion_pl.data.images import open_images
+from tinyfusion_pl.data.classes import GIVEN, IMAGENET, disagreement, label_classes, relabel
+from tinyfusion_pl.data.latents_info import FINISHED, UNFINISHED
+from tinyfusion_pl.data.numpy_folders import MAX_SCALED, NUM_CHECKED, NumpyFolders
 from tinyfusion_pl.data.random_latents import RANDOM, random_pictures, write_random_latents
-from tinyfusion_pl.data.shards import FINISHED, UNFINISHED, LatentShards, generator_of, normal, posterior_sample
+from tinyfusion_pl.data.real_images import RealImages
+from tinyfusion_pl.data.shards import LatentShards, generator_of, normal, posterior_sample
 from tinyfusion_pl.data.vae import VAE
 
-NUM_CHECKED = 32  # of the reference's files before training; each is checked when it is read
-MAX_SCALED_STD = 3.0  # scaled latents have a standard deviation of about 1, those of Stable Diffusion's VAE before scaling 5.5
+FEW_CLASSES = 0.9  # the share of the model's classes below which all labels of the published layout are looked at
 
 
 class DrawnLatents(Dataset):
@@ -33,8 +36,9 @@ class DrawnLatents(Dataset):
 
     takes_draws = True
 
-    def __init__(self, shards: LatentShards, *, seed: int = 0) -> None:
+    def __init__(self, shards: LatentShards, *, labels: np.ndarray | None = None, seed: int = 0) -> None:
         self.shards, self.seed = shards, seed
+        self.labels = shards.labels if labels is None else labels
         self.scaling_factor = np.float32(shards.info.vae["scaling_factor"])
 
     def __len__(self) -> int:
@@ -53,40 +57,24 @@ class DrawnLatents(Dataset):
         if info.content == "moments":
             latents = posterior_sample(latents, np.stack([normal(generator, info.latent_shape) for generator in generators]))
         x = torch.from_numpy(latents * self.scaling_factor)  # (N, C, h, w)
-        return list(zip(x, torch.from_numpy(self.shards.labels[list(indices)])))
+        return list(zip(x, torch.from_numpy(self.labels[list(indices)])))
 
+    def check_values(self) -> None:
+        """Find out, by a few samples, whether the shards hold latents.
 
-class NumpyFolders(Dataset):
-    """``features/N.npy`` (1, C, H, W) float with ``labels/N.npy`` (1,) integer, for N = 0, 1, ..."""
-
-    def __init__(self, features: Path, labels: Path) -> None:
-        self.features, self.labels = features, labels
-        names = [path.name for path in features.glob("*.npy")]
-        if wrong := [name for name in names if not name.removesuffix(".npy").isdecimal()]:
-            raise ArtifactError(f"{features / wrong[0]} is no N.npy with a number N, as the published extraction writes them. Remove it.")
-        self.names = sorted(names, key=lambda name: int(name.removesuffix(".npy")))
-        self.shape: tuple[int, ...] | None = None  # that all must have, once it is known
-        self.num_classes: int | None = None  # that the labels must be below, likewise
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        name = self.names[index]
-        try:
-            x, y = np.load(self.features / name), np.load(self.labels / name)
-            latents, label = torch.from_numpy(x).float().squeeze(0), torch.from_numpy(y).long().reshape(())  # (C, H, W), ()
-        except (OSError, ValueError, EOFError, TypeError, RuntimeError) as error:
-            raise ArtifactError(f"Latent {self.features / name} or its label in {self.labels} cannot be read: {error}. Put it back, and "
-                                "the same command goes on.") from error
-        if self.shape is not None and latents.shape != self.shape:
-            raise ArtifactError(f"{self.features / name} is {tuple(latents.shape)}, the others are {tuple(self.shape)}.")
-        if not torch.isfinite(latents).all():
-            raise ArtifactError(f"{self.features / name} holds values that are not finite: the file is damaged. Extract it again.")
-        if self.num_classes is not None and not 0 <= label < self.num_classes:
-            raise ArtifactError(f"{self.labels / name} has the label {int(label)}, but the model knows the classes 0 to "
-                                f"{self.num_classes - 1}. Give a model with more classes, or put the right label there.")
-        return latents, label
+        Raises:
+            ArtifactError: when they are constant, or larger than latents can be.
+        """
+        indices = np.unique(np.linspace(0, len(self) - 1, NUM_CHECKED).astype(int)).tolist()
+        x = torch.stack([x for x, _ in self.__getitems__([(draw, index) for draw, index in enumerate(indices)])])  # (n, C, h, w)
+        stored = self.shards.read_many(indices, [0] * len(indices))[:, : self.shards.info.latent_shape[0]]  # means, or samples
+        self.shards.close()
+        if float(stored.max()) == float(stored.min()) and stored.size > 1:
+            raise ArtifactError(f"{self.shards.root}: the {len(indices)} samples looked at all hold the number {stored.max():g} alone: the "
+                                "files were never written, or are damaged. Extract them again.")
+        if float(x.abs().max()) > MAX_SCALED:
+            raise ArtifactError(f"{self.shards.root}: the {len(indices)} samples looked at hold values up to {x.abs().max():.3g}, where "
+                                "scaled latents stay below 10. Extract them again.")
 
 
 class ImageNetLatents(GenerationDataModule):
@@ -100,6 +88,8 @@ class ImageNetLatents(GenerationDataModule):
             folders hold scaled latents.
         pictures: Real images (class folders, or an npz of image files) that samples are held against; None: ``evaluate.reference`` has to
             say what. ``"random"``: noise, to try a recipe with.
+        class_to_idx: Labels of the classes in shards and in `pictures`, in place of those that they have: ``"imagenet"``, ``"order"`` or a
+            JSON file, see `label_classes`.
         batch_size, seed, num_workers: See `GenerationDataModule`; the seed also fixes mirroring and the samples of mean and log-variance.
 
     Raises:
@@ -109,21 +99,28 @@ class ImageNetLatents(GenerationDataModule):
     num_classes = 1000
 
     def __init__(self, root: str | Path | None, *, vae: Callable[[], VAE] | None = None, scaling_factor: float = 0.18215,
-                 pictures: str | Path | None = None, batch_size: int = 256, seed: int = 0, num_workers: int = 8) -> None:
+                 pictures: str | Path | None = None, class_to_idx: str | None = None, batch_size: int = 256, seed: int = 0,
+                 num_workers: int = 8) -> None:
         super().__init__(batch_size=batch_size, seed=seed, num_workers=num_workers)
         self.make_vae, self.scaling_factor, self.pictures, self._vae = vae, float(scaling_factor), pictures, None
+        self.class_to_idx = class_to_idx
         wanted = ("It needs ImageNet's VAE latents: a folder made by task=extract_latents, or one with imagenet256_features/N.npy "
                   "(1, C, h, w) and imagenet256_labels/N.npy, as the published extraction script writes them.")
         if root is None:
             raise ValueError(f"data.root is not set. {wanted} Give data.root=FOLDER.")
-        self.root = self._random_root() if str(root) == RANDOM else Path(root)
+        self.is_random = str(root) == RANDOM
+        self.root = self._random_root() if self.is_random else Path(root)
         if (self.root / FINISHED).exists() or (self.root / UNFINISHED).exists():
             self.shards: LatentShards | None = LatentShards(self.root)
-            self._set = DrawnLatents(self.shards, seed=seed)
-            self.latent_shape, self.num_classes = self.shards.info.latent_shape, len(self.shards.info.classes)
+            self._set = DrawnLatents(self.shards, labels=self._labels_of(self.shards), seed=seed)
+            self.latent_shape, self.num_classes = self.shards.info.latent_shape, max(self._class_labels) + 1
             self._check_scale(self.shards.info.vae["scaling_factor"], f"The latents in {self.root}")
+            self._set.check_values()
         else:
             self.shards, self._set = None, self._folders(wanted)
+            if class_to_idx is not None and pictures is None:
+                raise ValueError(f"data.class_to_idx is {class_to_idx}, but the labels in {self._set.labels} are numbers, not names of "
+                                 "classes. Leave it out; or extract shards with task=extract_latents, which know the names.")
 
     def train_set(self) -> Dataset:
         return self._set
@@ -150,33 +147,69 @@ class ImageNetLatents(GenerationDataModule):
             raise ValueError(f"The latents of {self.root} are (N, {shape}); these are {tuple(latents.shape)}.")
         return self.vae.decode(latents)
 
-    def reference_pictures(self) -> tuple[Tensor, Tensor]:
-        """The images of `pictures`, centre crops of the size that `decode` gives, and their labels. All are held in memory."""
+    @property
+    def classes(self) -> list[int] | None:
+        if self.is_random:
+            return None  # as of all classes, however few samples there are
+        return np.unique(self._set.labels).tolist() if self.shards is not None else self._set.classes
+
+    @cached_property
+    def _real(self) -> RealImages:
         if self.pictures is None:
             raise ValueError("There are no real pictures to hold samples against. Give evaluate.reference=FILE.npz (a reference file: the "
                              "published ImageNet ones, or one that task=reference makes), or data.pictures=PATH, images in class folders.")
-        image_size = self.latent_shape[1] * self.vae.downsampling
-        if str(self.pictures) == RANDOM:
+        return RealImages(self.pictures, image_size=self.latent_shape[1] * self.vae.downsampling, class_to_idx=self.class_to_idx)
+
+    def reference_pictures(self) -> tuple[Tensor, Tensor]:
+        """The images of `pictures`, centre crops of the size that `decode` gives, and their labels. All are held in memory."""
+        if self.pictures is not None and str(self.pictures) == RANDOM:
             rank_zero_warn("The real pictures that samples are held against are noise: every distance to them means nothing.")
-            return random_pictures(image_size)
-        images = open_images(self.pictures, image_size=image_size)
-        return torch.stack([images[i][0] for i in range(len(images))]), torch.from_numpy(images.labels)
+            return random_pictures(self.latent_shape[1] * self.vae.downsampling)
+        return self._real.pictures_and_labels
+
+    def reference_classes(self, *, num_classes: int) -> list[int] | None:
+        if self.pictures is not None and str(self.pictures) == RANDOM:
+            return None
+        return self._real.classes(num_classes=num_classes)
 
     def check_decode(self) -> None:
         self.vae  # noqa: B018  (loads and checks it)
 
-    def check_fits(self, denoiser: nn.Module) -> None:
-        super().check_fits(denoiser)
+    def check_labels(self, num_classes: int) -> None:
         if self.shards is not None:
-            highest, lowest, where = int(self.shards.labels.max()), int(self.shards.labels.min()), str(self.root)
+            highest, lowest, where = int(self._set.labels.max()), int(self._set.labels.min()), str(self.root)
         else:
-            labels = [int(self._set[i][1]) for i in self._checked()]
+            labels = [self._set.label(i) for i in self._checked()]
             highest, lowest, where = max(labels), min(labels), str(self._set.labels)
-        if lowest < 0 or highest >= denoiser.num_classes:
-            raise ValueError(f"{where} has labels {lowest} to {highest}, but the model knows the classes 0 to {denoiser.num_classes - 1}. "
-                             f"Give a model with num_classes > {highest}, or latents of its classes.")
+        if lowest < 0 or highest >= num_classes:
+            few = self.shards is not None and self._labelled_by == IMAGENET and len(self._class_labels) <= num_classes
+            remedy = " Or give data.class_to_idx=order, if its classes are the order of the class folders." if few else ""
+            raise ValueError(f"{where} has labels {lowest} to {highest}, but the model knows the classes 0 to {num_classes - 1}. "
+                             f"Give a model with num_classes > {highest}, or latents of its classes.{remedy}")
         if self.shards is None:  # the files that were not looked at
-            self._set.num_classes = denoiser.num_classes
+            self._set.num_classes = num_classes
+            if highest + 1 < FEW_CLASSES * num_classes and (present := self._set.classes) == list(range(len(present))):
+                rank_zero_warn(f"{where} has the labels 0 to {len(present) - 1} alone, and the model has {num_classes} classes: they may "
+                               "be its first ones, or those of a smaller data set whose class folders were numbered by order. In the "
+                               "second case extract the latents again with task=extract_latents, or correct the labels.")
+        elif found := disagreement(self.shards.info.classes, self._class_labels, kind=self._labelled_by, num_classes=num_classes):
+            why, certain = found
+            message = (f"{where}: {why}. Give data.class_to_idx=FILE, a JSON file {{name: label}}, data.class_to_idx=imagenet where the "
+                       "names are wnids, or data.class_to_idx=order if 0, 1, ... is right.")
+            if certain:
+                raise ValueError(message)
+            rank_zero_warn(message)
+
+    def _labels_of(self, shards: LatentShards) -> np.ndarray:
+        """The labels of all samples, (N,), by `class_to_idx` where it is given."""
+        info = shards.info
+        self._class_labels, self._labelled_by = info.labels_of_classes, info.labelled_by
+        if self.is_random:
+            self._labelled_by = GIVEN
+        elif self.class_to_idx is not None:
+            self._class_labels, self._labelled_by, _ = label_classes(info.classes, class_to_idx=self.class_to_idx, where=str(shards.root))
+            return relabel(shards.labels, info.labels_of_classes, self._class_labels, where=str(shards.root))
+        return shards.labels
 
     def _random_root(self) -> Path:
         if self.make_vae is None:
@@ -195,22 +228,12 @@ class ImageNetLatents(GenerationDataModule):
             names = ", ".join(path.name for path in found["features"])
             raise ValueError(f"{self.root} holds latents of several sizes, {names}. Give a folder with one of them.")
         folders = NumpyFolders(found["features"][0], found["labels"][0])
-        names = {path.name for path in folders.labels.glob("*.npy")}
-        if not len(folders) or set(folders.names) != names:
-            raise ValueError(f"{folders.features} holds {len(folders)} latents, {folders.labels} {len(names)} labels; "
-                             "each N.npy must be in both.")
-        first = folders[0][0]
-        if first.ndim != 3:
-            raise ArtifactError(f"{folders.features / folders.names[0]} is no latent (1, C, h, w) or (C, h, w).")
-        self.latent_shape = folders.shape = tuple(first.shape)
-        self._set = folders
-        if (std := float(torch.stack([folders[i][0] for i in self._checked()]).std())) > MAX_SCALED_STD:
-            raise ValueError(f"The latents in {folders.features} have a standard deviation of {std:.2f}, where scaled ones have about 1: "
-                             f"they look as if they had not been multiplied by the VAE's scaling factor ({self.scaling_factor}).")
+        self.latent_shape = folders.shape
+        folders.check_scale(self.scaling_factor)
         return folders
 
     def _checked(self) -> list[int]:
-        return np.unique(np.linspace(0, len(self._set) - 1, NUM_CHECKED).astype(int)).tolist()
+        return self._set.checked()
 
     def _check_scale(self, scaling_factor: float, what: str) -> None:
         if abs(scaling_factor - self.scaling_factor) > 1e-4 * self.scaling_factor:

@@ -11,91 +11,25 @@ fails with an error that names the file, where a mapped file that was cut or los
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
+import stat
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tinyfusion_pl.artifacts import ArtifactError, read_json
+from tinyfusion_pl.data.latents_info import DTYPES, FINISHED, UNFINISHED, LatentsInfo
 
-FINISHED, UNFINISHED = "latents.json", "extraction.json"
-CONTENTS = {"moments": 2, "sample": 1}  # what is kept -> channels of it for each channel of a latent
-DTYPES = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2")}
 VIEWS = 2  # as it is, mirrored
 NUM_NAMED = 5
+MAX_BROKEN = 1000
+MAX_STORED = 1e4  # means and log-variances of VAEs stay below 100
+UNUSABLE = (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError)  # of foreign headers
 MAX_OPEN = 128
-
-
-@dataclass(frozen=True, kw_only=True)
-class LatentsInfo:
-    """What a folder of latents holds: the content of ``latents.json``.
-
-    Args:
-        content: ``"moments"`` (mean and log-variance) or ``"sample"``.
-        dtype: ``"float32"`` or ``"float16"``.
-        latent_shape: (C, h, w) as a denoiser sees it.
-        num_samples, shard_size: Of all shards together, and of each but the last.
-        image_size: Height and width of the pictures.
-        vae: `VAE.record`: source, num_channels, downsampling, scaling_factor, encoder.
-        images: Where the pictures were from.
-        listing: Of their names and labels, see `LabelledImages.listing`.
-        seed: Of kept samples' noise.
-        classes: Names of the labels 0, 1, ...
-        class_names: What they are, where known.
-    """
-
-    content: str
-    dtype: str
-    latent_shape: tuple[int, int, int]
-    num_samples: int
-    shard_size: int
-    image_size: int
-    vae: dict[str, Any]
-    images: str
-    listing: str
-    seed: int
-    classes: list[str] = field(repr=False)
-    class_names: list[str] | None = field(default=None, repr=False)
-
-    @property
-    def num_shards(self) -> int:
-        return math.ceil(self.num_samples / self.shard_size)
-
-    @property
-    def stored_shape(self) -> tuple[int, int, int]:
-        """(C', h, w)."""
-        channels, height, width = self.latent_shape
-        return channels * CONTENTS[self.content], height, width
-
-    def samples(self, shard: int) -> range:
-        """Numbers of the samples in a shard."""
-        return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.num_samples))
-
-    def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "latent_shape": list(self.latent_shape)}
-
-    @classmethod
-    def from_dict(cls, content: Any, path: Path) -> LatentsInfo:
-        try:
-            return cls(**{**content, "latent_shape": tuple(content["latent_shape"])})
-        except (TypeError, KeyError) as error:
-            raise ArtifactError(f"{path} does not describe latents ({error}). Extract them again.") from error
-
-    def fingerprint(self) -> str:
-        """16 hexadecimal digits over what decides the numbers, wherever pictures and VAE are: a shard says which extraction it is of."""
-        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:16]
-
-    def identity(self) -> dict[str, Any]:
-        """What two extractions share that give the same numbers."""
-        content = self.as_dict()
-        content["vae"] = {key: value for key, value in self.vae.items() if key != "source"}
-        return {key: value for key, value in content.items() if key != "images"}
 
 
 def shard_path(root: str | os.PathLike, number: int) -> Path:
@@ -105,7 +39,7 @@ def shard_path(root: str | os.PathLike, number: int) -> Path:
 class LatentShards:
     """The samples in a folder of shards, read one by one in any order, in any number of processes.
 
-    ``info`` says what they are; ``labels`` (N,) are in memory.
+    ``info`` says what they are; ``labels`` (N,) are in memory. Samples that the extraction left out are not among the N.
 
     Raises:
         ArtifactError: when the folder is unfinished, or a shard is missing, truncated, or of another extraction; names each.
@@ -124,18 +58,27 @@ class LatentShards:
                 offset, found = check_shard(self.root, self.info, shard)
                 self.offsets.append(offset)
                 labels.append(found)
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except UNUSABLE as error:
                 broken.append(f"{shard_path(self.root, shard)} ({_reason(error)})")
+                if len(broken) > MAX_BROKEN:
+                    break  # a damaged description may speak of any number
         if broken:
             more = f", and {len(broken) - NUM_NAMED} more" if len(broken) > NUM_NAMED else ""
             named = ", ".join(broken[:NUM_NAMED]) + more
             raise ArtifactError(f"{len(broken)} of {self.info.num_shards} shards cannot be used: {named}. Copy them again, or "
                                 f"delete them and {FINISHED} and extract again: only what is missing is made.")
-        self.labels = np.concatenate(labels)
+        stored = np.concatenate(labels)
+        kept = np.ones(len(stored), dtype=bool)
+        kept[list(self.info.skipped.values())] = False
+        if not kept.any() or (stored[kept] < 0).any():
+            what = f"sample {int(np.flatnonzero(kept & (stored < 0))[0])} has none" if kept.any() else "all samples are left out"
+            raise ArtifactError(f"{self.root / FINISHED} and the labels in the shards disagree: {what}. Extract again.")
+        self.slots = np.flatnonzero(kept) if self.info.skipped else None  # sample -> its place in the shards; None: the same
+        self.labels = stored[kept]
         self._files: dict[int, Any] = {}
 
     def __len__(self) -> int:
-        return self.info.num_samples
+        return len(self.labels)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": {}}  # another process opens its own
@@ -148,17 +91,26 @@ class LatentShards:
         """What is kept of several samples, (n, C', h, w) float32.
 
         Raises:
-            ArtifactError: when a shard is gone, cut or unreadable by now, or holds values that are not finite; names it.
+            ArtifactError: when a shard is gone, cut or unreadable by now, or holds values that are not finite or above `MAX_STORED`; names
+                it.
         """
+        if self.slots is not None:
+            indices = self.slots[list(indices)].tolist()
         stored = np.empty((len(indices), *self.info.stored_shape), DTYPES[self.info.dtype])
         for row, index, view in zip(stored, indices, views):
             self._read_into(row, index, view)
         values = stored.astype(np.float32, copy=False)
-        if not np.isfinite(values).all():
-            index = next(index for index, each in zip(indices, values) if not np.isfinite(each).all())
-            raise ArtifactError(f"Sample {index} in shard {self._path_of(index)} holds values that are not finite: the file is damaged. "
+        if not (len(values) == 0 or max(values.max(), -values.min()) <= MAX_STORED):  # so that NaN is found, too
+            index, each = next((i, each) for i, each in zip(indices, values) if not np.abs(each).max() <= MAX_STORED)
+            what = f"values up to {np.abs(each).max():.3g}" if np.isfinite(each).all() else "values that are not finite"
+            raise ArtifactError(f"Sample {index} in shard {self._path_of(index)} holds {what}: the file is damaged. "
                                 f"Delete it and {FINISHED} and extract again: only what is missing is made.")
         return values
+
+    def close(self) -> None:
+        """Close the files that are open; reading opens them again."""
+        while self._files:
+            self._files.popitem()[1].close()
 
     def _read_into(self, row: np.ndarray, index: int, view: int) -> None:
         shard, place = divmod(index, self.info.shard_size)
@@ -186,7 +138,7 @@ def check_shard(root: Path, info: LatentsInfo, shard: int) -> tuple[int, np.ndar
     """Where a shard's latents begin in its file, and its labels, after header and size were held against what they must be.
 
     Raises:
-        OSError, ValueError, KeyError, TypeError: when they are not that; see `_reason`.
+        UNUSABLE: when they are not that; see `_reason`.
     """
     path, num = shard_path(root, shard), len(info.samples(shard))
     header, begin, size = read_header(path)
@@ -195,8 +147,14 @@ def check_shard(root: Path, info: LatentsInfo, shard: int) -> tuple[int, np.ndar
     expected = {"latents": [num, VIEWS, *info.stored_shape], "labels": [num]}
     if (shapes := {name: header[name]["shape"] for name in expected}) != expected:
         raise ValueError(f"it holds {shapes} instead of {expected}")
-    if header["latents"]["dtype"] != {"float32": "F32", "float16": "F16"}[info.dtype]:
-        raise ValueError(f"it holds {header['latents']['dtype']} instead of {info.dtype}")
+    dtypes = {"latents": {"float32": "F32", "float16": "F16"}[info.dtype], "labels": "I64"}
+    for name, dtype in dtypes.items():
+        if header[name]["dtype"] != dtype:
+            raise ValueError(f"it holds {header[name]['dtype']} instead of {info.dtype if name == 'latents' else 'int64'}")
+        first, last = header[name]["data_offsets"]
+        num_bytes = math.prod(expected[name]) * (8 if name == "labels" else DTYPES[info.dtype].itemsize)
+        if type(first) is not int or first < 0 or last - first != num_bytes:
+            raise ValueError(f"its header gives {name} the bytes {first} to {last} instead of {num_bytes} bytes")
     if size != (end := begin + max(header[name]["data_offsets"][1] for name in expected)):
         raise ValueError(f"it has {size} bytes instead of {end}")
     with open(path, "rb") as file:
@@ -212,7 +170,10 @@ def shard_metadata(info: LatentsInfo, shard: int) -> dict[str, str]:
 
 def read_header(path: Path) -> tuple[dict[str, Any], int, int]:
     """A safetensors file's header, where its data begin, and its size in bytes. ValueError for what is no such file."""
-    size = path.stat().st_size
+    state = path.stat()
+    if not stat.S_ISREG(state.st_mode):
+        raise ValueError("it is no regular file")
+    size = state.st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= size - 8:

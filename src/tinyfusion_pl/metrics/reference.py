@@ -17,10 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tinyfusion_pl.arrays import as_floats, read_npz
 from tinyfusion_pl.artifacts import ArtifactError, atomic_path
 from tinyfusion_pl.metrics.features import describe_values
 
 STATISTICS = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
+KEYS = ("arr_0", "mu", "sigma", "mu_s", "sigma_s", "features", "network", "num_pictures")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,42 +70,43 @@ def read_reference(path: str | os.PathLike) -> Reference:
     Raises:
         ArtifactError: when it is missing, no npz, or has none of the keys.
     """
-    arrays = read_npz(path)
+    arrays, names = read_npz(path, only=KEYS)
     statistics = {}
     for of, (mean, covariance) in STATISTICS.items():
         if (mean in arrays) != (covariance in arrays):
             raise ArtifactError(f"{path} holds only one of {mean!r} and {covariance!r}. It may be truncated: make it again.")
         if mean in arrays:
-            statistics[of] = (torch.from_numpy(arrays[mean]).double(), torch.from_numpy(arrays[covariance]).double())
+            mu = as_floats(arrays[mean], num_dimensions=1, name=mean, path=path)
+            sigma = as_floats(arrays[covariance], num_dimensions=2, name=covariance, path=path)
+            if sigma.shape != (len(mu), len(mu)):
+                raise ArtifactError(f"{path} holds {mean!r} of shape {mu.shape} and {covariance!r} of shape {sigma.shape}; a covariance is "
+                                    "of as many rows and columns as the mean has values. Make it again.")
+            statistics[of] = (torch.from_numpy(mu), torch.from_numpy(sigma))
     pictures = as_pictures(arrays["arr_0"], path) if "arr_0" in arrays else None
-    features = torch.from_numpy(arrays["features"]).float() if "features" in arrays else None
+    features = None
+    if "features" in arrays:
+        features = torch.from_numpy(as_floats(arrays["features"], num_dimensions=2, name="features", path=path)).float()
     if not statistics and pictures is None and features is None:
-        raise ArtifactError(f"{path} holds {', '.join(arrays) or 'nothing'}. A reference holds arr_0 (pictures), or mu and sigma, or both.")
-    given = int(arrays["num_pictures"]) if "num_pictures" in arrays else -1
-    num = given if given >= 0 else None if pictures is None else len(pictures)
-    return Reference(path=Path(path), statistics=statistics, pictures=pictures, features=features,
-                     network=str(arrays["network"]) if "network" in arrays else "", num_pictures=num)
+        raise ArtifactError(f"{path} holds {', '.join(names) or 'nothing'}. A reference holds arr_0 (pictures), or mu and sigma, or both.")
+    given = arrays.get("num_pictures", np.array(-1))
+    if given.shape != () or given.dtype.kind not in "iu":
+        raise ArtifactError(f"'num_pictures' of {path} is {given.dtype} {given.shape}; expected one whole number. Make it again.")
+    network = arrays.get("network", np.array(""))
+    if network.shape != () or network.dtype.kind != "U":
+        raise ArtifactError(f"'network' of {path} is {network.dtype} {network.shape}; expected a name. Make it again.")
+    num = int(given) if given >= 0 else None if pictures is None else len(pictures)
+    return Reference(path=Path(path), statistics=statistics, pictures=pictures, features=features, network=str(network), num_pictures=num)
 
 
 def as_pictures(array: np.ndarray, path: str | os.PathLike) -> Tensor:
     """``arr_0`` (N, H, W, C) uint8 as pictures (N, C, H, W)."""
-    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] not in (1, 3):
-        values = describe_values(torch.from_numpy(array)) if array.dtype in (np.float16, np.float32, np.float64) else ""
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] not in (1, 3) or 0 in array.shape:
+        is_float = array.dtype in (np.float16, np.float32, np.float64) and array.ndim > 0
+        values = describe_values(torch.from_numpy(array)) if is_float else ""
         raise ArtifactError(f"arr_0 of {path} is {array.dtype} {array.shape}{values}; pictures are uint8 (N, H, W, C), 0..255, with 1 or 3 "
                             "channels.")
     return torch.from_numpy(array).permute(0, 3, 1, 2)
-
-
-def read_npz(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """All arrays of an npz file; no code in it is run. `ArtifactError` if it is missing, truncated or something else."""
-    path = Path(path)
-    if not path.is_file():
-        raise ArtifactError(f"There is no file {path}. Check the path.")
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
-        raise ArtifactError(f"{path} is not a whole npz file of plain arrays ({error}). Make or download it again.") from error
 
 
 def write_pictures(path: str | os.PathLike, batches: Iterable[tuple[Tensor, Tensor]], *, num_pictures: int) -> None:

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from tinyfusion_pl.data import VAE
 from tinyfusion_pl.data.extraction import ShardWriter
+from tinyfusion_pl.data.reading import Note
 
 
 class Extraction(LightningModule):
@@ -18,7 +19,7 @@ class Extraction(LightningModule):
 
     Args:
         vae: Makes moments of uint8 pictures.
-        images: Picture (3, H, W) uint8 and label by number.
+        images: By number: number, image (3, H, W) uint8, label (-1: there is none), notes, and why there is none; see `Slots`.
         writer: Makes a process's from ``rank=`` and ``world_size=``.
         batch_size: Images read and written at once.
         num_workers: Processes that read and decode image files.
@@ -33,6 +34,8 @@ class Extraction(LightningModule):
         self.vae, self.images, self.make_writer = vae, images, writer
         self.batch_size, self.num_workers = batch_size, num_workers
         self.num_done = 0
+        self.notes = torch.zeros(len(Note), dtype=torch.long)  # images of this process that each note is of
+        self.broken: list[str] = []  # which images of this process were left out, and why
 
     def setup(self, stage: str) -> None:
         self.writer = self.make_writer(rank=self.trainer.global_rank, world_size=self.trainer.world_size)
@@ -40,19 +43,13 @@ class Extraction(LightningModule):
 
     def test_dataloader(self) -> DataLoader:
         self.writer.start()
-        return DataLoader(_Numbered(self.images), batch_sampler=self.writer.batches(self.batch_size), num_workers=self.num_workers)
+        return DataLoader(self.images, batch_sampler=self.writer.batches(self.batch_size), num_workers=self.num_workers)
 
-    def test_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> None:
-        numbers, pictures, labels = batch
+    def test_step(self, batch: tuple[Tensor, Tensor, Tensor, Tensor, list[str]], batch_idx: int) -> None:
+        numbers, pictures, labels, notes, reasons = batch
         both = torch.stack([pictures, pictures.flip(-1)], dim=1)  # (n, 2, 3, H, W)
         moments = self.vae.encode(both.flatten(0, 1)).unflatten(0, (-1, 2))  # (n, 2, 2C, h, w)
         self.writer.add(numbers, moments, labels)
         self.num_done += len(numbers)
-
-
-class _Numbered(Dataset):
-    def __init__(self, images: Dataset) -> None:
-        self.images = images
-
-    def __getitem__(self, number: int) -> tuple[int, Tensor, int]:
-        return number, *self.images[number]
+        self.notes += torch.stack([(notes & note).count_nonzero() for note in Note]).cpu()
+        self.broken += [reason for reason in reasons if reason]

@@ -29,11 +29,17 @@ def random_labels(num_samples: int, num_classes: int, *, seed: int) -> Tensor:
     return torch.randint(num_classes, (num_samples,), generator=_generator(0, seed))
 
 
-def labels_of(kind: str, num_samples: int, num_classes: int, *, seed: int) -> Tensor:
-    """Labels (num_samples,), ``"balanced"`` or ``"random"``."""
+def labels_of(kind: str, num_samples: int, num_classes: int, *, seed: int, classes: Sequence[int] | None = None) -> Tensor:
+    """Labels (num_samples,), ``"balanced"`` or ``"random"``, of the `classes` given; None: of all `num_classes` that the model knows."""
     if kind not in LABELS:
         raise ValueError(f"labels is {kind!r}; give one of {', '.join(map(repr, LABELS))}.")
-    return balanced_labels(num_samples, num_classes) if kind == "balanced" else random_labels(num_samples, num_classes, seed=seed + 2)
+    if classes is not None and (not classes or min(classes) < 0 or max(classes) >= num_classes):
+        given = f"{min(classes)} to {max(classes)}" if classes else "none at all"
+        raise ValueError(f"The data's classes are {given}, but the model knows the classes 0 to {num_classes - 1}. Give a model of these "
+                         "classes, or data of its classes.")
+    num = num_classes if classes is None else len(classes)
+    labels = balanced_labels(num_samples, num) if kind == "balanced" else random_labels(num_samples, num, seed=seed + 2)
+    return labels if classes is None else torch.tensor(classes)[labels]
 
 
 @dataclass(kw_only=True)

@@ -89,7 +89,7 @@ class Evaluate:
         """
         self.sampler(inputs.teacher, inputs).check()
         inputs.data.check_decode()
-        labels_of(self.labels, self.num_samples, inputs.teacher.num_classes, seed=inputs.seed)
+        self.check_classes(inputs)
         if isinstance(self.trainer().strategy.launcher, _MultiProcessingLauncher):
             raise ValueError("evaluate.trainer.strategy starts its processes from within this one (spawn, fork, notebook): they would keep "
                              "the numbers to themselves. Give strategy=ddp.")
@@ -188,7 +188,25 @@ class Evaluate:
         write_pictures(path, kept.numbered_pictures(), num_pictures=self.num_samples)
 
     def labels_of(self, sampler: PictureSampler, inputs: Inputs) -> torch.Tensor:
-        return labels_of(self.labels, self.num_samples, sampler.denoiser.num_classes, seed=inputs.seed)
+        num_classes = sampler.denoiser.num_classes
+        return labels_of(self.labels, self.num_samples, num_classes, seed=inputs.seed, classes=self.classes(inputs, num_classes))
+
+    def classes(self, inputs: Inputs, num_classes: int) -> list[int] | None:
+        """Classes that samples are asked to be: those of the images that they are held against; with a reference file, which does not say
+        them, those of the training data. None: all that the model knows."""
+        if self.reference is None:
+            return inputs.data.reference_classes(num_classes=num_classes)
+        inputs.data.check_labels(num_classes)
+        return inputs.data.classes
+
+    def check_classes(self, inputs: Inputs) -> None:
+        """Find out whether the model knows the data's classes, and say where they are fewer."""
+        num_classes = inputs.teacher.num_classes
+        classes = self.classes(inputs, num_classes)
+        labels_of(self.labels, self.num_samples, num_classes, seed=inputs.seed, classes=classes)
+        if classes is not None and len(classes) < num_classes:
+            beside = "" if self.reference is None else f"; those of {self.reference} are not known, and should be the same"
+            say(f"evaluate: samples are of the data's {len(classes)} classes, of {num_classes} that the model knows{beside}")
 
     def shown(self, samplers: dict[str, PictureSampler], inputs: Inputs) -> dict[str, torch.Tensor]:
         indices = torch.arange(self.num_shown)
@@ -241,7 +259,13 @@ class Evaluate:
         reference = self.reference_of(inputs)
         digest = tensors_sha256({"pictures": reference.pictures}) if self.reference is None else sha256(self.reference)
         return self.metrics.protocol(num_samples=self.num_samples, num_reference=reference.num_pictures, reference_sha256=digest,
-                                     labels=self.labels, seed=inputs.seed, **plain(self.sampling), precision=self.precision)
+                                     labels=self.labels, **self._classes_sampled(inputs), seed=inputs.seed, **plain(self.sampling),
+                                     precision=self.precision)
+
+    def _classes_sampled(self, inputs: Inputs) -> dict[str, Any]:
+        """For the protocol: the classes, where they are not all that the model knows."""
+        classes = self.classes(inputs, inputs.teacher.num_classes)
+        return {} if classes is None or len(classes) == inputs.teacher.num_classes else {"classes": classes}
 
 
 def plain(sampling: Mapping[str, Any]) -> dict[str, Any]:

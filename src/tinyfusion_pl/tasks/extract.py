@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from lightning.pytorch import Trainer
 
+from tinyfusion_pl.artifacts import read_json, write_json
 from tinyfusion_pl.data import VAE, open_images
-from tinyfusion_pl.data.extraction import ShardWriter, begin, finish, is_finished, missing_shards
-from tinyfusion_pl.data.shards import CONTENTS, DTYPES, LatentShards, LatentsInfo
+from tinyfusion_pl.data.extraction import ShardWriter, begin, finish, is_finished, left_out, missing_shards, resume
+from tinyfusion_pl.data.inventory import Inventory, Slots
+from tinyfusion_pl.data.latents_info import CONTENTS, DTYPES, FINISHED, LatentsInfo
+from tinyfusion_pl.data.listing import named, printable
+from tinyfusion_pl.data.reading import MAX_PIXELS, Note, describe_notes
+from tinyfusion_pl.data.shards import LatentShards
 from tinyfusion_pl.modules import Extraction
 from tinyfusion_pl.tasks.fitting import ctrl_c
 from tinyfusion_pl.tasks.folder import say
+
+NUM_REASONS = 5
 
 
 @dataclass(kw_only=True)
@@ -37,6 +45,10 @@ class Extract:
         num_workers: Processes that read image files.
         num_images: Only the first so many; None: all.
         seed: Of the noise of kept samples.
+        class_to_idx: Labels of the class folders: ``"imagenet"``, ``"order"`` or a JSON file, see `label_classes`; None: ImageNet's where
+            the names are its wnids, else their order.
+        skip_broken: Leave out images that cannot be read, instead of an error; they are counted and named in ``latents.json``.
+        max_pixels: Width times height that an image may have.
     """
 
     images: str
@@ -52,9 +64,13 @@ class Extract:
     num_workers: int = 0
     num_images: int | None = None
     seed: int = 0
+    class_to_idx: str | None = None
+    skip_broken: bool = False
+    max_pixels: int = MAX_PIXELS
 
     def __post_init__(self) -> None:
-        for name, least in {"shard_size": 1, "save_every": 1, "batch_size": 1, "num_workers": 0, "image_size": 1, "seed": 0}.items():
+        for name, least in {"shard_size": 1, "save_every": 1, "batch_size": 1, "num_workers": 0, "image_size": 1, "seed": 0,
+                            "max_pixels": 1}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"extract.{name} is {getattr(self, name)}; give a whole number >= {least}.")
         for name, choices in {"content": CONTENTS, "dtype": DTYPES}.items():
@@ -71,38 +87,77 @@ def extract_latents(*, run_dir: str | Path, extract: Extract) -> Path:
         ValueError, ArtifactError: for images that cannot be read, more processes than shards, or an output that holds something else.
     """
     root = Path(extract.output)
-    images = open_images(extract.images, image_size=extract.image_size)
+    images = open_images(extract.images, image_size=extract.image_size, class_to_idx=extract.class_to_idx,
+                         skip_broken=extract.skip_broken, max_pixels=extract.max_pixels)
     num_samples = len(images) if extract.num_images is None else extract.num_images
     if not 1 <= num_samples <= len(images):
         raise ValueError(f"extract.num_images is {num_samples}; {extract.images} has {len(images)} images.")
     trainer = extract.trainer()
-    _check_processes(trainer.world_size, num_samples, extract.shard_size)
     vae = extract.vae()
     info = LatentsInfo(
         content=extract.content, dtype=extract.dtype, latent_shape=vae.latent_shape(extract.image_size), num_samples=num_samples,
         shard_size=extract.shard_size, image_size=extract.image_size, vae=vae.record(), images=str(extract.images),
-        listing=images.listing(), seed=extract.seed, classes=images.classes, class_names=images.class_names,
+        listing=images.listing(), seed=extract.seed, classes=[printable(name) for name in images.classes],
+        class_names=images.class_names, indices=None if images.indices == list(range(len(images.classes))) else images.indices,
+        labelled_by=images.labelled_by,
     )
+    info, inventory, said = resume(root, info, images, num_images=extract.num_images)
+    _check_processes(trainer.world_size, info.num_samples, extract.shard_size)
+    for sentence in [*images.said, *said]:
+        say(f"extract: {sentence}")
     if is_finished(root, info):
-        say(f"extract: done before; the latents of {num_samples} images are in {root}")
+        if trainer.is_global_zero:
+            _leave_out_what_is_gone(root, info, inventory)
+        say(f"extract: done before; the latents of {info.num_samples} images are in {root}")
         return root
-    say(f"extract: {num_samples} images of {extract.images} and their mirror images through the VAE {vae.source}: {info.content} of "
+    say(f"extract: {info.num_samples} images of {extract.images} and their mirror images through the VAE {vae.source}: {info.content} of "
         f"{info.latent_shape}, {len(missing_shards(root, info))} of {info.num_shards} shards to do; they go to {root}")
+    say(f"extract: {_describe_labels(info)}")
     if trainer.is_global_zero:
-        begin(root, info)
+        begin(root, info, inventory)
     writer = partial(ShardWriter, root, info, save_every=extract.save_every)
-    module = Extraction(vae, images=images, writer=writer, batch_size=extract.batch_size, num_workers=extract.num_workers)
+    module = Extraction(vae, images=Slots(images, inventory.places), writer=writer, batch_size=extract.batch_size,
+                        num_workers=extract.num_workers)
     start = time.monotonic()
     with ctrl_c(trainer):
         trainer.test(module, verbose=False)
     seconds = time.monotonic() - start
     trainer.strategy.barrier("all shards are written")
+    notes = trainer.strategy.reduce(module.notes.to(trainer.strategy.root_device), reduce_op="sum").tolist()
+    for sentence in describe_notes(Counter(dict(zip(Note, notes)))):
+        say(f"extract: {sentence}")
     if trainer.is_global_zero:
-        finish(root, info)
+        skipped = finish(root, info, inventory)
         LatentShards(root)  # reads every header
-    say(f"Done. {root}: {num_samples} images in {info.num_shards} shards; this process made {module.num_done} in {seconds:.1f} s, "
+        _say_skipped(skipped, module.broken)
+    say(f"Done. {root}: {info.num_samples} images in {info.num_shards} shards; this process made {module.num_done} in {seconds:.1f} s, "
         f"{module.num_done / seconds:.2f} images/s.")
     return root
+
+
+def _leave_out_what_is_gone(root: Path, info: LatentsInfo, inventory: Inventory) -> None:
+    """Bring ``latents.json`` up to date where images were removed, or put back, after the extraction was finished."""
+    held = LatentsInfo.from_dict(read_json(root / FINISHED), root / FINISHED)
+    if held.skipped or inventory.gone:
+        skipped = left_out(root, info, inventory)
+        if skipped != held.skipped:
+            if len(skipped) == info.num_samples:
+                raise ValueError(f"All images whose latents are in {root} were removed. Delete it.")
+            write_json(root / FINISHED, replace(held, skipped=skipped).as_dict())
+        _say_skipped(skipped, [])
+
+
+def _say_skipped(skipped: dict[str, int], reasons: list[str]) -> None:
+    if skipped:
+        why = f": {'; '.join(reasons[:NUM_REASONS])}{'; ...' if len(reasons) > NUM_REASONS else ''}" if reasons else ""
+        say(f"extract: {len(skipped)} images were left out ({named(list(skipped))}); {FINISHED} names all of them{why}")
+
+
+def _describe_labels(info: LatentsInfo) -> str:
+    labels = info.labels_of_classes
+    pairs = ", ".join(f"{name}: {label}" for name, label in list(zip(info.classes, labels))[:NUM_REASONS])
+    how = {"imagenet": "ImageNet's", "order": "by the order of the class folders", "file": "those of the file", "class_to_idx": "as given"}
+    return f"{len(labels)} classes, labels {how[info.labelled_by]} ({pairs}{', ...' if len(labels) > NUM_REASONS else ''})"
 
 
 def _check_processes(num_processes: int, num_samples: int, shard_size: int) -> None:
@@ -112,4 +167,3 @@ def _check_processes(num_processes: int, num_samples: int, shard_size: int) -> N
     if num_processes > num_shards:
         raise ValueError(f"There are {num_processes} processes, but only {num_shards} shards of {shard_size} images to share out. Give "
                          f"extract.shard_size={num_samples // num_processes} or less, or fewer devices.")
-

@@ -14,9 +14,12 @@ from rich.progress import BarColumn, Progress, ProgressColumn, TaskProgressColum
 from rich.text import Text
 from torch.utils.data import Dataset
 
+from tinyfusion_pl.arrays import read_npz
 from tinyfusion_pl.artifacts import ArtifactError, sha256, write_json
-from tinyfusion_pl.data import GenerationDataModule
-from tinyfusion_pl.data.pictures import PictureArray, PictureBatches, PictureDataset, PictureFolder
+from tinyfusion_pl.data import GenerationDataModule, open_images
+from tinyfusion_pl.data.pictures import REMEDY as SKIP
+from tinyfusion_pl.data.pictures import PackedPictures, PictureArray, PictureBatches, PictureDataset, PictureFolder
+from tinyfusion_pl.data.reading import MAX_PIXELS
 from tinyfusion_pl.metrics import GenerationMetrics, Reference, read_reference
 from tinyfusion_pl.metrics.base import RowsMetric
 from tinyfusion_pl.tasks.folder import say
@@ -29,7 +32,9 @@ class PictureFiles:
     """How pictures are read from a folder, an npz file or a dataset.
 
     Args:
-        image_size, num_channels, skip_broken: Of folders, and the first two of PIL pictures in a dataset: see `PictureFolder`.
+        image_size, num_channels, max_pixels: Of images in folders, in npz files of image files, and of PIL images in a dataset, see
+            `ImageReader`.
+        skip_broken: Leave out those that cannot be read, and count them.
         batch_size: Pictures that go through the feature network at once.
         num_workers: Processes that read a folder.
     """
@@ -37,26 +42,31 @@ class PictureFiles:
     image_size: int | None = None
     num_channels: int = 3
     skip_broken: bool = False
+    max_pixels: int = MAX_PIXELS
     batch_size: int = 64
     num_workers: int = 0
 
     def batches(self, source: Source) -> PictureBatches:
-        """The pictures of a folder, of the ``arr_0`` of an npz file, of a dataset, or a data module's reference pictures.
+        """The images of a folder, of the ``arr_0`` or the image files of an npz file, of a dataset, or a data module's reference images.
 
         Raises:
             ValueError, ArtifactError: when there are none.
         """
-        sizes = {"image_size": self.image_size, "num_channels": self.num_channels}
+        reading = {"image_size": self.image_size, "num_channels": self.num_channels, "max_pixels": self.max_pixels,
+                   "skip_broken": self.skip_broken}
         if isinstance(source, GenerationDataModule):
             dataset: Any = PictureArray(source.reference_pictures()[0])
         elif not isinstance(source, (str, Path)):
-            dataset = PictureDataset(source, **sizes)
+            dataset = PictureDataset(source, **reading)
         elif Path(source).suffix == ".npz":
-            if (pictures := read_reference(source).pictures) is None:
+            if holds_image_files(source):
+                dataset = PackedPictures(open_images(source, **reading, class_to_idx="order", remedy=SKIP))
+            elif (pictures := read_reference(source).pictures) is not None:
+                dataset = PictureArray(pictures)
+            else:
                 raise ArtifactError(f"{source} holds no pictures (arr_0), so nothing can be measured of it; as a reference it may do.")
-            dataset = PictureArray(pictures)
         else:
-            dataset = PictureFolder(source, **sizes, skip_broken=self.skip_broken)
+            dataset = PictureFolder(source, **reading)
         return PictureBatches(dataset, batch_size=self.batch_size, num_workers=self.num_workers)
 
 
@@ -71,7 +81,8 @@ def measure(*, run_dir: str | Path, samples: Source, reference: Source, metrics:
         ValueError, ArtifactError: for files that cannot be read or do not fit the feature network, before anything is measured.
     """
     found = files.batches(samples)
-    held = read_reference(reference) if isinstance(reference, (str, Path)) and Path(reference).suffix == ".npz" else None
+    is_file = isinstance(reference, (str, Path)) and Path(reference).suffix == ".npz" and not holds_image_files(reference)
+    held = read_reference(reference) if is_file else None
     others = files.batches(reference) if held is None else None
     if held is not None:
         metrics.check_reference(held)
@@ -84,7 +95,8 @@ def measure(*, run_dir: str | Path, samples: Source, reference: Source, metrics:
         num_reference, digest = held.num_pictures, sha256(reference)
     else:
         num_reference, digest = _run("reference", others, lambda _, pictures: metrics.update_reference(pictures))
-    _, samples_digest = _run("samples", found, lambda numbers, pictures: metrics.update(pictures, indices=numbers))
+    num, samples_digest = _run("samples", found, lambda numbers, pictures: metrics.update(pictures, indices=numbers))
+    metrics.check(num_samples=num, num_reference=num_reference)  # broken images are not among them
     results = metrics.compute()
     written = {"name": _name(samples), "reference": _name(reference), "num_skipped": found.num_skipped, "samples_sha256": samples_digest,
                "samples": results,
@@ -120,6 +132,7 @@ def make_reference(*, run_dir: str | Path, pictures: Source, output: str, metric
             rows.append(features.features.cpu())
 
     num, _ = _run("reference", found, take)
+    metrics.check(num_samples=num, num_reference=num)
     reference = Reference(path=path, statistics=metrics.statistics(), network=metrics.fingerprint(), num_pictures=num)
     replace(reference, features=torch.cat(rows) if rows else None).write()
     say(f"Done. {path}: {num} pictures{f', {found.num_skipped} broken ones skipped' if found.num_skipped else ''}")
@@ -138,6 +151,11 @@ def _device(trainer: Callable[..., Trainer]) -> torch.device:
     return made.strategy.root_device
 
 
+def holds_image_files(path: str | Path) -> bool:
+    """Whether an npz file holds the bytes of image files, see `PackedImages`."""
+    return "blob" in read_npz(path, only=())[1]
+
+
 def _run(what: str, batches: PictureBatches, use: Callable[[torch.Tensor, torch.Tensor], None]) -> tuple[int, str]:
     """Pass all pictures to `use`; returns their number and the SHA-256 of their sequence, however they were stored and batched."""
     num, digest = 0, hashlib.sha256()
@@ -151,6 +169,8 @@ def _run(what: str, batches: PictureBatches, use: Callable[[torch.Tensor, torch.
                 digest.update(str(tuple(picture.shape)).encode() + picture.contiguous().numpy().tobytes())
             num += len(numbers)
             progress.update(bar, completed=int(numbers[-1]) + 1)
+    for sentence in batches.sentences():
+        say(f"{what}: {sentence}")
     return num, digest.hexdigest()
 
 

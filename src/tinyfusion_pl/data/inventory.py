@@ -1,0 +1,130 @@
+"""Which image each sample of an extraction is of, so that it resumes after images were removed, and notices others that changed.
+
+``images.jsonl`` in the folder of latents: the extraction it belongs to, then one line a sample, ``[label, bytes of the file, name]``.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from tinyfusion_pl.arrays import check_regular
+from tinyfusion_pl.artifacts import ArtifactError, write_text
+from tinyfusion_pl.data.images import LabelledImages, as_batch_item
+from tinyfusion_pl.data.latents_info import LatentsInfo
+from tinyfusion_pl.data.listing import named
+
+INVENTORY = "images.jsonl"
+GONE = -1
+
+
+@dataclass(kw_only=True)
+class Inventory:
+    """The images of an extraction's samples.
+
+    Args:
+        labels: (N,) int64.
+        sizes: Bytes of each image file.
+        names: Of the images.
+        places: (N,) of each among the images that are there now; `GONE` for one that was removed.
+    """
+
+    labels: np.ndarray
+    sizes: list[int]
+    names: list[str]
+    places: np.ndarray
+
+    @classmethod
+    def of(cls, images: LabelledImages, *, num_samples: int) -> Inventory:
+        """Of the first `num_samples` images."""
+        return cls(labels=images.labels[:num_samples], sizes=images.sizes()[:num_samples],
+                   names=[images.name(i) for i in range(num_samples)], places=np.arange(num_samples))
+
+    @property
+    def gone(self) -> list[int]:
+        """Numbers of the samples whose images were removed."""
+        return np.flatnonzero(self.places == GONE).tolist()
+
+    def write(self, root: Path, info: LatentsInfo) -> None:
+        lines = [json.dumps(info.as_dict())]
+        lines += [json.dumps(line) for line in zip(self.labels.tolist(), self.sizes, self.names)]
+        write_text(root / INVENTORY, "\n".join(lines) + "\n")
+
+    @classmethod
+    def read(cls, root: Path) -> tuple[LatentsInfo, Inventory] | None:
+        """The extraction in `root` and its images; None where that is not known.
+
+        Raises:
+            ArtifactError: when the file is damaged.
+        """
+        path = root / INVENTORY
+        if not path.exists():
+            return None
+        check_regular(path)
+        try:
+            head, *lines = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+            info = LatentsInfo.from_dict(head, path)
+            labels, sizes, names = zip(*((int(label), int(size), str(name)) for label, size, name in lines))
+            if len(labels) != info.num_samples:
+                raise ValueError(f"{len(labels)} lines for {info.num_samples} samples")
+            return info, cls(labels=np.array(labels, dtype=np.int64), sizes=list(sizes), names=list(names), places=np.arange(len(labels)))
+        except (OSError, ValueError, TypeError, OverflowError, RecursionError) as error:
+            raise ArtifactError(f"{path} is damaged ({error}). Delete it to extract into {root} from the beginning.") from error
+
+    def compared(self, images: LabelledImages, now: Inventory, *, all_images: bool) -> Comparison:
+        """What became of the images of these samples.
+
+        Args:
+            images: That are there now.
+            now: Of the first of them.
+            all_images: Whether images that are no sample of this inventory count as added, wherever they are.
+        """
+        current = [images.name(i) for i in range(len(images))]
+        place_of = {name: place for place, name in enumerate(current)}
+        places = np.array([place_of.get(name, GONE) for name in self.names])
+        known = set(self.names)
+        last = len(current) if all_images else int(places.max()) + 1
+        there = np.flatnonzero(places != GONE).tolist()
+        sizes = now.sizes if len(now.sizes) > places.max() else images.sizes()
+        return Comparison(
+            inventory=replace(self, places=places,
+                              sizes=[size if place == GONE else sizes[place] for size, place in zip(self.sizes, places.tolist())]),
+            added=[name for name in current[:last] if name not in known],
+            relabelled=[slot for slot in there if images.labels[places[slot]] != self.labels[slot]],
+            changed=[slot for slot in there if sizes[places[slot]] != self.sizes[slot]],
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What differs between the images of an extraction and those that are there now: numbers of samples, and names of other images."""
+
+    inventory: Inventory
+    added: list[str]
+    relabelled: list[int]
+    changed: list[int]
+
+    def named(self, slots: list[int]) -> str:
+        return named([self.inventory.names[slot] for slot in slots])
+
+
+class Slots(Dataset):
+    """Sample by number: number, image, label, notes, and why there is no image; a sample without one is black, with the label -1."""
+
+    def __init__(self, images: LabelledImages, places: np.ndarray) -> None:
+        self.images, self.places = images, places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, number: int) -> tuple[int, Tensor, int, int, str]:
+        if self.places[number] == GONE:
+            size = self.images.reader.image_size
+            return number, torch.zeros(3, size, size, dtype=torch.uint8), -1, 0, ""
+        return number, *as_batch_item(self.images, int(self.places[number]))

@@ -1,0 +1,120 @@
+"""What a folder of latents holds: the content of its ``latents.json``."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tinyfusion_pl.artifacts import ArtifactError
+
+FINISHED, UNFINISHED = "latents.json", "extraction.json"
+CONTENTS = {"moments": 2, "sample": 1}  # what is kept -> channels of it for each channel of a latent
+DTYPES = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentsInfo:
+    """What a folder of latents holds: the content of ``latents.json``.
+
+    Args:
+        content: ``"moments"`` (mean and log-variance) or ``"sample"``.
+        dtype: ``"float32"`` or ``"float16"``.
+        latent_shape: (C, h, w) as a denoiser sees it.
+        num_samples, shard_size: Of all shards together, those of `skipped` included, and of each but the last.
+        image_size: Height and width of the pictures.
+        vae: `VAE.record`: source, num_channels, downsampling, scaling_factor, encoder.
+        images: Where the pictures were from.
+        listing: Of their names and labels, see `LabelledImages.listing`.
+        seed: Of kept samples' noise.
+        classes: Names of the classes.
+        class_names: What they are, where known.
+        indices: The label of each class; None: 0, 1, ...
+        labelled_by: How the labels came about, see `label_classes`.
+        skipped: Name -> number of the samples that are left out: their images were broken, or were removed.
+    """
+
+    content: str
+    dtype: str
+    latent_shape: tuple[int, int, int]
+    num_samples: int
+    shard_size: int
+    image_size: int
+    vae: dict[str, Any]
+    images: str
+    listing: str
+    seed: int
+    classes: list[str] = field(repr=False)
+    class_names: list[str] | None = field(default=None, repr=False)
+    indices: list[int] | None = field(default=None, repr=False)
+    labelled_by: str = "order"
+    skipped: dict[str, int] = field(default_factory=dict, repr=False)
+
+    @property
+    def labels_of_classes(self) -> list[int]:
+        """The label of each of `classes`."""
+        return list(range(len(self.classes))) if self.indices is None else self.indices
+
+    @property
+    def num_shards(self) -> int:
+        return math.ceil(self.num_samples / self.shard_size)
+
+    @property
+    def stored_shape(self) -> tuple[int, int, int]:
+        """(C', h, w)."""
+        channels, height, width = self.latent_shape
+        return channels * CONTENTS[self.content], height, width
+
+    def samples(self, shard: int) -> range:
+        """Numbers of the samples in a shard."""
+        return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.num_samples))
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "latent_shape": list(self.latent_shape)}
+
+    @classmethod
+    def from_dict(cls, content: Any, path: Path) -> LatentsInfo:
+        try:
+            info = cls(**{**content, "latent_shape": tuple(content["latent_shape"])})
+            _check_types(info)
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            raise ArtifactError(f"{path} does not describe latents ({error}). Extract them again.") from error
+        return info
+
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits over what decides the numbers, wherever pictures and VAE are: a shard says which extraction it is of."""
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:16]
+
+    def identity(self) -> dict[str, Any]:
+        """What two extractions share that give the same numbers."""
+        content = self.as_dict()
+        content["vae"] = {key: value for key, value in self.vae.items() if key != "source"}
+        if self.indices is None:
+            del content["indices"]  # what was extracted before there were such keeps its fingerprint
+        return {key: value for key, value in content.items() if key not in ("images", "labelled_by", "skipped")}
+
+
+def _check_types(info: LatentsInfo) -> None:
+    """ValueError, TypeError, KeyError or AttributeError for a description that cannot be one."""
+    numbers = {name: getattr(info, name) for name in ("num_samples", "shard_size", "image_size")}
+    for name, value in {**numbers, **{f"latent_shape[{i}]": side for i, side in enumerate(info.latent_shape)}}.items():
+        if type(value) is not int or not 1 <= value < 2**40:
+            raise ValueError(f"{name} is {value!r}")
+    if info.content not in CONTENTS or info.dtype not in DTYPES or len(info.latent_shape) != 3:
+        raise ValueError(f"content is {info.content!r}, dtype {info.dtype!r}, latent_shape {info.latent_shape}")
+    factor = info.vae["scaling_factor"]
+    if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 < factor < math.inf:
+        raise ValueError(f"vae.scaling_factor is {factor!r}")
+    for name in ("source", "encoder"):
+        info.vae[name]
+    if not isinstance(info.classes, list) or not info.classes or not all(isinstance(name, str) for name in info.classes):
+        raise ValueError("classes is no list of names")
+    if info.indices is not None and (len(info.indices) != len(info.classes) or not all(type(i) is int for i in info.indices)):
+        raise ValueError("indices is no list of the classes' labels")
+    if not all(type(number) is int and 0 <= number < info.num_samples for number in info.skipped.values()):
+        raise ValueError("skipped holds numbers that are no sample's")
