@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from tinyfusion_pl.artifacts import ArtifactError, atomic_path
-from tinyfusion_pl.pruning.adapters import is_adapter_key
+from tinyfusion_pl.pruning.adapter_state import is_adapter_key
 from tinyfusion_pl.pruning.library_configs import config_mismatch, is_library_model
 
 LIBRARIES = ("diffusers", "transformers")
