@@ -18,7 +18,8 @@ from torch import nn
 
 from tinyfusion_pl.artifacts import ArtifactError, atomic_path
 from tinyfusion_pl.pruning.adapter_state import is_adapter_key
-from tinyfusion_pl.pruning.library_configs import config_mismatch, is_library_model
+from tinyfusion_pl.pruning.library_configs import config_mismatch
+from tinyfusion_pl.pruning.library_interface import is_library_model
 
 LIBRARIES = ("diffusers", "transformers")
 CONFIG_FILES = ("config.json", "generation_config.json")

@@ -7,13 +7,12 @@ remain, they are refused with the paths to choose from.
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from tinyfusion_pl.pruning.block_lists import BlockList, block_lists, inside, num_params, width_of
 from tinyfusion_pl.pruning.blocks import (
     Stack,
     common_root,
@@ -34,10 +33,6 @@ SIDE_OWNERS = re.compile(
     r"|(text|prompt|image|vision|caption|audio)_?encoder|(^|_)(ema|vae)(_|$)"
 )
 """Names of modules beside the one to prune."""
-RESAMPLING = re.compile(r"(down|up)_?sampl|patch_?merg", re.IGNORECASE)
-MIN_SIMILARITY = (
-    0.5  # of the parameters of two equal blocks; SD3.5's blocks with and without attn2: 0.6
-)
 MAX_LISTED = 30
 
 
@@ -57,20 +52,6 @@ class Discovery:
         return f"{found} Left out: {out}. Name a list to prune it: stacks=PATH." if out else found
 
 
-@dataclass
-class _Candidate:
-    path: str
-    blocks: nn.ModuleList | nn.Sequential
-    stages: str | None  # path of the list of unequal parts that it lies in
-
-    @property
-    def owner(self) -> str:
-        return split_path(self.path if self.stages is None else self.stages)[0]
-
-    def __str__(self) -> str:
-        return f"'{self.path}' ({len(self.blocks)} {type(unwrap(self.blocks[0])).__name__})"
-
-
 def discover(model: nn.Module) -> Discovery:
     """Find the stacks of `model`.
 
@@ -84,7 +65,7 @@ def discover(model: nn.Module) -> Discovery:
     stated = _stated_stacks(model)
     if stated:
         return Discovery({path: get_stack(model, path) for path in stated})
-    candidates, left_out = _candidates(model), {}
+    candidates, left_out = block_lists(model), {}
     trained = [c for c in candidates if _trains(c.blocks)]
     if trained:
         left_out |= {c.path: "frozen" for c in candidates if c not in trained}
@@ -97,13 +78,13 @@ def discover(model: nn.Module) -> Discovery:
         return Discovery({}, left_out)
     # Of owners inside one another the outermost has the main stacks: embedders and refiners lie deeper.
     owners = list(dict.fromkeys(c.owner for c in candidates))
-    outermost = [o for o in owners if not any(_inside(o, other) for other in owners if other != o)]
+    outermost = [o for o in owners if not any(inside(o, other) for other in owners if other != o)]
     for c in candidates:
         if c.owner not in outermost:
             left_out[c.path] = f"inside '{c.owner}', a part of the module with the main stacks"
     candidates = [c for c in candidates if c.owner in outermost]
     flat = [c for c in candidates if c.stages is None]
-    if len(outermost) == 1 and flat and _num_params(flat) > _num_params(candidates) / 2:
+    if len(outermost) == 1 and flat and num_params(flat) > num_params(candidates) / 2:
         left_out |= {
             c.path: f"inside '{c.stages}', whose parts are not equal"
             for c in candidates
@@ -118,8 +99,8 @@ def discover(model: nn.Module) -> Discovery:
         raise _ambiguous(
             model, candidates, f"{len(outermost)} separate parts of it hold lists of blocks"
         )
-    widths = {c.path: _width(c.blocks) for c in candidates}
-    main = max(candidates, key=lambda c: _num_params([c]))
+    widths = {c.path: width_of(c.blocks) for c in candidates}
+    main = max(candidates, key=lambda c: num_params([c]))
     for c in [c for c in candidates if widths[c.path] != widths[main.path]]:
         if type(unwrap(c.blocks[0])) is type(unwrap(main.blocks[0])):
             raise _ambiguous(model, candidates, "its lists of blocks have different widths")
@@ -169,22 +150,22 @@ def _named_by(model: nn.Module, paths: list[str]) -> list[str]:
     """The paths that a pattern names, from `model` on."""
     if _all_there(model, paths):
         return paths
-    inside = [path for path, module in walk_modules(model) if path and _all_there(module, paths)]
+    holders = [path for path, module in walk_modules(model) if path and _all_there(module, paths)]
     if trained := [
         path
-        for path in inside
+        for path in holders
         if any(p.requires_grad for p in get_module(model, path).parameters())
     ]:
-        inside = trained
-    if len(inside) > 1:
+        holders = trained
+    if len(holders) > 1:
         raise ValueError(
             f"The pattern names {paths}, which several parts of {type(model).__name__} have: "
-            f"{', '.join(map(repr, inside))}. Give whole paths, e.g. '{inside[0]}.{paths[0]}'."
+            f"{', '.join(map(repr, holders))}. Give whole paths, e.g. '{holders[0]}.{paths[0]}'."
         )
-    if not inside:
+    if not holders:
         for path in paths:  # says which one is missing, and which lists there are
             get_stack(model, path)
-    return [f"{inside[0]}.{path}" for path in paths]
+    return [f"{holders[0]}.{path}" for path in paths]
 
 
 def _all_there(module: nn.Module, paths: list[str]) -> bool:
@@ -197,88 +178,13 @@ def _all_there(module: nn.Module, paths: list[str]) -> bool:
 def _stated_stacks(model: nn.Module) -> list[str]:
     stating: dict[str, nn.Module] = {}
     for path, module in walk_modules(model):
-        if getattr(module, "STACKS", None) and not any(_inside(path, outer) for outer in stating):
+        if getattr(module, "STACKS", None) and not any(inside(path, outer) for outer in stating):
             stating[path] = module
     return [
         f"{path}.{name}" if path else name
         for path, module in stating.items()
         for name in module.STACKS
     ]
-
-
-def _candidates(model: nn.Module) -> list[_Candidate]:
-    """The outermost lists of equal blocks; inside a list of unequal parts, those in each part."""
-    found: list[_Candidate] = []
-    stages: list[str] = []
-    gates = [path for path, module in walk_modules(model) if hasattr(module, "gate_state")]
-    for path, module in walk_modules(model):
-        if any(_inside(path, outer) for outer in gates):
-            continue
-        around = [c for c in found if _inside(path, c.path)]
-        if (
-            not isinstance(module, (nn.ModuleList, nn.Sequential))
-            or len(module) < 2
-            or any(c.stages is None for c in around)
-        ):
-            continue
-        outer = next((stage for stage in stages if _inside(path, stage)), None)
-        if _are_equal_blocks(module):
-            found = [
-                c for c in found if c not in around
-            ]  # inside stages the innermost lists hold the blocks
-            found.append(_Candidate(path, module, outer))
-        elif outer is None and isinstance(module, nn.ModuleList) or _same_class(module):
-            stages.append(path)
-    return found
-
-
-def _are_equal_blocks(blocks: nn.ModuleList | nn.Sequential) -> bool:
-    """One class, much the same parameters (a few blocks may have some more or less), no change of resolution."""
-    if not _same_class(blocks) or any(_resamples(unwrap(block)) for block in blocks):
-        return False
-    shapes = [_shapes(block) for block in blocks]
-    return all(_similarity(one, other) >= MIN_SIMILARITY for one, other in zip(shapes, shapes[1:]))
-
-
-def _same_class(blocks: nn.ModuleList | nn.Sequential) -> bool:
-    """Whether all are of one class that has modules of its own and parameters; an adapted linear layer is no block."""
-    first = unwrap(blocks[0])
-    return (
-        len({type(unwrap(block)) for block in blocks}) == 1
-        and any(True for _ in first.children())
-        and any(True for _ in first.parameters())
-        and not isinstance(first, BaseTunerLayer)
-    )
-
-
-def _shapes(block: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {
-        name.replace(".base_layer.", "."): tuple(p.shape)
-        for name, p in unwrap(block).named_parameters()
-        if ".lora_" not in name
-    }
-
-
-def _similarity(one: dict, other: dict) -> float:
-    """The share of all parameters of two blocks that both have in one shape."""
-    return sum(other.get(name) == shape for name, shape in one.items()) / max(
-        len(one.keys() | other.keys()), 1
-    )
-
-
-def _resamples(block: nn.Module) -> bool:
-    return any(
-        RESAMPLING.search(f"{path.rpartition('.')[2]} {type(module).__name__}")
-        and not isinstance(module, nn.Identity)
-        for path, module in walk_modules(block)
-        if path
-    )
-
-
-def _width(blocks: nn.ModuleList | nn.Sequential) -> int | None:
-    """The size that most weight matrices of the blocks take."""
-    sizes = Counter(p.shape[1] for block in blocks for p in block.parameters() if p.ndim >= 2)
-    return max(sizes, key=sizes.get) if sizes else None
 
 
 def _trains(blocks: nn.ModuleList | nn.Sequential) -> bool:
@@ -296,15 +202,7 @@ def _is_side_part(path: str) -> bool:
     )
 
 
-def _inside(path: str, outer: str) -> bool:
-    return outer == "" or path == outer or path.startswith(f"{outer}.")
-
-
-def _num_params(candidates: list[_Candidate]) -> int:
-    return sum(p.numel() for c in candidates for p in c.blocks.parameters())
-
-
-def _ambiguous(model: nn.Module, candidates: list[_Candidate], why: str) -> ValueError:
+def _ambiguous(model: nn.Module, candidates: list[BlockList], why: str) -> ValueError:
     shown = ", ".join(map(str, candidates[:MAX_LISTED]))
     more = f" and {len(candidates) - MAX_LISTED} more" if len(candidates) > MAX_LISTED else ""
     root = common_root([c.path for c in candidates])

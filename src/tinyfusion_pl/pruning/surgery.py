@@ -21,8 +21,8 @@ from tinyfusion_pl.pruning.library_configs import (
     apply_change,
     check_fixed_blocks,
     config_changes,
-    library_root,
 )
+from tinyfusion_pl.pruning.library_interface import library_root
 
 DEPTH_NAMES = ("num_layers", "depth", "num_blocks", "n_layers", "num_hidden_layers", "n_layer")
 Undo = Callable[[], None]
