@@ -208,10 +208,12 @@ def _check_gradients(gated: GatedForward, call: Call) -> None:
             wanted = [mask, *leaves.values(), *parameters]
             grads = torch.autograd.grad(loss, wanted, allow_unused=True)
             results.append([torch.zeros_like(w) if g is None else g for w, g in zip(wanted, grads)])
-    for ours, plain in zip(*results):
-        scale = plain.float().abs().max().item() if plain.numel() else 0.0
+    sizes = [plain.float().abs().max().item() if plain.numel() else 0.0 for plain in results[1]]
+    for ours, plain, size in zip(*results, sizes):
         eps = torch.finfo(plain.dtype).eps
-        if plain.numel() and (ours.float() - plain.float()).abs().max().item() > max(scale, 1e-4) * max(1e-2, 100 * eps):
+        # A gradient that is zero but for rounding (a bias of attention's keys) is as exact as the others are large.
+        allowed = max(size * max(1e-2, 100 * eps), max(sizes) * max(1e-4, 10 * eps), 1e-8)
+        if plain.numel() and (ours.float() - plain.float()).abs().max().item() > allowed:
             raise ValueError(f"Block {gated.name}: gradients with its samples gathered differ from those of the plain formula. Pass "
                              "gather=False, which computes the plain formula throughout.")  # fmt: skip
 
