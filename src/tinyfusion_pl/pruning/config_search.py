@@ -107,7 +107,7 @@ class _Search:
 
     def _length(self, path: str, change: Mapping[tuple, Any]) -> int | None:
         try:
-            return len(get_stack(build_from(self.owner, change), path))
+            return len(get_stack(build_from(self.owner, change, from_file=False), path))
         except (
             Exception
         ):  # whatever a library's constructor raises: lists by layer may not go with another depth

@@ -41,13 +41,20 @@ def settings_of(module: nn.Module) -> dict[tuple, Any]:
     return dict(leaves(dict(module.config) if _is_diffusers(module) else module.config))
 
 
-def build_from(module: nn.Module, changes: Mapping[tuple, Any]) -> nn.Module:
-    """A model of the class of `module` on the meta device, its config with `changes`."""
+def build_from(
+    module: nn.Module, changes: Mapping[tuple, Any], *, from_file: bool = True
+) -> nn.Module:
+    """A model of the class of `module` on the meta device, its config with `changes`.
+
+    A config of transformers is taken as it comes back from a file, where some are held to more than when they are
+    changed; not so with `from_file` False.
+    """
     with _quietly(), torch.device("meta"):
         if _is_diffusers(module):
             config = dict(module.config)
             return type(module).from_config(replaced(config, changes))
-        return type(module)(replaced(copy.deepcopy(module.config), changes))
+        config = _changed(copy.deepcopy(module.config), changes)
+        return type(module)(type(config).from_dict(config.to_dict()) if from_file else config)
 
 
 def write_settings(module: nn.Module, changes: Mapping[tuple, Any]) -> None:
@@ -56,7 +63,23 @@ def write_settings(module: nn.Module, changes: Mapping[tuple, Any]) -> None:
         config = replaced(dict(module.config), changes)
         module.register_to_config(**{path[0]: config[path[0]] for path in changes})
     else:
-        replaced(module.config, changes)
+        _changed(module.config, changes)
+
+
+def _changed(config: Any, changes: Mapping[tuple, Any]) -> Any:
+    """A config of transformers with `changes`, in place.
+
+    Backbones name each layer's output as a stage and say which stages they give; one that gives the last layer's still does.
+    """
+    depth = getattr(config, "num_hidden_layers", None)
+    stages = getattr(config, "stage_names", None)
+    gives_last = stages is not None and list(config.out_indices or ()) == [depth]
+    replaced(config, changes)
+    if stages is not None and len(stages) == depth + 1 and config.num_hidden_layers != depth:
+        config.stage_names = stages[: config.num_hidden_layers + 1]
+        if gives_last:
+            config.set_output_features_output_indices(out_features=None, out_indices=[config.num_hidden_layers])
+    return config
 
 
 @contextmanager
