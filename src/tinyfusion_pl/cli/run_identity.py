@@ -84,11 +84,10 @@ def check_folder(run_dir: Path, cfg: DictConfig) -> None:
             )
     if file.exists() or here in finished.values():
         return
-    unfinished = sorted(run_dir.glob("*/checkpoints/last.ckpt"))
-    if left := [*finished, *unfinished]:
+    if finished:  # by an earlier version, or from Python
         raise ValueError(
-            f"{run_dir} holds {left[0].relative_to(run_dir)}, but no {CONFIG} that says of which configuration it is. Put "
-            f"{CONFIG} back, or give another run_dir=PATH."
+            f"{run_dir} holds {min(finished).relative_to(run_dir)}, but no {CONFIG} that says of which configuration it is. "
+            f"Put {CONFIG} back, or give another run_dir=PATH."
         )
 
 

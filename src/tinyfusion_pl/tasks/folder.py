@@ -44,11 +44,16 @@ class RunFolder:
     def result(self, stage: str) -> dict[str, Any] | None:
         """What `stage` left when it finished; None if it has not."""
         file = self / "stages" / f"{stage}.json"
-        return read_json(file) if file.exists() else None
+        if not file.exists():
+            return None
+        content = read_json(file)
+        content.pop("configuration", None)
+        return content
 
     def finish(self, stage: str, result: dict[str, Any]) -> None:
         """Mark `stage` finished with `result`; every process calls it, and none goes on before the mark is there for all to see."""
-        rank_zero_only(write_json)(self / "stages" / f"{stage}.json", result)
+        content = {"configuration": self.configuration, **result}
+        rank_zero_only(write_json)(self / "stages" / f"{stage}.json", content)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.barrier()
 
