@@ -18,7 +18,8 @@ from typing import Any
 from tinyfusion_pl.artifacts import TEMPORARY, ArtifactError, host_hash
 
 LOCK = ".lock"
-NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
+# No place for files: whoever writes there is told.
+NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
 ABANDONED_AFTER = 3600.0  # seconds without a change of a temporary file, where its process cannot be looked at
 
 _held: set[Path] = set()  # by this process
@@ -72,7 +73,7 @@ def _acquire(lock: Path, target: Path, setting: str) -> int | None:
             lock.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
-            if error.errno in NOT_WRITABLE and not (error.errno != errno.EROFS and lock.exists()):
+            if error.errno in NOT_WRITABLE and (error.errno == errno.EROFS or not _exists(lock)):
                 return None
             raise
         try:
@@ -97,6 +98,12 @@ def _acquire(lock: Path, target: Path, setting: str) -> int | None:
                 _write(descriptor)
                 return descriptor
         os.close(descriptor)  # its holder has just removed it
+
+
+def _exists(path: Path) -> bool:
+    with suppress(OSError):
+        return path.exists()
+    return False
 
 
 def _write(descriptor: int) -> None:

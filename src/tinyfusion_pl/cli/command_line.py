@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's own) and return its exit code.
 
     0: well; 1: an error, told in one sentence on stderr; 2: wrong usage; 3: a training stopped before its last step (rerun
-    the same command to resume); 130: Ctrl-C. ``TINYFUSION_TRACEBACK=1`` or ``hydra.verbose=true`` shows where an error comes from.
+    the same command to resume); 130: Ctrl-C or SIGTERM. ``TINYFUSION_TRACEBACK=1`` or ``hydra.verbose=true`` shows where an error comes from.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning 2.6 beside newer torch
