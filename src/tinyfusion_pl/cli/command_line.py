@@ -24,6 +24,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from tinyfusion_pl.cli.errors import Told, sentence, tell
+from tinyfusion_pl.cli.overrides import expand_home, readable
 from tinyfusion_pl.cli.processes import as_single_run, is_first_process, process
 from tinyfusion_pl.cli.run_identity import CONFIG, check_folder, config_hash, forget_config, write_config
 from tinyfusion_pl.cli.settings import check_added, check_complete
@@ -39,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's own) and return its exit code.
 
     0: well; 1: an error, told in one sentence on stderr; 2: wrong usage; 3: a training stopped before its last step (rerun
-    the same command to resume); 130: Ctrl-C or SIGTERM. ``TINYFUSION_TRACEBACK=1`` or ``hydra.verbose=true`` shows where an error comes from.
+    the same command to resume); 130: Ctrl-C or SIGTERM. ``TINYFUSION_TRACEBACK=1`` or ``hydra.verbose=true``
+    shows where an error comes from.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning 2.6 beside newer torch
@@ -47,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments and "=" not in arguments[0] and not arguments[0].startswith(("-", "+", "~")):
             return _run_command(*arguments)
         # With this variable Hydra raises its errors instead of printing them: all of them are told in one way, below.
-        with process([sys.argv[0], *arguments], HYDRA_FULL_ERROR="1"):
+        with process([sys.argv[0], *readable(arguments)], HYDRA_FULL_ERROR="1"):
             _run_task()
     except SystemExit as stop:  # --help, an unknown flag, a task that failed
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
@@ -118,6 +120,7 @@ def run(cfg: DictConfig, run_dir: Path) -> Any:
     # A stage says in one line what Lightning says in ten. Its import sets the level of its outer logger to INFO: hence twice.
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     check_added(cfg)
+    expand_home(cfg)
     # The processes that the first one starts run in the folder that it holds.
     with sole_writer(run_dir, setting="run_dir") if is_first_process() else nullcontext():
         check_folder(run_dir, cfg)
@@ -158,5 +161,6 @@ def _build(node: DictConfig) -> Any:
 
 
 OmegaConf.register_new_resolver("config_hash", lambda *, _root_: config_hash(_root_), replace=True)
-OmegaConf.register_new_resolver("absolute_path", os.path.abspath, replace=True)
+OmegaConf.register_new_resolver("absolute_path", lambda path: os.path.abspath(os.path.expanduser(str(path))), replace=True)
+OmegaConf.register_new_resolver("expand_user", lambda path: os.path.expanduser(str(path)), replace=True)
 OmegaConf.register_new_resolver("words", lambda: ", ".join(COMMANDS), replace=True)
