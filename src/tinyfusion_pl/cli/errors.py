@@ -11,6 +11,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
 from omegaconf.errors import OmegaConfBaseException
 
+from tinyfusion_pl.cli.overrides import ambiguous
+
 
 class Told(Exception):
     """A job of a sweep failed, and the error was told."""
@@ -44,6 +46,8 @@ def sentence(error: Exception) -> str | None:
     missing = re.search(r"Missing mandatory value: (\S+)", str(cause))
     if isinstance(cause, OmegaConfBaseException) and missing:
         return f"{missing[1]} has no value. Give one: {missing[1]}=VALUE."
+    if sweep := re.match(r"Ambiguous value for argument '(.*)'\n", str(cause), re.DOTALL):
+        return ambiguous(sweep[1])
     if isinstance(cause, HydraException):
         return "\n".join(str(each) for each in (cause, cause.__cause__) if each is not None)
     if isinstance(cause, OSError) and cause.strerror and cause.filename:

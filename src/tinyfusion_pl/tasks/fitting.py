@@ -22,6 +22,7 @@ from tinyfusion_pl.tasks.budget import Budget
 from tinyfusion_pl.tasks.checkpoint_io import WholeCheckpointIO
 from tinyfusion_pl.tasks.folder import RunFolder, say
 from tinyfusion_pl.tasks.loggers import LogsFollowSteps
+from tinyfusion_pl.tasks.processes import end_together
 from tinyfusion_pl.tasks.steps import FullLength, SaveAtEnd, StepCheckpoint, WholeSteps
 from tinyfusion_pl.tasks.trainer_checks import check_length, check_trainer
 
@@ -139,7 +140,11 @@ def num_processes(trainer: Trainer) -> int:
 
 @contextmanager
 def ctrl_c(trainer: Trainer) -> Iterator[None]:
-    """Lightning turns Ctrl-C into an exit of the process; this turns it back into the KeyboardInterrupt that it was."""
+    """Lightning turns Ctrl-C into an exit of the process; this turns it back into the KeyboardInterrupt that it was.
+
+    SIGTERM to any of several processes ends all of them, see `end_together`.
+    """
+    end_together(trainer)
     try:
         yield
     except SystemExit:

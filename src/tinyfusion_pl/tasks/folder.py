@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ class RunFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self.configuration = read_configuration(self / "config.yaml")
+        """Hash of the configuration that this run is of, for what it leaves; None where it was not started by the command line."""
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -41,11 +44,16 @@ class RunFolder:
     def result(self, stage: str) -> dict[str, Any] | None:
         """What `stage` left when it finished; None if it has not."""
         file = self / "stages" / f"{stage}.json"
-        return read_json(file) if file.exists() else None
+        if not file.exists():
+            return None
+        content = read_json(file)
+        content.pop("configuration", None)
+        return content
 
     def finish(self, stage: str, result: dict[str, Any]) -> None:
         """Mark `stage` finished with `result`; every process calls it, and none goes on before the mark is there for all to see."""
-        rank_zero_only(write_json)(self / "stages" / f"{stage}.json", result)
+        content = {"configuration": self.configuration, **result}
+        rank_zero_only(write_json)(self / "stages" / f"{stage}.json", content)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.barrier()
 
@@ -62,6 +70,14 @@ class RunFolder:
     def recovered(self) -> Path:
         """The recovered model."""
         return self / "recovered"
+
+
+def read_configuration(file: Path) -> str | None:
+    """The configuration's hash that a ``config.yaml`` states in a comment at its end; None where it states none, or is not there."""
+    if not file.is_file():
+        return None
+    stated = re.findall(r"^# configuration: ([0-9a-f]{8})$", file.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+    return stated[-1] if stated else None
 
 
 @rank_zero_only
