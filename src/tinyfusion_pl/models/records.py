@@ -77,9 +77,9 @@ def read_record(folder: str | Path, *, decided: bool = False) -> dict[str, Any]:
     field(record, "weights.sha256", "64 hexadecimal digits", file)
     for name in ("model", "library", "model_factory"):
         if field(record, name, NAMES, file, optional=True) is not None:
-            for entry in {"library": ("library", "class")}.get(name, ("name",)):
-                field(record, f"{name}.{entry}", TEXT, file)
-            field(record, f"{name}.kwargs", NAMES, file, optional=name != "model")
+            if name != "library":  # of which the library is asked
+                field(record, f"{name}.name", TEXT, file)
+                field(record, f"{name}.kwargs", NAMES, file, optional=name != "model")
     if decided or "stacks" in record:
         _check_stacks(field(record, "stacks", NAMES, file), file)
     return record
@@ -97,9 +97,6 @@ def _check_stacks(stacks: Mapping[str, Any], file: Path) -> None:
     for path, stack in stacks.items():
         at = f"stacks.{path}"
         _check_fields(stack, STACK, at, file)
-        if stack["kept_blocks"] and max(stack["kept_blocks"]) >= stack["num_blocks"]:
-            raise ArtifactError(f"{file}: '{at}.kept_blocks' is {stack['kept_blocks']!r:.80} of {stack['num_blocks']} blocks. "
-                                "Copy the folder again.")
         for number, group in enumerate(stack["groups"]):
             _check_fields(group, GROUP, f"{at}.groups[{number}]", file)
             if group.get("probabilities") is not None:
