@@ -41,9 +41,9 @@ class Checkpoint:
     stated: dict[str, str]
 
     @property
-    def source(self) -> dict[str, str | None]:
-        """For a record: what was really taken."""
-        return {"weights": self.weights, "key": self.key}
+    def source(self) -> dict[str, str]:
+        """For a record: what was really taken, and from which entry where that is not called the same."""
+        return {"weights": self.weights, **({} if self.key in (None, self.weights) else {"key": self.key})}
 
 
 def load_checkpoint(path: str | Path, *, weights: str = "ema", prefix: str = "") -> dict[str, Tensor]:
