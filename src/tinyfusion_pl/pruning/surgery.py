@@ -108,11 +108,12 @@ def _cut(model: nn.Module, kept_blocks: Mapping[str, Sequence[int]]) -> Undo:
     for path, kept in kept_blocks.items():
         if library_root(model, path) is None:
             values += _counting_attributes(model, path, kept)
+    stated: dict[nn.Module, dict[str, int]] = {}  # one owner may state several stacks
     for path, kept in kept_blocks.items():
         undo.append(_shorten(get_stack(model, path), kept))
         if (argument := _stated(model, path)) is not None:
-            owner = get_module(model, split_path(path)[0])
-            values.append((owner, "config", {**owner.config, argument: len(kept)}))
+            stated.setdefault(get_module(model, split_path(path)[0]), {})[argument] = len(kept)
+    values += [(owner, "config", {**owner.config, **depths}) for owner, depths in stated.items()]
     for module, key, value in values:
         undo.append(partial(setattr, module, key, getattr(module, key)))
         setattr(module, key, value)
