@@ -16,6 +16,7 @@ from tinyfusion_pl.cli.processes import is_first_process
 
 # Where a run writes and which of its stages run: no part of what is computed, so no part of the folder's name.
 NOT_IDENTITY = ("hydra", "run_dir", "paths", "task")
+SEAL = "# sha256: "  # last line of config.yaml: of all lines before it, the last of which states the configuration's hash
 
 
 def identity(cfg: DictConfig) -> dict[str, Any]:
@@ -32,6 +33,10 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
 def config_hash(cfg: DictConfig) -> str:
     """8 hexadecimal digits of the SHA-256 over the `identity` of `cfg`."""
     return hashlib.sha256(_canonical(identity(cfg)).encode()).hexdigest()[:8]
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _settle(node: DictConfig | ListConfig) -> None:
@@ -89,4 +94,5 @@ def write_config(run_dir: Path, cfg: DictConfig) -> None:
         if key in cfg:
             where[key] = OmegaConf.to_container(cfg[key], resolve=True) if OmegaConf.is_config(cfg[key]) else cfg[key]
     whole = {**identity(cfg), "task": raw["task"], **where}
-    write_text(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(whole)))
+    text = f"{OmegaConf.to_yaml(OmegaConf.create(whole))}# configuration: {config_hash(cfg)}\n"
+    write_text(run_dir / "config.yaml", f"{text}{SEAL}{_sha256(text.encode())}\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ class RunFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self.configuration = read_configuration(self / "config.yaml")
+        """Hash of the configuration that this run is of, for what it leaves; None where it was not started by the command line."""
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -76,6 +79,14 @@ class RunFolder:
     def recovered(self) -> Path:
         """The recovered model."""
         return self / "recovered"
+
+
+def read_configuration(file: Path) -> str | None:
+    """The configuration's hash that a ``config.yaml`` states in a comment at its end; None where it states none, or is not there."""
+    if not file.is_file():
+        return None
+    stated = re.findall(r"^# configuration: ([0-9a-f]{8})$", file.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+    return stated[-1] if stated else None
 
 
 @rank_zero_only
