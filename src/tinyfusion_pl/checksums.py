@@ -53,12 +53,6 @@ def model_sha256(model: nn.Module) -> str:
     return state_sha256(model.state_dict(), preface=json.dumps(built, sort_keys=True, default=str))
 
 
-def path_sha256(path: str | os.PathLike) -> str:
-    """The SHA-256 of a file, or of the names and contents of all files in a folder."""
-    path = Path(path)
-    return content_sha256(files_sha256(path, ["."])) if path.is_dir() else sha256(path)
-
-
 def files_sha256(root: Path, names: Sequence[str]) -> dict[str, str]:
     """Checksums of files below `root`: of those named, as far as they exist, and of all in folders that are named."""
     found: dict[str, str] = {}

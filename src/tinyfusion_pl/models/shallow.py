@@ -85,6 +85,27 @@ def _save_weights(folder: Path, model: nn.Module) -> dict[str, str] | None:
     return None
 
 
+def read_record(folder: str | Path) -> dict[str, Any]:
+    """The record of the shallow model in `folder`.
+
+    Raises:
+        ArtifactError: when it is missing, no JSON, of another format, or lacks an entry; names it.
+    """
+    file = Path(folder) / RECORD
+    record = read_json(file)
+    if not isinstance(record, dict):
+        raise ArtifactError(f"{file} holds a {type(record).__name__}; expected the record of a shallow model. Copy the folder again.")
+    if record.get("format") != FORMAT:
+        raise ArtifactError(f"{file} has format {record.get('format')!r}, this version reads {FORMAT}.")
+    expected = {"stacks": dict, "model": (dict, type(None)), "weights": dict}
+    wrong = [name for name, kind in expected.items() if not isinstance(record.get(name, ...), kind)]
+    if "weights" not in wrong and not isinstance(record["weights"].get("sha256"), str):
+        wrong.append("weights.sha256")
+    if wrong:
+        raise ArtifactError(f"{file} lacks {', '.join(wrong)}, or they are of another type: it is damaged. Copy the folder again.")
+    return record
+
+
 def check_weights(folder: Path, record: Mapping[str, Any]) -> Path:
     """The file of weights in `folder`, which must be the one that `record` was written for."""
     file = folder / WEIGHTS
@@ -108,9 +129,7 @@ def load_shallow(path: str | Path, *, model: nn.Module | None = None, **override
         ValueError: when the record cannot build the model and none is given, or the weights do not fit.
     """
     folder = Path(path)
-    record = read_json(folder / RECORD)
-    if record.get("format") != FORMAT:
-        raise ArtifactError(f"{folder / RECORD} has format {record.get('format')!r}, this version reads {FORMAT}.")
+    record = read_record(folder)
     weights = check_weights(folder, record)
     if overrides and (model is not None or record["model"] is None):
         raise ValueError(f"{', '.join(overrides)} is of this project's models, and the record in {folder} names none.")
@@ -148,5 +167,5 @@ def _from_factory(factory: Mapping[str, Any]) -> nn.Module:
 
 def load_decision(path: str | Path) -> Decision:
     """The decision in the record of the shallow model in folder `path`."""
-    return Decision.from_dict(read_json(Path(path) / RECORD)["stacks"])
+    return Decision.from_dict(read_record(path)["stacks"])
 
