@@ -82,11 +82,12 @@ class DrawnLatents(Dataset):
     def sha256(self) -> str:
         """A checksum of description, labels, sizes of all shards, and a few samples."""
         indices = np.unique(np.linspace(0, len(self) - 1, NUM_CHECKED).astype(int)).tolist()
-        tensors = {"labels": torch.from_numpy(self.labels), "looked at": torch.from_numpy(self.shards.read_many(indices, [0] * len(indices)))}
+        stored = self.shards.read_many(indices, [0] * len(indices))
         self.shards.close()
         sizes = [shard_path(self.shards.root, shard).stat().st_size for shard in range(self.shards.info.num_shards)]
         info = {key: value for key, value in self.shards.info.as_dict().items() if key not in ("images", "labelled_by")}
-        return state_sha256(tensors, preface=json.dumps([info, sizes], sort_keys=True))
+        return state_sha256({"labels": torch.from_numpy(self.labels), "stored": torch.from_numpy(stored)},
+                            preface=json.dumps([info, sizes], sort_keys=True))
 
 
 class ImageNetLatents(GenerationDataModule):

@@ -6,12 +6,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_only
+
 from tinyfusion_pl.artifacts import ArtifactError
 from tinyfusion_pl.checksums import Origin, content_sha256, differences, files_sha256, model_sha256, short
 from tinyfusion_pl.models.shallow import RECORD, read_record
 from tinyfusion_pl.tasks.folder import Inputs, RunFolder, say
 
 TEACHER, SHALLOW, SAMPLES, CONFIGURATION = "teacher", "shallow", "samples", "configuration"
+files_left = rank_zero_only(files_sha256)
+"""`files_sha256` in the process that marks a stage as finished."""
 
 
 def origin_of(folder: RunFolder, inputs: Inputs, **more: str | None) -> Origin:
@@ -33,8 +37,8 @@ def check_origin(folder: RunFolder, stage: str, done: Mapping[str, Any], now: Or
         ArtifactError: names what differs with both checksums.
     """
     if found := differences(done.get("made_from"), now, of=of):
-        raise ArtifactError(f"{stage} in {folder.path} was made from something else than is there now ({found}). What is made of both would "
-                            "belong to neither. Put back what it was made from, or give another run_dir=PATH.")
+        raise ArtifactError(f"{stage} in {folder.path} was made from something else than is there now ({found}). What is made of both "
+                            "would belong to neither. Put back what it was made from, or give another run_dir=PATH.")
 
 
 def missing_files(folder: RunFolder, stage: str, done: Mapping[str, Any], *, below: str = "") -> list[str]:
@@ -47,8 +51,8 @@ def missing_files(folder: RunFolder, stage: str, done: Mapping[str, Any], *, bel
     found = files_sha256(folder.path, list(expected))
     if differing := [name for name in found if found[name] != expected[name]]:
         named = ", ".join(f"{folder / name} (checksum {short(expected[name])} then, {short(found[name])} now)" for name in differing[:3])
-        raise ArtifactError(f"{named}: not what {stage} left there: damaged, or replaced. Put it back; or delete it, and rerun task={stage}: "
-                            "it is made again from the stage's last checkpoint.")
+        raise ArtifactError(f"{named}: not what {stage} left there: damaged, or replaced. Put it back; or delete it, and rerun "
+                            f"task={stage}: it is made again from the stage's last checkpoint.")
     return [name for name in expected if name not in found]
 
 

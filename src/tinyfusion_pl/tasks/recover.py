@@ -11,7 +11,6 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from tinyfusion_pl.artifacts import ArtifactError
 from tinyfusion_pl.callbacks import NonFiniteGuard
-from tinyfusion_pl.checksums import files_sha256
 from tinyfusion_pl.models import load_checkpoint, load_decision, load_shallow, load_weights, save_shallow
 from tinyfusion_pl.models.shallow import RECORD, read_record
 from tinyfusion_pl.modules import Recovery
@@ -19,7 +18,7 @@ from tinyfusion_pl.pruning import Decision
 from tinyfusion_pl.tasks.checkpoint_io import verify
 from tinyfusion_pl.tasks.fitting import Fit
 from tinyfusion_pl.tasks.folder import Inputs, RunFolder, say
-from tinyfusion_pl.tasks.origins import SHALLOW, TEACHER, check_origin, missing_files, needs_remaking, origin_of, shallow_sha256
+from tinyfusion_pl.tasks.origins import SHALLOW, TEACHER, check_origin, files_left, missing_files, needs_remaking, origin_of, shallow_sha256
 
 
 @dataclass(kw_only=True)
@@ -83,7 +82,7 @@ class Recover:
         self.save(folder)
         folder.finish("recover", {
             "seconds": seconds if done is None else done["seconds"], "num_skipped_steps": guard.num_skipped, "made_from": made_from,
-            "files": files_sha256(folder.path, [folder.recovered.name]),
+            "files": files_left(folder.path, [folder.recovered.name]),
         })
 
     @rank_zero_only
