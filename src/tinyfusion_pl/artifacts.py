@@ -4,7 +4,9 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,8 +26,24 @@ _REMEDIES = {
 }
 
 
+# What `temporary_path` gives: the host's hash and the process that writes it, by which a killed one's are known.
+TEMPORARY = re.compile(r"\..*\.tmp-(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{8}(\..*)?")
+
+
 class ArtifactError(RuntimeError):
     """A file that could not be written or read; the text names the file and says what to do."""
+
+
+def host_hash() -> str:
+    """8 hexadecimal digits that stand for this machine in names of temporary files."""
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+
+
+def temporary_path(path: Path) -> Path:
+    """A new hidden name beside `path` with the same suffix, that says who writes it (`TEMPORARY`)."""
+    return path.with_name(
+        f".{path.stem[:40]}.tmp-{host_hash()}-{os.getpid()}-{secrets.token_hex(4)}{path.suffix}"
+    )
 
 
 @contextmanager
@@ -36,7 +54,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     An `OSError` (full disk, read-only folder) becomes an `ArtifactError` that names `path`; others pass through.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
+    temporary = temporary_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary

@@ -12,7 +12,8 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from tinyfusion_pl.cli.errors import Told, sentence, tell
 from tinyfusion_pl.cli.processes import as_single_run, is_first_process, process
-from tinyfusion_pl.cli.run_identity import check_folder, config_hash, write_config
+from tinyfusion_pl.cli.run_identity import CONFIG, check_folder, config_hash, forget_config, write_config
 from tinyfusion_pl.cli.settings import check_added, check_complete
 
 # word -> function of strings; the text that it returns is printed
@@ -106,19 +107,34 @@ def run(cfg: DictConfig, run_dir: Path) -> Any:
     """Build everything that ``cfg.task`` names, then call it with `run_dir`; returns what it returns.
 
     ``config.yaml`` is written in between, so a mistake in the configuration leaves nothing behind.
+    A task that takes ``begin`` calls it when its own checks have passed: only then ``config.yaml`` is written.
 
     Raises:
         ValueError: a value is missing or wrong, or `run_dir` holds a run of another configuration.
+        ArtifactError: another process runs in `run_dir`.
     """
+    from tinyfusion_pl.locks import sole_writer  # imports torch, which --help does not need
+
     # A stage says in one line what Lightning says in ten. Its import sets the level of its outer logger to INFO: hence twice.
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     check_added(cfg)
-    check_folder(run_dir, cfg)
-    check_complete(cfg.task)
-    task = _build(copy.deepcopy(cfg).task)  # Hydra resolves references in place; what is written keeps them
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    write_config(run_dir, cfg)
-    return task(run_dir=run_dir)
+    # The processes that the first one starts run in the folder that it holds.
+    with sole_writer(run_dir, setting="run_dir") if is_first_process() else nullcontext():
+        check_folder(run_dir, cfg)
+        check_complete(cfg.task)
+        task = _build(copy.deepcopy(cfg).task)  # Hydra resolves references in place; what is written keeps them
+        logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+        is_new = not (run_dir / CONFIG).exists()
+        begin = partial(write_config, run_dir, cfg)
+        try:
+            if "begin" in inspect.signature(task).parameters:
+                return task(run_dir=run_dir, begin=begin)
+            begin()
+            return task(run_dir=run_dir)
+        except BaseException:
+            if is_new:
+                forget_config(run_dir)
+            raise
 
 
 def _build(node: DictConfig) -> Any:

@@ -39,5 +39,9 @@ def as_single_run(argv: Sequence[str], job: DictConfig) -> list[str]:
     return [*flags, *job.overrides.task, *of_hydra, "hydra.mode=RUN"]
 
 
+# What torchrun, Lightning, SLURM and MPI number the processes of one run by.
+RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+
+
 def is_first_process() -> bool:
-    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+    return all(os.environ.get(name, "0") == "0" for name in RANKS)

@@ -16,6 +16,7 @@ from tinyfusion_pl.cli.processes import is_first_process
 
 # Where a run writes and which of its stages run: no part of what is computed, so no part of the folder's name.
 NOT_IDENTITY = ("hydra", "run_dir", "paths", "task")
+CONFIG = "config.yaml"
 SEAL = "# sha256: "  # last line of config.yaml: of all lines before it, the last of which states the configuration's hash
 
 
@@ -66,11 +67,44 @@ def _flat(container: dict | list, prefix: str = "") -> Iterator[tuple[str, str]]
 
 
 def check_folder(run_dir: Path, cfg: DictConfig) -> None:
-    file = run_dir / "config.yaml"
-    if not file.exists():
+    """Find out whether `run_dir` is of the configuration `cfg`, or free.
+
+    Raises:
+        ValueError: when it holds a run of another configuration, or of one that cannot be told; says what differs.
+    """
+    file, here = run_dir / CONFIG, config_hash(cfg)
+    if file.exists():
+        _check_config(file, cfg)
+    finished = {mark: _configuration_of(mark) for mark in sorted(run_dir.glob("stages/*.json"))}
+    for mark, there in finished.items():
+        if there not in (None, here):
+            raise ValueError(
+                f"{mark} is of another configuration: its hash is {there}, the hash of this one is {here}. Give another "
+                "run_dir=PATH, or none: each configuration then gets its own folder."
+            )
+    if file.exists() or here in finished.values():
         return
+    if finished:  # by an earlier version, or from Python
+        raise ValueError(
+            f"{run_dir} holds {min(finished).relative_to(run_dir)}, but no {CONFIG} that says of which configuration it is. "
+            f"Put {CONFIG} back, or give another run_dir=PATH."
+        )
+
+
+def _check_config(file: Path, cfg: DictConfig) -> None:
+    run_dir = file.parent
     try:
-        there, here = (dict(_flat(identity(config))) for config in (OmegaConf.load(file), cfg))
+        content = file.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror}. Give another run_dir.") from error
+    if SEAL.encode() in content and not _is_sealed(content):
+        raise ValueError(
+            f"{file} differs from its own hash: it was changed or damaged after the run wrote it. Put back the one that was "
+            "there; or delete it, and it is written anew from this command's configuration, unless what the folder holds is "
+            "of another."
+        )
+    try:
+        there, here = (dict(_flat(identity(config))) for config in (OmegaConf.create(content.decode()), cfg))
     except Exception as error:
         raise ValueError(f"{file} is not a readable configuration ({error}). Give another run_dir.") from error
     differing = [key for key in {**here, **there} if here.get(key) != there.get(key)]
@@ -78,16 +112,38 @@ def check_folder(run_dir: Path, cfg: DictConfig) -> None:
         shown = "; ".join(f"{key} is {there.get(key, 'not set')} there and {here.get(key, 'not set')} here"
                           for key in differing[:3])  # fmt: skip
         more = f"; {len(differing) - 3} more differ" if len(differing) > 3 else ""
+        alone = f" {file} is all that is in it: delete it to use this folder." if _is_alone(file) else ""
         raise ValueError(
             f"{run_dir} holds a run of another configuration ({shown}{more}). Give another run_dir=PATH, or none: each "
-            "configuration then gets its own folder."
+            f"configuration then gets its own folder.{alone}"
         )
 
 
+def _is_sealed(content: bytes) -> bool:
+    """Whether the content of a ``config.yaml`` ends with the hash of all that is before it."""
+    written, _, stated = content.rpartition(SEAL.encode())
+    return stated == f"{_sha256(written)}\n".encode()
+
+
+def _configuration_of(mark: Path) -> str | None:
+    """The hash of the configuration that a finished stage's file states, as `RunFolder.finish` writes it."""
+    from tinyfusion_pl.checksums import Damaged, read_sealed  # imports torch, which --help does not need
+
+    try:
+        return read_sealed(mark).get("configuration")
+    except Damaged:
+        return None  # who reads it tells
+
+
+def _is_alone(file: Path) -> bool:
+    return {each.name for each in file.parent.iterdir()} <= {file.name, ".lock"}
+
+
 def write_config(run_dir: Path, cfg: DictConfig) -> None:
+    """Leave `cfg` as ``config.yaml``, with its hash; one that is there is of the same configuration and stays."""
     from tinyfusion_pl.artifacts import write_text  # imports torch, which --help does not need
 
-    if (run_dir / "config.yaml").exists() or not is_first_process():
+    if (run_dir / CONFIG).exists() or not is_first_process():
         return
     raw, where = OmegaConf.to_container(cfg, resolve=False), {}
     for key in ("run_dir", "paths"):
@@ -95,4 +151,11 @@ def write_config(run_dir: Path, cfg: DictConfig) -> None:
             where[key] = OmegaConf.to_container(cfg[key], resolve=True) if OmegaConf.is_config(cfg[key]) else cfg[key]
     whole = {**identity(cfg), "task": raw["task"], **where}
     text = f"{OmegaConf.to_yaml(OmegaConf.create(whole))}# configuration: {config_hash(cfg)}\n"
-    write_text(run_dir / "config.yaml", f"{text}{SEAL}{_sha256(text.encode())}\n")
+    write_text(run_dir / CONFIG, f"{text}{SEAL}{_sha256(text.encode())}\n")
+
+
+def forget_config(run_dir: Path) -> None:
+    """Remove ``config.yaml`` where nothing else is in the folder: the run left nothing that it would describe."""
+    with suppress(OSError):
+        if is_first_process() and _is_alone(run_dir / CONFIG):
+            (run_dir / CONFIG).unlink()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import secrets
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tinyfusion_pl.artifacts import ArtifactError, atomic_path, read_json, save_tensors, write_json
+from tinyfusion_pl.artifacts import ArtifactError, atomic_path, read_json, save_tensors, temporary_path, write_json
 from tinyfusion_pl.models.diffusers_layout import CONFIG, diffusers_config, to_diffusers
 from tinyfusion_pl.models.dit import DiT
 from tinyfusion_pl.models.families import family_of
@@ -120,7 +119,7 @@ def _export_diffusers(model: nn.Module, path: Path, *, vae: str | Path | None, i
     if source is None and id2label is not None:
         raise ValueError("id2label is of a pipeline, which needs vae=FOLDER.")
     _warn_of_shift(model, 1, "diffusers")
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    temporary = temporary_path(path)
     try:
         transformer = temporary if source is None else temporary / "transformer"
         save_tensors(transformer / DIFFUSERS_WEIGHTS[0], state, metadata={"format": "pt"})

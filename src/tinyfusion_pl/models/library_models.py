@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import secrets
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from tinyfusion_pl.artifacts import ArtifactError, atomic_path
+from tinyfusion_pl.artifacts import ArtifactError, atomic_path, temporary_path
 from tinyfusion_pl.pruning.adapter_state import is_adapter_key
 from tinyfusion_pl.pruning.library_configs import config_mismatch, is_library_model
 
@@ -51,7 +50,7 @@ def save_library_model(folder: Path, model: nn.Module, weights: str) -> dict[str
     Returns:
         The entry ``library`` of a record: the library and the class.
     """
-    temporary = folder / f".library.{secrets.token_hex(4)}"
+    temporary = temporary_path(folder / "library")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         model.save_pretrained(temporary, max_shard_size="1000TB", safe_serialization=True)

@@ -5,20 +5,24 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_only
 
 from tinyfusion_pl.artifacts import read_json, write_json
 from tinyfusion_pl.data import VAE, open_images
-from tinyfusion_pl.data.extraction import ShardWriter, begin, finish, is_finished, left_out, missing_shards, resume
+from tinyfusion_pl.data.extraction import ShardWriter, finish, is_finished, left_out, missing_shards, resume
+from tinyfusion_pl.data.extraction import begin as begin_extraction
 from tinyfusion_pl.data.inventory import Inventory, Slots
 from tinyfusion_pl.data.latents_info import CONTENTS, DTYPES, FINISHED, LatentsInfo
 from tinyfusion_pl.data.listing import named, printable
 from tinyfusion_pl.data.reading import MAX_PIXELS, Note, describe_notes
 from tinyfusion_pl.data.shards import LatentShards
+from tinyfusion_pl.locks import sole_writer
 from tinyfusion_pl.modules import Extraction
 from tinyfusion_pl.tasks.fitting import ctrl_c
 from tinyfusion_pl.tasks.folder import say
@@ -78,15 +82,22 @@ class Extract:
                 raise ValueError(f"extract.{name} is {getattr(self, name)!r}; give {' or '.join(map(repr, choices))}.")
 
 
-def extract_latents(*, run_dir: str | Path, extract: Extract) -> Path:
+def extract_latents(*, run_dir: str | Path, extract: Extract, begin: Callable[[], None] | None = None) -> Path:
     """Extract the latents of ``extract.images`` and of their mirror images into ``extract.output``; returns that folder.
 
-    Finished shards, and finished parts of others, are passed over. Files do not depend on the number of processes.
+    Finished shards, and finished parts of others, are passed over. Files do not depend on the number of processes. `begin` is called
+    when all checks have passed, before anything is written.
 
     Raises:
-        ValueError, ArtifactError: for images that cannot be read, more processes than shards, or an output that holds something else.
+        ValueError, ArtifactError: for images that cannot be read, more processes than shards, or an output that holds something else or
+            that another extraction is writing.
     """
-    root = Path(extract.output)
+    # The processes that the first one starts write into the folder that it holds.
+    with sole_writer(extract.output, setting="extract.output") if rank_zero_only.rank == 0 else nullcontext():
+        return _extract_latents(Path(extract.output), extract, begin=begin)
+
+
+def _extract_latents(root: Path, extract: Extract, *, begin: Callable[[], None] | None) -> Path:
     images = open_images(extract.images, image_size=extract.image_size, class_to_idx=extract.class_to_idx,
                          skip_broken=extract.skip_broken, max_pixels=extract.max_pixels)
     num_samples = len(images) if extract.num_images is None else extract.num_images
@@ -105,7 +116,10 @@ def extract_latents(*, run_dir: str | Path, extract: Extract) -> Path:
     _check_processes(trainer.world_size, info.num_samples, extract.shard_size)
     for sentence in [*images.said, *said]:
         say(f"extract: {sentence}")
-    if is_finished(root, info):
+    finished = is_finished(root, info)
+    if begin is not None:
+        begin()
+    if finished:
         if trainer.is_global_zero:
             _leave_out_what_is_gone(root, info, inventory)
         say(f"extract: done before; the latents of {info.num_samples} images are in {root}")
@@ -114,7 +128,7 @@ def extract_latents(*, run_dir: str | Path, extract: Extract) -> Path:
         f"{info.latent_shape}, {len(missing_shards(root, info))} of {info.num_shards} shards to do; they go to {root}")
     say(f"extract: {_describe_labels(info)}")
     if trainer.is_global_zero:
-        begin(root, info, inventory)
+        begin_extraction(root, info, inventory)
     writer = partial(ShardWriter, root, info, save_every=extract.save_every)
     module = Extraction(vae, images=Slots(images, inventory.places), writer=writer, batch_size=extract.batch_size,
                         num_workers=extract.num_workers)

@@ -20,6 +20,7 @@ from tinyfusion_pl.data import GenerationDataModule, open_images
 from tinyfusion_pl.data.pictures import REMEDY as SKIP
 from tinyfusion_pl.data.pictures import PackedPictures, PictureArray, PictureBatches, PictureDataset, PictureFolder
 from tinyfusion_pl.data.reading import MAX_PIXELS
+from tinyfusion_pl.locks import sole_writer
 from tinyfusion_pl.metrics import GenerationMetrics, Reference, read_reference
 from tinyfusion_pl.metrics.base import RowsMetric
 from tinyfusion_pl.tasks.folder import say
@@ -71,11 +72,12 @@ class PictureFiles:
 
 
 def measure(*, run_dir: str | Path, samples: Source, reference: Source, metrics: GenerationMetrics, files: PictureFiles,
-            trainer: Callable[..., Trainer]) -> dict[str, float]:
+            trainer: Callable[..., Trainer], begin: Callable[[], None] | None = None) -> dict[str, float]:
     """Measure pictures that are already there: `samples` against `reference`, either a folder, an npz, a dataset or a data module;
     `reference` may be a reference file too.
 
-    Writes ``measure.json`` (results, what was measured, protocol) into `run_dir` and prints the numbers.
+    Writes ``measure.json`` (results, what was measured, protocol) into `run_dir` and prints the numbers. `begin` is called when all
+    checks have passed, before anything is measured or written.
 
     Raises:
         ValueError, ArtifactError: for files that cannot be read or do not fit the feature network, before anything is measured.
@@ -88,6 +90,8 @@ def measure(*, run_dir: str | Path, samples: Source, reference: Source, metrics:
         metrics.check_reference(held)
     metrics.check(num_samples=len(found.dataset), num_reference=held.num_pictures if held else len(others.dataset))
     metrics.to(_device(trainer))
+    if begin is not None:
+        begin()
     say(f"measure: {len(found.dataset)} pictures of {_name(samples)} against {_name(reference)}; numbers go to "
         f"{Path(run_dir) / 'measure.json'}")
     if held is not None:
@@ -108,19 +112,30 @@ def measure(*, run_dir: str | Path, samples: Source, reference: Source, metrics:
 
 
 def make_reference(*, run_dir: str | Path, pictures: Source, output: str, metrics: GenerationMetrics, files: PictureFiles,
-                   trainer: Callable[..., Trainer]) -> Path:
+                   trainer: Callable[..., Trainer], begin: Callable[[], None] | None = None) -> Path:
     """Write a reference file of `pictures` (a folder, an npz, a dataset or a data module) once: statistics for the distances, features
-    for precision and recall.
+    for precision and recall. `begin` is called when all checks have passed, before anything is computed or written.
 
     Raises:
         ValueError: when `output` exists or is no ``.npz``; nothing is written over.
+        ArtifactError: when another process is making it.
     """
     path = Path(output)
-    if path.suffix != ".npz" or path.exists():
+    if path.suffix != ".npz":
         raise ValueError(f"reference.output is {output}; give a new file that ends with .npz.")
+    with sole_writer(path, setting="reference.output", is_folder=False):
+        if path.exists():
+            raise ValueError(f"reference.output is {output}; give a new file that ends with .npz.")
+        return _make_reference(path, pictures=pictures, metrics=metrics, files=files, trainer=trainer, begin=begin)
+
+
+def _make_reference(path: Path, *, pictures: Source, metrics: GenerationMetrics, files: PictureFiles, trainer: Callable[..., Trainer],
+                    begin: Callable[[], None] | None) -> Path:
     found = files.batches(pictures)
     metrics.check(num_samples=len(found.dataset), num_reference=len(found.dataset))
     metrics.to(_device(trainer))
+    if begin is not None:
+        begin()
     say(f"reference: {len(found.dataset)} pictures of {_name(pictures)}; the file is {path}")
     rows: list[torch.Tensor] = []
     keep = any(isinstance(metric, RowsMetric) and metric.needs_reference for metric in metrics.collection.values())

@@ -41,12 +41,13 @@ class Train:
 
 
 def train_denoiser(*, run_dir: str | Path, name: str, seed: int, model: str, objective: Any, data: LightningDataModule, train: Train,
-                   evaluate: Evaluate, recipe: str, overrides: dict[str, Any] | None = None) -> None:
+                   evaluate: Evaluate, recipe: str, overrides: dict[str, Any] | None = None,
+                   begin: Callable[[], None] | None = None) -> None:
     """Train a new `model` and leave ``trained/model.safetensors`` with ``trained/record.json``: recipe, seed, metrics.
 
-    The folder is what ``model.checkpoint`` takes and what the package ships.
+    The folder is what ``model.checkpoint`` takes and what the package ships. `begin` is called when all checks have passed, before
+    anything is written.
     """
-    folder = RunFolder(run_dir)
     seed_everything(seed, workers=True)
     denoiser: nn.Module = create_model(model, **(overrides or {}))
     inputs = Inputs(name=name, seed=seed, teacher=denoiser, objective=objective, data=data)
@@ -55,6 +56,9 @@ def train_denoiser(*, run_dir: str | Path, name: str, seed: int, model: str, obj
     data.check_processes(train.fit.num_processes())
     evaluate.check(inputs)
     train.fit.check("train", train.module(denoiser, objective=objective))
+    if begin is not None:
+        begin()
+    folder = RunFolder(run_dir)
     made_from = {name: checksum for name, checksum in (("configuration", folder.configuration), (SAMPLES, data.samples_sha256()))
                  if checksum is not None}
     if (done := folder.result("train")) is not None:
