@@ -16,8 +16,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from tinyfusion_pl.artifacts import ArtifactError
-from tinyfusion_pl.data.vae_keys import compvis_to_diffusers, is_compvis
-from tinyfusion_pl.models import load_checkpoint, load_weights
+from tinyfusion_pl.data.vae_files import read_vae_folder, vae_folder
+from tinyfusion_pl.data.vae_keys import as_diffusers, without_prefix
+from tinyfusion_pl.models import load_checkpoint
+from tinyfusion_pl.models.fitting import check_values, fit_weights
 
 RANDOM = "random"
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -57,6 +59,9 @@ class VAE:
         if getattr(model.config, "shift_factor", None):
             raise ValueError(f"The VAE of {source} shifts its latents (shift_factor {model.config.shift_factor}); those of the denoisers "
                              "here are scaled only. Give Stable Diffusion's VAE (DiT, SiT, U-ViT, U-DiT) or MAR's.")
+        if any(getattr(model.config, name, None) is not None for name in ("latents_mean", "latents_std")):
+            raise ValueError(f"The VAE of {source} normalises its latents channel by channel (latents_mean, latents_std); those of the "
+                             "denoisers here are scaled only. Give Stable Diffusion's VAE (DiT, SiT, U-ViT, U-DiT) or MAR's.")
         self.scaling_factor = float(model.config.scaling_factor if scaling_factor is None else scaling_factor)
         if not self.scaling_factor > 0:
             raise ValueError(f"The VAE's scaling_factor is {scaling_factor}; give a number > 0 (Stable Diffusion 0.18215, MAR 0.2325).")
@@ -113,13 +118,16 @@ class VAE:
                 "scaling_factor": self.scaling_factor, "encoder": self._encoder}
 
 
-def load_vae(source: str | Path | None, *, architecture: str = "sd", **options: Any) -> VAE:
+def load_vae(source: str | Path | None, *, architecture: str = "sd", variant: str | None = None, **options: Any) -> VAE:
     """A `VAE`.
 
     Args:
         source: A folder as diffusers writes it, or of a pipeline that has ``vae/``; a checkpoint file in CompVis's layout (MAR's
-            ``kl16.ckpt``) or of diffusers' names; the name of a hub repository (``stabilityai/sd-vae-ft-ema``); or ``"random"``.
+            ``kl16.ckpt``) or of diffusers' names, those of its attention layers older or newer; the name of a hub repository
+            (``stabilityai/sd-vae-ft-ema``); or ``"random"``.
         architecture: ``"sd"`` or ``"mar"``: what a file, or ``"random"``, is built as. A folder or repository says it itself.
+        variant: Of a folder or repository, ``"fp16"`` for ``diffusion_pytorch_model.fp16.safetensors``; None: the plain file or, in a folder
+            that has none, its only variant.
         options: See `VAE`.
 
     Raises:
@@ -132,18 +140,21 @@ def load_vae(source: str | Path | None, *, architecture: str = "sd", **options: 
         raise ValueError("The VAE has no weights: vae.source is not set. Give the path of MAR's kl16.ckpt (its repository LTH14/mar says "
                          "where it is), or of a folder or checkpoint of another VAE; 'random' is a randomly initialised one, for dry runs.")
     path = Path(source)
+    if variant is not None and (str(source) == RANDOM or path.is_file()):
+        raise ValueError(f"vae.variant is {variant!r}, which is of a folder or a hub repository; vae.source={source} is none. Give "
+                         "vae.variant=null.")
     if str(source) == RANDOM:
         rank_zero_warn(f"The VAE is randomly initialised (architecture {architecture!r}): its latents and its pictures mean nothing.")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # the same one each time: what it encoded is its own
             model = _new(architecture)
     elif path.is_dir():
-        model = _from_folder(path)
+        model = read_vae_folder(vae_folder(path), variant=variant)
     elif path.suffix in SUFFIXES:
         state = load_checkpoint(path, weights="raw")
-        model = load_weights(_new(architecture), compvis_to_diffusers(state) if is_compvis(state) else state)
+        model = fit_weights(_new(architecture), as_diffusers(without_prefix(state, path)), path, fresh=True)
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not path.parent.exists():
-        model = _from_hub(str(source))
+        model = _from_hub(str(source), variant)
     else:
         raise ArtifactError(f"There is no VAE at {source}. Give a folder with config.json and diffusion_pytorch_model.safetensors, a "
                             f"checkpoint ({', '.join(SUFFIXES)}), a hub repository as OWNER/NAME, or 'random'.")
@@ -166,35 +177,19 @@ def _new(architecture: str) -> Any:
     return AutoencoderKL(in_channels=3, out_channels=3, layers_per_block=2, sample_size=256, **ARCHITECTURES[architecture])
 
 
-def _from_folder(path: Path) -> Any:
-    folder = next((folder for folder in (path, path / "vae") if _describes_vae(folder)), None)
-    if folder is None:
-        raise ArtifactError(f"{path} holds no VAE: neither config.json of an AutoencoderKL nor a folder vae/ with one. Give a folder as "
-                            "diffusers writes it: config.json and diffusion_pytorch_model.safetensors.")
-    return _pretrained(folder, local_files_only=True, remedy=f"Put diffusion_pytorch_model.safetensors of this VAE into {folder}.")
-
-
-def _describes_vae(folder: Path) -> bool:
-    file = folder / "config.json"
-    return file.is_file() and "AutoencoderKL" in file.read_text(encoding="utf-8", errors="replace")
-
-
-def _from_hub(name: str) -> Any:
-    remedy = (f"Where there is no network, download config.json and diffusion_pytorch_model.safetensors from https://huggingface.co/{name} "
-              "into a folder and give vae.source=FOLDER.")
-    return _pretrained(name, local_files_only=False, remedy=remedy)
-
-
-def _pretrained(where: str | Path, *, local_files_only: bool, remedy: str) -> Any:
+def _from_hub(name: str, variant: str | None) -> Any:
     from diffusers import AutoencoderKL
 
+    remedy = (f"Where there is no network, download config.json and diffusion_pytorch_model.safetensors from https://huggingface.co/{name} "
+              "into a folder and give vae.source=FOLDER.")
     try:
-        model, found = AutoencoderKL.from_pretrained(where, local_files_only=local_files_only, low_cpu_mem_usage=False,
-                                                     torch_dtype=torch.float32, output_loading_info=True)
+        model, found = AutoencoderKL.from_pretrained(name, variant=variant, low_cpu_mem_usage=False, torch_dtype=torch.float32,
+                                                     output_loading_info=True)
     except Exception as error:  # of many kinds: hub, network, safetensors, shapes
-        raise ArtifactError(f"The VAE {where} cannot be loaded ({_first_line(error)}). {remedy}") from error
+        raise ArtifactError(f"The VAE {name} cannot be loaded ({_first_line(error)}). {remedy}") from error
     if lacking := [*found["missing_keys"], *found["mismatched_keys"]]:  # which diffusers leaves at random values
-        raise ArtifactError(f"The VAE {where} lacks {len(lacking)} weights, {', '.join(map(str, lacking[:3]))} among them. {remedy}")
+        raise ArtifactError(f"The VAE {name} lacks {len(lacking)} weights, {', '.join(map(str, lacking[:3]))} among them. {remedy}")
+    check_values(model.state_dict(), name)
     return model
 
 

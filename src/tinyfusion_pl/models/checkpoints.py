@@ -6,6 +6,7 @@ import argparse
 import re
 import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,54 +14,96 @@ import torch
 from torch import Tensor, nn
 
 from tinyfusion_pl.artifacts import ArtifactError, load_tensors, read_metadata
+from tinyfusion_pl.models.fitting import fit_weights
+from tinyfusion_pl.models.weight_sets import NUM_NAMED, WEIGHTS, choose
 
-WEIGHTS = ("ema", "raw")
-NUM_NAMED = 5
 DENOISER = "denoiser."
+MAX_TIES = 4  # how often the tensors of a file may be larger together than the file: tied weights are there once
 # How torch names what it refused to unpickle.
 UNSAFE = re.compile(r"unsupported global:? (?:GLOBAL )?([\w.]+)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The weights that were taken from a file, and what is known of them.
+
+    Args:
+        state: By name.
+        weights: ``"ema"``, ``"raw"`` or, where the file does not say, ``"unstated"``.
+        key: The entry of the file that they are from, e.g. ``"model_ema"``; None: the file is nothing but them.
+        stated: What the file says of its model: ``model``, the name it was trained as, and ``config``, its arguments as JSON. The training
+            code of DiT, SiT and MAR keeps the name in its ``argparse.Namespace``; `export_model` writes both into safetensors files.
+    """
+
+    state: dict[str, Tensor]
+    weights: str
+    key: str | None
+    stated: dict[str, str]
+
+    @property
+    def source(self) -> dict[str, str | None]:
+        """For a record: what was really taken."""
+        return {"weights": self.weights, "key": self.key}
 
 
 def load_checkpoint(path: str | Path, *, weights: str = "ema", prefix: str = "") -> dict[str, Tensor]:
     """The state dict in a file.
 
     Read are ``.safetensors``; ``.pt`` and ``.pth``, bare, as ``{"ema": ..., "model": ...}`` (DiT, SiT) or as
-    ``{"model_ema": ..., "model": ...}`` (MAR), an ``argparse.Namespace`` beside them allowed; and Lightning's ``.ckpt``, where weight
-    averaging keeps the averaged weights under ``state_dict``, the raw under ``current_model_state``.
+    ``{"model_ema": ..., "model": ...}`` (MAR) and the like (docs/checkpoints.md has the names), an ``argparse.Namespace`` beside them
+    allowed; and Lightning's ``.ckpt``, where weight averaging keeps the averaged weights under ``state_dict``, the raw under
+    ``current_model_state``. Weights of the other kind than was asked for are taken with a warning where the file has no others.
 
     Args:
         path: The file.
-        weights: ``"ema"`` (where the file has both) or ``"raw"``.
+        weights: ``"ema"``, ``"raw"``, or the name of the file's entry that is meant, e.g. ``"ema_0.9999"`` or ``"teacher.state_dict"``.
         prefix: Take only keys that start with it, without it; checkpoints of this project's modules need none.
 
     Raises:
-        ValueError: for another `weights`, or when no key has the prefix.
+        ValueError: for another `weights`, where it cannot be told which weights are meant, or when no key has the prefix.
         ArtifactError: for a file that is missing, truncated, without a state dict, or that would execute code.
     """
-    return read_checkpoint(path, weights=weights, prefix=prefix)[0]
+    return read_checkpoint(path, weights=weights, prefix=prefix).state
 
 
-def read_checkpoint(path: str | Path, *, weights: str = "ema", prefix: str = "") -> tuple[dict[str, Tensor], dict[str, str]]:
-    """`load_checkpoint`, and what the file says of its model: ``model``, the name it was trained as, and ``config``, its arguments as JSON.
-
-    The training code of DiT, SiT and MAR keeps the name in its ``argparse.Namespace``; `export_model` writes both into safetensors files.
-    """
-    if weights not in WEIGHTS:
-        raise ValueError(f"weights is {weights!r}; give 'ema' or 'raw'.")
+def read_checkpoint(path: str | Path, *, weights: str = "ema", prefix: str = "") -> Checkpoint:
+    """`load_checkpoint`, with what is known of the weights."""
     path = Path(path)
+    if weights not in WEIGHTS and not path.is_file():
+        raise ValueError(f"weights is {weights!r}; give 'ema' or 'raw', or an entry of the file; and there is no file {path}.")
     if not path.is_file():
         raise ArtifactError(f"There is no checkpoint at {path}. Give the path of a .safetensors, .pt or .ckpt file.")
     if path.suffix == ".safetensors":
-        state, said = load_tensors(path), read_metadata(path)
+        content, stated = load_tensors(path), read_metadata(path)
     else:
         content = _unpickle(path)
-        state, said = _state_dict(content, weights, path), {}
-        args = content.get("args") if isinstance(content, Mapping) else None
-        if isinstance(args, argparse.Namespace) and isinstance(getattr(args, "model", None), str):
-            said = {"model": args.model}
+        stated = _trained_as(content)
+    chosen = choose(content, weights, path)
+    state = _sound(chosen.state, path)
     if not prefix and state and all(key.startswith(DENOISER) for key in state):  # this project's own modules
         prefix = DENOISER
-    return _without(prefix, state, path), said
+    return Checkpoint(_without(prefix, state, path), chosen.kind, ".".join(chosen.path) or None, stated)
+
+
+def _trained_as(content: Any) -> dict[str, str]:
+    args = content.get("args") if isinstance(content, Mapping) else None
+    name = vars(args).get("model") if isinstance(args, argparse.Namespace) else None
+    return {"model": name} if isinstance(name, str) else {}
+
+
+def _sound(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """`state`, whose tensors hold what they claim: a tensor may be a view that is larger than anything in the file."""
+    for key, tensor in state.items():
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or tensor.is_nested:
+            kind = "meta" if tensor.is_meta else "quantized" if tensor.is_quantized else "nested" if tensor.is_nested else tensor.layout
+            raise ArtifactError(f"{path} holds {key} as a {kind} tensor; plain (strided) ones are read. Save it as tensor.to_dense(), or "
+                                "dequantized.")
+    claimed, there = sum(each.numel() * each.element_size() for each in state.values()), path.stat().st_size
+    if claimed > MAX_TIES * there:
+        largest = max(state, key=lambda key: state[key].numel())
+        raise ArtifactError(f"{path} has {there} bytes, and its tensors claim {claimed}, {largest} {tuple(state[largest].shape)} among them: "
+                            "it is damaged, or its tensors are expanded views. Save them with tensor.clone().")
+    return state
 
 
 def _without(prefix: str, state: dict[str, Tensor], where: str | Path) -> dict[str, Tensor]:
@@ -72,9 +115,14 @@ def _without(prefix: str, state: dict[str, Tensor], where: str | Path) -> dict[s
 
 def _unpickle(path: Path) -> Any:
     try:
+        zipped = zipfile.is_zipfile(path)
+        if zipped and _is_compressed(path):
+            raise ArtifactError(f"{path} is refused: it is a compressed archive, and torch writes plain ones. Save it with torch.save.")
         with torch.serialization.safe_globals([argparse.Namespace]):
             # Mapped where the format allows: of a training's checkpoint only the weights asked for are read, not the optimizer's state.
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except ArtifactError:
+        raise
     except OSError as error:
         raise ArtifactError(f"Cannot read {path}: {error.strerror}.") from error
     except Exception as error:  # broken files show as errors of many types: RuntimeError, EOFError, IndexError, struct.error
@@ -88,22 +136,17 @@ def _unpickle(path: Path) -> Any:
         ) from error
 
 
-def _state_dict(content: Any, weights: str, path: Path) -> dict[str, Tensor]:
-    order = {"ema": ["ema", "model_ema", "state_dict", "model"], "raw": ["model", "current_model_state", "state_dict", "ema", "model_ema"]}
-    parts = content if isinstance(content, Mapping) else {}
-    candidates = [parts[key] for key in order[weights] if isinstance(parts.get(key), Mapping)] + [content]
-    for state in candidates:
-        if isinstance(state, Mapping) and state and all(
-            isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
-        ):
-            return dict(state)
-    held = list(content)[:NUM_NAMED] if isinstance(content, Mapping) else type(content).__name__
-    raise ArtifactError(f"{path} holds no state dict: a mapping from names to tensors, bare or under 'ema', 'model_ema', 'model' or "
-                        f"'state_dict', was expected; found {held}.")
+def _is_compressed(path: Path) -> bool:
+    """Whether the archive says of an entry that it is packed: a small file could then become a large one in memory."""
+    with zipfile.ZipFile(path) as archive:
+        return any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
 
 
 def load_weights(model: nn.Module, source: str | Path | Mapping[str, Tensor], *, weights: str = "ema", prefix: str = "") -> nn.Module:
     """Put weights into `model`; every key and shape must fit.
+
+    What training codes and wrappers put before names (``module.``, ``_orig_mod.``, ``model.``, nested in any order) is taken off, with a
+    warning, where every key fits then, and in one way only.
 
     Args:
         model: Changed in place, and returned.
@@ -111,26 +154,9 @@ def load_weights(model: nn.Module, source: str | Path | Mapping[str, Tensor], *,
         weights, prefix: See `load_checkpoint`.
 
     Raises:
-        ValueError: names missing and unexpected keys and tensors of another shape; the model is then unchanged.
+        ValueError: names missing and unexpected keys and tensors of another shape; the model is then unchanged. Also for weights that are
+            all zero or not finite.
     """
     if isinstance(source, Mapping):
         return fit_weights(model, _without(prefix, dict(source), "the given state dict"), "The given state dict")
     return fit_weights(model, load_checkpoint(source, weights=weights, prefix=prefix), source)
-
-
-def fit_weights(model: nn.Module, state: Mapping[str, Tensor], where: str | Path) -> nn.Module:
-    """`load_weights` of a state dict that came from `where`."""
-    own = model.state_dict()
-    problems = {
-        "missing": [f"{k} {tuple(own[k].shape)}" for k in own if k not in state],
-        "unexpected": [f"{k} {tuple(state[k].shape)}" for k in state if k not in own],
-        "of another shape": [f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}" for k in own
-                             if k in state and state[k].shape != own[k].shape],
-    }
-    if any(problems.values()):
-        said = "; ".join(f"{len(keys)} {what}: {', '.join(keys[:NUM_NAMED])}{', ...' if len(keys) > NUM_NAMED else ''}"
-                         for what, keys in problems.items() if keys)
-        raise ValueError(f"{where} does not fit {getattr(model, 'model_name', type(model).__name__)}: {said}. "
-                         "Give the checkpoint of this model, or the model's own size and depth.")
-    model.load_state_dict(state)
-    return model

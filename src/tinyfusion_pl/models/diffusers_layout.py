@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinyfusion_pl.artifacts import ArtifactError, load_tensors, read_json
-from tinyfusion_pl.models.checkpoints import load_checkpoint
+from tinyfusion_pl.artifacts import ArtifactError, read_json
 from tinyfusion_pl.models.dit import sincos_position_embedding
 from tinyfusion_pl.models.families import MARKS
-from tinyfusion_pl.models.published import DIFFUSERS_WEIGHTS
+from tinyfusion_pl.models.weight_files import read_folder_weights
 
 CONFIG = "config.json"
 CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")  # the second is what diffusers called it first
@@ -35,6 +34,7 @@ EMBEDDERS = {
 BLOCK = {"adaLN_modulation.1": "norm1.linear", "attn.proj": "attn1.to_out.0", "mlp.fc1": "ff.net.0.proj", "mlp.fc2": "ff.net.2"}
 QKV = ("attn1.to_q", "attn1.to_k", "attn1.to_v")
 KINDS = ("weight", "bias")
+MAX_GRID = 512  # patches a side: the position embedding is computed, so that no tensor bounds it
 
 
 def is_diffusers_folder(folder: str | Path) -> bool:
@@ -42,8 +42,11 @@ def is_diffusers_folder(folder: str | Path) -> bool:
     return (Path(folder) / "transformer" / CONFIG).is_file() or (Path(folder) / CONFIG).is_file()
 
 
-def read_diffusers_folder(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], Path]:
+def read_diffusers_folder(folder: str | Path, *, variant: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any], Path]:
     """The transformer of a pipeline folder, or of its own: state dict in the published layout, arguments of `DiT`, file of the weights.
+
+    Args:
+        variant: See `read_folder_weights`.
 
     Raises:
         ArtifactError: a file is missing or broken, or the folder is another model's.
@@ -54,7 +57,7 @@ def read_diffusers_folder(folder: str | Path) -> tuple[dict[str, Tensor], dict[s
         folder = folder / "transformer"
     config = read_json(folder / CONFIG)
     arguments = dit_arguments(config, folder)
-    state, file = _weights(folder)
+    state, file = read_folder_weights(folder, variant=variant)
     if not state.keys() >= set(MARKS["diffusers' DiT"]):
         raise ArtifactError(f"{file} holds no DiT in diffusers' layout; it has {', '.join(list(state)[:5])}.")
     return from_diffusers(state, arguments, file), arguments, file
@@ -62,8 +65,10 @@ def read_diffusers_folder(folder: str | Path) -> tuple[dict[str, Tensor], dict[s
 
 def dit_arguments(config: Mapping[str, Any], folder: str | Path) -> dict[str, Any]:
     """Arguments of `DiT` from diffusers' ``config.json``."""
+    if not isinstance(config, Mapping):
+        raise ArtifactError(f"{Path(folder) / CONFIG} holds {type(config).__name__}, where a mapping was expected. Copy the folder again.")
     name = config.get("_class_name")
-    if name not in CLASSES:
+    if not isinstance(name, str) or name not in CLASSES:
         raise ArtifactError(f"{Path(folder) / CONFIG} is of a {name!r}; a {CLASSES[0]!r} was expected. Give the folder of a DiT.")
     if wrong := {key: config[key] for key, value in FIXED.items() if config.get(key, value) != value}:
         raise ValueError(f"{folder} cannot be a DiT of this project: it has {', '.join(f'{k}={v!r}' for k, v in wrong.items())}, "
@@ -72,17 +77,22 @@ def dit_arguments(config: Mapping[str, Any], folder: str | Path) -> dict[str, An
         raise ValueError(f"{folder} is trained with dropout={config['dropout']} inside its blocks, which DiT has not. "
                          "Set it to 0 in its config.json if it is only to be sampled or pruned: sampling does not use it.")
     needed = ("in_channels", "num_attention_heads", "attention_head_dim", "num_layers", "sample_size", "patch_size", "num_embeds_ada_norm")
-    if lacking := [key for key in needed if not isinstance(config.get(key), int)]:
-        raise ArtifactError(f"{Path(folder) / CONFIG} does not say {', '.join(lacking)}, which a DiT is built from. Copy the folder again.")
+    if lacking := [key for key in needed if type(config.get(key)) is not int or not 1 <= config[key] < 2**31]:
+        raise ArtifactError(f"{Path(folder) / CONFIG} does not say {', '.join(lacking)}, which a DiT is built from, as a count. Copy the "
+                            "folder again.")
+    if config["sample_size"] // config["patch_size"] > MAX_GRID:
+        raise ArtifactError(f"{Path(folder) / CONFIG} has sample_size={config['sample_size']}; up to {MAX_GRID} patches a side are read.")
+    if type(eps := config.get("norm_eps", DEFAULT_NORM_EPS)) not in (int, float) or not 0 < eps < 1:
+        raise ArtifactError(f"{Path(folder) / CONFIG} has norm_eps={eps!r}; a small positive number was expected. Copy the folder again.")
     in_channels, num_heads = config["in_channels"], config["num_attention_heads"]
     out_channels = config.get("out_channels") or in_channels
-    if out_channels not in (in_channels, 2 * in_channels):
+    if type(out_channels) is not int or out_channels not in (in_channels, 2 * in_channels):
         raise ValueError(f"{folder} has out_channels={out_channels} for in_channels={in_channels}; DiT gives as many or twice as many.")
     return {
         "input_size": config["sample_size"], "patch_size": config["patch_size"], "in_channels": in_channels,
         "hidden_size": num_heads * config["attention_head_dim"], "depth": config["num_layers"], "num_heads": num_heads,
         "mlp_ratio": 4.0, "num_classes": config["num_embeds_ada_norm"], "class_dropout_prob": 0.1,
-        "learn_sigma": out_channels == 2 * in_channels, "frequency_shift": 1, "norm2_eps": config.get("norm_eps", DEFAULT_NORM_EPS),
+        "learn_sigma": out_channels == 2 * in_channels, "frequency_shift": 1, "norm2_eps": eps,
     }
 
 
@@ -123,7 +133,7 @@ def from_diffusers(state: Mapping[str, Tensor], arguments: Mapping[str, Any], wh
                 found[f"{ours}.{kind}"] = state.pop(f"{theirs}.{kind}")
         for ours, theirs in EMBEDDERS.items():
             copies = [state.pop(f"transformer_blocks.{i}.norm1.emb.{theirs}") for i in range(depth)]
-            if (differing := next((i for i, copy in enumerate(copies) if not torch.equal(copy, copies[0])), None)) is not None:
+            if (differing := next((i for i, copy in enumerate(copies) if not _equal(copy, copies[0])), None)) is not None:
                 raise ValueError(f"{where} cannot be a DiT: the embedders of blocks 0 and {differing} differ ({theirs}), as after "
                                  "fine-tuning in diffusers, where each block has its own; DiT has one for all. Fine-tune here instead.")
             found[ours] = copies[0]
@@ -131,14 +141,25 @@ def from_diffusers(state: Mapping[str, Tensor], arguments: Mapping[str, Any], wh
             for kind in KINDS:
                 for ours, theirs in BLOCK.items():
                     found[f"blocks.{i}.{ours}.{kind}"] = state.pop(f"transformer_blocks.{i}.{theirs}.{kind}")
-                found[f"blocks.{i}.attn.qkv.{kind}"] = torch.cat([state.pop(f"transformer_blocks.{i}.{part}.{kind}") for part in QKV])
+                thirds = [state.pop(f"transformer_blocks.{i}.{part}.{kind}") for part in QKV]
+                if len({(each.shape, each.dtype) for each in thirds}) > 1 or not thirds[0].ndim:
+                    raise ArtifactError(f"{where} holds queries, keys and values of block {i} ({kind}) in shapes that do not go together: "
+                                        f"{', '.join(str(tuple(each.shape)) for each in thirds)}. Copy the folder again.")
+                found[f"blocks.{i}.attn.qkv.{kind}"] = torch.cat(thirds)
     except KeyError as error:
         raise ArtifactError(f"{where} lacks {error.args[0]}, which its config.json asks for ({depth} blocks). "
                             "Copy the folder again.") from error
     if state:
         raise ArtifactError(f"{where} holds what DiT has not: {', '.join(list(state)[:5])}. Its config.json states {depth} blocks.")
-    found["pos_embed"] = _position_embedding(arguments)
+    # Where the width is another than the weights have, which is refused later, none that takes memory.
+    fits = len(found["x_embedder.proj.bias"].shape) == 1 and len(found["x_embedder.proj.bias"]) == arguments["hidden_size"]
+    with torch.device("cpu" if fits else "meta"):
+        found["pos_embed"] = _position_embedding(arguments)
     return found
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
 
 
 def to_diffusers(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -162,20 +183,3 @@ def to_diffusers(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict
 
 def _position_embedding(arguments: Mapping[str, Any]) -> Tensor:
     return sincos_position_embedding(arguments["hidden_size"], arguments["input_size"] // arguments["patch_size"])[None]  # (1, T, D)
-
-
-def _weights(folder: Path) -> tuple[dict[str, Tensor], Path]:
-    """The state dict in `folder`, which may be cut into several files with an index."""
-    for name in DIFFUSERS_WEIGHTS:
-        if (folder / name).is_file():
-            return _load(folder / name), folder / name
-        if (index := folder / f"{name}.index.json").is_file():
-            state = {}
-            for part in sorted(set(read_json(index)["weight_map"].values())):
-                state |= _load(folder / Path(part).name)
-            return state, index
-    raise ArtifactError(f"{folder} has no weights: {' or '.join(DIFFUSERS_WEIGHTS)} was expected beside {CONFIG}. Copy the folder again.")
-
-
-def _load(file: Path) -> dict[str, Tensor]:
-    return load_tensors(file) if file.suffix == ".safetensors" else load_checkpoint(file)

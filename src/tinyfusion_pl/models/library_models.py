@@ -13,14 +13,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from tinyfusion_pl.artifacts import ArtifactError, atomic_path, temporary_path
+from tinyfusion_pl.artifacts import ArtifactError, atomic_path, read_json, temporary_path
+from tinyfusion_pl.models.fitting import check_values
 from tinyfusion_pl.pruning.adapter_state import is_adapter_key
+from tinyfusion_pl.pruning.config_values import leaves
 from tinyfusion_pl.pruning.library_configs import config_mismatch, is_library_model
 
 LIBRARIES = ("diffusers", "transformers")
 CONFIG_FILES = ("config.json", "generation_config.json")
+# Settings with one of these words count modules, which take time and memory even without weights.
+COUNTING = ("num_layers", "layers", "depth", "num_blocks", "n_layer", "num_single")
+MIN_COUNT = 1000  # what such a name may also stand for
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -87,11 +93,17 @@ def remove_library_files(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def load_library_model(folder: Path, entry: Mapping[str, Any]) -> nn.Module:
+def load_library_model(folder: Path, entry: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.Module:
     """The model that `save_library_model` wrote, by the plain ``from_pretrained`` of the class in a record's `entry`.
 
+    Args:
+        folder: Where it is.
+        entry: The library and the class.
+        state: Its weights: the config must be that of a model which has them, all of them and no more.
+
     Raises:
-        ArtifactError: for a library that is not one of `LIBRARIES`, or a class that it does not have.
+        ArtifactError: for a library that is not one of `LIBRARIES`, a class that it does not have, or a config that is broken or of
+            another model.
         ValueError: when the library is not installed.
     """
     library, name = entry.get("library"), entry.get("class")
@@ -116,4 +128,43 @@ def load_library_model(folder: Path, entry: Mapping[str, Any]) -> nn.Module:
             f"The record in {folder} names the class {name!r}, which {library} {module.__version__} does not have. "
             "Install the version that the record states."
         )
-    return cls.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+    check_values(state, folder)
+    _check_config(cls, folder, state)
+    try:
+        model, info = cls.from_pretrained(folder, local_files_only=True, use_safetensors=True, output_loading_info=True)
+    except Exception as error:  # of many kinds: config, safetensors, shapes
+        raise ArtifactError(f"{folder} cannot be loaded by {library} as {name} ({type(error).__name__}: {error}). Copy the folder again.") from error
+    if wrong := [*info["missing_keys"], *info["mismatched_keys"]]:  # which the library leaves at random values
+        raise ArtifactError(f"The weights in {folder} lack {len(wrong)} of those that its {CONFIG_FILES[0]} asks for, "
+                            f"{', '.join(map(str, wrong[:3]))} among them. Copy the folder again.")
+    return model
+
+
+def _check_config(cls: type[nn.Module], folder: Path, state: Mapping[str, Tensor]) -> None:
+    """Hold the config against the weights before a model takes memory: by its counts, then on the meta device."""
+    file = folder / CONFIG_FILES[0]
+    config = read_json(file)
+    if not isinstance(config, dict):
+        raise ArtifactError(f"{file} holds {type(config).__name__}, where a mapping was expected. Copy the folder again.")
+    for path, value in leaves(config):
+        if any(word in str(path[-1]) for word in COUNTING) and _largest(value) > max(len(state), MIN_COUNT):
+            raise ArtifactError(f"{file}: {'.'.join(map(str, path))!r} is {value!r:.80}, and the weights beside it are {len(state)} tensors. "
+                                "Copy the folder again.")
+    try:
+        with torch.device("meta"):
+            outline = cls.from_config(config) if hasattr(cls, "from_config") else cls(cls.config_class.from_dict(config))
+    except NotImplementedError:
+        return
+    except Exception as error:  # what a wrong setting ends in is up to the library
+        if "meta" in str(error):
+            return
+        raise ArtifactError(f"{file} describes no {cls.__name__} ({type(error).__name__}: {error}). Copy the folder again.") from error
+    own = outline.state_dict()
+    if wrong := [key for key, value in state.items() if key in own and own[key].shape != value.shape]:
+        raise ArtifactError(f"{file} describes another model than the weights beside it are of: {wrong[0]} would be "
+                            f"{tuple(own[wrong[0]].shape)} and is {tuple(state[wrong[0]].shape)}. Copy the folder again.")
+
+
+def _largest(value: Any) -> float:
+    numbers = value if isinstance(value, (list, tuple)) else [value]
+    return max((number for number in numbers if type(number) in (int, float)), default=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -48,6 +49,26 @@ def model_family(name: str) -> Callable[..., nn.Module]:
 def model_defaults(name: str) -> dict[str, Any]:
     """The arguments that `name` stands for."""
     return dict(_FACTORIES[registered_name(name)].keywords)
+
+
+def model_arguments(name: str) -> dict[str, inspect.Parameter]:
+    """The arguments that the model `name` takes, those among them that its class passes on to the one that it is made from.
+
+    Their defaults are those of the registered name.
+    """
+    factory, found = model_family(name), {}
+    for each in factory.__mro__ if inspect.isclass(factory) else (factory,):
+        function = vars(each).get("__init__") if inspect.isclass(each) else each
+        if not inspect.isfunction(function):
+            continue
+        parameters = inspect.signature(function).parameters.values()
+        for parameter in parameters:
+            if parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD) and parameter.name != "self":
+                found.setdefault(parameter.name, parameter)
+        if not any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters):
+            break
+    defaults = model_defaults(name)
+    return {key: parameter.replace(default=defaults.get(key, parameter.default)) for key, parameter in found.items()}
 
 
 def create_model(name: str, **overrides: Any) -> nn.Module:

@@ -10,25 +10,28 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import timm
 from torch import nn
 
-from tinyfusion_pl.artifacts import ArtifactError, read_json, save_tensors, sha256, write_json
-from tinyfusion_pl.models.checkpoints import load_weights
+from tinyfusion_pl.artifacts import ArtifactError, save_tensors, sha256, write_json
+from tinyfusion_pl.models.building import build_model, check_arguments
+from tinyfusion_pl.models.checkpoints import read_checkpoint
+from tinyfusion_pl.models.factories import from_factory
+from tinyfusion_pl.models.fitting import fit_weights
 from tinyfusion_pl.models.library_models import (
+    DIFFUSERS_WEIGHTS,
     LIBRARIES,
     load_library_model,
     not_savable,
     remove_library_files,
     save_library_model,
 )
-from tinyfusion_pl.models.registry import create_model
+from tinyfusion_pl.models.records import RECORD, decision_of, read_record
 from tinyfusion_pl.pruning import Decision, remove_blocks
 from tinyfusion_pl.pruning.blocks import unwrap, without_compiling
 
 log = logging.getLogger(__name__)
 
-WEIGHTS, RECORD = "model.safetensors", "record.json"
+WEIGHTS = "model.safetensors"
 FORMAT = 1
 
 
@@ -85,34 +88,16 @@ def _save_weights(folder: Path, model: nn.Module) -> dict[str, str] | None:
     return None
 
 
-def read_record(folder: str | Path) -> dict[str, Any]:
-    """The record of the shallow model in `folder`.
-
-    Raises:
-        ArtifactError: when it is missing, no JSON, of another format, or lacks an entry; names it.
-    """
-    file = Path(folder) / RECORD
-    record = read_json(file)
-    if not isinstance(record, dict):
-        raise ArtifactError(f"{file} holds a {type(record).__name__}; expected the record of a shallow model. Copy the folder again.")
-    if record.get("format") != FORMAT:
-        raise ArtifactError(f"{file} has format {record.get('format')!r}, this version reads {FORMAT}.")
-    expected = {"stacks": dict, "model": (dict, type(None)), "weights": dict}
-    wrong = [name for name, kind in expected.items() if not isinstance(record.get(name, ...), kind)]
-    if "weights" not in wrong and not isinstance(record["weights"].get("sha256"), str):
-        wrong.append("weights.sha256")
-    if wrong:
-        raise ArtifactError(f"{file} lacks {', '.join(wrong)}, or they are of another type: it is damaged. Copy the folder again.")
-    return record
-
-
 def check_weights(folder: Path, record: Mapping[str, Any]) -> Path:
-    """The file of weights in `folder`, which must be the one that `record` was written for."""
-    file = folder / WEIGHTS
-    if (found := sha256(file)) != (expected := record["weights"]["sha256"]):
-        raise ArtifactError(f"{file} has checksum {found[:12]}..., its record says {expected[:12]}...: the file was altered or "
-                            "only partly copied. Copy the folder again.")
-    return file
+    """The file of weights in `folder`, which must be the one that `record` was written for, and so must its library's copy."""
+    expected = record["weights"]["sha256"]
+    for file in (folder / WEIGHTS, folder / DIFFUSERS_WEIGHTS):
+        if file.name != WEIGHTS and (not file.exists() or file.samefile(folder / WEIGHTS)):
+            continue
+        if (found := sha256(file)) != expected:
+            raise ArtifactError(f"{file} has checksum {found[:12]}..., its record says {expected[:12]}...: the file was altered or "
+                                "only partly copied. Copy the folder again.")
+    return folder / WEIGHTS
 
 
 def load_shallow(path: str | Path, *, model: nn.Module | None = None, **overrides: Any) -> nn.Module:
@@ -129,43 +114,36 @@ def load_shallow(path: str | Path, *, model: nn.Module | None = None, **override
         ValueError: when the record cannot build the model and none is given, or the weights do not fit.
     """
     folder = Path(path)
-    record = read_record(folder)
-    weights = check_weights(folder, record)
-    if overrides and (model is not None or record["model"] is None):
+    record = read_record(folder, decided=True)
+    if record.get("format") != FORMAT:
+        raise ArtifactError(f"{folder / RECORD} has format {record.get('format')!r}, this version reads {FORMAT}.")
+    weights, stated = check_weights(folder, record), record.get("model")
+    if overrides and (model is not None or stated is None):
         raise ValueError(f"{', '.join(overrides)} is of this project's models, and the record in {folder} names none.")
-    kept = Decision.from_dict(record["stacks"]).kept_blocks
+    kept, state = decision_of(record, folder / RECORD).kept_blocks, read_checkpoint(weights).state
     if (library := record.get("library")) is not None:
-        shallow = load_library_model(folder, library)
+        shallow = load_library_model(folder, library, state)
         if model is not None:  # of a class of one's own, with the same weights
             own = remove_blocks(copy.deepcopy(model), kept)
             own.load_state_dict(shallow.state_dict())
             shallow = own
         return shallow.eval()
+    if model is None and stated is not None:
+        check_arguments(stated["name"], stated["kwargs"], f"{folder / RECORD}: model.kwargs")
+        return build_model(stated["name"], {**stated["kwargs"], **overrides}, state, weights)
     if model is not None:
         shallow = remove_blocks(copy.deepcopy(model), kept)
-    elif record["model"] is not None:
-        shallow = create_model(record["model"]["name"], **{**record["model"]["kwargs"], **overrides})
     elif record.get("model_factory"):
-        shallow = remove_blocks(_from_factory(record["model_factory"]), kept)
+        shallow = from_factory(record["model_factory"], kept, state, folder / RECORD)
     else:
         raise ValueError(
             f"The record in {folder} does not say how to build its model, which is not one of this project nor one that its "
             "library opens. Give a dense one: "
             "load_shallow(path, model=MyModel(...)), or state model_factory={'name': 'timm/...'} when pruning."
         )
-    load_weights(shallow, weights)
-    return shallow.eval()
-
-
-def _from_factory(factory: Mapping[str, Any]) -> nn.Module:
-    """A dense model from ``{"name": "timm/<model>", "kwargs": {...}}``; only known factories are called, never a name from a file."""
-    name, kwargs = factory["name"], factory.get("kwargs", {})
-    if name.startswith("timm/"):
-        return timm.create_model(name.removeprefix("timm/"), pretrained=False, **kwargs)
-    raise ValueError(f"model_factory {name!r} is not known; 'timm/<name>' is. Use load_shallow(path, model=...) for other models.")
+    return fit_weights(shallow, state, weights).eval()
 
 
 def load_decision(path: str | Path) -> Decision:
     """The decision in the record of the shallow model in folder `path`."""
-    return Decision.from_dict(read_record(path)["stacks"])
-
+    return decision_of(read_record(path, decided=True), Path(path) / RECORD)

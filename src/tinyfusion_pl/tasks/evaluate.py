@@ -23,7 +23,7 @@ from tinyfusion_pl.checksums import Origin, content_sha256, model_sha256
 from tinyfusion_pl.metrics import GenerationMetrics, Reference, read_reference
 from tinyfusion_pl.metrics.reference import write_pictures
 from tinyfusion_pl.models import load_pretrained, load_shallow, load_weights
-from tinyfusion_pl.models.shallow import RECORD
+from tinyfusion_pl.models.records import RECORD
 from tinyfusion_pl.modules import Generation
 from tinyfusion_pl.objectives import PictureSampler, labels_of
 from tinyfusion_pl.report import write_grid

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from tinyfusion_pl.artifacts import ArtifactError
 from tinyfusion_pl.checksums import Origin, content_sha256, differences, files_sha256, model_sha256, short
-from tinyfusion_pl.models.shallow import RECORD, read_record
+from tinyfusion_pl.models.records import RECORD, read_record
 from tinyfusion_pl.tasks.folder import Inputs, RunFolder, say
 
 TEACHER, SHALLOW, SAMPLES, CONFIGURATION = "teacher", "shallow", "samples", "configuration"
@@ -26,7 +26,7 @@ def origin_of(folder: RunFolder, inputs: Inputs, **more: str | None) -> Origin:
 
 def shallow_sha256(path: Path) -> str:
     """The checksum of the shallow model in folder `path`: of its weights, as its record has it, and of the kept blocks."""
-    record = read_record(path)
+    record = read_record(path, decided=True)
     return content_sha256({"weights": record["weights"]["sha256"], "stacks": record["stacks"]})
 
 

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from tinyfusion_pl.artifacts import ArtifactError
 from tinyfusion_pl.callbacks import NonFiniteGuard
 from tinyfusion_pl.models import load_checkpoint, load_decision, load_shallow, load_weights, save_shallow
-from tinyfusion_pl.models.shallow import RECORD, read_record
+from tinyfusion_pl.models.records import RECORD, read_record
 from tinyfusion_pl.modules import Recovery
 from tinyfusion_pl.pruning import Decision
 from tinyfusion_pl.tasks.checkpoint_io import verify

@@ -1,0 +1,65 @@
+"""What training codes and wrappers put before the names of weights, taken off where every key fits then, and in one way only."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from tinyfusion_pl.models.notices import warn
+from tinyfusion_pl.models.weight_names import without_wrappers
+
+NUM_NAMED = 5
+
+
+def plain_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`state` without the parts that wrappers put into names (``_orig_mod.``); as it is where two names would become one."""
+    plain = {without_wrappers(key): value for key, value in state.items()}
+    return plain if len(plain) == len(state) else dict(state)
+
+
+def prefixes_with(keys: Collection[str], expected: Iterable[str]) -> list[str]:
+    """The prefixes, "" among them, under which all the names that are `expected` are there."""
+    expected = list(expected)
+    if not expected:
+        return []
+    keys, first = set(keys), max(expected, key=len)
+    candidates = [key[: -len(first)] for key in keys if key == first or key.endswith(f".{first}")]
+    return sorted(prefix for prefix in candidates if all(prefix + name in keys for name in expected))
+
+
+def under_prefix(state: Mapping[str, Tensor], expected: Iterable[str], where: str | Path) -> dict[str, Tensor]:
+    """The part of `state` that has the names `expected`, without what is before them; `state` with plain names where nothing has.
+
+    Says so where something was taken off, and what was left out.
+
+    Raises:
+        ValueError: when it fits under two prefixes.
+    """
+    plain = plain_names(state)
+    found = prefixes_with(plain, expected)
+    if len(found) > 1:
+        named = " and ".join(repr(prefix) if prefix else "no prefix" for prefix in found)
+        raise ValueError(f"{where} holds weights that fit under each of {named}. Give the one that is meant: prefix={found[-1]!r}.")
+    if not found or (not found[0] and plain.keys() == state.keys()):
+        return dict(state)
+    prefix = found[0]
+    rest = [key for key in plain if not key.startswith(prefix) and plain[key].ndim]
+    left = f" {len(rest)} other keys are left out: {', '.join(rest[:NUM_NAMED])}{', ...' if len(rest) > NUM_NAMED else ''}." if rest else ""
+    said = f"the prefix {prefix!r} was taken off the names of its weights" if prefix else "parts that wrappers put into names were taken off"
+    warn(f"{where}: {said}.{left}")
+    return {key.removeprefix(prefix): value for key, value in plain.items() if key.startswith(prefix)}
+
+
+def nearest_prefix(keys: Collection[str], expected: Collection[str]) -> str:
+    """The prefix under which most of the names that are `expected` are there: for saying what is wrong."""
+    counts: dict[str, int] = {}
+    expected = set(expected)
+    for key in keys:
+        parts = key.split(".")
+        for i in range(len(parts)):
+            if ".".join(parts[i:]) in expected:
+                prefix = ".".join([*parts[:i], ""])
+                counts[prefix] = counts.get(prefix, 0) + 1
+    return max(counts, key=lambda prefix: (counts[prefix], -len(prefix)), default="")

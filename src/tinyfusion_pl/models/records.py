@@ -1,0 +1,113 @@
+"""``record.json``: what it must hold, checked field by field before anything is built from it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tinyfusion_pl.artifacts import ArtifactError, read_json
+from tinyfusion_pl.pruning import Decision
+
+RECORD = "record.json"
+MAX_BLOCKS = 10_000  # of a dense stack
+MISSING = object()
+COUNT, NUMBER, TEXT, NAMES, ROWS = "an integer >= 0", "a finite number", "text", "a mapping", "a list"
+STACK = {"pattern": TEXT, "num_blocks": COUNT, "kept_blocks": "a list of block numbers", "block_probabilities": "a list of numbers", "groups": ROWS}
+GROUP = {"start": COUNT, "num_kept": COUNT, "num_blocks": COUNT, "kept": "a list of block numbers", "confidence": NUMBER, "entropy": NUMBER}
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= MAX_BLOCKS
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+CHECKS = {
+    COUNT: _is_count,
+    NUMBER: _is_number,
+    TEXT: lambda value: isinstance(value, str),
+    NAMES: lambda value: isinstance(value, dict),
+    ROWS: lambda value: isinstance(value, list),
+    "a list of block numbers": lambda value: isinstance(value, list) and all(map(_is_count, value)),
+    "a list of numbers": lambda value: isinstance(value, list) and all(map(_is_number, value)),
+    "64 hexadecimal digits": lambda value: isinstance(value, str) and len(value) == 64 and not set(value) - set("0123456789abcdef"),
+}
+
+
+def field(content: Any, path: str, expected: str, where: str | Path, *, optional: bool = False) -> Any:
+    """The value at the dotted `path` of a file's `content`.
+
+    Raises:
+        ArtifactError: it is missing, or not what is `expected` (a key of `CHECKS`); names file and field.
+    """
+    value = content
+    for name in path.split("."):
+        value = value.get(name, MISSING) if isinstance(value, Mapping) else MISSING
+    if optional and (value is None or value is MISSING):
+        return None
+    check(value, path, expected, where)
+    return value
+
+
+def check(value: Any, path: str, expected: str, where: str | Path) -> None:
+    """`ArtifactError` where `value`, which is at `path` of the file `where`, is not what is `expected`."""
+    if value is MISSING:
+        raise ArtifactError(f"{where} lacks {path!r} ({expected}). It may be damaged, or of another version: copy the folder again.")
+    if not CHECKS[expected](value):
+        raise ArtifactError(f"{where}: {path!r} is {value!r:.80}; {expected} was expected. Copy the folder again.")
+
+
+def read_record(folder: str | Path, *, decided: bool = False) -> dict[str, Any]:
+    """The record in `folder`, each field of the type that it must have.
+
+    Args:
+        decided: It must hold a decision, as that of a shallow model does.
+
+    Raises:
+        ArtifactError: names the file and the field.
+    """
+    file = Path(folder) / RECORD
+    record = read_json(file)
+    if not isinstance(record, dict):
+        raise ArtifactError(f"{file} holds {type(record).__name__}, where a mapping was expected. Copy the folder again.")
+    field(record, "weights.sha256", "64 hexadecimal digits", file)
+    for name in ("model", "library", "model_factory"):
+        if field(record, name, NAMES, file, optional=True) is not None:
+            if name != "library":  # of which the library is asked
+                field(record, f"{name}.name", TEXT, file)
+                field(record, f"{name}.kwargs", NAMES, file, optional=name != "model")
+    if decided or "stacks" in record:
+        _check_stacks(field(record, "stacks", NAMES, file), file)
+    return record
+
+
+def decision_of(record: Mapping[str, Any], where: str | Path) -> Decision:
+    """The decision in a record that `read_record` read."""
+    try:
+        return Decision.from_dict(record["stacks"])
+    except TypeError as error:  # a field of another version
+        raise ArtifactError(f"{where}: 'stacks' does not hold a decision ({error}). Install the version that wrote it.") from error
+
+
+def _check_stacks(stacks: Mapping[str, Any], file: Path) -> None:
+    for path, stack in stacks.items():
+        at = f"stacks.{path}"
+        _check_fields(stack, STACK, at, file)
+        for number, group in enumerate(stack["groups"]):
+            _check_fields(group, GROUP, f"{at}.groups[{number}]", file)
+            if group.get("probabilities") is not None:
+                check(group["probabilities"], f"{at}.groups[{number}].probabilities", "a list of numbers", file)
+        if (units := stack.get("units")) is not None:
+            check(units, f"{at}.units", ROWS, file)
+            for number, unit in enumerate(units):
+                check(unit, f"{at}.units[{number}]", "a list of block numbers", file)
+
+
+def _check_fields(content: Any, fields: Mapping[str, str], at: str, file: Path) -> None:
+    check(content, at, NAMES, file)
+    for name, expected in fields.items():
+        check(content.get(name, MISSING), f"{at}.{name}", expected, file)
