@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from report.test_page import Page
 from safetensors.numpy import load_file, save_file
 
+from report.test_page import Page
 from tinyfusion_pl.report import compare, write_report
 from tinyfusion_pl.report import page as page_module
 from tinyfusion_pl.report.outside import html, printable, printable_content

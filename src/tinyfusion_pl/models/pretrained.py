@@ -193,7 +193,7 @@ def _random(own: str | None, overrides: dict[str, Any]) -> nn.Module:
     """The same random weights each time; where the initialisation has zeros (adaLN-Zero, at which every block is the identity), too."""
     if own is None:
         raise ValueError("Random weights need the name of a model. Give name=, e.g. 'dit_xl_2'.")
-    warnings.warn(f"{own} is randomly initialised: its pictures and every number measured of it mean nothing.", stacklevel=4)
+    warn(f"{own} is randomly initialised: its pictures and every number measured of it mean nothing.")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = create_model(own, **overrides)

@@ -33,6 +33,7 @@ from tinyfusion_pl.tasks.kept import KeptBatches
 from tinyfusion_pl.tasks.origins import check_own_models, files_left
 from tinyfusion_pl.tasks.results import METRICS, describe, is_whole, kept_result, mark_of, numbers_of, plain
 
+ROLES = ("teacher", "pruned", "recovered")
 SAMPLES = "samples.safetensors"
 
 

@@ -72,14 +72,16 @@ def needs_remaking(folder: RunFolder, stage: str, done: Mapping[str, Any], *, be
     return True
 
 
+def changed_files(folder: RunFolder, expected: Mapping[str, str]) -> dict[str, str]:
+    """Files of `expected` (name -> checksum) that are not what they were -> ``"gone"`` or ``"changed or damaged"``."""
+    found = files_sha256(folder.path, list(expected))
+    return {name: "changed or damaged" if name in found else "gone" for name in expected if found.get(name) != expected[name]}
+
+
 def check_logs(folder: RunFolder, stage: str, done: Mapping[str, Any]) -> None:
     """Say where a log of the finished `stage`, which only the report reads, is not what the stage left."""
-    expected = done.get("logs", {})
-    found = files_sha256(folder.path, list(expected))
-    for name in expected:
-        if found.get(name) != expected[name]:
-            say(f"{stage}: {folder / name} is {'changed or damaged' if name in found else 'gone'} since the stage finished: the report "
-                "may show other curves than there were")
+    for name, what in changed_files(folder, done.get("logs", {})).items():
+        say(f"{stage}: {folder / name} is {what} since the stage finished: the report may show other curves than there were")
 
 
 def check_own_models(folder: RunFolder, inputs: Inputs) -> None:

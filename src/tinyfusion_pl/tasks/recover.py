@@ -18,7 +18,7 @@ from tinyfusion_pl.pruning import Decision
 from tinyfusion_pl.tasks.checkpoint_io import verify
 from tinyfusion_pl.tasks.fitting import Fit
 from tinyfusion_pl.tasks.folder import Inputs, RunFolder, say
-from tinyfusion_pl.tasks.origins import SHALLOW, TEACHER, check_origin, files_left, missing_files, needs_remaking, origin_of, shallow_sha256
+from tinyfusion_pl.tasks.origins import SAMPLES, SHALLOW, TEACHER, check_origin, files_left, missing_files, needs_remaking, origin_of, shallow_sha256
 
 
 @dataclass(kw_only=True)
@@ -59,7 +59,7 @@ class Recover:
             raise ValueError(f"There is no finished mask learning in {folder.path}; run task=learn_mask (or task=pipeline) there first.")
         made_from = origin_of(folder, inputs)
         if learned is not None:
-            check_origin(folder, "learn_mask", learned, made_from, of=[TEACHER])
+            check_origin(folder, "learn_mask", learned, made_from, of=[TEACHER, SAMPLES])
             missing = missing_files(folder, "learn_mask", learned, below=folder.shallow.name)
         if (folder.shallow / RECORD).exists():
             made_from[SHALLOW] = shallow_sha256(folder.shallow)

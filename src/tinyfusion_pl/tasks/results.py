@@ -10,9 +10,10 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
 from tinyfusion_pl.artifacts import tensors_sha256, write_json
-from tinyfusion_pl.checksums import Damaged, Origin, differences, files_sha256
+from tinyfusion_pl.checksums import Damaged, Origin, differences
 from tinyfusion_pl.pruning import find_stacks
 from tinyfusion_pl.tasks.folder import RunFolder, say
+from tinyfusion_pl.tasks.origins import changed_files
 
 METRICS = "metrics.json"
 OF_THE_MARK = ("made_from", "files", "seconds")  # what a model's mark holds beside its numbers
@@ -30,7 +31,7 @@ def kept_result(folder: RunFolder, role: str, now: Origin) -> dict[str, Any] | N
     if found := differences(done.get("made_from"), now):
         say(f"evaluate: {role} was measured of something else ({found}); it is measured anew")
         return None
-    if wrong := _changed(folder, done):
+    if wrong := changed_files(folder, done.get("files", {})):
         say(f"evaluate: {', '.join(f'{folder / name} is {what}' for name, what in wrong.items())}; {role} is measured anew")
         return None
     return done
@@ -41,7 +42,7 @@ def is_whole(folder: RunFolder, models: list[str]) -> bool:
     where it is not; of other files it is said that they have to be made again."""
     if (done := _mark(folder, "evaluate")) is None or done.get("models") != models:
         return False
-    wrong = _changed(folder, done)
+    wrong = changed_files(folder, done.get("files", {}))
     if METRICS in wrong:
         say(f"evaluate: {folder / METRICS} is {wrong.pop(METRICS)}; it is written again from what was measured")
         rank_zero_only(write_json)(folder / METRICS, done["results"])
@@ -82,10 +83,3 @@ def _mark(folder: RunFolder, stage: str) -> dict[str, Any] | None:
     except Damaged as error:
         say(f"evaluate: {str(error).partition(' Delete it')[0]} It is made again")
         return None
-
-
-def _changed(folder: RunFolder, done: Mapping[str, Any]) -> dict[str, str]:
-    """Files that a mark names and that are not what they were -> how."""
-    expected = done.get("files", {})
-    found = files_sha256(folder.path, list(expected))
-    return {name: "changed or damaged" if name in found else "gone" for name in expected if found.get(name) != expected[name]}
