@@ -127,9 +127,11 @@ def _is_sealed(content: bytes) -> bool:
 
 def _configuration_of(mark: Path) -> str | None:
     """The hash of the configuration that a finished stage's file states, as `RunFolder.finish` writes it."""
+    from tinyfusion_pl.checksums import Damaged, read_sealed  # imports torch, which --help does not need
+
     try:
-        return json.loads(mark.read_bytes()).get("configuration")
-    except (ValueError, AttributeError):
+        return read_sealed(mark).get("configuration")
+    except Damaged:
         return None  # who reads it tells
 
 

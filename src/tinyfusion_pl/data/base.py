@@ -56,6 +56,14 @@ class GenerationDataModule(LightningDataModule, ABC):
     def reference_pictures(self) -> tuple[Tensor, Tensor]:
         """Real pictures in the form that `decode` gives, and their labels (N,): what samples are held against."""
 
+    def samples_sha256(self) -> str | None:
+        """A checksum of the training samples, by which a run notices that they were replaced; None: that is not noticed."""
+        return None
+
+    def decoder_sha256(self) -> str | None:
+        """A checksum of what `decode` uses; None: there is nothing that could be replaced, or that is not noticed."""
+        return None
+
     @property
     def classes(self) -> list[int] | None:
         """Labels that the training samples have, ascending; None: all that the model knows."""

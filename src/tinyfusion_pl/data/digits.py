@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
+from tinyfusion_pl.checksums import state_sha256
 from tinyfusion_pl.data.base import GenerationDataModule
 
 
@@ -29,6 +30,9 @@ class DigitsDataModule(GenerationDataModule):
 
     def train_set(self) -> Dataset:
         return TensorDataset(*_digits())
+
+    def samples_sha256(self) -> str:
+        return state_sha256(dict(zip("xy", _digits())))
 
     def decode(self, latents: Tensor) -> Tensor:
         """[-1, 1] to 0..255, values outside clamped; rounded to uint8 but not to the 17 levels of the real digits."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Callable
 from functools import cached_property
@@ -15,13 +16,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from tinyfusion_pl.artifacts import ArtifactError
+from tinyfusion_pl.checksums import state_sha256
 from tinyfusion_pl.data.base import GenerationDataModule
 from tinyfusion_pl.data.classes import GIVEN, IMAGENET, disagreement, label_classes, relabel
 from tinyfusion_pl.data.latents_info import FINISHED, UNFINISHED
 from tinyfusion_pl.data.numpy_folders import MAX_SCALED, NUM_CHECKED, NumpyFolders
 from tinyfusion_pl.data.random_latents import RANDOM, random_pictures, write_random_latents
 from tinyfusion_pl.data.real_images import RealImages
-from tinyfusion_pl.data.shards import LatentShards, generator_of, normal, posterior_sample
+from tinyfusion_pl.data.shards import LatentShards, generator_of, normal, posterior_sample, shard_path
 from tinyfusion_pl.data.vae import VAE
 
 FEW_CLASSES = 0.9  # the share of the model's classes below which all labels of the published layout are looked at
@@ -77,6 +79,17 @@ class DrawnLatents(Dataset):
                                 "scaled latents stay below 10. Extract them again.")
 
 
+    def sha256(self) -> str:
+        """A checksum of description, labels, sizes of all shards, and a few samples."""
+        indices = np.unique(np.linspace(0, len(self) - 1, NUM_CHECKED).astype(int)).tolist()
+        stored = self.shards.read_many(indices, [0] * len(indices))
+        self.shards.close()
+        sizes = [shard_path(self.shards.root, shard).stat().st_size for shard in range(self.shards.info.num_shards)]
+        info = {key: value for key, value in self.shards.info.as_dict().items() if key not in ("images", "labelled_by")}
+        return state_sha256({"labels": torch.from_numpy(self.labels), "stored": torch.from_numpy(stored)},
+                            preface=json.dumps([info, sizes], sort_keys=True))
+
+
 class ImageNetLatents(GenerationDataModule):
     """Training batches of VAE latents of ImageNet, scaled as the denoiser eats them.
 
@@ -124,6 +137,12 @@ class ImageNetLatents(GenerationDataModule):
 
     def train_set(self) -> Dataset:
         return self._set
+
+    def samples_sha256(self) -> str:
+        return self._set.sha256()
+
+    def decoder_sha256(self) -> str:
+        return state_sha256(self.vae.model.state_dict(), preface=str(self.vae.scaling_factor))
 
     @property
     def vae(self) -> VAE:

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from tinyfusion_pl.arrays import read_npy
 from tinyfusion_pl.artifacts import ArtifactError
+from tinyfusion_pl.checksums import state_sha256
 
 NUM_CHECKED = 32  # files before training; each is checked when it is read
 NUM_CLASSES = 1000
@@ -89,6 +90,12 @@ class NumpyFolders(Dataset):
     def checked(self) -> list[int]:
         """Samples that are looked at before training."""
         return np.unique(np.linspace(0, len(self) - 1, NUM_CHECKED).astype(int)).tolist()
+
+    def sha256(self) -> str:
+        """A checksum of all names and of a few samples."""
+        samples = [self[i] for i in self.checked()]
+        tensors = {"x": torch.stack([x for x, _ in samples]), "y": torch.stack([y for _, y in samples])}
+        return state_sha256(tensors, preface=" ".join(self.names))
 
     def check_scale(self, scaling_factor: float) -> None:
         """Find out, by a few files, whether the latents were multiplied by `scaling_factor` once.

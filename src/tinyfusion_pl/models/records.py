@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from tinyfusion_pl.artifacts import ArtifactError, read_json
+from tinyfusion_pl.checksums import SEAL, content_sha256
+from tinyfusion_pl.models.notices import warn
 from tinyfusion_pl.pruning import Decision
 
 RECORD = "record.json"
@@ -74,6 +76,8 @@ def read_record(folder: str | Path, *, decided: bool = False) -> dict[str, Any]:
     record = read_json(file)
     if not isinstance(record, dict):
         raise ArtifactError(f"{file} holds {type(record).__name__}, where a mapping was expected. Copy the folder again.")
+    if SEAL in record and record[SEAL] != content_sha256({name: value for name, value in record.items() if name != SEAL}):
+        warn(f"{file} does not match its own checksum: it was edited since it was written, or is damaged.")
     field(record, "weights.sha256", "64 hexadecimal digits", file)
     for name in ("model", "library", "model_factory"):
         if field(record, name, NAMES, file, optional=True) is not None:

@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from tinyfusion_pl.artifacts import ArtifactError, save_tensors, sha256, write_json
+from tinyfusion_pl.artifacts import ArtifactError, save_tensors, sha256
+from tinyfusion_pl.checksums import write_sealed
 from tinyfusion_pl.models.building import build_model, check_arguments
 from tinyfusion_pl.models.checkpoints import read_checkpoint
 from tinyfusion_pl.models.factories import from_factory
@@ -63,7 +64,7 @@ def save_shallow(folder: str | Path, model: nn.Module, record: Mapping[str, Any]
     with without_compiling(model):
         library = _save_weights(folder, model)
     own = {"name": model.model_name, "kwargs": model.config} if hasattr(model, "model_name") and hasattr(model, "config") else None
-    write_json(folder / RECORD, {
+    write_sealed(folder / RECORD, {
         "format": FORMAT,
         "model": own,
         "library": library,

@@ -14,7 +14,10 @@ from tinyfusion_pl.objectives import PictureSampler
 
 
 class Measured(Protocol):
-    """What is kept of finished batches, so that an interrupted evaluation goes on from the last of them."""
+    """What is kept of finished batches, so that an interrupted evaluation resumes from the last of them; `check` discards what cannot be
+    used, in one process."""
+
+    def check(self) -> None: ...
 
     def indices(self) -> Tensor: ...
 
@@ -44,6 +47,9 @@ class Generation(LightningModule):
     def setup(self, stage: str) -> None:
         rank, world_size = self.trainer.global_rank, self.trainer.world_size
         self.metrics.reset()
+        if self.measured is not None:
+            self.measured.check()
+            self.trainer.strategy.barrier("what was measured before is checked")
         done = torch.empty(0, dtype=torch.long) if self.measured is None else self.measured.indices()
         remaining = torch.ones(len(self.labels), dtype=torch.bool)
         remaining[done] = False

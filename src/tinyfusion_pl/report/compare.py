@@ -9,6 +9,7 @@ from typing import Any
 
 from tinyfusion_pl.artifacts import ArtifactError
 
+from .outside import printable
 from .reading import MEASURED, METRICS, models_in, numbers, read_metrics, read_run
 from .words import difference, duration, label, metric_keys, stage_label, value
 
@@ -28,9 +29,9 @@ def compare(run_dir_a: str | Path, run_dir_b: str | Path) -> str:
     """
     folders = [Path(run_dir_a), Path(run_dir_b)]
     a, b = (_measured(folder) for folder in folders)
-    names = [str(metrics.get("name") or folder.resolve().name) for folder, metrics in zip(folders, (a, b))]
+    names = [printable(metrics.get("name") or folder.resolve().name) for folder, metrics in zip(folders, (a, b))]
     differing = _differing(a, b)
-    lines = [f"A  {folders[0]}  ({names[0]})", f"B  {folders[1]}  ({names[1]})", "", *_protocol_lines(differing), ""]
+    lines = [f"A  {printable(folders[0])}  ({names[0]})", f"B  {printable(folders[1])}  ({names[1]})", "", *_protocol_lines(differing), ""]
     return "\n".join(lines + _grid([("", "A", "B", "B - A"), *_rows(a, b, comparable=differing == {})])) + "\n"
 
 

@@ -1,49 +1,57 @@
-"""The few pieces of HTML that the page's sections are made of; what comes from a run goes through `code` or `text`."""
+"""The few pieces of HTML that the page's sections are made of. What is not `Html` is escaped wherever it is put in."""
 
 from __future__ import annotations
 
 import base64
-from html import escape
+from collections.abc import Iterable, Sequence
 
-text = escape
-
-
-def code(content: object) -> str:
-    return f"<code>{escape(str(content))}</code>"
+from .outside import Html, html
 
 
-def about(explanation: str) -> str:
-    return f'<span class="about">{explanation}</span>'
+def code(content: object) -> Html:
+    return html("<code>{}</code>", content)
 
 
-def missing(part: str) -> str:
-    return f'<p class="soft">Not there yet: this run has no {code(part)}.</p>'
+def about(explanation: str) -> Html:
+    return html('<span class="about">{}</span>', explanation)
 
 
-def fold(title: str, body: str) -> str:
-    return f"<details><summary>{title}</summary>{body}</details>"
+def missing(part: str) -> Html:
+    return html('<p class="soft">Not there yet: this run has no {}.</p>', code(part))
 
 
-def listing(content: str) -> str:
-    return f"<pre>{code(content)}</pre>"
+def fold(title: str, body: Html) -> Html:
+    return html("<details><summary>{}</summary>{}</details>", title, body)
 
 
-def image(pictures: dict[str, bytes], name: str, *, alt: str, caption: str) -> str:
+def listing(content: str) -> Html:
+    return html("<pre>{}</pre>", code(content))
+
+
+def image(pictures: dict[str, bytes], name: str, *, alt: str, caption: str) -> Html:
     """The figure `name` embedded, with its caption and the file that it is also found in."""
     data = base64.b64encode(pictures[name]).decode("ascii")
-    return (
-        f'<figure><img src="data:image/png;base64,{data}" alt="{escape(alt)}">'
-        f"<figcaption>{escape(caption)} {code(f'figures/{name}.png')}</figcaption></figure>"
-    )
+    return html(
+        '<figure><img src="data:image/png;base64,{}" alt="{}"><figcaption>{} {}</figcaption></figure>',
+        data, alt, caption, code(f"figures/{name}.png"),
+    )  # fmt: skip
 
 
-def table(header: list[str], rows: list[list[str]], *, numeric: range = range(0)) -> str:
-    """Cells are HTML; the first of each row is the row's heading; the columns `numeric` are flush right."""
+def table(header: Sequence[object], rows: Sequence[Sequence[object]], *, numeric: range = range(0)) -> Html:
+    """The first cell of each row is the row's heading; the columns `numeric` are flush right."""
 
-    def line(tags: list[str], cells: list[str]) -> str:
+    def line(tags: list[str], cells: Sequence[object]) -> Html:
         kinds = [' class="number"' if column in numeric else "" for column in range(len(cells))]
-        return "".join(f"<{tag}{kind}>{cell}</{tag}>" for tag, kind, cell in zip(tags, kinds, cells, strict=True))
+        return Html("").join(
+            html(f"<{tag}{kind}>{{}}</{tag}>", cell) for tag, kind, cell in zip(tags, kinds, cells, strict=True)
+        )
 
     head = line(["th"] * len(header), header)
-    body = "\n".join(f"<tr>{line(['th'] + ['td'] * (len(row) - 1), row)}</tr>" for row in rows)
-    return f'<div class="scroll"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>'
+    body = lines(html("<tr>{}</tr>", line(["th"] + ["td"] * (len(row) - 1), row)) for row in rows)
+    form = '<div class="scroll"><table>\n<thead><tr>{}</tr></thead>\n<tbody>\n{}\n</tbody>\n</table></div>'
+    return html(form, head, body)
+
+
+def lines(parts: Iterable[object]) -> Html:
+    """Parts below each other."""
+    return Html("\n").join(parts)

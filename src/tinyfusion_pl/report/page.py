@@ -1,16 +1,18 @@
-"""`report.html`: what a run did, on one page that a browser opens offline. What comes from a run is escaped."""
+"""`report.html`: what a run did, on one page that a browser opens offline. What comes from a run is escaped, see `outside`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
 
+import matplotlib
 from matplotlib.figure import Figure
 
 from tinyfusion_pl.artifacts import atomic_path, write_text
 
 from . import figures, sections
-from .markup import text
+from .markup import lines
+from .outside import Html, html
 from .reading import Run, models_in, numbers, read_run
 from .style import CSS
 from .words import feature_note, headline
@@ -62,7 +64,8 @@ def write_report(run_dir: str | Path) -> Path:
         ArtifactError: no run folder, a broken file in it, or a disk that cannot be written.
     """
     run = read_run(run_dir)
-    pictures = {name: _save(figure, run.folder / "figures" / f"{name}.png") for name, figure in _figures(run)}
+    with matplotlib.rc_context({"text.parse_math": False}):  # a "$" in a name is no formula
+        pictures = {name: _save(figure, run.folder / "figures" / f"{name}.png") for name, figure in _figures(run)}
     target = run.folder / "report.html"
     write_text(target, render(run, pictures))
     return target
@@ -94,27 +97,34 @@ def render(run: Run, pictures: dict[str, bytes]) -> str:
     metrics = run.metrics or {}
     title = headline(metrics)
     measured = any("fid" in numbers(metrics.get(model)) for model in models_in(metrics))
-    note = f'<p class="note">{text(feature_note(metrics.get("protocol", {})))}</p>' if measured else ""
-    links = "".join(f'<a href="#{anchor}">{heading}</a>' for anchor, (heading, _, _) in SECTIONS.items())
-    body = "\n".join(
-        f'<section id="{anchor}">\n<h2><a href="#{anchor}">{heading}</a></h2>\n<p class="soft">{purpose}</p>\n'
-        f"{fill(run, pictures)}\n</section>"
+    note = html('<p class="note">{}</p>', feature_note(metrics.get("protocol", {}))) if measured else ""
+    links = Html("").join(html('<a href="#{}">{}</a>', anchor, heading) for anchor, (heading, _, _) in SECTIONS.items())
+    body = lines(
+        html(
+            '<section id="{0}">\n<h2><a href="#{0}">{1}</a></h2>\n<p class="soft">{2}</p>\n{3}\n</section>',
+            anchor, heading, purpose, fill(run, pictures),
+        )
         for anchor, (heading, purpose, fill) in SECTIONS.items()
+    )  # fmt: skip
+    return html(
+        PAGE, name=run.name, title=title, css=Html(CSS), heading=_unbroken(title), note=note, links=links, body=body
     )
-    return f"""<!DOCTYPE html>
+
+
+PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{text(run.name)}: {text(title)}</title>
-<style>{CSS}</style>
+<title>{name}: {title}</title>
+<style>{css}</style>
 </head>
 <body>
 <header>
-<p class="soft">Run <strong>{text(run.name)}</strong> · a trained diffusion transformer made shallow: training finds the
+<p class="soft">Run <strong>{name}</strong> · a trained diffusion transformer made shallow: training finds the
 blocks that it can spare, they are taken out, and the rest is trained to make up for them
 (TinyFusion, arXiv 2412.01199).</p>
-<h1>{_unbroken(title)}</h1>
+<h1>{heading}</h1>
 {note}
 <nav>{links}</nav>
 </header>
@@ -126,8 +136,8 @@ blocks that it can spare, they are taken out, and the rest is trained to make up
 """
 
 
-def _unbroken(title: str) -> str:
-    """Escaped, with line breaks only between its facts."""
+def _unbroken(title: str) -> Html:
+    """With line breaks only between its facts."""
     subject, colon, facts = title.partition(": ")
-    spans = [f'<span class="fact">{text(fact)}</span>' for fact in facts.replace(", ", ",\n").splitlines()]
-    return text(subject + colon) + " ".join(spans)
+    spans = [html('<span class="fact">{}</span>', fact) for fact in facts.replace(", ", ",\n").splitlines()]
+    return html("{}{}", subject + colon, Html(" ").join(spans))

@@ -18,6 +18,8 @@ import numpy as np
 
 from tinyfusion_pl.artifacts import ArtifactError, load_tensors, read_json
 
+from .outside import printable, printable_content, printable_lines
+
 MODELS = ("teacher", "pruned", "recovered")
 STAGES = ("learn_mask", "recover", "evaluate")
 
@@ -67,7 +69,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        return str((self.metrics or {}).get("name") or self.folder.resolve().name)
+        return printable((self.metrics or {}).get("name") or self.folder.resolve().name)
 
 
 def read_run(folder: str | Path) -> Run:
@@ -95,7 +97,7 @@ def read_run(folder: str | Path) -> Run:
         curves=read_curves(folder / LOGS),
         samples=optional(SAMPLES, read_samples),
         record=optional(RECORD, read_record),
-        config=optional(CONFIG, _read_text),
+        config=optional(CONFIG, lambda path: printable_lines(_read_text(path))),
     )
 
 
@@ -110,7 +112,7 @@ def _read_object(path: Path) -> dict[str, Any]:
     content = read_json(path)
     if not isinstance(content, dict):
         raise ArtifactError(f"{path} holds a {type(content).__name__}, expected an object. Delete it and run again.")
-    return content
+    return printable_content(content)
 
 
 def read_metrics(path: Path) -> dict[str, Any]:
@@ -157,7 +159,7 @@ def read_decisions(path: Path) -> tuple[dict[str, StackHistory], int]:
             num_torn += 1
             continue
         try:
-            by_step[int(entry["step"])] = dict(entry["stacks"])
+            by_step[int(entry["step"])] = {printable(stack): each for stack, each in dict(entry["stacks"]).items()}
         except (KeyError, TypeError, ValueError) as error:
             expected = "an object with 'step' and 'stacks'"
             raise ArtifactError(f"{path}, line {number}: expected {expected}, got {line[:80]!r}.") from error
@@ -183,8 +185,15 @@ def _history(steps: list[int], entries: list[dict]) -> StackHistory:
         for group in entry["groups"]:
             confidence[row, members(group, entry.get("units"))] = group["confidence"]
     last = entries[-1]
-    groups = tuple({**group, "members": members(group, last.get("units"))} for group in last["groups"])
+    groups = tuple({**group, **_numbers_of(group), "members": members(group, last.get("units"))} for group in last["groups"])
     return StackHistory(np.array(steps), kept, probabilities, confidence, groups)
+
+
+def _numbers_of(group: dict[str, Any]) -> dict[str, Any]:
+    """What the page writes of a group, as numbers, whatever the file gave."""
+    entropy = group.get("entropy")
+    return {"num_kept": int(group["num_kept"]), "num_blocks": int(group["num_blocks"]), "confidence": float(group["confidence"]),
+            "entropy": None if entropy is None else float(entropy)}
 
 
 def members(group: dict[str, Any], units: list[list[int]] | None) -> list[int]:
@@ -202,7 +211,7 @@ def read_curves(folder: Path) -> dict[str, Curves]:
     """The scalars of each stage, `<stage>/**/metrics.csv`, known stages first; of several files the later wins."""
     cells: dict[str, dict[str, dict[int, float]]] = {}
     for path in sorted(folder.glob("*/**/metrics.csv"), key=_natural):
-        columns = cells.setdefault(path.relative_to(folder).parts[0], {})
+        columns = cells.setdefault(printable(path.relative_to(folder).parts[0]), {})
         for name, column in _read_csv(path).items():
             columns.setdefault(name, {}).update(column)
     order = sorted(cells, key=lambda stage: (STAGES.index(stage) if stage in STAGES else len(STAGES), stage))
@@ -223,7 +232,7 @@ def _read_csv(path: Path) -> dict[str, dict[int, float]]:
     names = list(rows.fieldnames or ())
     if lines and "step" not in names:
         raise ArtifactError(f"{path} has the columns {names}, expected a 'step' column as CSVLogger writes it.")
-    columns: dict[str, dict[int, float]] = {name: {} for name in names if name != "step"}
+    columns: dict[str, dict[int, float]] = {name: {} for name in names if name and name != "step"}
     for row in rows:
         step = _number(row["step"])
         if step is None or not math.isfinite(step):
@@ -231,7 +240,7 @@ def _read_csv(path: Path) -> dict[str, dict[int, float]]:
         for name, column in columns.items():
             if (value := _number(row[name])) is not None:
                 column[int(step)] = value
-    return columns
+    return {printable(name): column for name, column in columns.items()}
 
 
 def _number(cell: str | None) -> float | None:
@@ -255,7 +264,7 @@ def read_samples(path: Path) -> dict[str, np.ndarray]:
     Returns:
         `labels` (N,) and, for some of the models, uint8 pictures (N, C, H, W) with C = 1 or 3.
     """
-    tensors = {name: tensor.numpy() for name, tensor in load_tensors(path).items()}
+    tensors = {printable(name): tensor.numpy() for name, tensor in load_tensors(path).items()}
     samples = {name: tensors[name] for name in ("labels", *models_in(tensors)) if name in tensors}
     labels = samples.get("labels")
     if labels is None or labels.ndim != 1 or len(samples) < 2 or not len(labels):

@@ -6,7 +6,8 @@ import json
 import re
 from typing import Any
 
-from .markup import about, code, fold, image, listing, missing, table, text
+from .markup import about, code, fold, image, lines, listing, missing, table
+from .outside import Html, html
 from .reading import CONFIG, DECISIONS, LOGS, METRICS, RECORD, SAMPLES, Run, members, models_in, numbers
 from .words import METRICS as EXPLAINED
 from .words import STAGES, duration, label, metric_keys, stage_label, student_of, value
@@ -14,7 +15,7 @@ from .words import STAGES, duration, label, metric_keys, stage_label, student_of
 Pictures = dict[str, bytes]  # PNG by figure name
 
 
-def samples(run: Run, pictures: Pictures) -> str:
+def samples(run: Run, pictures: Pictures) -> Html:
     if not run.samples:
         return missing(SAMPLES)
     rows = ", ".join(models_in(run.samples))
@@ -26,7 +27,7 @@ def samples(run: Run, pictures: Pictures) -> str:
     )
 
 
-def results(run: Run, pictures: Pictures) -> str:
+def results(run: Run, pictures: Pictures) -> Html:
     metrics = run.metrics or {}
     models = {model: numbers(metrics.get(model)) for model in models_in(metrics) if numbers(metrics.get(model))}
     if not models:
@@ -34,7 +35,7 @@ def results(run: Run, pictures: Pictures) -> str:
     rows = []
     for key in metric_keys(*models.values()):
         cells = [value(key, own.get(key)) for own in models.values()]
-        rows.append([text(label(key)), *cells, about(EXPLAINED.get(key, ("", ""))[1])])
+        rows.append([label(key), *cells, about(EXPLAINED.get(key, ("", ""))[1])])
     explained = {
         "measured": "the shallow model's images/s over the teacher's",
         "ideal": "the teacher's number of blocks over the shallow model's",
@@ -44,15 +45,15 @@ def results(run: Run, pictures: Pictures) -> str:
         if key in speedup and student:
             cells = [f"{speedup[key]:.2f}x" if model == student else "" for model in models]
             rows.append([f"speed-up, {key}", *cells, about(explanation)])
-    header = ["", *(f'<span class="{model}">{model}</span>' for model in models), ""]
+    header = ["", *(html('<span class="{0}">{0}</span>', model) for model in models), ""]
     parts = [table(header, rows, numeric=range(1, len(models) + 1))]
     if "overview" in pictures:
         alt = f"Bars of sampling speed, FID and accuracy for {', '.join(models)}"
         parts.append(image(pictures, "overview", alt=alt, caption="The same figures as bars."))
-    return "\n".join(parts)
+    return lines(parts)
 
 
-def cost(run: Run, pictures: Pictures) -> str:
+def cost(run: Run, pictures: Pictures) -> Html:
     metrics = run.metrics or {}
     seconds, peak = numbers(metrics.get("seconds")), numbers(metrics).get("peak_memory_mib")
     if not seconds:
@@ -60,22 +61,22 @@ def cost(run: Run, pictures: Pictures) -> str:
     total = sum(seconds.values())
     rows = [
         [
-            text(stage_label(stage)),
-            f'<span title="{spent:.1f} s">{duration(spent)}</span>',
-            f'<span class="share" style="width: {100 * spent / (total or 1):.1f}%"></span>',
+            stage_label(stage),
+            html('<span title="{:.1f} s">{}</span>', spent, duration(spent)),
+            html('<span class="share" style="width: {:.1f}%"></span>', 100 * spent / (total or 1)),
             about(STAGES.get(stage, ("", ""))[1]),
         ]
         for stage, spent in seconds.items()
     ]
-    rows.append(["all together", f"<strong>{duration(total)}</strong>", "", ""])
-    memory = "" if peak is None else f"<p>Peak memory: <strong>{peak:,.0f} MiB</strong>.</p>"
-    return table(["stage", "time", '<span class="about bar">share</span>', ""], rows, numeric=range(1, 2)) + memory
+    rows.append(["all together", html("<strong>{}</strong>", duration(total)), "", ""])
+    memory = "" if peak is None else html("<p>Peak memory: <strong>{:,.0f} MiB</strong>.</p>", peak)
+    return table(["stage", "time", html('<span class="about bar">share</span>'), ""], rows, numeric=range(1, 2)) + memory
 
 
-def blocks(run: Run, pictures: Pictures) -> str:
+def blocks(run: Run, pictures: Pictures) -> Html:
     parts = [_strip(path, stack) for path, stack in _stored_stacks(run).items()]
     if not run.stacks:
-        return "\n".join([*parts, missing(DECISIONS)])
+        return lines([*parts, missing(DECISIONS)])
     parts.append(
         image(
             pictures,
@@ -96,8 +97,8 @@ def blocks(run: Run, pictures: Pictures) -> str:
     parts.append(fold("The decision, group by group", _groups(run)))
     if run.num_torn_lines:
         count = f"{run.num_torn_lines} torn line{'s' if run.num_torn_lines > 1 else ''}"
-        parts.append(f'<p class="soft">{count} in {DECISIONS}, left by a killed process, skipped.</p>')
-    return "\n".join(parts)
+        parts.append(html('<p class="soft">{} in {}, left by a killed process, skipped.</p>', count, DECISIONS))
+    return lines(parts)
 
 
 def _stored_stacks(run: Run) -> dict[str, dict[str, Any]]:
@@ -118,25 +119,27 @@ def _stored_stacks(run: Run) -> dict[str, dict[str, Any]]:
     }
 
 
-def _strip(path: str, stack: dict[str, Any]) -> str:
+def _strip(path: str, stack: dict[str, Any]) -> Html:
     kept = set(map(int, stack["kept_blocks"]))
 
-    def block(number: int) -> str:
+    def block(number: int) -> Html:
         kind, word = ("block kept", "stays") if number in kept else ("block", "left")
-        return f'<span class="{kind}" title="block {number} {word}">{number}</span>'
+        return html('<span class="{0}" title="block {1} {2}">{1}</span>', kind, number, word)
 
-    groups = "".join(f'<li class="group">{"".join(map(block, group))}</li>' for group in stack["groups"])
+    joined = Html("").join
+    groups = joined(html('<li class="group">{}</li>', joined(map(block, group))) for group in stack["groups"])
     several = max(map(len, stack.get("units") or [[0]])) > 1
     counted = " units of blocks that only go together" if several else ""
-    pattern = f", pattern {text(str(stack['pattern']))} (N:M keeps N of M{counted})" if stack.get("pattern") else ""
+    pattern = f", pattern {stack['pattern']} (N:M keeps N of M{counted})" if stack.get("pattern") else ""
     num_blocks = sum(map(len, stack["groups"]))
-    return (
-        f"<p>Stack {code(path)}: <strong>{len(kept)} of {num_blocks}</strong> blocks stay{pattern}. "
-        f'Filled: stays. Struck out: left for good.</p>\n<ol class="strip">{groups}</ol>'
-    )
+    return html(
+        "<p>Stack {}: <strong>{} of {}</strong> blocks stay{}. Filled: stays. Struck out: left for good.</p>\n"
+        '<ol class="strip">{}</ol>',
+        code(path), len(kept), num_blocks, pattern, groups,
+    )  # fmt: skip
 
 
-def _groups(run: Run) -> str:
+def _groups(run: Run) -> Html:
     rows = []
     for path, history in run.stacks.items():
         for group in history.groups:
@@ -145,42 +148,42 @@ def _groups(run: Run) -> str:
             if len(group["members"]) > group["num_blocks"]:
                 keeps += " units"
             sure, open_ = f"{100 * group['confidence']:.1f}%", value("entropy", group.get("entropy"))
-            rows.append([f"{text(path)}: {_joined(group['members'])}", keeps, _joined(stay), sure, open_])
+            rows.append([f"{path}: {_joined(group['members'])}", keeps, _joined(stay), sure, open_])
     hint = "Confidence: probability of the choice that was made. Entropy: how open the choice still was; 0 is decided."
     header = ["blocks of the group", "keeps", "stay", "confidence", "entropy (nats)"]
-    return f'<p class="soft">{hint}</p>{table(header, rows, numeric=range(3, 5))}'
+    return html('<p class="soft">{}</p>{}', hint, table(header, rows, numeric=range(3, 5)))
 
 
 def _joined(numbers_: list[int]) -> str:
     return ", ".join(map(str, numbers_))
 
 
-def curves(run: Run, pictures: Pictures) -> str:
+def curves(run: Run, pictures: Pictures) -> Html:
     parts = []
     for stage in run.curves:
         if (name := f"curves_{stage}") in pictures:
-            parts.append(f"<h3>{text(stage_label(stage).capitalize())}</h3>")
-            parts.append(f'<p class="soft">{STAGES[stage][1].capitalize()}.</p>' if stage in STAGES else "")
+            parts.append(html("<h3>{}</h3>", stage_label(stage).capitalize()))
+            parts.append(html('<p class="soft">{}.</p>', STAGES[stage][1].capitalize()) if stage in STAGES else "")
             alt = f"Curves logged during {stage_label(stage)}, over its training steps"
             parts.append(image(pictures, name, alt=alt, caption="Losses thin as logged, bold smoothed."))
-    return "\n".join(parts) or missing(f"{LOGS}/<stage>/**/metrics.csv")
+    return lines(parts) or missing(f"{LOGS}/<stage>/**/metrics.csv")
 
 
-def protocol(run: Run, pictures: Pictures) -> str:
+def protocol(run: Run, pictures: Pictures) -> Html:
     settings = (run.metrics or {}).get("protocol")
     if not settings:
         return missing(f"protocol in {METRICS}")
     shown = {key: setting if isinstance(setting, str) else json.dumps(setting) for key, setting in settings.items()}
-    return table(["setting", "value"], [[text(key), code(setting)] for key, setting in shown.items()])
+    return table(["setting", "value"], [[key, code(setting)] for key, setting in shown.items()])
 
 
-def record(run: Run, pictures: Pictures) -> str:
+def record(run: Run, pictures: Pictures) -> Html:
     if not run.record:
         return missing(RECORD)
     source = run.record.get("source")
     source = source if isinstance(source, dict) else {"source": source} if source else {}
-    rows = [[text(key), code(content)] for key, content in source.items()]
-    origin = "<h3>Where the weights come from</h3>" + table(["what", "value"], rows) if rows else ""
+    rows = [[key, code(content)] for key, content in source.items()]
+    origin = html("<h3>Where the weights come from</h3>{}", table(["what", "value"], rows)) if rows else Html("")
     return origin + fold(RECORD, listing(_readable_json(_shortened(run.record))))
 
 
@@ -199,5 +202,5 @@ def _readable_json(content: Any) -> str:
     return innermost.sub(lambda found: "[" + re.sub(r",\s+", ", ", found[1]) + "]", json.dumps(content, indent=2))
 
 
-def config(run: Run, pictures: Pictures) -> str:
+def config(run: Run, pictures: Pictures) -> Html:
     return fold(CONFIG, listing(run.config)) if run.config else missing(CONFIG)

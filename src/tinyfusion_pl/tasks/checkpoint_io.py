@@ -12,9 +12,11 @@ import torch
 from lightning.pytorch.plugins import TorchCheckpointIO
 
 from tinyfusion_pl.artifacts import ArtifactError, atomic_path
+from tinyfusion_pl.checksums import Origin, differences
 
 # A torch checkpoint is a zip file, which ends with a comment: 2 bytes of length, here 0, and the text.
 ZIP_END, ZIP_END_SIZE, NO_COMMENT = b"PK\x05\x06", 22, b"\0\0"
+MADE_FROM = "made_from"  # of a checkpoint
 SEAL = b"sha256:"
 SEAL_SIZE = len(SEAL) + 64
 SEAL_LENGTH = SEAL_SIZE.to_bytes(2, "little")
@@ -28,9 +30,19 @@ class WholeCheckpointIO(TorchCheckpointIO):
 
     The file carries the SHA-256 of its content as the comment of the zip file that it is, so that
     content and checksum are replaced together. torch reads it like any other.
+
+    Args:
+        made_from: What the training starts from, name -> checksum. It goes into each checkpoint; one of another
+            origin is refused before anything is restored from it. None: neither.
     """
 
+    def __init__(self, made_from: Origin | None = None) -> None:
+        super().__init__()
+        self.made_from = made_from
+
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        if self.made_from is not None:
+            checkpoint = {**checkpoint, MADE_FROM: self.made_from}
         with atomic_path(path) as temporary, open(temporary, "wb") as opened:
             file = _HashedFile(opened)
             try:
@@ -43,7 +55,11 @@ class WholeCheckpointIO(TorchCheckpointIO):
                 raise
 
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Read the checkpoint at `path`; raise an `ArtifactError` where its content is not what was written."""
+        """Read the checkpoint at `path`.
+
+        Raises:
+            ArtifactError: when its content is not what was written, or it was made from something else.
+        """
         sealed = verify(path)
         try:
             content = super().load_checkpoint(path, *args, **kwargs)
@@ -52,6 +68,11 @@ class WholeCheckpointIO(TorchCheckpointIO):
         if not sealed:
             warnings.warn(
                 f"{path} has no checksum (an earlier version wrote it): damage to it would not be noticed.", stacklevel=2
+            )
+        if self.made_from is not None and (found := differences(content.get(MADE_FROM), self.made_from)):
+            raise ArtifactError(
+                f"{path} cannot be resumed: it was made from something else ({found}). Put back what it was made "
+                "from, or delete it, and its stage begins anew."
             )
         return content
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import resource
 import statistics
 import time
@@ -20,19 +19,22 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
 from tinyfusion_pl.artifacts import read_metadata, save_tensors, sha256, tensors_sha256, write_json
+from tinyfusion_pl.checksums import Origin, content_sha256, model_sha256
 from tinyfusion_pl.metrics import GenerationMetrics, Reference, read_reference
 from tinyfusion_pl.metrics.reference import write_pictures
 from tinyfusion_pl.models import load_pretrained, load_shallow, load_weights
-from tinyfusion_pl.models.shallow import RECORD
+from tinyfusion_pl.models.records import RECORD
 from tinyfusion_pl.modules import Generation
 from tinyfusion_pl.objectives import PictureSampler, labels_of
-from tinyfusion_pl.pruning import find_stacks
 from tinyfusion_pl.report import write_grid
 from tinyfusion_pl.tasks.fitting import ctrl_c, num_processes
 from tinyfusion_pl.tasks.folder import Inputs, RunFolder, say
 from tinyfusion_pl.tasks.kept import KeptBatches
+from tinyfusion_pl.tasks.origins import check_own_models, files_left
+from tinyfusion_pl.tasks.results import METRICS, describe, is_whole, kept_result, mark_of, numbers_of, plain
 
 ROLES = ("teacher", "pruned", "recovered")
+SAMPLES = "samples.safetensors"
 
 
 @dataclass(kw_only=True)
@@ -105,19 +107,34 @@ class Evaluate:
 
     def run(self, folder: RunFolder, inputs: Inputs) -> None:
         """Measure the models; each one's numbers are kept as soon as they are there, and each batch until they are."""
-        if (done := folder.result("evaluate")) is not None and done.get("models") == self.names(folder):
-            say(f"evaluate: done before; numbers in {folder / 'metrics.json'}")
+        if not self.models:
+            check_own_models(folder, inputs)
+        models, protocol = self.models_of(folder, inputs), self.protocol(inputs)
+        origins = {role: self.made_from(model, folder, inputs, protocol=protocol) for role, model in models.items()}
+        before = {role: kept_result(folder, role, origin) for role, origin in origins.items()}
+        if None not in before.values() and is_whole(folder, [*models]):
+            say(f"evaluate: done before; numbers in {folder / METRICS}")
             return
-        models = self.models_of(folder, inputs)
-        say(f"evaluate: {self.num_samples} samples each of {', '.join(models)}; numbers go to {folder / 'metrics.json'}")
+        say(f"evaluate: {self.num_samples} samples each of {', '.join(models)}; numbers go to {folder / METRICS}")
         samplers = {role: self.sampler(model, inputs) for role, model in models.items()}
         for role, sampler in samplers.items():
-            if folder.result(f"evaluate_{role}") is None:
+            if before[role] is None:
                 say(f"evaluate: {role}")
-                results, seconds = self.measure(sampler, folder, inputs, role=role)
-                folder.finish(f"evaluate_{role}", {**describe(models[role]), **results, "seconds": seconds})
-        self.write(folder, inputs, models=models, speed=self.images_per_second(samplers, inputs), shown=self.shown(samplers, inputs))
-        folder.finish("evaluate", {"seconds": sum(folder.result(f"evaluate_{role}")["seconds"] for role in models), "models": [*models]})
+                results, seconds = self.measure(sampler, folder, inputs, role=role, made_from=origins[role])
+                folder.finish(mark_of(role), {
+                    **describe(models[role]), **results, "seconds": seconds, "made_from": origins[role],
+                    "files": files_left(folder.path, [f"samples_{role}.npz"] * self.write_npz)})
+        results = self.write(folder, inputs, models=models, speed=self.images_per_second(samplers, inputs),
+                             shown=self.shown(samplers, inputs), protocol=protocol)
+        left = [METRICS, SAMPLES, *([f"samples_{role}.png" for role in models] if self.write_grid else [])]
+        folder.finish("evaluate", {"seconds": sum(folder.result(mark_of(role))["seconds"] for role in models), "models": [*models],
+                                   "results": results, "files": files_left(folder.path, left)})
+
+    def made_from(self, model: nn.Module, folder: RunFolder, inputs: Inputs, *, protocol: dict[str, Any]) -> Origin:
+        """What decides the numbers of `model`: its weights, what they are held against and how, the configuration."""
+        parts = {"weights": model_sha256(model), "reference": protocol["reference_sha256"], "feature network": protocol["feature_network"],
+                 "decoder": inputs.data.decoder_sha256(), "protocol": content_sha256(protocol), "configuration": folder.configuration}
+        return {name: checksum for name, checksum in parts.items() if checksum is not None}
 
     def names(self, folder: RunFolder) -> list[str]:
         """Of the models given, or of the run's own as far as they are there: a stage that ran since may have left another one."""
@@ -153,16 +170,19 @@ class Evaluate:
     def reference_of(self, inputs: Inputs) -> Reference:
         """The reference file, or the data module's pictures."""
         if self.reference is not None:
-            return self._reference_file
+            return self._reference_file[0]
         pictures = inputs.data.reference_pictures()[0]
         return Reference(path=Path("data"), pictures=pictures, num_pictures=len(pictures))
 
     @cached_property
-    def _reference_file(self) -> Reference:
-        return read_reference(self.reference)
+    def _reference_file(self) -> tuple[Reference, str]:
+        """What it holds, and its checksum when it was read."""
+        return read_reference(self.reference), sha256(self.reference)
 
-    def measure(self, sampler: PictureSampler, folder: RunFolder, inputs: Inputs, *, role: str) -> tuple[dict[str, float], float]:
-        """Sample, and hold the pictures against the reference, going on from the batches that an interrupted measurement kept.
+    def measure(self, sampler: PictureSampler, folder: RunFolder, inputs: Inputs, *, role: str,
+                made_from: Origin) -> tuple[dict[str, float], float]:
+        """Sample, and hold the pictures against the reference, resuming from the batches that an interrupted measurement kept, where they
+        are `made_from` the same.
 
         Returns the metrics' results and the seconds that it took this time.
         """
@@ -173,7 +193,7 @@ class Evaluate:
             self.metrics.set_reference(self.reference_of(inputs), rank=trainer.global_rank, world_size=trainer.world_size,
                                        batch_size=self.batch_size)
             self.held = True
-        kept = KeptBatches(folder / "evaluate" / role, pictures=self.write_npz)
+        kept = KeptBatches(folder / "evaluate" / role, pictures=self.write_npz, made_from=made_from)
         shell = Generation(sampler, labels=self.labels_of(sampler, inputs), metrics=self.metrics, batch_size=self.batch_size, measured=kept)
         with ctrl_c(trainer):
             trainer.test(shell, verbose=False)
@@ -234,30 +254,31 @@ class Evaluate:
 
     @rank_zero_only
     def write(self, folder: RunFolder, inputs: Inputs, *, models: dict[str, nn.Module], speed: dict[str, float],
-              shown: dict[str, torch.Tensor]) -> None:
-        save_tensors(folder / "samples.safetensors", shown)
+              shown: dict[str, torch.Tensor], protocol: dict[str, Any]) -> dict[str, Any]:
+        """Write ``metrics.json``, whose content is returned, and the pictures shown."""
+        save_tensors(folder / SAMPLES, shown)
         if self.write_grid:
             for role in models:
                 write_grid(folder / f"samples_{role}.png", shown[role])
         results: dict[str, Any] = {"name": inputs.name, "reference": self.reference or type(inputs.data).__name__}
         for role in models:
-            result = folder.result(f"evaluate_{role}")
-            results[role] = {k: v for k, v in result.items() if k != "seconds"} | {"images_per_second": speed[role]}
+            results[role] = numbers_of(folder.result(mark_of(role))) | {"images_per_second": speed[role]}
         seconds = {stage: done["seconds"] for stage in ("learn_mask", "recover") if (done := folder.result(stage)) is not None}
-        seconds["evaluate"] = sum(folder.result(f"evaluate_{role}")["seconds"] for role in models)
+        seconds["evaluate"] = sum(folder.result(mark_of(role))["seconds"] for role in models)
         results["seconds"] = seconds
         last = "recovered" if "recovered" in models else "pruned" if "pruned" in models else None
         if last is not None and "teacher" in models:
             depth = {role: results[role]["depth"] for role in ("teacher", last)}
             results["speedup"] = {"measured": speed[last] / speed["teacher"], "ideal": depth["teacher"] / depth[last]}
         results["peak_memory_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        results["protocol"] = self.protocol(inputs)
-        write_json(folder / "metrics.json", results)
+        results["protocol"] = protocol
+        write_json(folder / METRICS, results)
+        return results
 
     def protocol(self, inputs: Inputs) -> dict[str, Any]:
         """What two results must share to be comparable."""
         reference = self.reference_of(inputs)
-        digest = tensors_sha256({"pictures": reference.pictures}) if self.reference is None else sha256(self.reference)
+        digest = tensors_sha256({"pictures": reference.pictures}) if self.reference is None else self._reference_file[1]
         return self.metrics.protocol(num_samples=self.num_samples, num_reference=reference.num_pictures, reference_sha256=digest,
                                      labels=self.labels, **self._classes_sampled(inputs), seed=inputs.seed, **plain(self.sampling),
                                      precision=self.precision)
@@ -266,27 +287,6 @@ class Evaluate:
         """For the protocol: the classes, where they are not all that the model knows."""
         classes = self.classes(inputs, inputs.teacher.num_classes)
         return {} if classes is None or len(classes) == inputs.teacher.num_classes else {"classes": classes}
-
-
-def plain(sampling: Mapping[str, Any]) -> dict[str, Any]:
-    """`sampling` as JSON can hold it: a scheduler of diffusers as its class and settings."""
-    settings = {}
-    for name, value in sampling.items():
-        if hasattr(value, "config"):
-            config = {key: each for key, each in value.config.items() if not key.startswith("_")}
-            value = {"name": type(value).__name__, **{key: each if _is_plain(each) else str(each) for key, each in config.items()}}
-        settings[name] = value
-    return settings
-
-
-def _is_plain(value: Any) -> bool:
-    return value is None or isinstance(value, (str, int)) or (isinstance(value, float) and math.isfinite(value))
-
-
-def describe(model: nn.Module) -> dict[str, Any]:
-    """Depth (blocks in all stacks), parameters and the weights' checksum of a model."""
-    return {"depth": sum(len(stack) for stack in find_stacks(model).values()), "num_params": sum(p.numel() for p in model.parameters()),
-            "weights_sha256": tensors_sha256(model.state_dict())}
 
 
 def _on(sampler: PictureSampler, device: torch.device) -> torch.device:

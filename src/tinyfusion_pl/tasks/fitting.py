@@ -17,6 +17,7 @@ from lightning.pytorch.trainer.states import TrainerStatus
 from torch import nn
 
 from tinyfusion_pl.callbacks import Clock
+from tinyfusion_pl.checksums import Origin
 from tinyfusion_pl.modules import Denoising
 from tinyfusion_pl.tasks.budget import Budget
 from tinyfusion_pl.tasks.checkpoint_io import WholeCheckpointIO
@@ -99,10 +100,11 @@ class Fit:
         return self.trainer(callbacks=list(self.callbacks.values()), logger=False)
 
     def run(self, stage: str, folder: RunFolder, module: LightningModule, data: LightningDataModule, *,
-            first: Sequence[Callback] = ()) -> float:
+            first: Sequence[Callback] = (), made_from: Origin | None = None) -> float:
         """Fit `module` on `data`, from the stage's last checkpoint where there is one; returns the seconds of training.
 
-        `first` are callbacks that must come before all others of the stage.
+        `first` are callbacks that must come before all others of the stage. `made_from` is what the training starts from: a checkpoint
+        that started from something else is refused.
 
         Raises:
             Unfinished: when the training stopped before its last step, as ``max_time`` makes it.
@@ -126,7 +128,7 @@ class Fit:
             **settings,
         )
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-            trainer.strategy.checkpoint_io = WholeCheckpointIO()
+            trainer.strategy.checkpoint_io = WholeCheckpointIO(made_from)
         with ctrl_c(trainer):
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint if checkpoint.exists() else None, weights_only=True)
         data.trainer = None

@@ -12,7 +12,8 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
-from tinyfusion_pl.artifacts import read_json, write_json
+from tinyfusion_pl.artifacts import ArtifactError
+from tinyfusion_pl.checksums import Damaged, read_sealed, write_sealed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,7 @@ class RunFolder:
     """Paths of a run and the stages that are finished.
 
     A stage is finished once ``stages/<stage>.json`` exists; it is written last and whole, so an interrupted stage is run again, from its
-    last checkpoint.
+    last checkpoint. It carries its own checksum and the hash of the configuration that it belongs to.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -42,18 +43,26 @@ class RunFolder:
         return self.path / name
 
     def result(self, stage: str) -> dict[str, Any] | None:
-        """What `stage` left when it finished; None if it has not."""
-        file = self / "stages" / f"{stage}.json"
-        if not file.exists():
+        """What `stage` left when it finished; None if it has not.
+
+        Raises:
+            ArtifactError: for a damaged mark, or one of another configuration.
+        """
+        if not (file := self / "stages" / f"{stage}.json").exists():
             return None
-        content = read_json(file)
-        content.pop("configuration", None)
+        try:
+            content = read_sealed(file)
+        except Damaged as error:
+            raise Damaged(f"{error} Delete it: the stage then resumes from what it left, and marks itself again.") from error
+        if None not in (self.configuration, of := content.pop("configuration", None)) and of != self.configuration:
+            raise ArtifactError(f"{file} belongs to another configuration (hash {of}; this one's is {self.configuration}). Give another "
+                                "run_dir=PATH, or none: each configuration then gets its own folder.")
         return content
 
     def finish(self, stage: str, result: dict[str, Any]) -> None:
         """Mark `stage` finished with `result`; every process calls it, and none goes on before the mark is there for all to see."""
         content = {"configuration": self.configuration, **result}
-        rank_zero_only(write_json)(self / "stages" / f"{stage}.json", content)
+        rank_zero_only(write_sealed)(self / "stages" / f"{stage}.json", content)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.barrier()
 

@@ -1,4 +1,4 @@
-"""Finished batches of an evaluation on disk, until it is whole: what an interrupted one goes on from."""
+"""Finished batches of an evaluation on disk, until it is whole: what an interrupted one resumes from."""
 
 from __future__ import annotations
 
@@ -11,29 +11,54 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from tinyfusion_pl.artifacts import load_tensors, save_tensors
+from tinyfusion_pl.artifacts import load_tensors
+from tinyfusion_pl.checksums import Damaged, Origin, differences, load_sealed_tensors, save_sealed_tensors
 from tinyfusion_pl.metrics import Features
+from tinyfusion_pl.tasks.folder import say
 
 
 class KeptBatches:
     """One safetensors file a batch: numbers, labels and features of its samples, and the pictures where they are asked for later.
 
-    Features of 50,000 samples take about 1 GB; the folder is deleted when the evaluation is whole.
+    Features of 50,000 samples take about 1 GB; the folder is deleted when the evaluation is whole. Each file carries its checksum and
+    what it was made from: `check`, before they are used, deletes damaged ones and those of another origin.
 
     Args:
         folder: Where they are kept.
         pictures: Whether to keep the pictures too.
+        made_from: What decides their content, name -> checksum.
     """
 
-    def __init__(self, folder: Path, *, pictures: bool = False) -> None:
-        self.folder, self.pictures = folder, pictures
+    def __init__(self, folder: Path, *, pictures: bool = False, made_from: Origin | None = None) -> None:
+        self.folder, self.pictures, self.made_from = folder, pictures, made_from or {}
 
     def write(self, indices: Tensor, labels: Tensor, features: Features, pictures: Tensor) -> None:
         """Keep a batch: numbers (N,), labels (N,), features, uint8 pictures (N, C, H, W)."""
         tensors = {"indices": indices, "labels": labels, **{name: x for name, x in features._asdict().items() if x is not None}}
         if self.pictures:
             tensors["pictures"] = pictures
-        save_tensors(self.folder / f"{int(indices[0]):08d}.safetensors", tensors)
+        save_sealed_tensors(self.folder / f"{int(indices[0]):08d}.safetensors", tensors, made_from=self.made_from)
+
+    @rank_zero_only
+    def check(self) -> None:
+        """Delete the batches that cannot be used, and say which and why; other processes wait for it."""
+        reasons: dict[str, int] = {}
+        for path in self._paths():
+            if reason := self._reason(path):
+                path.unlink()
+                reasons[reason] = reasons.get(reason, 0) + 1
+        for reason, num in reasons.items():
+            say(f"evaluate: {num} finished {'batches' if num > 1 else 'batch'} in {self.folder} cannot be used and will be made again: "
+                f"{reason}")
+
+    def _reason(self, path: Path) -> str:
+        try:
+            tensors, made_from = load_sealed_tensors(path)
+        except Damaged as error:
+            return str(error)
+        if found := differences(made_from, self.made_from):
+            return f"made from something else ({found})"
+        return "without the pictures, which are asked for now" if self.pictures and "pictures" not in tensors else ""
 
     def indices(self) -> Tensor:
         """Numbers of the samples that are kept, ascending."""
@@ -57,6 +82,9 @@ class KeptBatches:
         with suppress(OSError):  # of another model's batches, too
             self.folder.parent.rmdir()
 
+    def _paths(self) -> list[Path]:
+        return sorted(self.folder.glob("[0-9]*.safetensors"))
+
     def _files(self, rank: int = 0, world_size: int = 1, *, only: Sequence[str] | None = None) -> Iterator[dict[str, Tensor]]:
-        for path in sorted(self.folder.glob("[0-9]*.safetensors"))[rank::world_size]:
+        for path in self._paths()[rank::world_size]:
             yield load_tensors(path, only=only)

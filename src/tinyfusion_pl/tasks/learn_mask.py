@@ -12,6 +12,9 @@ from tinyfusion_pl.callbacks import DepthPruningCallback
 from tinyfusion_pl.modules import MaskLearning
 from tinyfusion_pl.tasks.fitting import Fit
 from tinyfusion_pl.tasks.folder import Inputs, RunFolder, say
+from tinyfusion_pl.tasks.origins import check_logs, check_origin, files_left, needs_remaking, origin_of
+
+DECISIONS = "learn_mask/decisions.jsonl"
 
 
 @dataclass(kw_only=True)
@@ -46,14 +49,20 @@ class LearnMask:
         return self.fit.num_processes()
 
     def run(self, folder: RunFolder, inputs: Inputs) -> None:
+        made_from = origin_of(folder, inputs)
         if (done := folder.result("learn_mask")) is not None:
-            say(f"learn_mask: done before, kept {done['kept_blocks']}; shallow model in {folder.shallow}")
-            return
+            check_origin(folder, "learn_mask", done, made_from)
+            check_logs(folder, "learn_mask", done)
+            if not needs_remaking(folder, "learn_mask", done, below=folder.shallow.name):
+                say(f"learn_mask: done before, kept {done['kept_blocks']}; shallow model in {folder.shallow}")
+                return
         say(f"learn_mask: learning which blocks can go; decisions go to {folder / 'learn_mask'}, the shallow model to {folder.shallow}")
         seed_everything(inputs.seed, workers=True)
-        callback = self.pruning(save_dir=folder.shallow, decisions_path=folder / "learn_mask" / "decisions.jsonl",
-                                source=getattr(inputs.teacher, "source", None))
+        callback = self.pruning(save_dir=folder.shallow, decisions_path=folder / DECISIONS, source=getattr(inputs.teacher, "source", None))
         module = self.module(copy.deepcopy(inputs.teacher).train(), objective=inputs.objective)
-        seconds = self.fit.run("learn_mask", folder, module, inputs.data, first=[callback])
-        folder.finish("learn_mask", {"seconds": seconds, "kept_blocks": callback.decision.kept_blocks,
-                                     "num_skipped_steps": callback.guard.num_skipped})
+        seconds = self.fit.run("learn_mask", folder, module, inputs.data, first=[callback], made_from=made_from)
+        folder.finish("learn_mask", {
+            "seconds": seconds if done is None else done["seconds"], "kept_blocks": callback.decision.kept_blocks,
+            "num_skipped_steps": callback.guard.num_skipped, "made_from": made_from,
+            "files": files_left(folder.path, [folder.shallow.name]), "logs": files_left(folder.path, [DECISIONS]),
+        })

@@ -9,13 +9,16 @@ from dataclasses import dataclass
 from lightning.pytorch import seed_everything
 from lightning.pytorch.utilities import rank_zero_only
 
-from tinyfusion_pl.artifacts import read_json
+from tinyfusion_pl.artifacts import ArtifactError
 from tinyfusion_pl.callbacks import NonFiniteGuard
 from tinyfusion_pl.models import load_checkpoint, load_decision, load_shallow, load_weights, save_shallow
+from tinyfusion_pl.models.records import RECORD, read_record
 from tinyfusion_pl.modules import Recovery
 from tinyfusion_pl.pruning import Decision
+from tinyfusion_pl.tasks.checkpoint_io import verify
 from tinyfusion_pl.tasks.fitting import Fit
 from tinyfusion_pl.tasks.folder import Inputs, RunFolder, say
+from tinyfusion_pl.tasks.origins import SAMPLES, SHALLOW, TEACHER, check_origin, files_left, missing_files, needs_remaking, origin_of, shallow_sha256
 
 
 @dataclass(kw_only=True)
@@ -51,11 +54,23 @@ class Recover:
         return self.fit.num_processes()
 
     def run(self, folder: RunFolder, inputs: Inputs) -> None:
-        if folder.result("recover") is not None:
-            say(f"recover: done before; recovered model in {folder.recovered}")
-            return
-        if folder.result("learn_mask") is None:
+        done, learned = folder.result("recover"), folder.result("learn_mask")
+        if done is None and learned is None:
             raise ValueError(f"There is no finished mask learning in {folder.path}; run task=learn_mask (or task=pipeline) there first.")
+        made_from = origin_of(folder, inputs)
+        if learned is not None:
+            check_origin(folder, "learn_mask", learned, made_from, of=[TEACHER, SAMPLES])
+            missing = missing_files(folder, "learn_mask", learned, below=folder.shallow.name)
+        if (folder.shallow / RECORD).exists():
+            made_from[SHALLOW] = shallow_sha256(folder.shallow)
+        if done is not None:
+            check_origin(folder, "recover", done, made_from)
+            if not needs_remaking(folder, "recover", done, below=folder.recovered.name):
+                say(f"recover: done before; recovered model in {folder.recovered}")
+                return
+        if learned is not None and missing:
+            raise ArtifactError(f"{', '.join(missing[:3])} gone from {folder.path}, which recovery starts from. Put it back; or rerun "
+                                "task=learn_mask, which makes it again.")
         say(f"recover: the shallow model learns from the teacher; checkpoints go to {folder / 'recover'}, the model to {folder.recovered}")
         seed_everything(inputs.seed + 1, workers=True)
         student = load_shallow(folder.shallow).train()
@@ -63,16 +78,20 @@ class Recover:
         module = self.module(student, teacher=inputs.teacher, decision=load_decision(folder.shallow),
                              objective=inputs.objective)
         guard = NonFiniteGuard()
-        seconds = self.fit.run("recover", folder, module, inputs.data, first=[guard])
+        seconds = self.fit.run("recover", folder, module, inputs.data, first=[guard], made_from=made_from)
         self.save(folder)
-        folder.finish("recover", {"seconds": seconds, "num_skipped_steps": guard.num_skipped})
+        folder.finish("recover", {
+            "seconds": seconds if done is None else done["seconds"], "num_skipped_steps": guard.num_skipped, "made_from": made_from,
+            "files": files_left(folder.path, [folder.recovered.name]),
+        })
 
     @rank_zero_only
     def save(self, folder: RunFolder) -> None:
         """Leave the student of the last checkpoint in ``recovered/``."""
         student = load_shallow(folder.shallow)
-        load_weights(student, load_checkpoint(folder.checkpoint("recover"), weights=self.weights))
-        record = {k: v for k, v in read_json(folder.shallow / "record.json").items() if k in ("stacks", "configuration", "seed")}
+        verify(checkpoint := folder.checkpoint("recover"))
+        load_weights(student, load_checkpoint(checkpoint, weights=self.weights))
+        record = {k: v for k, v in read_record(folder.shallow).items() if k in ("stacks", "configuration", "seed")}
         save_shallow(folder.recovered, student, {
             **record, "source": {"path": str(folder.shallow.name), "weights": self.weights},
         })

@@ -6,8 +6,13 @@ from dataclasses import dataclass
 
 from lightning.pytorch.utilities import rank_zero_only
 
+from tinyfusion_pl.checksums import Damaged
 from tinyfusion_pl.report import write_report
+from tinyfusion_pl.report.reading import DECISIONS, METRICS, RECORD, SAMPLES
 from tinyfusion_pl.tasks.folder import Inputs, RunFolder, say
+from tinyfusion_pl.tasks.origins import changed_files
+
+READ = (DECISIONS, METRICS, RECORD, SAMPLES)
 
 
 @dataclass(kw_only=True)
@@ -19,5 +24,18 @@ class Report:
 
     @rank_zero_only
     def run(self, folder: RunFolder, inputs: Inputs) -> None:
+        self.check_files(folder)
         say(f"report: figures and page go to {folder / 'report.html'}")
         say(f"Done. Open {write_report(folder.path)}")
+
+    def check_files(self, folder: RunFolder) -> None:
+        """Say which of the files that the page is drawn from are not what the finished stages left."""
+        for stage in ("learn_mask", "evaluate"):
+            try:
+                done = folder.result(stage) or {}
+            except Damaged as error:
+                say(f"report: {error}")
+                continue
+            left = {**done.get("files", {}), **done.get("logs", {})}
+            for name, what in changed_files(folder, {name: left[name] for name in READ if name in left}).items():
+                say(f"report: {folder / name} is {what} since {stage} finished: the page shows what is there now; rerun task={stage}")

@@ -14,9 +14,12 @@ from tinyfusion_pl.artifacts import save_tensors, sha256, write_json
 from tinyfusion_pl.callbacks import NonFiniteGuard
 from tinyfusion_pl.models import create_model, library_versions, load_checkpoint, load_weights
 from tinyfusion_pl.modules import Denoising
-from tinyfusion_pl.tasks.evaluate import Evaluate, describe
+from tinyfusion_pl.tasks.checkpoint_io import verify
+from tinyfusion_pl.tasks.evaluate import Evaluate
 from tinyfusion_pl.tasks.fitting import Fit
 from tinyfusion_pl.tasks.folder import Inputs, RunFolder, say
+from tinyfusion_pl.tasks.origins import SAMPLES, check_origin, files_left, needs_remaking
+from tinyfusion_pl.tasks.results import describe
 
 
 @dataclass(kw_only=True)
@@ -56,21 +59,29 @@ def train_denoiser(*, run_dir: str | Path, name: str, seed: int, model: str, obj
     if begin is not None:
         begin()
     folder = RunFolder(run_dir)
-    if folder.result("train") is None:
+    made_from = {name: checksum for name, checksum in (("configuration", folder.configuration), (SAMPLES, data.samples_sha256()))
+                 if checksum is not None}
+    if (done := folder.result("train")) is not None:
+        check_origin(folder, "train", done, made_from)
+    if done is None or needs_remaking(folder, "train", done, below="trained"):
         say(f"train: {name}; checkpoints go to {folder / 'train'}, the model to {folder / 'trained'}")
         module = train.module(denoiser, objective=objective)
-        seconds = train.fit.run("train", folder, module, data, first=[NonFiniteGuard()])
+        seconds = train.fit.run("train", folder, module, data, first=[NonFiniteGuard()], made_from=made_from)
+        verify(folder.checkpoint("train"))
         load_weights(denoiser, load_checkpoint(folder.checkpoint("train"), weights=train.weights))
         (folder / "trained").mkdir(parents=True, exist_ok=True)
         save_tensors(folder / "trained" / "model.safetensors", denoiser.state_dict())
-        folder.finish("train", {"seconds": seconds})
+        folder.finish("train", {"seconds": seconds if done is None else done["seconds"], "made_from": made_from,
+                                "files": files_left(folder.path, ["trained/model.safetensors"])})
     load_weights(denoiser, folder / "trained" / "model.safetensors")
     say(f"train: measuring {evaluate.num_samples} samples")
-    results, _ = evaluate.measure(evaluate.sampler(denoiser, inputs), folder, inputs, role="trained")
+    protocol = evaluate.protocol(inputs)
+    results, _ = evaluate.measure(evaluate.sampler(denoiser, inputs), folder, inputs, role="trained",
+                                  made_from=evaluate.made_from(denoiser, folder, inputs, protocol=protocol))
     metrics = {**describe(denoiser), **results}
     write_json(folder / "trained" / "record.json", {
         "model": {"name": denoiser.model_name, "kwargs": denoiser.config}, "recipe": recipe, "seed": seed, "metrics": metrics,
-        "seconds": folder.result("train")["seconds"], "protocol": evaluate.protocol(inputs), "versions": library_versions(),
+        "seconds": folder.result("train")["seconds"], "protocol": protocol, "versions": library_versions(),
         "weights": {"file": "model.safetensors", "sha256": sha256(folder / "trained" / "model.safetensors"), "kind": train.weights},
     })
     say(f"Done. {folder / 'trained'}: {metrics}")

@@ -1,0 +1,85 @@
+"""What an evaluation records; results that are there already are used again only where they are whole and of what would be measured now."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_only
+from torch import nn
+
+from tinyfusion_pl.artifacts import tensors_sha256, write_json
+from tinyfusion_pl.checksums import Damaged, Origin, differences
+from tinyfusion_pl.pruning import find_stacks
+from tinyfusion_pl.tasks.folder import RunFolder, say
+from tinyfusion_pl.tasks.origins import changed_files
+
+METRICS = "metrics.json"
+OF_THE_MARK = ("made_from", "files", "seconds")  # what a model's mark holds beside its numbers
+
+
+def mark_of(role: str) -> str:
+    """The stage that is marked when the model `role` is measured."""
+    return f"evaluate_{role}"
+
+
+def kept_result(folder: RunFolder, role: str, now: Origin) -> dict[str, Any] | None:
+    """What was measured of the model `role` before; None, and the reason is said, where it has to be measured anew."""
+    if (done := _mark(folder, mark_of(role))) is None:
+        return None
+    if found := differences(done.get("made_from"), now):
+        say(f"evaluate: {role} was measured of something else ({found}); it is measured anew")
+        return None
+    if wrong := changed_files(folder, done.get("files", {})):
+        say(f"evaluate: {', '.join(f'{folder / name} is {what}' for name, what in wrong.items())}; {role} is measured anew")
+        return None
+    return done
+
+
+def is_whole(folder: RunFolder, models: list[str]) -> bool:
+    """Whether `models`, whose results are there, were evaluated together, and what that left is whole. ``metrics.json`` is written again
+    where it is not; of other files it is said that they have to be made again."""
+    if (done := _mark(folder, "evaluate")) is None or done.get("models") != models:
+        return False
+    wrong = changed_files(folder, done.get("files", {}))
+    if METRICS in wrong:
+        say(f"evaluate: {folder / METRICS} is {wrong.pop(METRICS)}; it is written again from what was measured")
+        rank_zero_only(write_json)(folder / METRICS, done["results"])
+    for name, what in wrong.items():
+        say(f"evaluate: {folder / name} is {what}; it is made again")
+    return not wrong
+
+
+def numbers_of(done: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers in a model's mark: what goes into ``metrics.json``."""
+    return {name: value for name, value in done.items() if name not in OF_THE_MARK}
+
+
+def plain(sampling: Mapping[str, Any]) -> dict[str, Any]:
+    """`sampling` as JSON can hold it: a scheduler of diffusers as its class and settings."""
+    settings = {}
+    for name, value in sampling.items():
+        if hasattr(value, "config"):
+            config = {key: each for key, each in value.config.items() if not key.startswith("_")}
+            value = {"name": type(value).__name__, **{key: each if _is_plain(each) else str(each) for key, each in config.items()}}
+        settings[name] = value
+    return settings
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, (str, int)) or (isinstance(value, float) and math.isfinite(value))
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """Depth (blocks in all stacks), parameters and the weights' checksum of a model."""
+    return {"depth": sum(len(stack) for stack in find_stacks(model).values()), "num_params": sum(p.numel() for p in model.parameters()),
+            "weights_sha256": tensors_sha256(model.state_dict())}
+
+
+def _mark(folder: RunFolder, stage: str) -> dict[str, Any] | None:
+    try:
+        return folder.result(stage)
+    except Damaged as error:
+        say(f"evaluate: {str(error).partition(' Delete it')[0]} It is made again")
+        return None
