@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from tinyfusion_pl.cli.errors import Told, sentence, tell
 from tinyfusion_pl.cli.processes import as_single_run, is_first_process, process
 from tinyfusion_pl.cli.run_identity import check_folder, config_hash, write_config
-from tinyfusion_pl.cli.settings import check_added, check_complete
+from tinyfusion_pl.cli.settings import check_added, check_complete, checked
 
 # word -> function of strings; the text that it returns is printed
 COMMANDS = {
@@ -113,6 +113,7 @@ def run(cfg: DictConfig, run_dir: Path) -> Any:
     # A stage says in one line what Lightning says in ten. Its import sets the level of its outer logger to INFO: hence twice.
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     check_added(cfg)
+    cfg = checked(cfg)
     check_folder(run_dir, cfg)
     check_complete(cfg.task)
     task = _build(copy.deepcopy(cfg).task)  # Hydra resolves references in place; what is written keeps them

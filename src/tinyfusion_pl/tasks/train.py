@@ -38,7 +38,7 @@ class Train:
 
 
 def train_denoiser(*, run_dir: str | Path, name: str, seed: int, model: str, objective: Any, data: LightningDataModule, train: Train,
-                   evaluate: Evaluate, recipe: str, overrides: dict[str, Any] | None = None) -> None:
+                   evaluate: Evaluate, recipe: str | None, overrides: dict[str, Any] | None = None) -> None:
     """Train a new `model` and leave ``trained/model.safetensors`` with ``trained/record.json``: recipe, seed, metrics.
 
     The folder is what ``model.checkpoint`` takes and what the package ships.
