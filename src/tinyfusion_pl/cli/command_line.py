@@ -22,7 +22,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from tinyfusion_pl.cli.errors import Told, sentence, tell
+from tinyfusion_pl.cli.errors import Told, tell
+from tinyfusion_pl.cli.naming import named
 from tinyfusion_pl.cli.processes import as_single_run, is_first_process, process
 from tinyfusion_pl.cli.run_identity import check_folder, config_hash, write_config
 from tinyfusion_pl.cli.settings import check_added, check_complete, checked
@@ -95,11 +96,21 @@ def _run_task(cfg: DictConfig) -> Any:
             return run(cfg, run_dir)
     except Exception as error:
         exit_code = tell(error)
-        with suppress(OSError):
-            run_dir.rmdir()  # Hydra made it; a run that never began leaves nothing
+        _remove_empty(run_dir)
+        _remove_empty(Path.cwd() / str(job.run.dir))  # as written: a/../b makes both
         if sweeping:
             raise Told from error  # the sweep's other jobs still run
         raise SystemExit(exit_code) from None
+
+
+def _remove_empty(run_dir: Path) -> None:
+    """Hydra made the folder and those above it; a run that never began leaves nothing."""
+    here = Path.cwd()
+    for folder in (run_dir, *run_dir.parents):
+        if folder == here or folder in here.parents:
+            return
+        with suppress(OSError):  # one that holds something stays
+            folder.rmdir()
 
 
 def run(cfg: DictConfig, run_dir: Path) -> Any:
@@ -124,6 +135,7 @@ def run(cfg: DictConfig, run_dir: Path) -> Any:
 
 def _build(node: DictConfig) -> Any:
     """Instantiate `node`; where several of its parts cannot be built, the error tells of each, and nothing is downloaded to find out."""
+    root = copy.deepcopy(node._get_root())  # Hydra changes what it builds from
     try:
         return hydra.utils.instantiate(node, _convert_="all")
     except Exception as error:
@@ -136,8 +148,10 @@ def _build(node: DictConfig) -> Any:
                     with without_download():
                         hydra.utils.instantiate(part, _convert_="all")
                 except Exception as of_part:
-                    sentences.append(sentence(of_part) or repr(of_part))
+                    sentences.append(named(of_part, root) or repr(of_part))
         if len(sentences) < 2:
+            sentences = [told] if (told := named(error, root)) is not None else []
+        if not sentences or hasattr(error, "exit_code"):
             raise
         raise ValueError("\n".join(sentences)) from error
 

@@ -34,6 +34,19 @@ def _without_worker(error: BaseException) -> str:
     return inner[2].strip() if inner else str(error)
 
 
+def _of_hydra(error: HydraException) -> str:
+    """What Hydra says, with the setting that it is about."""
+    told = "\n".join(str(each) for each in (error, error.__cause__) if each is not None)
+    merged = re.search(r"Error merging override \+*([^=\s]+)=(.*)", told)
+    if merged and "Cannot merge DictConfig" in told:
+        return f"{merged[1]} is {merged[2]}; give a mapping, or one setting inside it: {merged[1]}.NAME=VALUE."
+    if "Config group override must be" in told:
+        groups = [each for each in sys.argv[1:] if "=" in each and not re.fullmatch(r"[\w./-]+", each.partition("=")[2].strip("'\"")) or each.endswith("=null")]
+        names = " or ".join(each.partition("=")[0].lstrip("+") for each in groups) or "one of the settings"
+        return f"{names} chooses a group of the configuration: give the name of one, as --help lists them ({told})."
+    return told
+
+
 def sentence(error: Exception) -> str | None:
     """What a person needs to know; None for an error that is no person's but the code's."""
     from tinyfusion_pl.artifacts import ArtifactError
@@ -45,7 +58,7 @@ def sentence(error: Exception) -> str | None:
     if isinstance(cause, OmegaConfBaseException) and missing:
         return f"{missing[1]} has no value. Give one: {missing[1]}=VALUE."
     if isinstance(cause, HydraException):
-        return "\n".join(str(each) for each in (cause, cause.__cause__) if each is not None)
+        return _of_hydra(cause)
     if isinstance(cause, OSError) and cause.strerror and cause.filename:
         return f"Cannot use {cause.filename}: {cause.strerror}."
     if hasattr(cause, "exit_code"):

@@ -50,7 +50,7 @@ def checked(cfg: DictConfig) -> DictConfig:
     door = _Door(cfg)
     door.check()
     if door.problems:
-        told = list(dict.fromkeys(door.problems))
+        told = list(dict.fromkeys(door.problems.values()))
         more = [f"({len(told) - MAX_TOLD} more settings are wrong.)"] if len(told) > MAX_TOLD else []
         raise ValueError("\n".join([*told[:MAX_TOLD], *more]))
     return cfg
@@ -65,7 +65,7 @@ class _Door:
 
         self.kinds, self.schema, self.targets = kinds, schema, targets
         self.cfg = cfg
-        self.problems: list[str] = []
+        self.problems: dict[str, str] = {}  # by key
         self.is_main = set(cfg) >= schema.IS_MAIN
 
     def check(self) -> None:
@@ -93,7 +93,7 @@ class _Door:
             elif isinstance(inner := _raw(node, name), DictConfig):
                 self.plain(inner, full, kind)
             else:
-                self.problems.append(f"{full} is {shown(inner)}; give a mapping ({', '.join(kind.settings)}).")
+                self.tell(full, f"{full} is {shown(inner)}; give a mapping ({', '.join(kind.settings)}).")
         if key == "":
             self.names()
 
@@ -103,7 +103,7 @@ class _Door:
                 try:
                     check(key, value)
                 except ValueError as error:
-                    self.problems.append(str(error))
+                    self.tell(key, str(error))
 
     def task(self) -> None:
         """What a task takes is what the rest of the configuration says: only that is in a run's identity."""
@@ -112,7 +112,7 @@ class _Door:
             return
         for name in task:
             if name not in ("stages", "overrides", "run_dir", *SPECIAL) and not OmegaConf.is_interpolation(task, name):
-                self.problems.append(f"task.{name} is {shown(_raw(task, name))}; a task takes it from the rest of the configuration. Leave "
+                self.tell(f"task.{name}", f"task.{name} is {shown(_raw(task, name))}; a task takes it from the rest of the configuration. Leave "
                                      f"it out and set {name} there.")
 
     def is_referred_to(self, name: str) -> bool:
@@ -143,7 +143,8 @@ class _Door:
             key = ".".join([key, *map(str, error.path)])
             where = home(self.cfg, key)
             taken = f" ({key} takes it)" if where != key else ""
-            self.problems.append(f"{where} is {shown(error.value)}{taken}; {error}.{_hint(error.value, error.kind)}")
+            if where == key or where not in self.problems:  # what is wrong where it stands says more
+                self.problems[where] = f"{where} is {shown(error.value)}{taken}; {error}.{_hint(error.value, error.kind)}"
             return
         if refers:
             return  # looked at where it stands
@@ -174,10 +175,10 @@ class _Door:
         try:
             target = self.targets.locate(name) if isinstance(name, str) else None
         except ValueError as error:
-            self.problems.append(f"{key}._target_: {error}. Give the full name of a class or function.")
+            self.tell(f"{key}._target_", f"{key}._target_: {error}. Give the full name of a class or function.")
             return
         if target is None:
-            self.problems.append(f"{key}._target_ is {shown(name)}; give the full name of a class or function.")
+            self.tell(f"{key}._target_", f"{key}._target_ is {shown(name)}; give the full name of a class or function.")
             return
         self.fits(target, node, key, kind)
         given = {each: _container(_raw(node, each)) for each in node}
@@ -186,7 +187,7 @@ class _Door:
         if not node.get("_partial_") and "_args_" not in node:
             for each in parameters.required:
                 if each not in node.keys():  # a missing value is no member, but a key
-                    self.problems.append(f"{key}.{each} has no value. Give one: {key}.{each}=VALUE.")
+                    self.tell(f"{key}.{each}", f"{key}.{each} has no value. Give one: {key}.{each}=VALUE.")
 
     def arguments(self, node: DictConfig, key: str, parameters: Any, *, of: str) -> None:
         allowed = list(parameters.hints)
@@ -195,7 +196,7 @@ class _Door:
             if name in SPECIAL:
                 self.value(node, name, full, self.kinds.Kind(SPECIAL[name]))
             elif name in self.schema.GIVEN.get(key, ()):
-                self.problems.append(f"{full} is {shown(_container(_raw(node, name)))}, but it is set by what uses it. Leave it out.")
+                self.tell(full, f"{full} is {shown(_container(_raw(node, name)))}, but it is set by what uses it. Leave it out.")
             elif name in allowed:
                 kind = self.schema.kind_of(name, parameters.hints[name], target=of)
                 if name == "sampling" and of.startswith("tinyfusion_pl."):
@@ -224,7 +225,7 @@ class _Door:
         allowed = list(parameters.hints)
         unknown = [name for name in node if name not in allowed]
         if len(unknown) > 1 or (unknown and not difflib.get_close_matches(unknown[0], allowed, n=1)):
-            self.problems.append(f"{key} has {', '.join(map(str, unknown))}, which sampling from {target.__name__} does not take; it takes "
+            self.tell(key, f"{key} has {', '.join(map(str, unknown))}, which sampling from {target.__name__} does not take; it takes "
                                  f"{', '.join(allowed)}. Choose a sampler that goes with the objective: sampler@{key}=NAME.")
             return
         self.arguments(node, key, parameters, of=_full_name(target))
@@ -239,13 +240,16 @@ class _Door:
         if anything or not (classes or functions):
             return
         if functions and not classes and isinstance(target, type) and not partial and not callable(getattr(target, "__call__", None)):
-            self.problems.append(f"{key} makes a {target.__name__} at once, but is called later. Set {key}._partial_=true.")
+            self.tell(key, f"{key} makes a {target.__name__} at once, but is called later. Set {key}._partial_=true.")
         elif functions and not classes and isinstance(target, type) and not partial and "__call__" not in vars(target):
-            self.problems.append(f"{key} makes a {target.__name__} at once, but is called later. Set {key}._partial_=true.")
+            self.tell(key, f"{key} makes a {target.__name__} at once, but is called later. Set {key}._partial_=true.")
         elif classes and not functions and partial:
-            self.problems.append(f"{key}._partial_ is true, but a {classes[0].__name__} itself is needed. Leave _partial_ out.")
+            self.tell(key, f"{key}._partial_ is true, but a {classes[0].__name__} itself is needed. Leave _partial_ out.")
         elif classes and not functions and isinstance(target, type) and not issubclass(target, tuple(classes)):
-            self.problems.append(f"{key} makes a {target.__name__}; give a _target_ that makes a {classes[0].__name__}.")
+            self.tell(key, f"{key} makes a {target.__name__}; give a _target_ that makes a {classes[0].__name__}.")
+
+    def tell(self, key: str, problem: str) -> None:
+        self.problems.setdefault(key, problem)
 
     # -- help ---------------------------------------------------------------------------------------------------------------------------
     def resolved(self, node: DictConfig | ListConfig, name: Any, key: str) -> Any:
@@ -253,7 +257,7 @@ class _Door:
             return node[name]
         except OmegaConfBaseException as error:
             if not OmegaConf.is_missing(node, name) and "hydra" not in str(_written(node, name)) and "Missing" not in str(error):
-                self.problems.append(f"{key} refers to {_written(node, name)}, which cannot be read: {str(error).splitlines()[0]}.")
+                self.tell(key, f"{key} refers to {_written(node, name)}, which cannot be read: {str(error).splitlines()[0]}.")
             return Unresolved()
 
     def unknown(self, key: str, known: Iterable[str], why: str) -> None:
@@ -262,7 +266,7 @@ class _Door:
         near = difflib.get_close_matches(name, known, n=3)
         prefix = f"{prefix}." if prefix else ""
         does = f"Did you mean {' or '.join(prefix + each for each in near)}?" if near else f"It has {', '.join(known) or 'no settings'}."
-        self.problems.append(f"{key} {why}, and nothing would read it. {does}")
+        self.tell(key, f"{key} {why}, and nothing would read it. {does}")
 
 
 class Unresolved:
@@ -306,7 +310,7 @@ def shown(value: Any) -> str:
 def _hint(value: Any, kind: Any) -> str:
     """What a person may have meant."""
     if isinstance(value, str) and value.lower() in ("none", "nil", "~") and kind.allows_null:
-        return f" The text {value!r} is not nothing: write null."
+        return f" {value!r} is a text: write null, or leave it out."
     if isinstance(value, str) and kind.takes(lambda part: part in (int, float)):
         return " A number is written without quotes."
     if isinstance(value, (int, float)) and not isinstance(value, bool) and kind.takes(lambda part: part is str):

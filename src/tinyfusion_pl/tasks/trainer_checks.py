@@ -6,9 +6,13 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from torch import nn
+
+from tinyfusion_pl.modules import Denoising
 
 OWN = {  # argument -> what sets it
     "callbacks": "{stage}.fit.callbacks",
@@ -66,6 +70,34 @@ def check_trainer(
         if (limit := timer.time_remaining()) is not None and limit <= 0:
             raise ValueError(f"{key}.max_time leaves no time for a single step. Give a longer one, or null.")
     return trainer
+
+
+def check_optimizer(stage: str, module: Denoising, *, num_steps: int) -> None:
+    """Make the optimizer and the scheduler of `module` once.
+
+    Raises:
+        ValueError: for settings that they refuse; names them.
+    """
+    parameters = [nn.Parameter(torch.zeros(1))]
+    try:
+        module.make_optimizers(parameters, num_steps=num_steps)
+    except Exception as error:  # torch refuses settings by errors of several types
+        factory = module.optimizer_factory
+        key, given = f"{stage}.module.optimizer", getattr(factory, "keywords", {})
+        wrong = [name for name, value in given.items() if _fails(factory.func, parameters, **{name: value})]
+        if wrong:
+            raise ValueError("; ".join(f"{key}.{name} is {given[name]!r}" for name in wrong) + f": {error}") from error
+        if factory is not None and _fails(factory, parameters):
+            raise ValueError(f"{key}: {error}") from error
+        raise ValueError(f"{stage}.module.scheduler: {error}") from error
+
+
+def _fails(function: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
+    try:
+        function(*args, **kwargs)
+    except Exception:
+        return True
+    return False
 
 
 def _is_refused(factory: Any, setting: dict[str, Any]) -> bool:
