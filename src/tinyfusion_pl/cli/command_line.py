@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("\nInterrupted. The same command goes on from where it was.", file=sys.stderr)
         return 130
     except Exception as error:
-        return tell(error)
+        return tell(error, arguments)
     return 0
 
 

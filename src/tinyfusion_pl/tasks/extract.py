@@ -22,6 +22,7 @@ from tinyfusion_pl.data.shards import LatentShards
 from tinyfusion_pl.modules import Extraction
 from tinyfusion_pl.tasks.fitting import ctrl_c
 from tinyfusion_pl.tasks.folder import say
+from tinyfusion_pl.tasks.trainer_checks import check_sampling_trainer
 
 NUM_REASONS = 5
 
@@ -92,7 +93,7 @@ def extract_latents(*, run_dir: str | Path, extract: Extract) -> Path:
     num_samples = len(images) if extract.num_images is None else extract.num_images
     if not 1 <= num_samples <= len(images):
         raise ValueError(f"extract.num_images is {num_samples}; {extract.images} has {len(images)} images.")
-    trainer = extract.trainer()
+    trainer = check_sampling_trainer("extract.trainer", extract.trainer)
     vae = extract.vae()
     info = LatentsInfo(
         content=extract.content, dtype=extract.dtype, latent_shape=vae.latent_shape(extract.image_size), num_samples=num_samples,

@@ -72,6 +72,39 @@ def check_trainer(
     return trainer
 
 
+def check_sampling_trainer(key: str, factory: Callable[..., Trainer]) -> Trainer:
+    """Make the Trainer of a task that trains nothing, and return it.
+
+    Raises:
+        ValueError: for a setting that the Trainer refuses, or under which not all samples would be made; names it.
+    """
+    given = getattr(factory, "keywords", {})
+    try:
+        trainer = factory()
+    except Exception as error:  # Lightning refuses wrong settings by errors of many types
+        wrong = [f"{key}.{name} is {value!r}" for name, value in given.items() if _is_refused(factory, {name: value})]
+        raise ValueError(f"{', '.join(wrong) or key}: {error}") from error
+    reasons = {
+        "fast_dev_run": (False, "makes a single batch"),
+        "limit_test_batches": (1.0, "leaves samples out"),
+        "barebones": (False, "leaves out what is written"),
+        "overfit_batches": (0, "is for training"),
+        "default_root_dir": (None, "is the run's own folder"),
+        "enable_checkpointing": (False, "has nothing to save"),
+    }
+    for name, (allowed, reason) in reasons.items():
+        if (value := given.get(name)) is not None and value != allowed:
+            raise ValueError(f"{key}.{name} is {value!r}, which {reason}. Leave it out.")
+    if given.get("logger") not in (None, False):
+        raise ValueError(f"{key}.logger is {given['logger']!r}, but numbers go to the run's own files. Leave it at false.")
+    if isinstance(launcher := trainer.strategy.launcher, _MultiProcessingLauncher):
+        raise ValueError(
+            f"{key}.strategy is {given.get('strategy')!r}, whose processes are started from within this one "
+            f"({launcher._start_method}): they would keep the numbers to themselves. Give strategy=ddp or auto."
+        )
+    return trainer
+
+
 def check_optimizer(stage: str, module: Denoising, *, num_steps: int) -> None:
     """Make the optimizer and the scheduler of `module` once.
 
@@ -89,7 +122,9 @@ def check_optimizer(stage: str, module: Denoising, *, num_steps: int) -> None:
             raise ValueError("; ".join(f"{key}.{name} is {given[name]!r}" for name in wrong) + f": {error}") from error
         if factory is not None and _fails(factory, parameters):
             raise ValueError(f"{key}: {error}") from error
-        raise ValueError(f"{stage}.module.scheduler: {error}") from error
+        names = getattr(module.scheduler_factory, "keywords", {})
+        about = next((name for name in names if str(error).startswith(name)), None)
+        raise ValueError(f"{stage}.module.scheduler{':' if about is None else '.'}{' ' * (about is None)}{error}") from error
 
 
 def _fails(function: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
