@@ -26,7 +26,7 @@ from tinyfusion_pl.cli.errors import Told, tell
 from tinyfusion_pl.cli.naming import named
 from tinyfusion_pl.cli.processes import as_single_run, is_first_process, process
 from tinyfusion_pl.cli.run_identity import check_folder, config_hash, write_config
-from tinyfusion_pl.cli.settings import check_added, check_complete, checked
+from tinyfusion_pl.cli.settings import check_added, check_complete, check_single, check_sweep, checked
 
 # word -> function of strings; the text that it returns is printed
 COMMANDS = {
@@ -48,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _run_command(*arguments)
         # With this variable Hydra raises its errors instead of printing them: all of them are told in one way, below.
         with process([sys.argv[0], *arguments], HYDRA_FULL_ERROR="1"):
+            check_sweep(arguments)
             _run_task()
     except SystemExit as stop:  # --help, an unknown flag, a task that failed
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
@@ -90,6 +91,7 @@ def _run_task(cfg: DictConfig) -> Any:
     sweeping = job.mode == RunMode.MULTIRUN
     try:
         if not sweeping:
+            check_single(job.sweeper)
             return run(cfg, run_dir)
         print(f"job {job.job.num}: {' '.join(job.overrides.task)} -> {run_dir}", flush=True)
         with process([sys.argv[0], *as_single_run(sys.argv[1:], job)]):

@@ -7,7 +7,7 @@ import os
 import types
 import typing
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from pathlib import PurePath
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -108,7 +108,7 @@ class Kind:
         return [part for part in _members(self.hint) if what(part)]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _adapter(hint: Any, least: float | None, most: float | None) -> TypeAdapter:
     return TypeAdapter(_translated(hint, least, most), config=CONFIG)
 

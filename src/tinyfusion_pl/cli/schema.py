@@ -62,7 +62,7 @@ BOUNDS: dict[str, tuple[float | None, float | None]] = {
 }
 # target -> name -> (least, most) of others' classes
 FOREIGN_BOUNDS: dict[str, dict[str, tuple[float | None, float | None]]] = {
-    "peft.tuners.lora.config.LoraConfig": {"r": (1, 2**14), "lora_dropout": (0, 1 - 1e-9)},
+    "peft.tuners.lora.config.LoraConfig": {"r": (1, 2**14), "lora_alpha": (1, 2**20), "lora_dropout": (0, 1 - 1e-9)},
     "lightning.pytorch.trainer.trainer.Trainer": {"devices": (-1, 4096), "num_nodes": (1, 10**5)},
 }
 CHOICES: dict[str, Any] = {"weights": Literal["ema", "raw"]}

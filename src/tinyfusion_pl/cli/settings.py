@@ -8,10 +8,12 @@ from __future__ import annotations
 import copy
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -31,6 +33,24 @@ def check_added(cfg: DictConfig) -> None:
         if override.startswith("+") and "." not in key and "@" not in key and key in cfg and not OmegaConf.is_config(cfg[key]):
             raise ValueError(f"There is no configuration group {key!r} to add ({override}). Groups to add are +experiment, +sweep and "
                              "+debug; --help lists the choices.")
+
+
+def check_sweep(arguments: Sequence[str]) -> None:
+    """Refuse ``-m`` where nothing has several values: it would be one run in a sweep's folder."""
+    options = get_args_parser().parse_args(list(arguments))
+    if not options.multirun or options.config_dir or options.config_name or not options.overrides:
+        return
+    parsed = OverridesParser.create().parse_overrides(options.overrides)
+    if not any(each.is_sweep_override() or each.key_or_group in ("sweep", "experiment") or "hydra." in each.key_or_group for each in parsed):
+        raise ValueError(f"-m runs a sweep, but no setting has several values ({' '.join(options.overrides)}). Give values with commas, as "
+                         "seed=0,1, or +sweep=NAME; or leave out -m.")
+
+
+def check_single(sweeper: DictConfig) -> None:
+    """Refuse a sweep's values without ``-m``: none of them would be used."""
+    if params := sweeper.get("params"):
+        raise ValueError(f"+sweep gives several values ({', '.join(f'{key}={value}' for key, value in params.items())}), but without -m one run "
+                         "is made, with none of them. Add -m.")
 
 
 def check_complete(node: DictConfig | ListConfig) -> None:
@@ -239,9 +259,7 @@ class _Door:
         functions, anything = kind.takes(self.kinds.is_callable), kind.takes(lambda part: part in (Any, self.kinds.Built))
         if anything or not (classes or functions):
             return
-        if functions and not classes and isinstance(target, type) and not partial and not callable(getattr(target, "__call__", None)):
-            self.tell(key, f"{key} makes a {target.__name__} at once, but is called later. Set {key}._partial_=true.")
-        elif functions and not classes and isinstance(target, type) and not partial and "__call__" not in vars(target):
+        if functions and not classes and isinstance(target, type) and not partial and "__call__" not in vars(target):
             self.tell(key, f"{key} makes a {target.__name__} at once, but is called later. Set {key}._partial_=true.")
         elif classes and not functions and partial:
             self.tell(key, f"{key}._partial_ is true, but a {classes[0].__name__} itself is needed. Leave _partial_ out.")

@@ -74,7 +74,7 @@ def _hints(called: Callable[..., Any], parameters: dict[str, inspect.Parameter])
     for name, parameter in parameters.items():
         try:
             hint = parameter.annotation
-            found[name] = eval(hint, dict(names)) if isinstance(hint, str) else hint  # noqa: S307  the source's own annotation
+            found[name] = eval(hint, dict(names)) if isinstance(hint, str) else hint
         except Exception:
             found[name] = Any
     return found
