@@ -189,7 +189,7 @@ def told(capsys):
 def test_a_wrong_value_is_told_before_anything_is_written(work, capsys):
     assert toy("part.pattern='5:4'") == 1
     assert told(capsys) == "Pattern '5:4' keeps 5 of 4 blocks. Give N:M with 1 <= N <= M, e.g. '2:4'.\n"
-    assert not list(Path("runs/toy").iterdir())
+    assert not Path("runs").exists()
 
 
 @pytest.mark.parametrize("argument", ["part.pattern=???", "seed=???", "name=???"])
@@ -201,7 +201,7 @@ def test_a_missing_value_is_named_with_how_to_give_it(work, capsys, argument):
 
 def test_an_argument_that_a_part_does_not_have_is_named_with_its_place(work, capsys):
     assert toy("+part.depth=3") == 1
-    assert re.match(r"task\.part: .*unexpected keyword argument 'depth'\n", told(capsys))
+    assert told(capsys).startswith("part.depth is no setting of Part")
 
 
 def test_a_setting_that_does_not_exist_is_refused(work, capsys):

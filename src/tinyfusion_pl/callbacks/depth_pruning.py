@@ -154,12 +154,12 @@ class DepthPruningCallback(Callback):
         self._remembered = False
 
     def check(self, pl_module: LightningModule) -> None:
-        """Find out whether pattern, stacks and units fit the model of `pl_module`, and change nothing.
+        """Find out whether pattern, stacks, units and adapters fit the model of `pl_module`, and change nothing.
 
         Raises:
             ValueError: when they do not; says what would.
         """
-        self.pruner.plan(pl_module)
+        self.pruner.check(pl_module)
 
     def _model(self, pl_module: LightningModule) -> nn.Module:
         return self.pruner.model(pl_module)

@@ -24,10 +24,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from tinyfusion_pl.cli.errors import Told, sentence, tell
+from tinyfusion_pl.cli.naming import named
 from tinyfusion_pl.cli.overrides import expand_home, readable
 from tinyfusion_pl.cli.processes import as_single_run, is_first_process, process
 from tinyfusion_pl.cli.run_identity import CONFIG, check_folder, config_hash, forget_config, write_config
-from tinyfusion_pl.cli.settings import check_added, check_complete
+from tinyfusion_pl.cli.settings import check_added, check_complete, check_single, check_sweep, checked
 
 # word -> function of strings; the text that it returns is printed
 COMMANDS = {
@@ -49,7 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments and "=" not in arguments[0] and not arguments[0].startswith(("-", "+", "~")):
             return _run_command(*arguments)
         # With this variable Hydra raises its errors instead of printing them: all of them are told in one way, below.
-        with process([sys.argv[0], *readable(arguments)], HYDRA_FULL_ERROR="1"):
+        arguments = readable(arguments)
+        with process([sys.argv[0], *arguments], HYDRA_FULL_ERROR="1"):
+            check_sweep(arguments)
             _run_task()
     except SystemExit as stop:  # --help, an unknown flag, a task that failed
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
@@ -58,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("\nInterrupted. The same command goes on from where it was.", file=sys.stderr)
         return 130
     except Exception as error:
-        return tell(error)
+        return tell(error, arguments)
     return 0
 
 
@@ -92,17 +95,28 @@ def _run_task(cfg: DictConfig) -> Any:
     sweeping = job.mode == RunMode.MULTIRUN
     try:
         if not sweeping:
+            check_single(job.sweeper)
             return run(cfg, run_dir)
         print(f"job {job.job.num}: {' '.join(job.overrides.task)} -> {run_dir}", flush=True)
         with process([sys.argv[0], *as_single_run(sys.argv[1:], job)]):
             return run(cfg, run_dir)
     except Exception as error:
         exit_code = tell(error)
-        with suppress(OSError):
-            run_dir.rmdir()  # Hydra made it; a run that never began leaves nothing
+        _remove_empty(run_dir)
+        _remove_empty(Path.cwd() / str(job.run.dir))  # as written: a/../b makes both
         if sweeping:
             raise Told from error  # the sweep's other jobs still run
         raise SystemExit(exit_code) from None
+
+
+def _remove_empty(run_dir: Path) -> None:
+    """Hydra made the folder and those above it; a run that never began leaves nothing."""
+    here = Path.cwd()
+    for folder in (run_dir, *run_dir.parents):
+        if folder == here or folder in here.parents:
+            return
+        with suppress(OSError):  # one that holds something stays
+            folder.rmdir()
 
 
 def run(cfg: DictConfig, run_dir: Path) -> Any:
@@ -121,6 +135,7 @@ def run(cfg: DictConfig, run_dir: Path) -> Any:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     check_added(cfg)
     expand_home(cfg)
+    cfg = checked(cfg)
     # The processes that the first one starts run in the folder that it holds.
     with sole_writer(run_dir, setting="run_dir") if is_first_process() else nullcontext():
         check_folder(run_dir, cfg)
@@ -142,6 +157,7 @@ def run(cfg: DictConfig, run_dir: Path) -> Any:
 
 def _build(node: DictConfig) -> Any:
     """Instantiate `node`; where several of its parts cannot be built, the error tells of each, and nothing is downloaded to find out."""
+    root = copy.deepcopy(node._get_root())  # Hydra changes what it builds from
     try:
         return hydra.utils.instantiate(node, _convert_="all")
     except Exception as error:
@@ -154,8 +170,10 @@ def _build(node: DictConfig) -> Any:
                     with without_download():
                         hydra.utils.instantiate(part, _convert_="all")
                 except Exception as of_part:
-                    sentences.append(sentence(of_part) or repr(of_part))
+                    sentences.append(named(of_part, root) or repr(of_part))
         if len(sentences) < 2:
+            sentences = [told] if (told := named(error, root)) is not None else []
+        if not sentences or hasattr(error, "exit_code"):
             raise
         raise ValueError("\n".join(sentences)) from error
 

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import traceback
+from collections.abc import Sequence
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
@@ -18,10 +19,11 @@ class Told(Exception):
     """A job of a sweep failed, and the error was told."""
 
 
-def tell(error: Exception) -> int:
+def tell(error: Exception, arguments: Sequence[str] = ()) -> int:
+    """Report `error` of the command line `arguments` on stderr; returns the exit code."""
     if isinstance(error, Told):
         return 1
-    told = sentence(error)
+    told = sentence(error, arguments)
     verbose = HydraConfig.initialized() and HydraConfig.get().verbose
     if told is None or verbose or os.environ.get("TINYFUSION_TRACEBACK") == "1":
         traceback.print_exception(error)
@@ -36,7 +38,20 @@ def _without_worker(error: BaseException) -> str:
     return inner[2].strip() if inner else str(error)
 
 
-def sentence(error: Exception) -> str | None:
+def _of_hydra(error: HydraException, arguments: Sequence[str]) -> str:
+    """What Hydra says, with the setting that it is about."""
+    told = "\n".join(str(each) for each in (error, error.__cause__) if each is not None)
+    merged = re.search(r"Error merging override \+*([^=\s]+)=(.*)", told)
+    if merged and "Cannot merge DictConfig" in told:
+        return f"{merged[1]} is {merged[2]}; give a mapping, or one setting inside it: {merged[1]}.NAME=VALUE."
+    if "Config group override must be" in told:
+        given = [each.lstrip("+").partition("=") for each in arguments]
+        names = [key for key, _, value in given if value and (value == "null" or not re.fullmatch(r"[\w./-]+", value))]
+        return f"{' or '.join(names) or 'A group'}: a group of the configuration is chosen by name, as --help lists them. {told}."
+    return told
+
+
+def sentence(error: Exception, arguments: Sequence[str] = ()) -> str | None:
     """What a person needs to know; None for an error that is no person's but the code's."""
     from tinyfusion_pl.artifacts import ArtifactError
 
@@ -49,7 +64,7 @@ def sentence(error: Exception) -> str | None:
     if sweep := re.match(r"Ambiguous value for argument '(.*)'\n", str(cause), re.DOTALL):
         return ambiguous(sweep[1])
     if isinstance(cause, HydraException):
-        return "\n".join(str(each) for each in (cause, cause.__cause__) if each is not None)
+        return _of_hydra(cause, arguments)
     if isinstance(cause, OSError) and cause.strerror and cause.filename:
         return f"Cannot use {cause.filename}: {cause.strerror}."
     if hasattr(cause, "exit_code"):

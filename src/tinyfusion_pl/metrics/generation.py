@@ -28,7 +28,7 @@ class GenerationMetrics(nn.Module):
 
     Args:
         feature_network: Gives `Features`; frozen here, and kept in evaluation mode and full precision.
-        metrics: Name -> metric of `Features`; default: ``fid``, ``sfid`` where there are spatial features, ``inception_score`` and
+        metrics: Name -> metric of `Features`, None to leave one out; default: ``fid``, ``sfid`` where there are spatial features, ``inception_score`` and
             ``accuracy`` where there are logits (accuracy unless the network says that they are never the data's classes), and
             ``precision_recall``.
 
@@ -43,10 +43,11 @@ class GenerationMetrics(nn.Module):
         {'fid': 6.0, 'sfid': 3.0, 'inception_score': 9.9, 'precision': 0.8, 'recall': 0.8, 'accuracy': 1.0}
     """
 
-    def __init__(self, feature_network: FeatureNetwork, *, metrics: Mapping[str, FeatureMetric] | None = None) -> None:
+    def __init__(self, feature_network: FeatureNetwork, *, metrics: Mapping[str, FeatureMetric | None] | None = None) -> None:
         super().__init__()
         self.feature_network = feature_network
         metrics = dict(default_metrics(feature_network) if metrics is None else metrics)
+        metrics = {name: metric for name, metric in metrics.items() if metric is not None}
         if not metrics:
             raise ValueError("metrics is empty; give at least one, or null for all that the feature network allows.")
         _check_widths(metrics, feature_network)

@@ -89,6 +89,8 @@ class GaussianDiffusion:
         ValueError: for an unknown schedule or too few steps.
     """
 
+    sampling_options = staticmethod(check_options)  # has the parameters that `sample` takes
+
     def __init__(self, *, num_timesteps: int = 1000, noise_schedule: str = "linear", learn_sigma: bool = True) -> None:
         if noise_schedule not in NOISE_SCHEDULES:
             raise ValueError(f"noise_schedule is {noise_schedule!r}; give one of {', '.join(map(repr, NOISE_SCHEDULES))}.")

@@ -75,7 +75,7 @@ class SamplingOptions:
         for name, known in (("sampler", ODE_SAMPLERS + SDE_SAMPLERS), ("diffusion", DIFFUSIONS), ("last_step", LAST_STEPS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; give one of {', '.join(map(repr, known))}.")
-        check_guidance(self.guidance_channels)
+        check_guidance(self.guidance_channels, self.guidance_scale)
         for name in ("atol", "rtol"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; give a number > 0.")

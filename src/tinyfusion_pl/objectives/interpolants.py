@@ -36,6 +36,8 @@ class Interpolants:
         ValueError: for settings out of range or that do not go together.
     """
 
+    sampling_options = SamplingOptions  # has the parameters that `sample` takes
+
     def __init__(self, *, path: str = "linear", prediction: str = "velocity", loss_weighting: str = "none",
                  train_eps: float | None = None, sample_eps: float | None = None) -> None:
         for name, value, known in (("path", path, PATHS), ("prediction", prediction, PREDICTIONS),

@@ -54,6 +54,8 @@ class MaskedAutoregression:
         ValueError: for numbers out of range.
     """
 
+    sampling_options = staticmethod(check_options)  # has the parameters that `sample` takes
+
     def __init__(self, *, mask_ratio_min: float = 0.7, num_noised: int = 4, num_timesteps: int = 1000) -> None:
         if not 0 <= mask_ratio_min < 1:
             raise ValueError(f"mask_ratio_min is {mask_ratio_min}; give a share in [0, 1) (published: 0.7).")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyfusion_pl.models.mar import put, take
-from tinyfusion_pl.objectives.sampling import sample_chain
+from tinyfusion_pl.objectives.sampling import check_guidance, sample_chain
 
 if TYPE_CHECKING:
     from tinyfusion_pl.objectives.gaussian_diffusion import GaussianDiffusion
@@ -53,8 +53,7 @@ def check_options(diffusion: GaussianDiffusion, *, num_iterations: int = 256, nu
         raise ValueError(f"guidance_schedule is {guidance_schedule!r}; give one of {', '.join(map(repr, GUIDANCE_SCHEDULES))}.")
     if not (temperature >= 0 and math.isfinite(temperature)):
         raise ValueError(f"temperature is {temperature}; give a number >= 0 (published: 1).")
-    if not math.isfinite(guidance_scale):
-        raise ValueError(f"guidance_scale is {guidance_scale}; give a finite number (published: 3).")
+    check_guidance(None, guidance_scale)
     diffusion.respaced(num_sampling_steps)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+PUBLISHED_CHANNELS = 3  # guided by the published scripts, whatever the latents: a model of fewer has all of them guided
 LABELS = ("balanced", "random")
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -77,6 +79,12 @@ class PictureSampler:
             raise ValueError(f"guidance_scale is {self.sampling['guidance_scale']}, but the denoiser has no null label "
                              "(class_dropout_prob=0): it cannot be guided. Set guidance_scale to 1.")
         self.objective.check_sampling(**self.sampling)
+        channels, num = self.sampling.get("guidance_channels"), self.latent_shape[0]
+        if channels is not None and channels > max(num, PUBLISHED_CHANNELS):
+            raise ValueError(f"guidance_channels is {channels}, but the latents have {num} channels. Give {num} or fewer, or null for all.")
+        if 0 <= (scale := self.sampling.get("guidance_scale", 1)) < 1:
+            warnings.warn(f"guidance_scale is {scale}, which samples {'without labels' if scale == 0 else 'with less than the labels say'}: "
+                          f"1 is no guidance here. If it is meant as U-ViT counts, give {scale + 1:g}.", stacklevel=2)
 
     @torch.no_grad()
     def __call__(self, indices: Tensor, labels: Tensor, *, device: torch.device | str = "cpu") -> Tensor:

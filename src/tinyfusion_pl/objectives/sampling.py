@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +20,8 @@ def guided(denoiser: nn.Module, x: Tensor, t: Tensor, y: Tensor, *, guidance_sca
     Args:
         denoiser: Its ``num_classes`` is the null label.
         x, t, y: (N, C, H, W), (N,), (N,).
-        guidance_scale: 1 is no guidance, and runs the batch once.
+        guidance_scale: s >= 0. 1 is no guidance, and runs the batch once; 0 is the null label alone. DiT's and SiT's scripts count
+            alike; U-ViT's ``cfg.sample.scale`` is s - 1 (its 0.4 is 1.4 here).
         guidance_channels: Channels that are guided (published: 3); None or more than there are: all C of the prediction.
     """
     if guidance_scale == 1:
@@ -31,8 +33,11 @@ def guided(denoiser: nn.Module, x: Tensor, t: Tensor, y: Tensor, *, guidance_sca
     return torch.cat([mixed, conditional[:, k:]], 1)
 
 
-def check_guidance(guidance_channels: int | None) -> None:
-    """`ValueError` for a number of guided channels that `guided` has no meaning for."""
+def check_guidance(guidance_channels: int | None, guidance_scale: float = 1.0) -> None:
+    """`ValueError` for a scale or a number of guided channels that `guided` has no meaning for."""
+    if not (isinstance(guidance_scale, (int, float)) and math.isfinite(guidance_scale) and guidance_scale >= 0):
+        raise ValueError(f"guidance_scale is {guidance_scale}; give a finite number >= 0: 1 is no guidance, 0 ignores the labels "
+                         "(published: 1.5).")
     if guidance_channels is not None and guidance_channels < 1:
         raise ValueError(f"guidance_channels is {guidance_channels}; give at least 1 (published: 3), or null for all.")
 
@@ -63,7 +68,7 @@ def check_options(objective: GaussianDiffusion, *, num_sampling_steps: int = 250
     """Raise the ValueError that `sample_chain` would raise for these options (see there)."""
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler is {sampler!r}; give one of {', '.join(map(repr, SAMPLERS))}.")
-    check_guidance(guidance_channels)
+    check_guidance(guidance_channels, guidance_scale)
     if scheduler is not None:
         raise ValueError(f"There is a scheduler, but sampler is {sampler!r}, which does not use it; set sampler to 'diffusers'.")
     check_eta(eta)
@@ -88,7 +93,8 @@ def sample_chain(objective: GaussianDiffusion, denoiser: nn.Module, z: Tensor, y
     Raises:
         ValueError: for settings out of range or noise of another shape.
     """
-    check_options(objective, num_sampling_steps=num_sampling_steps, sampler=sampler, eta=eta, guidance_channels=guidance_channels)
+    check_options(objective, num_sampling_steps=num_sampling_steps, sampler=sampler, eta=eta, guidance_scale=guidance_scale,
+                  guidance_channels=guidance_channels)
     tables, timesteps = objective.respaced(num_sampling_steps)
     check_noise(noise, z, num_noises=num_sampling_steps)
     x = z

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from tinyfusion_pl.objectives.gaussian_diffusion import GaussianDiffusion
 
 LEARNED = ("learned", "learned_range")
+MAX_SOLVER_ORDER = 3  # more is taken for 3 by some of diffusers' solvers, and unstable in others
 NUM_PROBED_CHANNELS = 5  # more than any scheduler takes for granted
 
 
@@ -47,7 +48,9 @@ def check_scheduler(objective: GaussianDiffusion, *, scheduler: Any = None, num_
     if clip_denoised:
         raise ValueError("clip_denoised is set, but clipping is the scheduler's own part; build it with clip_sample=True or thresholding.")
     check_eta(eta)
-    check_guidance(guidance_channels)
+    check_guidance(guidance_channels, guidance_scale)
+    if not 1 <= (order := config.get("solver_order", 1)) <= MAX_SOLVER_ORDER:
+        raise ValueError(f"{name} has solver_order {order}; give 1 to {MAX_SOLVER_ORDER} (2 where samples are guided).")
     objective.respaced(num_sampling_steps)
     return _is_random(objective, scheduler, num_sampling_steps=num_sampling_steps, eta=eta)
 
@@ -76,7 +79,7 @@ def sample_with_scheduler(objective: GaussianDiffusion, denoiser: nn.Module, z: 
         ValueError: for a scheduler of another process, one that cannot step, or one whose noise cannot be fixed.
     """
     is_random = check_scheduler(objective, scheduler=scheduler, num_sampling_steps=num_sampling_steps, eta=eta,
-                                guidance_channels=guidance_channels, clip_denoised=clip_denoised)
+                                guidance_scale=guidance_scale, guidance_channels=guidance_channels, clip_denoised=clip_denoised)
     check_noise(noise, z, num_noises=int(is_random))
     scheduler = copy.deepcopy(scheduler)
     scheduler.set_timesteps(num_sampling_steps, device=z.device)

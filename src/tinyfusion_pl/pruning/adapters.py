@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from typing import Any
 
@@ -48,6 +49,9 @@ class WeightUpdate:
             if getattr(kind, name, None):
                 raise ValueError(f"The peft config sets {name}, which puts copies in place of whole modules; they could not be taken back. "
                                  "Leave it out, or use weight_update='full'.")  # fmt: skip
+        for name in ("lora_alpha", "alpha"):
+            if (alpha := getattr(kind, name, None)) is not None and not (math.isfinite(alpha) and alpha > 0):
+                raise ValueError(f"{name} is {alpha}; give a finite number > 0 (published: 16).")
         self.kind = kind
         self.original: dict[str, Tensor] = {}  # by the keys that the model had before
         self.trainable: dict[str, bool] = {}
@@ -58,6 +62,20 @@ class WeightUpdate:
             return self.kind
         settings = self.kind.to_dict()
         return {k: sorted(v) if isinstance(v, set) else v for k, v in settings.items() if v not in (None, False, {}, [], set())}
+
+    def check(self, model: nn.Module) -> None:
+        """Find out whether the adapters go onto `model`, which is not changed.
+
+        Raises:
+            ValueError: for a peft config that peft refuses, or whose adapters would have no effect, or only in training.
+        """
+        if self.kind in ("full", "frozen"):
+            return
+        try:
+            self._inject(_without_values(model))
+        except Exception as error:  # peft refuses settings by errors of several types
+            reason = str(error).strip().partition("\n")[0]
+            raise ValueError(f"The adapters of weight_update do not go onto {type(model).__name__}: {reason}") from error
 
     def start(self, model: nn.Module) -> None:
         """Remember what can change and set up `model` in place: adapters in, parameters frozen or free.
@@ -129,6 +147,15 @@ class WeightUpdate:
     def _restore_trainable(self, model: nn.Module) -> None:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(self.trainable.get(name, True))
+
+
+def _without_values(model: nn.Module) -> nn.Module:
+    """A copy of `model` whose tensors have shapes, but no memory."""
+    memo: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        empty = torch.empty_like(tensor, device="meta")
+        memo[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    return copy.deepcopy(model, memo)
 
 
 def check_delta_w(delta_w: str) -> None:

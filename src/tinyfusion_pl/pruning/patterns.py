@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+MAX_BLOCKS = 1024  # of one group; no transformer has as many, and the count below takes long for more
 MAX_CANDIDATES = 20_000
 """Most candidates of one group that are enumerated; 8:16 has 12870, 9:18 has 48620."""
 
@@ -82,6 +83,8 @@ class Pattern:
                 raise ValueError(
                     f"Pattern {pattern!r} keeps {num_kept} of {num_blocks} blocks. Give N:M with 1 <= N <= M, e.g. '2:4'."
                 )
+            if num_blocks > MAX_BLOCKS:
+                raise ValueError(f"Pattern {pattern!r} has a group of {num_blocks} blocks; give {MAX_BLOCKS} at most, e.g. '2:4'.")
             if (count := math.comb(num_blocks, num_kept)) > MAX_CANDIDATES:
                 raise ValueError(
                     f"Pattern {pattern!r} has a group {num_kept}:{num_blocks} with {count} candidates, more than the {MAX_CANDIDATES} "

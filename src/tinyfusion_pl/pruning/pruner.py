@@ -61,8 +61,10 @@ class DepthPruner:
         delta_w: str = "discard", units: Any = None, streams: Mapping[str, Sequence[str]] | None = None, gather: bool = True,
         scaling: float = 100.0, init: float = 0.02, average_decay: float = 0.999, tau: float = 4.0, distribution: Any = None,
     ) -> None:  # fmt: skip
-        for each in pattern.values() if isinstance(pattern, Mapping) else [pattern]:
-            Pattern.parse(each)
+        parsed = [Pattern.parse(each) for each in (pattern.values() if isinstance(pattern, Mapping) else [pattern])]
+        if parsed and all(num_kept == num_blocks for each in parsed for num_kept, num_blocks in each.terms):
+            raise ValueError(f"The pattern {pattern!r} keeps every block, so that there is nothing to learn. Give N:M with N < M in one "
+                             "place at least, e.g. '1:2', or '4:4+2:4', which leaves each first group whole.")
         if not (_is_number(scaling) and scaling > 0):
             raise ValueError(f"These must be numbers > 0: scaling={scaling} (published: 100).")
         if not (_is_number(average_decay) and 0 <= average_decay < 1):
@@ -95,6 +97,12 @@ class DepthPruner:
             ValueError: when they do not; says what would.
         """
         paths = self.find(module)
+        owners: dict[int, str] = {}
+        for path in paths:
+            for block in get_stack(module, path):
+                if (owner := owners.setdefault(id(block), path)) != path or paths.count(path) > 1:
+                    raise ValueError(f"The stacks {owner!r} and {path!r} hold the same blocks, which only one pattern can be for. Name each "
+                                     "block list once.")
         heads = {path.partition(".")[0] for path in paths}
         root = heads.pop() if len(heads) == 1 and all("." in path for path in paths) else ""
         inside = {path: path.removeprefix(f"{root}.") if root else path for path in paths}  # a mapping may be keyed by either
@@ -116,6 +124,14 @@ class DepthPruner:
                 what = "" if all(len(unit) == 1 for unit in counted) else f", where a pattern counts {len(counted)} units of several blocks"
                 raise ValueError(f"Stack '{path}'{what}: {error} Each stack may have a pattern of its own, given by path.") from error
         return Plan(root, patterns, units, streams)
+
+    def check(self, module: nn.Module) -> None:
+        """As `plan`; and find out whether the adapters go onto the model.
+
+        Raises:
+            ValueError: when they do not.
+        """
+        self.weight_update.check(get_module(module, self.plan(module).root))
 
     def start(self, module: nn.Module, *, rank: int = 0) -> DepthGates:
         """Put adapters and gates on the blocks of `module`, in place.

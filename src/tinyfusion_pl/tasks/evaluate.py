@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
@@ -32,8 +31,11 @@ from tinyfusion_pl.tasks.folder import Inputs, RunFolder, say
 from tinyfusion_pl.tasks.kept import KeptBatches
 from tinyfusion_pl.tasks.origins import check_own_models, files_left
 from tinyfusion_pl.tasks.results import METRICS, describe, is_whole, kept_result, mark_of, numbers_of, plain
+from tinyfusion_pl.tasks.trainer_checks import check_sampling_trainer
 
 ROLES = ("teacher", "pruned", "recovered")
+TAKEN = (*ROLES, "labels", "name", "reference", "seconds", "speedup", "peak_memory_mib", "protocol")
+"""Keys of ``metrics.json`` and of ``samples.safetensors`` that no model of one's own can have for a name."""
 SAMPLES = "samples.safetensors"
 
 
@@ -60,7 +62,7 @@ class Evaluate:
 
     trainer: Callable[..., Trainer]
     metrics: GenerationMetrics
-    models: Mapping[str, str] = field(default_factory=dict)
+    models: Mapping[str, str | None] = field(default_factory=dict)
     reference: str | None = None
     sampling: dict[str, Any] = field(default_factory=dict)
     labels: str = "balanced"
@@ -79,8 +81,12 @@ class Evaluate:
                 raise ValueError(f"evaluate.{name} is {getattr(self, name)}; give a count >= {least}.")
         if self.num_shown > self.num_samples:
             raise ValueError(f"evaluate.num_shown={self.num_shown} is more than num_samples={self.num_samples}.")
+        self.models = {name: path for name, path in self.models.items() if path is not None}
         if wrong := [name for name in self.models if not name.isidentifier()]:
-            raise ValueError(f"evaluate.models: {wrong} are no names; give letters, digits and underscores, they become file names.")
+            raise ValueError(f"evaluate.models.{wrong[0]}: {wrong} are no names; give letters, digits and underscores, they become file names.")
+        if wrong := [name for name in self.models if name in TAKEN]:
+            raise ValueError(f"evaluate.models.{wrong[0]}: the name {wrong[0]!r} is taken in metrics.json. Give another one; taken are "
+                             f"{', '.join(TAKEN)}.")
         self.held = False  # whether the metrics have the reference
 
     def check(self, inputs: Inputs) -> None:
@@ -92,9 +98,7 @@ class Evaluate:
         self.sampler(inputs.teacher, inputs).check()
         inputs.data.check_decode()
         self.check_classes(inputs)
-        if isinstance(self.trainer().strategy.launcher, _MultiProcessingLauncher):
-            raise ValueError("evaluate.trainer.strategy starts its processes from within this one (spawn, fork, notebook): they would keep "
-                             "the numbers to themselves. Give strategy=ddp.")
+        check_sampling_trainer("evaluate.trainer", self.trainer)
         reference = self.reference_of(inputs)
         self.metrics.check(num_samples=self.num_samples, num_reference=reference.num_pictures)
         self.metrics.check_reference(reference)

@@ -26,6 +26,7 @@ from tinyfusion_pl.locks import sole_writer
 from tinyfusion_pl.modules import Extraction
 from tinyfusion_pl.tasks.fitting import ctrl_c
 from tinyfusion_pl.tasks.folder import say
+from tinyfusion_pl.tasks.trainer_checks import check_sampling_trainer
 
 NUM_REASONS = 5
 
@@ -103,7 +104,7 @@ def _extract_latents(root: Path, extract: Extract, *, begin: Callable[[], None] 
     num_samples = len(images) if extract.num_images is None else extract.num_images
     if not 1 <= num_samples <= len(images):
         raise ValueError(f"extract.num_images is {num_samples}; {extract.images} has {len(images)} images.")
-    trainer = extract.trainer()
+    trainer = check_sampling_trainer("extract.trainer", extract.trainer)
     vae = extract.vae()
     info = LatentsInfo(
         content=extract.content, dtype=extract.dtype, latent_shape=vae.latent_shape(extract.image_size), num_samples=num_samples,

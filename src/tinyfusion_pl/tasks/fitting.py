@@ -8,13 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerStatus
-from torch import nn
 
 from tinyfusion_pl.callbacks import Clock
 from tinyfusion_pl.checksums import Origin
@@ -25,7 +23,7 @@ from tinyfusion_pl.tasks.folder import RunFolder, say
 from tinyfusion_pl.tasks.loggers import LogsFollowSteps
 from tinyfusion_pl.tasks.processes import end_together
 from tinyfusion_pl.tasks.steps import FullLength, SaveAtEnd, StepCheckpoint, WholeSteps
-from tinyfusion_pl.tasks.trainer_checks import check_length, check_trainer
+from tinyfusion_pl.tasks.trainer_checks import check_length, check_optimizer, check_trainer
 
 
 @dataclass(kw_only=True)
@@ -42,7 +40,7 @@ class Fit:
     """
 
     trainer: Callable[..., Trainer]
-    callbacks: Mapping[str, Callback] = field(default_factory=dict)
+    callbacks: Mapping[str, Callback | None] = field(default_factory=dict)
     logger: Callable[..., Logger] | None = None
     checkpoint_every_n_steps: int = 50
     budget: Budget | None = None
@@ -67,7 +65,7 @@ class Fit:
         shares = self._shares(stage, probe)
         num_steps = self._num_steps(stage, probe)
         check_length(stage, probe, num_steps=num_steps, accumulate=shares[1] if shares else probe.accumulate_grad_batches)
-        module.make_optimizers([nn.Parameter(torch.zeros(1))], num_steps=num_steps)
+        check_optimizer(stage, module, num_steps=num_steps)
 
     def _num_steps(self, stage: str, trainer: Trainer) -> int:
         if trainer.max_steps >= 1:

@@ -24,6 +24,7 @@ from tinyfusion_pl.locks import sole_writer
 from tinyfusion_pl.metrics import GenerationMetrics, Reference, read_reference
 from tinyfusion_pl.metrics.base import RowsMetric
 from tinyfusion_pl.tasks.folder import say
+from tinyfusion_pl.tasks.trainer_checks import check_sampling_trainer
 
 Source = str | Path | Dataset | GenerationDataModule  # of pictures
 
@@ -159,7 +160,7 @@ def _name(source: Source) -> str:
 
 
 def _device(trainer: Callable[..., Trainer]) -> torch.device:
-    made = trainer()
+    made = check_sampling_trainer("trainer", trainer)
     if made.world_size > 1:
         raise ValueError(f"Pictures that are there already are measured by one process; the trainer has {made.world_size}. Give devices=1, "
                          "and files.num_workers to read a folder faster.")

@@ -42,7 +42,10 @@ class Pipeline:
     def __post_init__(self) -> None:
         self.known = {"learn_mask": self.learn_mask, "recover": self.recover, "evaluate": self.evaluate, "report": Report()}
         if unknown := [stage for stage in self.stages if stage not in self.known]:
-            raise ValueError(f"Unknown stages {unknown}; known are {list(self.known)}.")
+            raise ValueError(f"task.stages has {unknown}, which are no stages; known are {list(self.known)}.")
+        order = [stage for stage in self.known if stage in self.stages]
+        if not order or list(self.stages) != order:
+            raise ValueError(f"task.stages is {list(self.stages)}; give each stage once and in this order: {order or list(self.known)}.")
         self.inputs = Inputs(name=self.name, seed=self.seed, teacher=self.teacher, objective=self.objective, data=self.data)
         if set(self.stages) - {"report"}:
             self.data.check_fits(self.teacher)

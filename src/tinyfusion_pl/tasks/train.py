@@ -41,7 +41,7 @@ class Train:
 
 
 def train_denoiser(*, run_dir: str | Path, name: str, seed: int, model: str, objective: Any, data: LightningDataModule, train: Train,
-                   evaluate: Evaluate, recipe: str, overrides: dict[str, Any] | None = None,
+                   evaluate: Evaluate, recipe: str | None, overrides: dict[str, Any] | None = None,
                    begin: Callable[[], None] | None = None) -> None:
     """Train a new `model` and leave ``trained/model.safetensors`` with ``trained/record.json``: recipe, seed, metrics.
 

@@ -6,9 +6,13 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from torch import nn
+
+from tinyfusion_pl.modules import Denoising
 
 OWN = {  # argument -> what sets it
     "callbacks": "{stage}.fit.callbacks",
@@ -66,6 +70,69 @@ def check_trainer(
         if (limit := timer.time_remaining()) is not None and limit <= 0:
             raise ValueError(f"{key}.max_time leaves no time for a single step. Give a longer one, or null.")
     return trainer
+
+
+def check_sampling_trainer(key: str, factory: Callable[..., Trainer]) -> Trainer:
+    """Make the Trainer of a task that trains nothing, and return it.
+
+    Raises:
+        ValueError: for a setting that the Trainer refuses, or under which not all samples would be made; names it.
+    """
+    given = getattr(factory, "keywords", {})
+    try:
+        trainer = factory()
+    except Exception as error:  # Lightning refuses wrong settings by errors of many types
+        wrong = [f"{key}.{name} is {value!r}" for name, value in given.items() if _is_refused(factory, {name: value})]
+        raise ValueError(f"{', '.join(wrong) or key}: {error}") from error
+    reasons = {
+        "fast_dev_run": (False, "makes a single batch"),
+        "limit_test_batches": (1.0, "leaves samples out"),
+        "barebones": (False, "leaves out what is written"),
+        "overfit_batches": (0, "is for training"),
+        "default_root_dir": (None, "is the run's own folder"),
+        "enable_checkpointing": (False, "has nothing to save"),
+    }
+    for name, (allowed, reason) in reasons.items():
+        if (value := given.get(name)) is not None and value != allowed:
+            raise ValueError(f"{key}.{name} is {value!r}, which {reason}. Leave it out.")
+    if given.get("logger") not in (None, False):
+        raise ValueError(f"{key}.logger is {given['logger']!r}, but numbers go to the run's own files. Leave it at false.")
+    if isinstance(launcher := trainer.strategy.launcher, _MultiProcessingLauncher):
+        raise ValueError(
+            f"{key}.strategy is {given.get('strategy')!r}, whose processes are started from within this one "
+            f"({launcher._start_method}): they would keep the numbers to themselves. Give strategy=ddp or auto."
+        )
+    return trainer
+
+
+def check_optimizer(stage: str, module: Denoising, *, num_steps: int) -> None:
+    """Make the optimizer and the scheduler of `module` once.
+
+    Raises:
+        ValueError: for settings that they refuse; names them.
+    """
+    parameters = [nn.Parameter(torch.zeros(1))]
+    try:
+        module.make_optimizers(parameters, num_steps=num_steps)
+    except Exception as error:  # torch refuses settings by errors of several types
+        factory = module.optimizer_factory
+        key, given = f"{stage}.module.optimizer", getattr(factory, "keywords", {})
+        wrong = [name for name, value in given.items() if _fails(factory.func, parameters, **{name: value})]
+        if wrong:
+            raise ValueError("; ".join(f"{key}.{name} is {given[name]!r}" for name in wrong) + f": {error}") from error
+        if factory is not None and _fails(factory, parameters):
+            raise ValueError(f"{key}: {error}") from error
+        names = getattr(module.scheduler_factory, "keywords", {})
+        about = next((name for name in names if str(error).startswith(name)), None)
+        raise ValueError(f"{stage}.module.scheduler{':' if about is None else '.'}{' ' * (about is None)}{error}") from error
+
+
+def _fails(function: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
+    try:
+        function(*args, **kwargs)
+    except Exception:
+        return True
+    return False
 
 
 def _is_refused(factory: Any, setting: dict[str, Any]) -> bool:

@@ -1,0 +1,193 @@
+"""What a type hint allows a setting to be, checked by pydantic: numbers are no texts, whole floats are integers, nothing is NaN."""
+
+from __future__ import annotations
+
+import collections.abc
+import os
+import types
+import typing
+from collections.abc import Callable
+from functools import cache
+from pathlib import PurePath
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, Strict, TypeAdapter, ValidationError
+from pydantic_core import PydanticCustomError
+
+TARGET = "_target_"
+LISTS = (list, tuple, set, frozenset, collections.abc.Sequence, collections.abc.Iterable, collections.abc.Collection)
+MAPPINGS = (dict, collections.abc.Mapping, collections.abc.MutableMapping)
+NOTHING = type(None)
+
+
+def _no_bool_or_text(value: Any) -> Any:
+    """Before pydantic's lax mode, which takes 2.0 for 2, but also True and "2"."""
+    if isinstance(value, (bool, str)):
+        raise PydanticCustomError("whole", "a bool or a text is no number")
+    return value
+
+
+def _is_built(value: Any) -> Any:
+    if not (isinstance(value, collections.abc.Mapping) and TARGET in value):
+        raise PydanticCustomError("built", "a mapping with _target_ is expected")
+    return value
+
+
+class Built:
+    """The hint of a setting that is a mapping with ``_target_``, whatever it makes."""
+
+
+WHOLE = Annotated[int, BeforeValidator(_no_bool_or_text)]
+NUMBER = Annotated[float, Strict()]  # takes integers too
+BUILT = Annotated[Any, AfterValidator(_is_built)]
+PLAIN = {int: WHOLE, float: NUMBER, bool: Annotated[bool, Strict()], str: Annotated[str, Strict()]}
+CONFIG = ConfigDict(allow_inf_nan=False, arbitrary_types_allowed=True)
+
+
+class WrongKind(ValueError):
+    """What is allowed; ``path`` leads to the item of the value that is wrong, ``kind`` and ``value`` are of that."""
+
+    def __init__(self, kind: Kind, value: Any, error: ValidationError) -> None:
+        self.path: list[Any] = []
+        for step in error.errors()[0]["loc"]:  # among its steps are names of the members of unions
+            inner = kind.of_items()
+            if inner is None or isinstance(value, str) or not isinstance(value, (list, dict)):
+                break
+            if step in (range(len(value)) if isinstance(value, list) else value):
+                self.path.append(step)
+                kind, value = inner, value[step]
+        self.kind, self.value = kind, value
+        super().__init__(f"give {kind.describe()}")
+
+
+class Kind:
+    """What one setting may be.
+
+    Args:
+        hint: Of the parameter; what cannot be told in a configuration, as an instance of a class, is a mapping with ``_target_`` there.
+        least, most: Of a number, and of each number of a list.
+    """
+
+    def __init__(self, hint: Any, *, least: float | None = None, most: float | None = None) -> None:
+        self.hint, self.least, self.most = hint, least, most
+
+    def __repr__(self) -> str:
+        return f"Kind({self.hint!r})"
+
+    def check(self, value: Any) -> Any:
+        """`value` as the hint's type: whole floats as integers.
+
+        Raises:
+            ValueError: for any other value; says what is allowed.
+        """
+        try:
+            return _adapter(self.hint, self.least, self.most).validate_python(value)
+        except ValidationError as error:
+            raise WrongKind(self, value, error) from None
+
+    def describe(self) -> str:
+        """As in "give ...": ``a whole number from 0 to 8, or null``."""
+        kinds = [_words(part, self.least, self.most) for part in _members(self.hint) if part is not NOTHING]
+        kinds = list(dict.fromkeys(kinds))
+        if _allows_null(self.hint):
+            kinds.append("null")
+        return f"{', '.join(kinds[:-1])} or {kinds[-1]}" if len(kinds) > 1 else kinds[0]
+
+    @property
+    def allows_null(self) -> bool:
+        return _allows_null(self.hint)
+
+    def of_items(self) -> Kind | None:
+        """The kind of the values of a list or mapping that the hint allows; None: of any kind."""
+        found = [get_args(part)[-1] for part in _members(self.hint)
+                 if (get_origin(part) in LISTS + MAPPINGS) and get_args(part) and get_args(part)[-1] is not Ellipsis]
+        return Kind(typing.Union[tuple(found)]) if found else None  # noqa: UP007
+
+    def takes(self, what: Callable[[Any], bool]) -> list[Any]:
+        """The members of the hint for which `what` is true."""
+        return [part for part in _members(self.hint) if what(part)]
+
+
+@cache
+def _adapter(hint: Any, least: float | None, most: float | None) -> TypeAdapter:
+    return TypeAdapter(_translated(hint, least, most), config=CONFIG)
+
+
+def is_callable(hint: Any) -> bool:
+    return hint is collections.abc.Callable or get_origin(hint) is collections.abc.Callable
+
+
+def is_class(hint: Any) -> bool:
+    """Whether an instance of a class is meant that a configuration can only describe by a ``_target_``."""
+    plain = (*PLAIN, *LISTS, *MAPPINGS, object, NOTHING)
+    return isinstance(hint, type) and get_origin(hint) is None and hint not in plain and not issubclass(hint, (os.PathLike, PurePath))
+
+
+def _members(hint: Any) -> list[Any]:
+    if get_origin(hint) in (typing.Union, types.UnionType):
+        return [part for each in get_args(hint) for part in _members(each)]
+    if get_origin(hint) is Annotated:
+        return _members(get_args(hint)[0])
+    return [NOTHING if hint is None else hint]
+
+
+def _allows_null(hint: Any) -> bool:
+    return any(part is NOTHING or _is_any(part) for part in _members(hint))
+
+
+def _is_any(hint: Any) -> bool:
+    return hint in (Any, object) or isinstance(hint, (str, typing.TypeVar, typing.ForwardRef))
+
+
+def _translated(hint: Any, least: float | None, most: float | None) -> Any:
+    """`hint` as pydantic is to see it."""
+    parts = _members(hint)
+    if len(parts) > 1:
+        translated = [_translated(part, least, most) for part in parts]
+        return typing.Union[tuple(translated)]  # noqa: UP007
+    (part,) = parts
+    if part in (int, float):
+        bounds = {name: bound for name, bound in (("ge", least), ("le", most)) if bound is not None}
+        return Annotated[PLAIN[part], Field(**bounds)] if bounds else PLAIN[part]
+    if part in PLAIN:
+        return PLAIN[part]
+    if part is NOTHING:
+        return None
+    if _is_any(part):
+        return Any
+    origin, arguments = get_origin(part) or part, get_args(part)
+    if origin is Literal:
+        return part
+    if origin in LISTS:
+        items = [each for each in arguments if each is not Ellipsis] or [Any]
+        inner = _translated(typing.Union[tuple(items)], least, most)  # noqa: UP007
+        if origin is tuple and len(items) > 1 and Ellipsis not in arguments:
+            return Annotated[list[inner], Field(min_length=len(items), max_length=len(items))]
+        return list[inner]
+    if origin in MAPPINGS:
+        return dict[Any, _translated(arguments[1], least, most) if len(arguments) == 2 else Any]
+    if isinstance(part, type) and issubclass(part, (os.PathLike, PurePath)):
+        return PLAIN[str]
+    return BUILT
+
+
+def _words(part: Any, least: float | None, most: float | None) -> str:
+    origin, arguments = get_origin(part) or part, get_args(part)
+    if part in (int, float):
+        number = "a whole number" if part is int else "a number"
+        if least is not None and most is not None:
+            return f"{number} from {least:.10g} to {most:.10g}"
+        return number if least is None and most is None else f"{number} >= {least:.10g}" if most is None else f"{number} <= {most:.10g}"
+    if part is bool:
+        return "true or false"
+    if part is str:
+        return "a text"
+    if origin is Literal:
+        return " or ".join(map(repr, arguments))
+    if origin in LISTS:
+        return "a list"
+    if origin in MAPPINGS:
+        return "a mapping"
+    if isinstance(part, type) and issubclass(part, (os.PathLike, PurePath)):
+        return "a path"
+    return "anything" if _is_any(part) else "a mapping with _target_"

@@ -1,0 +1,61 @@
+"""Which setting an error is about: classes name their arguments, a person looks for the key."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from tinyfusion_pl.cli.errors import sentence
+from tinyfusion_pl.cli.run_identity import items
+from tinyfusion_pl.cli.settings import home
+
+
+def named(error: Exception, cfg: DictConfig) -> str | None:
+    """`sentence` of an error in building a part of `cfg`, with the key of the setting that it is about."""
+    told = sentence(error)
+    if told is None:
+        return None
+    place = re.search(r"full_key: (\S+)", str(error))
+    key = home(cfg, place[1]) if place else "task"
+    leaves = dict(_leaves(cfg, key, set()))
+    if any("." in full and full in told for full in leaves):
+        return told
+    full = _about(told, leaves)
+    if full is None:
+        return told if key == "task" or key in told else f"{key}: {told}"
+    name = full.rpartition(".")[2]
+    return f"{full}{told[len(name) :]}" if re.match(rf"{re.escape(name)}\b", told) else f"{full}: {told}"
+
+
+def _about(told: str, leaves: dict[str, Any]) -> str | None:
+    """The key whose name and value `told` states; or the only one whose name it does."""
+    names = {full: re.escape(next(part for part in reversed(full.split(".")) if not part.isdigit())) for full in leaves}
+    for between in (r"\W*(?:is |=|: )?\W*", r"\b.*?(?<![\w.])"):
+        for full, value in leaves.items():
+            texts = {re.escape(str(value)), re.escape(repr(value))} - {""}
+            if re.search(rf"(?<![\w.])(?i:{names[full]}){between}(?:{'|'.join(texts)})(?!\w)", told, re.DOTALL):
+                return full
+    mentioned = [full for full in leaves if re.search(rf"(?<![\w.]){names[full]}\b", told)]
+    quoted = [full for full, value in leaves.items() if isinstance(value, str) and (repr(value) in told and value or len(value) > 4 and value in told)]
+    return next((found[0] for found in (mentioned, quoted) if len(found) == 1), None)
+
+
+def _leaves(cfg: DictConfig, key: str, seen: set[str]) -> Iterator[tuple[str, Any]]:
+    """(key, value) of every setting under `key`, each under the key at which it stands."""
+    key = home(cfg, key)
+    if key in seen:
+        return
+    seen.add(key)
+    try:
+        value = OmegaConf.select(cfg, key)
+    except OmegaConfBaseException:
+        return
+    if isinstance(value, (DictConfig, ListConfig)) and len(value):
+        for name, _ in items(OmegaConf.to_container(value, resolve=False)):
+            yield from _leaves(cfg, f"{key}.{name}", seen)
+    elif not key.rpartition(".")[2].startswith("_"):
+        yield key, OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
