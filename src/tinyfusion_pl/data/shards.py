@@ -93,8 +93,8 @@ class LatentShards:
         """What is kept of several samples, (n, C', h, w) float32.
 
         Raises:
-            ArtifactError: when a shard is gone, cut or unreadable by now, or holds values that are not finite or above `MAX_STORED`; names
-                it.
+            ArtifactError: when a shard is gone, cut or unreadable by now, or holds values that are not finite, above `MAX_STORED`, or all
+                the same; names it.
         """
         if self.slots is not None:
             indices = self.slots[list(indices)].tolist()
@@ -102,9 +102,12 @@ class LatentShards:
         for row, index, view in zip(stored, indices, views):
             self._read_into(row, index, view)
         values = stored.astype(np.float32, copy=False)
-        if not (len(values) == 0 or max(values.max(), -values.min()) <= MAX_STORED):  # so that NaN is found, too
-            index, each = next((i, each) for i, each in zip(indices, values) if not np.abs(each).max() <= MAX_STORED)
-            what = f"values up to {np.abs(each).max():.3g}" if np.isfinite(each).all() else "values that are not finite"
+        for index, each in zip(indices, values):
+            highest, lowest, means = each.max(), each.min(), each[: self.info.latent_shape[0]]  # of a kept sample: all of it
+            if max(highest, -lowest) <= MAX_STORED and (means.size == 1 or means.max() > means.min()):  # false for NaN, too
+                continue
+            what = (f"values up to {np.abs(each).max():.3g}" if max(highest, -lowest) > MAX_STORED else
+                    f"the number {means.max():g} alone" if np.isfinite(each).all() else "values that are not finite")
             raise ArtifactError(f"Sample {index} in shard {self._path_of(index)} holds {what}: the file is damaged. "
                                 f"Delete it and {FINISHED} and extract again: only what is missing is made.")
         return values
