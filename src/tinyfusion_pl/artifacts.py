@@ -90,7 +90,7 @@ def read_json(path: str | os.PathLike) -> Any:
         return json.loads(_existing(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ArtifactError(f"Cannot read {path}: {error.strerror}.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} is not a JSON file ({error}). It may be truncated: make it again.") from error
 
 

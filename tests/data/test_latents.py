@@ -387,12 +387,35 @@ def overwrite(root, value):
         save_file(tensors, path, metadata=metadata)
 
 
-@pytest.mark.parametrize(("value", "said"), [(0.0, "all hold the number 0 alone"), (0.5, "all hold the number 0.5 alone"),
+@pytest.mark.parametrize(("value", "said"), [(0.0, "Sample 0 in shard .* holds the number 0 alone"), (0.5, "number 0.5 alone"),
                                              (1e30, r"holds values up to 1e\+30: the file is damaged"),
                                              (float("nan"), "holds values that are not finite")])
 def test_shards_of_values_that_no_latent_has_are_refused(root, value, said):
     overwrite(root, value)
     with pytest.raises(ArtifactError, match=said):
+        data(root)
+
+
+def rescaled(root, factor):
+    for path in root.glob("shard-*"):
+        tensors, metadata = load_file(path), shard_metadata(LatentShards(root).info, int(path.stem[-5:]))
+        save_file({**tensors, "latents": torch.randn(tensors["latents"].shape) * factor}, path, metadata=metadata)
+
+
+@pytest.mark.parametrize(("scale", "said"), [(0.1, "standard deviation of 0.1.*, where about 1 is usual: they were scaled before"),
+                                             (5.5, "standard deviation of 5.*where about 1 is usual")])
+def test_shards_of_an_unusual_scale_are_reported(root, scale, said):
+    description = read_json(root / "latents.json")
+    write_json(root / "latents.json", {**description, "content": "sample"})
+    rescale_samples(root, scale / 0.18215)
+    with pytest.warns(UserWarning, match=said):
+        data(root)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 100])
+def test_shards_of_an_impossible_scale_are_refused(root, scale):
+    rescale_samples(root, scale / 0.18215)
+    with pytest.raises(ArtifactError, match="where about 1 is usual: they are damaged|holds values up to"):
         data(root)
 
 

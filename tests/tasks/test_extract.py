@@ -1,5 +1,6 @@
 """Extraction of latents: the numbers, and that neither interruptions nor processes change a byte of the files."""
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -62,7 +63,11 @@ def test_a_folder_says_what_it_holds_and_has_nothing_else(made):
     assert held["content"] == "moments" and held["latent_shape"] == [4, 4, 4] and held["num_samples"] == NUM_IMAGES
     assert held["classes"] == list(CLASSES) and held["image_size"] == 8 and held["vae"]["scaling_factor"] == 0.18215
     tensors = load_file(made / "whole" / "shard-00002.safetensors")
-    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {"latents": (2, 2, 8, 4, 4), "labels": (2,)}
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {"latents": (2, 2, 8, 4, 4), "labels": (2,),
+                                                                                          "digests": (2,)}
+    paths = sorted((made / "images").glob("*/*.png"), key=str)[8:]
+    expected = [int.from_bytes(hashlib.sha256(path.read_bytes()).digest()[:8], "little", signed=True) for path in paths]
+    assert tensors["digests"].tolist() == expected
 
 
 def test_a_kept_sample_is_of_the_posterior_with_noise_of_its_own(made, tmp_path):
@@ -271,6 +276,9 @@ def test_moments_that_are_not_finite_stop_the_extraction(made, tmp_path):
     torch.nn.init.constant_(model.quant_conv.bias, float("inf"))
     with pytest.raises(ValueError, match="values that are not finite for images 0 to 1"):
         extract(made, made / "images", tmp_path / "out", vae=partial(VAE, model, source="other"))
+    torch.nn.init.constant_(model.quant_conv.bias, 1e30)
+    with pytest.raises(ValueError, match=r"values up to 1e\+30 for images 0 to 1"):
+        extract(made, made / "images", tmp_path / "out", vae=partial(VAE, model, source="other"))
 
 
 # -- broken images, and images that are removed, added or changed
@@ -347,6 +355,52 @@ def test_added_and_changed_images_are_told_by_name(made, stopped):
     (out / "shard-00000.safetensors").unlink()
     extract(made, images, out)
     assert len(LatentShards(out)) == 9
+
+
+def test_an_image_replaced_by_one_of_its_size_is_told(made, stopped):
+    images, out, path = stopped
+    path.unlink()
+    place = images / "n01" / "0.png"
+    content = place.read_bytes()
+    place.write_bytes(content[:-1] + b"x")
+    with pytest.raises(ArtifactError, match=r"1 images .* are others than those whose latents .* \(n01/0.png\).*delete shard-00000"):
+        extract(made, images, out)
+    place.write_bytes(content)
+    extract(made, images, out)
+    assert other_samples(out, made)
+
+
+def test_copies_of_the_images_are_the_same_images(made, tmp_path, capsys):
+    images = write_images(tmp_path / "images")
+    extract(made, images, tmp_path / "out")
+    for path in images.glob("*/*"):
+        os.utime(path, (1, 1))
+    for _ in range(2):
+        capsys.readouterr()
+        extract(made, images, tmp_path / "out", vae=fragile(made, at=0))
+        assert "done before" in capsys.readouterr().out
+    assert "1000000000" in (tmp_path / "out" / "images.jsonl").read_text()
+
+
+def test_an_image_replaced_in_an_npz_file_is_told(made, tmp_path):
+    with np.load(pack(tmp_path / "images.npz")) as found:
+        arrays = dict(found)
+    extract(made, tmp_path / "images.npz", tmp_path / "out")
+    arrays["blob"] = arrays["blob"].copy()
+    arrays["blob"][arrays["offsets"][4] - 20] ^= 1
+    np.savez(tmp_path / "images.npz", **arrays)
+    with pytest.raises(ArtifactError, match=r"1 images .* are others than those whose latents are in .* \(3\)"):
+        extract(made, tmp_path / "images.npz", tmp_path / "out")
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:-9], lambda content: content[:-9] + bytes(9), lambda content: b""])
+def test_a_damaged_part_is_made_again(made, tmp_path, damage):
+    with pytest.raises(Interrupted):
+        extract(made, made / "images", tmp_path / "out", vae=fragile(made, at=1))
+    (part,) = (tmp_path / "out" / "parts").iterdir()
+    part.write_bytes(damage(part.read_bytes()))
+    extract(made, made / "images", tmp_path / "out")
+    assert files(tmp_path / "out") == files(made / "whole")
 
 
 def test_a_renamed_class_folder_is_told(made, stopped):

@@ -23,7 +23,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from tinyfusion_pl.cli.errors import Told, sentence, tell
+from tinyfusion_pl.cli.errors import Told, tell
 from tinyfusion_pl.cli.naming import named
 from tinyfusion_pl.cli.overrides import expand_home, readable
 from tinyfusion_pl.cli.processes import as_single_run, is_first_process, process

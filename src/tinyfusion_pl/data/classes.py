@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections import Counter
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tinyfusion_pl.arrays import check_regular
-from tinyfusion_pl.artifacts import ArtifactError, read_json
+from tinyfusion_pl.artifacts import ArtifactError
 from tinyfusion_pl.data.listing import by_number, is_number, named
 
 IMAGENET, ORDER, FILE, GIVEN = "imagenet", "order", "file", "class_to_idx"  # how labels came about
@@ -65,7 +67,7 @@ def label_classes(
     if lacking := [name for name in names if name not in mapping]:
         raise ValueError(f"{class_to_idx} has no label for {len(lacking)} of the {len(names)} classes of {where} ({named(lacking)}). It "
                          f"names {len(mapping)} ({named(list(mapping))}).")
-    return [mapping[name] for name in names], GIVEN, []
+    return [mapping[name] for name in names], GIVEN, _shared_labels(names, mapping, class_to_idx)
 
 
 def relabel(labels: np.ndarray, old: Sequence[int], new: Sequence[int], *, where: str) -> np.ndarray:
@@ -92,13 +94,35 @@ def read_mapping(path: str | os.PathLike) -> dict[str, int]:
         ArtifactError: when it is missing or something else.
     """
     check_regular(path)
-    mapping: Any = read_json(path)
+    try:
+        mapping: Any = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=partial(_unrepeated, path))
+    except OSError as error:
+        raise ArtifactError(f"Cannot read {path}: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path} is not a JSON file ({error}). Give a JSON object {{name of a class folder: label}}.") from error
     if not isinstance(mapping, dict) or not mapping:
         raise ArtifactError(f"{path} is no mapping. Give a JSON object {{name of a class folder: label}}.")
     for name, label in mapping.items():
         if type(label) is not int or not 0 <= label < MAX_LABEL:
             raise ArtifactError(f"{path} gives {name!r} the label {str(label)[:40]!r}; labels are whole numbers 0, 1, ...")
     return mapping
+
+
+def _unrepeated(path: str | os.PathLike, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; where a name comes twice, json itself takes the last silently."""
+    if repeated := [name for name, num in Counter(name for name, _ in pairs).items() if num > 1]:
+        raise ArtifactError(f"{path} names {named(repeated)} twice. Leave one label for each class.")
+    return dict(pairs)
+
+
+def _shared_labels(names: Sequence[str], mapping: dict[str, int], path: str | os.PathLike) -> list[str]:
+    """A sentence where a mapping makes one class of several."""
+    shared = {label for label, num in Counter(mapping[name] for name in names).items() if num > 1}
+    if not shared:
+        return []
+    first = next(mapping[name] for name in names if mapping[name] in shared)
+    of_first = named([name for name in names if mapping[name] == first])
+    return [f"{path} gives one label to several classes, {len(shared)} times ({of_first}: {first}): they become one class."]
 
 
 def _other_readings(names: Sequence[str], where: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
@@ -13,12 +14,14 @@ import torch
 from torch import Tensor
 
 from tinyfusion_pl.arrays import check_regular
-from tinyfusion_pl.artifacts import ArtifactError, load_tensors, read_json, save_tensors, write_json
+from tinyfusion_pl.artifacts import ArtifactError, load_tensors, read_json, save_tensors, tensors_sha256, write_json
 from tinyfusion_pl.data.images import LabelledImages
 from tinyfusion_pl.data.inventory import GONE, Inventory
 from tinyfusion_pl.data.latents_info import FINISHED, UNFINISHED, LatentsInfo
 from tinyfusion_pl.data.listing import named, printable
 from tinyfusion_pl.data.shards import (
+    DIGESTS,
+    MAX_STORED,
     UNUSABLE,
     check_shard,
     generator_of,
@@ -45,8 +48,7 @@ class ShardWriter:
         self.root, self.info, self.save_every = root, info, save_every
         self.parts = {shard: [part for part in self._parts(shard) if not _is_part(self._part_path(part), info)]
                       for shard in missing_shards(root, info)[rank::world_size]}
-        self._latents: list[Tensor] = []
-        self._labels: list[Tensor] = []
+        self._batches: list[dict[str, Tensor]] = []  # of the part that is being made
 
     def batches(self, batch_size: int) -> list[list[int]]:
         """Numbers of the samples to extract, in the order and the batches in which `add` wants them."""
@@ -58,27 +60,28 @@ class ShardWriter:
             if not parts:
                 self._assemble(shard)
 
-    def add(self, numbers: Tensor, moments: Tensor, labels: Tensor) -> None:
-        """Take one batch of `batches`: numbers (n,), moments (n, 2, 2C, h, w), labels (n,), -1 where there is no image; write what is
-        complete."""
+    def add(self, numbers: Tensor, moments: Tensor, labels: Tensor, *, digests: Tensor | None = None) -> None:
+        """Take one batch of `batches`: numbers (n,), moments (n, 2, 2C, h, w), labels (n,), -1 where there is no image, and checksums of
+        the image files (n,), where there are any; write what is complete."""
         moments = moments.float().cpu()  # (n, 2, 2C, h, w)
         moments[labels.cpu() < 0] = 0
-        self._latents.append(self._kept(numbers, moments))
-        self._labels.append(labels.cpu())
+        batch = {"latents": self._kept(numbers, moments), "labels": labels.cpu()}
+        self._batches.append(batch if digests is None else {**batch, DIGESTS: digests.cpu()})
         shard = int(numbers[0]) // self.info.shard_size
         part = self.parts[shard][0]
         if int(numbers[-1]) != part[-1]:
             return
-        save_tensors(self._part_path(part), {"latents": torch.cat(self._latents), "labels": torch.cat(self._labels)},
-                     metadata={"part": self.info.fingerprint()})
-        self._latents, self._labels = [], []
+        tensors = _joined(self._batches)
+        save_tensors(self._part_path(part), tensors, metadata={"part": f"{self.info.fingerprint()} {tensors_sha256(tensors)}"})
+        self._batches = []
         self.parts[shard].pop(0)
         if not self.parts[shard]:
             self._assemble(shard)
 
     def _kept(self, numbers: Tensor, moments: Tensor) -> Tensor:
-        if not torch.isfinite(moments).all():
-            raise ValueError(f"The VAE gives values that are not finite for images {int(numbers[0])} to {int(numbers[-1])}. With "
+        if not (highest := float(moments.abs().max())) <= MAX_STORED:  # so that NaN is found, too
+            what = f"values up to {highest:.3g}" if math.isfinite(highest) else "values that are not finite"
+            raise ValueError(f"The VAE gives {what} for images {int(numbers[0])} to {int(numbers[-1])}. With "
                              "extract.vae.precision=float32 it should not; otherwise its weights are damaged.")
         if self.info.content == "sample":
             samples = [[self._sample(number, view, each) for view, each in enumerate(views)]
@@ -92,9 +95,8 @@ class ShardWriter:
 
     def _assemble(self, shard: int) -> None:
         paths = [self._part_path(part) for part in self._parts(shard)]
-        parts = [load_tensors(path) for path in paths]
-        whole = {name: torch.cat([part[name] for part in parts]) for name in ("latents", "labels")}
-        save_tensors(shard_path(self.root, shard), whole, metadata=shard_metadata(self.info, shard))
+        save_tensors(shard_path(self.root, shard), _joined([load_tensors(path) for path in paths]),
+                     metadata=shard_metadata(self.info, shard))
         for path in paths:
             path.unlink(missing_ok=True)
         with suppress(OSError):  # where other shards' parts are still there
@@ -145,8 +147,9 @@ def resume(root: Path, info: LatentsInfo, images: LabelledImages, *, num_images:
                             f"{len(found.added or found.relabelled)} images {what} ({names}). Give another extract.output, or put the "
                             "images back as they were: removed ones alone are left out.")
     done = finished_samples(root, then) if found.changed else {}
-    if changed := [slot for slot in found.changed if slot in done]:
-        files = sorted({str(done[slot].relative_to(root)) for slot in changed})
+    places = found.inventory.places
+    if changed := [slot for slot in found.changed if slot in done and not _is_of(images, int(places[slot]), done[slot][1])]:
+        files = sorted({str(done[slot][0].relative_to(root)) for slot in changed})
         raise ArtifactError(f"{len(changed)} images of {info.images} are others than those whose latents are in {root} "
                             f"({found.named(changed)}). Put them back, or delete {', '.join(files[:3])}{' ...' if len(files) > 3 else ''} "
                             f"and {FINISHED} there and extract again: only what is missing is made.")
@@ -157,15 +160,26 @@ def resume(root: Path, info: LatentsInfo, images: LabelledImages, *, num_images:
     return replace(info, **kept), found.inventory, said
 
 
-def finished_samples(root: Path, info: LatentsInfo) -> dict[int, Path]:
-    """Number -> file of the samples whose latents are there: those of whole shards, and of parts of others."""
+def finished_samples(root: Path, info: LatentsInfo) -> dict[int, tuple[Path, int | None]]:
+    """Number -> file of the samples whose latents are there, those of whole shards, and of parts of others; and the checksum of the image
+    file that they were made of, where it is known."""
     missing = set(missing_shards(root, info))
-    done = {number: shard_path(root, shard) for shard in range(info.num_shards) if shard not in missing for number in info.samples(shard)}
+    files = [(shard_path(root, shard), info.samples(shard)) for shard in range(info.num_shards) if shard not in missing]
     for path in (root / "parts").glob("*-*.safetensors"):
         first, _, last = path.stem.partition("-")
         if first.isdecimal() and last.isdecimal() and _is_part(path, info):
-            done |= {number: path for number in range(int(first), min(int(last) + 1, info.num_samples))}
+            files.append((path, range(int(first), min(int(last) + 1, info.num_samples))))
+    done = {}
+    for path, numbers in files:
+        known = DIGESTS in read_header(path)[0]
+        digests = load_tensors(path, only=[DIGESTS])[DIGESTS].tolist() if known else [None] * len(numbers)
+        done |= {number: (path, digest) for number, digest in zip(numbers, digests)}
     return done
+
+
+def _is_of(images: LabelledImages, place: int, digest: int | None) -> bool:
+    """Whether an image is the one of that checksum."""
+    return digest is not None and images.digest(place) == digest
 
 
 def is_finished(root: Path, info: LatentsInfo) -> bool:
@@ -221,11 +235,16 @@ def left_out(root: Path, info: LatentsInfo, inventory: Inventory) -> dict[str, i
 
 
 def _is_part(path: Path, info: LatentsInfo) -> bool:
-    """Whether a part is there, and of this extraction."""
+    """Whether a part is there, whole, and of this extraction."""
     try:
-        return read_header(path)[0].get("__metadata__") == {"part": info.fingerprint()}
-    except UNUSABLE:
+        fingerprint, _, digest = read_header(path)[0]["__metadata__"]["part"].partition(" ")
+        return fingerprint == info.fingerprint() and tensors_sha256(load_tensors(path)) == digest
+    except (*UNUSABLE, ArtifactError):
         return False
+
+
+def _joined(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
 
 def _without(content: dict, keys: tuple[str, ...]) -> dict:

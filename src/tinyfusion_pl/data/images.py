@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from tinyfusion_pl.arrays import read_npz
+from tinyfusion_pl.arrays import check_regular, read_npz
 from tinyfusion_pl.artifacts import ArtifactError
 from tinyfusion_pl.data.classes import label_classes, relabel
 from tinyfusion_pl.data.listing import SPLITS, find_class_folders, named, printable
@@ -66,8 +66,12 @@ class LabelledImages(Dataset, ABC):
         """16 hexadecimal digits over what there is, in its order: names or sizes of the image files, and labels."""
 
     @abstractmethod
-    def sizes(self) -> list[int]:
-        """Bytes of each image file; -1 where that cannot be known."""
+    def stamps(self, num: int) -> list[tuple[int, int]]:
+        """Of the first `num` images: bytes of the file, and a number that changes when it is written anew; -1 where that is not known."""
+
+    @abstractmethod
+    def digest(self, index: int) -> int:
+        """64 bits of the SHA-256 of image file `index`; 0 where it cannot be read."""
 
     def read(self, index: int) -> tuple[Tensor | None, Note, str]:
         """Pixels (3, size, size), what is worth saying of them, and "". With `skip_broken`: None and the reason, for a broken image."""
@@ -123,8 +127,21 @@ class ClassFolders(LabelledImages):
         names = "\n".join(self.paths.tolist())
         return _digest(os.fsencode(names), self.labels.tobytes())
 
-    def sizes(self) -> list[int]:
-        return [_size(os.path.join(self.root, name)) for name in self.paths.tolist()]
+    def stamps(self, num: int) -> list[tuple[int, int]]:
+        return [_stamp(os.path.join(self.root, name)) for name in self.paths[:num].tolist()]
+
+    def digest(self, index: int) -> int:
+        try:
+            path = self.file(index)
+            if check_regular(path).st_size > self.reader.max_bytes:  # refused unread
+                return 0
+            digest = hashlib.sha256()
+            with open(path, "rb") as file:
+                while chunk := file.read(1 << 20):
+                    digest.update(chunk)
+            return _as_integer(digest)
+        except (OSError, ValueError, ArtifactError):
+            return 0
 
 
 class PackedImages(LabelledImages):
@@ -180,8 +197,11 @@ class PackedImages(LabelledImages):
     def listing(self) -> str:
         return _digest(self.offsets.tobytes(), self.labels.tobytes())
 
-    def sizes(self) -> list[int]:
-        return np.diff(self.offsets).tolist()
+    def stamps(self, num: int) -> list[tuple[int, int]]:
+        return [(int(size), self.digest(i)) for i, size in enumerate(np.diff(self.offsets[: num + 1]))]
+
+    def digest(self, index: int) -> int:
+        return _as_integer(hashlib.sha256(self.blob[self.offsets[index] : self.offsets[index + 1]]))
 
 
 def open_images(path: str | os.PathLike, *, image_size: int | None, **settings: Any) -> LabelledImages:
@@ -230,11 +250,16 @@ def _split_folders(root: str | os.PathLike, found: dict[str, list[str]]) -> list
     return []
 
 
-def _size(path: str) -> int:
+def _stamp(path: str) -> tuple[int, int]:
     try:
-        return os.stat(path).st_size
+        state = os.stat(path)
+        return state.st_size, state.st_mtime_ns
     except OSError:
-        return -1
+        return -1, -1
+
+
+def _as_integer(digest: Any) -> int:
+    return int.from_bytes(digest.digest()[:8], "little", signed=True)
 
 
 def _digest(*parts: bytes) -> str:

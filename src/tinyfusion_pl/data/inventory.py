@@ -1,6 +1,7 @@
 """Which image each sample of an extraction is of, so that it resumes after images were removed, and notices others that changed.
 
-``images.jsonl`` in the folder of latents: the extraction it belongs to, then one line a sample, ``[label, bytes of the file, name]``.
+``images.jsonl`` in the folder of latents: the extraction it belongs to, then one line a sample, ``[label, bytes of the file, time it was
+written, name]``. What is compared first are size and time; where those differ, the file's checksum with that in the shard.
 """
 
 from __future__ import annotations
@@ -30,20 +31,20 @@ class Inventory:
 
     Args:
         labels: (N,) int64.
-        sizes: Bytes of each image file.
+        stamps: Size and time of each image file, see `LabelledImages.stamps`.
         names: Of the images.
         places: (N,) of each among the images that are there now; `GONE` for one that was removed.
     """
 
     labels: np.ndarray
-    sizes: list[int]
+    stamps: list[tuple[int, int]]
     names: list[str]
     places: np.ndarray
 
     @classmethod
     def of(cls, images: LabelledImages, *, num_samples: int) -> Inventory:
         """Of the first `num_samples` images."""
-        return cls(labels=images.labels[:num_samples], sizes=images.sizes()[:num_samples],
+        return cls(labels=images.labels[:num_samples], stamps=images.stamps(num_samples),
                    names=[images.name(i) for i in range(num_samples)], places=np.arange(num_samples))
 
     @property
@@ -53,8 +54,10 @@ class Inventory:
 
     def write(self, root: Path, info: LatentsInfo) -> None:
         lines = [json.dumps(info.as_dict())]
-        lines += [json.dumps(line) for line in zip(self.labels.tolist(), self.sizes, self.names)]
-        write_text(root / INVENTORY, "\n".join(lines) + "\n")
+        lines += [json.dumps([label, *stamp, name]) for label, stamp, name in zip(self.labels.tolist(), self.stamps, self.names)]
+        text, path = "\n".join(lines) + "\n", root / INVENTORY
+        if not (path.is_file() and path.read_text(encoding="utf-8", errors="replace") == text):  # the folder may be read-only by now
+            write_text(path, text)
 
     @classmethod
     def read(cls, root: Path) -> tuple[LatentsInfo, Inventory] | None:
@@ -70,10 +73,11 @@ class Inventory:
         try:
             head, *lines = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
             info = LatentsInfo.from_dict(head, path)
-            labels, sizes, names = zip(*((int(label), int(size), str(name)) for label, size, name in lines))
+            labels, stamps, names = zip(*((int(label), (int(size), int(time)), str(name)) for label, size, time, name in lines))
             if len(labels) != info.num_samples:
                 raise ValueError(f"{len(labels)} lines for {info.num_samples} samples")
-            return info, cls(labels=np.array(labels, dtype=np.int64), sizes=list(sizes), names=list(names), places=np.arange(len(labels)))
+            return info, cls(labels=np.array(labels, dtype=np.int64), stamps=list(stamps), names=list(names),
+                             places=np.arange(len(labels)))
         except (OSError, ValueError, TypeError, OverflowError, RecursionError) as error:
             raise ArtifactError(f"{path} is damaged ({error}). Delete it to extract into {root} from the beginning.") from error
 
@@ -91,19 +95,20 @@ class Inventory:
         known = set(self.names)
         last = len(current) if all_images else int(places.max()) + 1
         there = np.flatnonzero(places != GONE).tolist()
-        sizes = now.sizes if len(now.sizes) > places.max() else images.sizes()
+        stamps = now.stamps if len(now.stamps) > places.max() else images.stamps(int(places.max()) + 1)
         return Comparison(
             inventory=replace(self, places=places,
-                              sizes=[size if place == GONE else sizes[place] for size, place in zip(self.sizes, places.tolist())]),
+                              stamps=[stamp if place == GONE else stamps[place] for stamp, place in zip(self.stamps, places.tolist())]),
             added=[name for name in current[:last] if name not in known],
             relabelled=[slot for slot in there if images.labels[places[slot]] != self.labels[slot]],
-            changed=[slot for slot in there if sizes[places[slot]] != self.sizes[slot]],
+            changed=[slot for slot in there if stamps[places[slot]] != self.stamps[slot]],
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What differs between the images of an extraction and those that are there now: numbers of samples, and names of other images."""
+    """What differs between the images of an extraction and those that are there now: numbers of samples, and names of other images.
+    Those in `changed` have another size or time."""
 
     inventory: Inventory
     added: list[str]
@@ -115,7 +120,8 @@ class Comparison:
 
 
 class Slots(Dataset):
-    """Sample by number: number, image, label, notes, and why there is no image; a sample without one is black, with the label -1."""
+    """Sample by number: number, image, label, notes, why there is no image, and the checksum of its file; a sample without an image is
+    black, with the label -1."""
 
     def __init__(self, images: LabelledImages, places: np.ndarray) -> None:
         self.images, self.places = images, places
@@ -123,8 +129,9 @@ class Slots(Dataset):
     def __len__(self) -> int:
         return len(self.places)
 
-    def __getitem__(self, number: int) -> tuple[int, Tensor, int, int, str]:
+    def __getitem__(self, number: int) -> tuple[int, Tensor, int, int, str, int]:
         if self.places[number] == GONE:
             size = self.images.reader.image_size
-            return number, torch.zeros(3, size, size, dtype=torch.uint8), -1, 0, ""
-        return number, *as_batch_item(self.images, int(self.places[number]))
+            return number, torch.zeros(3, size, size, dtype=torch.uint8), -1, 0, "", 0
+        place = int(self.places[number])
+        return number, *as_batch_item(self.images, place), self.images.digest(place)

@@ -20,12 +20,19 @@ from tinyfusion_pl.checksums import state_sha256
 from tinyfusion_pl.data.base import GenerationDataModule
 from tinyfusion_pl.data.classes import GIVEN, IMAGENET, disagreement, label_classes, relabel
 from tinyfusion_pl.data.latents_info import FINISHED, UNFINISHED
-from tinyfusion_pl.data.numpy_folders import MAX_SCALED, NUM_CHECKED, NumpyFolders
+from tinyfusion_pl.data.numpy_folders import (
+    MAX_SCALED,
+    MAX_SCALED_STD,
+    MIN_SCALED_STD,
+    NUM_CHECKED,
+    NumpyFolders,
+)
 from tinyfusion_pl.data.random_latents import RANDOM, random_pictures, write_random_latents
 from tinyfusion_pl.data.real_images import RealImages
 from tinyfusion_pl.data.shards import LatentShards, generator_of, normal, posterior_sample, shard_path
 from tinyfusion_pl.data.vae import VAE
 
+MIN_STD, MAX_STD = 0.01, 30.0  # beyond these no VAE's latents are, a random one's included
 FEW_CLASSES = 0.9  # the share of the model's classes below which all labels of the published layout are looked at
 
 
@@ -62,21 +69,26 @@ class DrawnLatents(Dataset):
         return list(zip(x, torch.from_numpy(self.labels[list(indices)])))
 
     def check_values(self) -> None:
-        """Find out, by a few samples, whether the shards hold latents.
+        """Find out, by a few samples, whether the shards hold latents; warn where their scale is unusual.
 
         Raises:
-            ArtifactError: when they are constant, or larger than latents can be.
+            ArtifactError: when a sample is constant, or they are smaller or larger than latents can be.
         """
         indices = np.unique(np.linspace(0, len(self) - 1, NUM_CHECKED).astype(int)).tolist()
         x = torch.stack([x for x, _ in self.__getitems__([(draw, index) for draw, index in enumerate(indices)])])  # (n, C, h, w)
-        stored = self.shards.read_many(indices, [0] * len(indices))[:, : self.shards.info.latent_shape[0]]  # means, or samples
         self.shards.close()
-        if float(stored.max()) == float(stored.min()) and stored.size > 1:
-            raise ArtifactError(f"{self.shards.root}: the {len(indices)} samples looked at all hold the number {stored.max():g} alone: the "
-                                "files were never written, or are damaged. Extract them again.")
         if float(x.abs().max()) > MAX_SCALED:
             raise ArtifactError(f"{self.shards.root}: the {len(indices)} samples looked at hold values up to {x.abs().max():.3g}, where "
                                 "scaled latents stay below 10. Extract them again.")
+        std, made = float(x.std()), self.shards.info.vae
+        if x.numel() == 1 or MIN_SCALED_STD <= std <= MAX_SCALED_STD or str(made["source"]) == RANDOM:
+            return
+        what = (f"{self.shards.root}: the latents have, times their scaling factor {self.scaling_factor:g}, a standard deviation of "
+                f"{std:.3g}, where about 1 is usual")
+        if not MIN_STD <= std <= MAX_STD:
+            raise ArtifactError(f"{what}: they are damaged, or were scaled before they were written. Extract them again.")
+        rank_zero_warn(f"{what}: they were scaled before they were written, or the factor is another VAE's; or the VAE ({made['source']}) "
+                       "is an unusual or untrained one.")
 
 
     def sha256(self) -> str:

@@ -102,6 +102,11 @@ class ImageReader:
         if self.max_pixels < 1:
             raise ValueError(f"max_pixels is {self.max_pixels}; give a count >= 1 (default {MAX_PIXELS}).")
 
+    @property
+    def max_bytes(self) -> int:
+        """Of an image file: no image within the bound takes more."""
+        return BYTES_A_PIXEL * self.max_pixels
+
     def read(self, file: Any) -> tuple[Tensor, Note]:
         """The pixels of an image file (a path, or an open file in memory), and what is worth saying of it.
 
@@ -157,7 +162,7 @@ class ImageReader:
             raise BrokenImage(str(error).rstrip(".")) from error
         if not size:
             raise BrokenImage("the file is empty")
-        if size > BYTES_A_PIXEL * self.max_pixels:
+        if size > self.max_bytes:
             raise BrokenImage(f"{size} bytes are more than an image of max_pixels={self.max_pixels} takes")
 
     @contextmanager
@@ -196,14 +201,15 @@ def _eight_bits(image: Any) -> tuple[Any, Note]:
 
     mode = image.mode
     if mode.startswith("I;16") or (mode == "I" and image.format in ("PNG", "PPM")):  # older PIL opens 16-bit PNG as I; PPM as ever
-        values = np.asarray(image).astype(np.uint32)
+        values = np.asarray(image)
         bits = 12 if _bits_per_sample(image) == 12 else 16
         highest, largest = int(values.max()), 2**bits - 1
         if 0 < highest <= 255:
             raise BrokenImage(f"it has 16 bits, but no value above {highest}: 8-bit values in a 16-bit file, or an almost black image? "
                               "Save it with 8 bits")
         note = Note.DARK if bits == 16 and 0 < highest <= 4095 else Note(0)
-        return Image.fromarray(((values * 255 + largest // 2) // largest).astype(np.uint8)), note
+        table = (np.arange(largest + 1) * 255 + largest // 2) // largest
+        return Image.fromarray(table.astype(np.uint8)[values]), note
     if mode in ("I", "F"):
         low, high = (f"{each:g}" for each in (np.asarray(image).min(), np.asarray(image).max()))
         kind, other = ("32-bit integers", "0..65535") if mode == "I" else ("floats", "0..1")

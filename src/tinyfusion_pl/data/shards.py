@@ -1,9 +1,10 @@
 """Latents in a few large files: shard k holds the samples k * shard_size to (k + 1) * shard_size - 1, each as it is and mirrored.
 
 A folder of latents is ``latents.json`` (what they are, written last: a folder without it is unfinished) and ``shard-00000.safetensors``,
-..., each with ``latents`` (n, 2, C', h, w), the second place being the picture as it is or mirrored, and ``labels`` (n,) int64. C' is 2C
-where mean and log-variance are kept, C where a sample is. Values are those of the VAE: the scaling factor is in ``latents.json``, and is
-applied when they are read.
+..., each with ``latents`` (n, 2, C', h, w), the second place being the picture as it is or mirrored, ``labels`` (n,) int64, and, of an
+extraction, ``digests`` (n,) int64, the first 64 bits of the SHA-256 of each image's file (0 where there was none). C' is 2C where mean
+and log-variance are kept, C where a sample is. Values are those of the VAE: the scaling factor is in ``latents.json``, and is applied when
+they are read.
 
 One sample's numbers lie together, so a training draw is one positional read. That was measured to be as quick as memory mapping, and it
 fails with an error that names the file, where a mapped file that was cut or lost ends the process by a signal (docs/latents.md).
@@ -25,6 +26,7 @@ from tinyfusion_pl.artifacts import ArtifactError, read_json
 from tinyfusion_pl.data.latents_info import DTYPES, FINISHED, UNFINISHED, LatentsInfo
 
 VIEWS = 2  # as it is, mirrored
+DIGESTS = "digests"
 NUM_NAMED = 5
 MAX_BROKEN = 1000
 MAX_STORED = 1e4  # means and log-variances of VAEs stay below 100
@@ -91,8 +93,8 @@ class LatentShards:
         """What is kept of several samples, (n, C', h, w) float32.
 
         Raises:
-            ArtifactError: when a shard is gone, cut or unreadable by now, or holds values that are not finite or above `MAX_STORED`; names
-                it.
+            ArtifactError: when a shard is gone, cut or unreadable by now, or holds values that are not finite, above `MAX_STORED`, or all
+                the same; names it.
         """
         if self.slots is not None:
             indices = self.slots[list(indices)].tolist()
@@ -100,9 +102,12 @@ class LatentShards:
         for row, index, view in zip(stored, indices, views):
             self._read_into(row, index, view)
         values = stored.astype(np.float32, copy=False)
-        if not (len(values) == 0 or max(values.max(), -values.min()) <= MAX_STORED):  # so that NaN is found, too
-            index, each = next((i, each) for i, each in zip(indices, values) if not np.abs(each).max() <= MAX_STORED)
-            what = f"values up to {np.abs(each).max():.3g}" if np.isfinite(each).all() else "values that are not finite"
+        for index, each in zip(indices, values):
+            highest, lowest, means = each.max(), each.min(), each[: self.info.latent_shape[0]]  # of a kept sample: all of it
+            if max(highest, -lowest) <= MAX_STORED and (means.size == 1 or means.max() > means.min()):  # false for NaN, too
+                continue
+            what = (f"values up to {np.abs(each).max():.3g}" if max(highest, -lowest) > MAX_STORED else
+                    f"the number {means.max():g} alone" if np.isfinite(each).all() else "values that are not finite")
             raise ArtifactError(f"Sample {index} in shard {self._path_of(index)} holds {what}: the file is damaged. "
                                 f"Delete it and {FINISHED} and extract again: only what is missing is made.")
         return values
@@ -145,14 +150,15 @@ def check_shard(root: Path, info: LatentsInfo, shard: int) -> tuple[int, np.ndar
     if header.get("__metadata__") != shard_metadata(info, shard):
         raise ValueError("it is of another extraction, or of another place in this one")
     expected = {"latents": [num, VIEWS, *info.stored_shape], "labels": [num]}
+    expected |= {DIGESTS: [num]} if DIGESTS in header else {}
     if (shapes := {name: header[name]["shape"] for name in expected}) != expected:
         raise ValueError(f"it holds {shapes} instead of {expected}")
-    dtypes = {"latents": {"float32": "F32", "float16": "F16"}[info.dtype], "labels": "I64"}
-    for name, dtype in dtypes.items():
+    dtypes = {"latents": {"float32": "F32", "float16": "F16"}[info.dtype], "labels": "I64", DIGESTS: "I64"}
+    for name, dtype in ((name, dtypes[name]) for name in expected):
         if header[name]["dtype"] != dtype:
             raise ValueError(f"it holds {header[name]['dtype']} instead of {info.dtype if name == 'latents' else 'int64'}")
         first, last = header[name]["data_offsets"]
-        num_bytes = math.prod(expected[name]) * (8 if name == "labels" else DTYPES[info.dtype].itemsize)
+        num_bytes = math.prod(expected[name]) * (DTYPES[info.dtype].itemsize if name == "latents" else 8)
         if type(first) is not int or first < 0 or last - first != num_bytes:
             raise ValueError(f"its header gives {name} the bytes {first} to {last} instead of {num_bytes} bytes")
     if size != (end := begin + max(header[name]["data_offsets"][1] for name in expected)):

@@ -19,7 +19,7 @@ class Extraction(LightningModule):
 
     Args:
         vae: Makes moments of uint8 pictures.
-        images: By number: number, image (3, H, W) uint8, label (-1: there is none), notes, and why there is none; see `Slots`.
+        images: By number: number, image (3, H, W) uint8, label (-1: there is none), notes, why there is none, checksum; see `Slots`.
         writer: Makes a process's from ``rank=`` and ``world_size=``.
         batch_size: Images read and written at once.
         num_workers: Processes that read and decode image files.
@@ -45,11 +45,11 @@ class Extraction(LightningModule):
         self.writer.start()
         return DataLoader(self.images, batch_sampler=self.writer.batches(self.batch_size), num_workers=self.num_workers)
 
-    def test_step(self, batch: tuple[Tensor, Tensor, Tensor, Tensor, list[str]], batch_idx: int) -> None:
-        numbers, pictures, labels, notes, reasons = batch
+    def test_step(self, batch: tuple[Tensor, Tensor, Tensor, Tensor, list[str], Tensor], batch_idx: int) -> None:
+        numbers, pictures, labels, notes, reasons, digests = batch
         both = torch.stack([pictures, pictures.flip(-1)], dim=1)  # (n, 2, 3, H, W)
         moments = self.vae.encode(both.flatten(0, 1)).unflatten(0, (-1, 2))  # (n, 2, 2C, h, w)
-        self.writer.add(numbers, moments, labels)
+        self.writer.add(numbers, moments, labels, digests=digests)
         self.num_done += len(numbers)
         self.notes += torch.stack([(notes & note).count_nonzero() for note in Note]).cpu()
         self.broken += [reason for reason in reasons if reason]

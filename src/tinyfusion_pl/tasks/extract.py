@@ -17,7 +17,7 @@ from tinyfusion_pl.artifacts import read_json, write_json
 from tinyfusion_pl.data import VAE, open_images
 from tinyfusion_pl.data.extraction import ShardWriter, finish, is_finished, left_out, missing_shards, resume
 from tinyfusion_pl.data.extraction import begin as begin_extraction
-from tinyfusion_pl.data.inventory import Inventory, Slots
+from tinyfusion_pl.data.inventory import INVENTORY, Inventory, Slots
 from tinyfusion_pl.data.latents_info import CONTENTS, DTYPES, FINISHED, LatentsInfo
 from tinyfusion_pl.data.listing import named, printable
 from tinyfusion_pl.data.reading import MAX_PIXELS, Note, describe_notes
@@ -122,8 +122,11 @@ def _extract_latents(root: Path, extract: Extract, *, begin: Callable[[], None] 
         begin()
     if finished:
         if trainer.is_global_zero:
+            if (root / INVENTORY).exists():
+                inventory.write(root, info)  # images that were copied have other times
             _leave_out_what_is_gone(root, info, inventory)
-        say(f"extract: done before; the latents of {info.num_samples} images are in {root}")
+        say(f"extract: done before; the latents of {info.num_samples} images are in {root} (headers and sizes of their files were looked "
+            "at, not the values)")
         return root
     say(f"extract: {info.num_samples} images of {extract.images} and their mirror images through the VAE {vae.source}: {info.content} of "
         f"{info.latent_shape}, {len(missing_shards(root, info))} of {info.num_shards} shards to do; they go to {root}")
