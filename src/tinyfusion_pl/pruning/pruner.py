@@ -33,7 +33,7 @@ from tinyfusion_pl.pruning.blocks import by_path, get_module, get_stack, units_o
 from tinyfusion_pl.pruning.decision import Decision
 from tinyfusion_pl.pruning.discovery import resolve_stacks
 from tinyfusion_pl.pruning.gates import DepthGates, remove_gates
-from tinyfusion_pl.pruning.library_configs import check_library_config
+from tinyfusion_pl.pruning.library_configs import check_library_config, library_root
 from tinyfusion_pl.pruning.patterns import Pattern
 from tinyfusion_pl.pruning.surgery import remove_blocks
 from tinyfusion_pl.pruning.verification import earliest_drops
@@ -95,8 +95,7 @@ class DepthPruner:
             ValueError: when they do not; says what would.
         """
         paths = self.find(module)
-        heads = {path.partition(".")[0] for path in paths}
-        root = heads.pop() if len(heads) == 1 and all("." in path for path in paths) else ""
+        root = _root_of(module, paths)
         inside = {path: path.removeprefix(f"{root}.") if root else path for path in paths}  # a mapping may be keyed by either
 
         def of(given: Any, what: str) -> dict[str, Any]:
@@ -184,6 +183,19 @@ class DepthPruner:
     def configuration(self) -> dict[str, Any]:
         """The settings, for a record."""
         return {"weight_update": self.weight_update.describe(), "delta_w": self.delta_w, **self.options}
+
+
+def _root_of(module: nn.Module, paths: list[str]) -> str:
+    """Path of the module that becomes the shallow model: the child of `module` that holds all stacks, or inside it the library model that
+    does, when nothing beside it trains (a pipeline's frozen encoders are no part of what is pruned)."""
+    heads = {path.partition(".")[0] for path in paths}
+    head = heads.pop() if len(heads) == 1 and all("." in path for path in paths) else ""
+    found = {library_root(module, path) for path in paths}
+    if len(found) == 1 and (inner := found.pop()) is not None and inner.startswith(f"{head}." if head else ""):
+        inside = {id(p) for p in get_module(module, inner).parameters()}
+        if not any(p.requires_grad and id(p) not in inside for p in get_module(module, head).parameters()):
+            return inner
+    return head
 
 
 def check_target(folder: Path, model: nn.Module) -> None:
