@@ -1,7 +1,6 @@
 """`DepthPruningCallback` in a real Trainer on models of other libraries: what it leaves, and what it refuses."""
 
 import copy
-import logging
 
 import pytest
 import torch

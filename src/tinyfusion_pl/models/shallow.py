@@ -25,6 +25,7 @@ from tinyfusion_pl.models.library_models import (
 from tinyfusion_pl.models.registry import create_model
 from tinyfusion_pl.pruning import Decision, remove_blocks
 from tinyfusion_pl.pruning.blocks import unwrap, without_compiling
+from tinyfusion_pl.pruning.compiled import uncompiled
 
 log = logging.getLogger(__name__)
 
@@ -118,12 +119,12 @@ def load_shallow(path: str | Path, *, model: nn.Module | None = None, **override
     if (library := record.get("library")) is not None:
         shallow = load_library_model(folder, library)
         if model is not None:  # of a class of one's own, with the same weights
-            own = remove_blocks(copy.deepcopy(model), kept)
+            own = remove_blocks(uncompiled(copy.deepcopy(model)), kept)
             own.load_state_dict(shallow.state_dict())
             shallow = own
         return shallow.eval()
     if model is not None:
-        shallow = remove_blocks(copy.deepcopy(model), kept)
+        shallow = remove_blocks(uncompiled(copy.deepcopy(model)), kept)
     elif record["model"] is not None:
         shallow = create_model(record["model"]["name"], **{**record["model"]["kwargs"], **overrides})
     elif record.get("model_factory"):

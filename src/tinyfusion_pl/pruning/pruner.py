@@ -29,9 +29,10 @@ from typing import Any
 from torch import nn
 
 from tinyfusion_pl.pruning.adapters import WeightUpdate, check_delta_w
-from tinyfusion_pl.pruning.blocks import by_path, get_module, get_stack, units_of
+from tinyfusion_pl.pruning.blocks import by_path, get_module, get_stack, units_of, unwrap
+from tinyfusion_pl.pruning.compiled import Compiler, Opened, close_compiled, on_the_way, open_compiled, uncompiled
 from tinyfusion_pl.pruning.decision import Decision
-from tinyfusion_pl.pruning.discovery import resolve_stacks
+from tinyfusion_pl.pruning.discovery import discover, resolve_stacks
 from tinyfusion_pl.pruning.gates import DepthGates, remove_gates
 from tinyfusion_pl.pruning.library_configs import check_library_config, library_root
 from tinyfusion_pl.pruning.patterns import Pattern
@@ -75,9 +76,10 @@ class DepthPruner:
         self.options = {"scaling": scaling, "init": init, "average_decay": average_decay, "gather": gather}
         self.distribution = distribution
         self.root = ""
-        self.remark: str | None = None  # why the shallow model will not open in its library alone
+        self.remarks: list[str] = []  # on what was found and left out, and on a model whose library will not open it
         self.gates: DepthGates | None = None
         self._caches: dict[str, bool] = {}  # use_cache of each config, as it was
+        self._opened: Opened = []  # compiled modules around the model, which run eagerly meanwhile
 
     # -- planning -------------------------------------------------------------------------------
     def find(self, module: nn.Module) -> list[str]:
@@ -87,6 +89,14 @@ class DepthPruner:
             ValueError: when there are none.
         """
         return [p for p in resolve_stacks(module, self.stacks, pattern=self.pattern) if not p.startswith("depth_gates")]
+
+    def finds(self, module: nn.Module) -> bool:
+        """Whether the blocks that are meant are in `module`."""
+        try:
+            self.find(module)
+        except ValueError:
+            return False
+        return True
 
     def plan(self, module: nn.Module) -> Plan:
         """Find out whether pattern, stacks, units and streams fit `module`, and change nothing.
@@ -116,27 +126,44 @@ class DepthPruner:
                 raise ValueError(f"Stack '{path}'{what}: {error} Each stack may have a pattern of its own, given by path.") from error
         return Plan(root, patterns, units, streams)
 
-    def start(self, module: nn.Module, *, rank: int = 0) -> DepthGates:
+    def start(self, module: nn.Module, *, rank: int = 0, compiler: Compiler | None = None) -> DepthGates:
         """Put adapters and gates on the blocks of `module`, in place.
+
+        Args:
+            module: The model, or what holds it.
+            rank: Rank of this process.
+            compiler: Compiles the blocks; default: what ``torch.compile`` was told on the way to them.
 
         Raises:
             ValueError: as `plan`; `module` is then as it was.
         """
         plan = self.plan(module)
         model = get_module(module, plan.root)
+        # Before gates freeze what would then look left out.
+        remarks = [discover(module).describe()] if self.stacks is None and not isinstance(self.pattern, Mapping) else []
         self.weight_update.start(model)
         try:
             gates = DepthGates(model, plan.patterns, units=plan.units, streams=plan.streams, tau=self.tau, rank=rank,
                                distribution=self.distribution, **self.options)  # fmt: skip
             # A structure that the search might decide for: its config is tried now, not after training.
-            self.remark = check_library_config(model, {g.path: g.blocks_of(earliest_drops(g)) for g in gates.stacks})
+            remarks.append(check_library_config(model, {g.path: g.blocks_of(earliest_drops(g)) for g in gates.stacks}))
         except Exception:
             remove_gates(model)
             self.weight_update.finish(model, delta_w="discard")
             raise
-        self.root, self.gates = plan.root, gates
+        self.root, self.gates, self.remarks = plan.root, gates, [remark for remark in remarks if remark]
         self._caches = _turn_off_caches(model)
+        self.see_through(module, compiler)
         return gates
+
+    def see_through(self, module: nn.Module, compiler: Compiler | None = None) -> None:
+        """Run what ``torch.compile`` wrapped around gated blocks eagerly, and the blocks compiled; again after more was compiled.
+
+        Args:
+            module: What `start` was called with.
+            compiler: Of something around `module`.
+        """
+        self.gates.see_through(self.model(module), open_compiled(on_the_way(module, self.root), self._opened) or compiler)
 
     def model(self, module: nn.Module) -> nn.Module:
         """The part of `module` that holds all gated stacks."""
@@ -150,7 +177,7 @@ class DepthPruner:
         """`ValueError` where the gated blocks are no longer those of `module`, which was built further since `start`."""
         for path in self.paths():
             blocks = list(get_stack(module, path))
-            if not any(gated.block is block for gated in self.gates.gated_forwards for block in blocks):
+            if not any(gated.block is unwrap(block) for gated in self.gates.gated_forwards for block in blocks):
                 raise ValueError(f"The blocks at '{path}' were replaced after gates were put on them. Build the model once: in __init__, "
                                  "setup or configure_model.")  # fmt: skip
         if self.stacks is None:
@@ -164,6 +191,7 @@ class DepthPruner:
     def stop(self, module: nn.Module) -> None:
         """Take gates and adapters off `module`, which gets its original weights back or keeps what it learned (`delta_w`)."""
         self._restore(self.model(module))
+        close_compiled(self._opened)
         self.gates = None
 
     def freeze(self, module: nn.Module, decision: Decision | None = None) -> nn.Module:
@@ -173,6 +201,7 @@ class DepthPruner:
             if isinstance(child, DepthGates):  # the module that holds the stacks holds the gates too
                 delattr(shallow, name)
         self._restore(shallow)
+        shallow = uncompiled(shallow)
         return remove_blocks(shallow, (decision or self.gates.decide()).kept_blocks)
 
     def _restore(self, model: nn.Module) -> None:
