@@ -32,7 +32,7 @@ from tinyfusion_pl.pruning.adapters import WeightUpdate, check_delta_w
 from tinyfusion_pl.pruning.blocks import by_path, get_module, get_stack, units_of, unwrap
 from tinyfusion_pl.pruning.compiled import Compiler, Opened, close_compiled, on_the_way, open_compiled, uncompiled
 from tinyfusion_pl.pruning.decision import Decision
-from tinyfusion_pl.pruning.discovery import discover, resolve_stacks
+from tinyfusion_pl.pruning.discovery import Discovery, discover, resolve_stacks
 from tinyfusion_pl.pruning.gates import DepthGates, remove_gates
 from tinyfusion_pl.pruning.library_configs import check_library_config, library_root
 from tinyfusion_pl.pruning.patterns import Pattern
@@ -78,6 +78,7 @@ class DepthPruner:
         self.root = ""
         self.remarks: list[str] = []  # on what was found and left out, and on a model whose library will not open it
         self.gates: DepthGates | None = None
+        self.found: Discovery | None = None  # where the stacks were not named
         self._caches: dict[str, bool] = {}  # use_cache of each config, as it was
         self._opened: Opened = []  # compiled modules around the model, which run eagerly meanwhile
 
@@ -139,8 +140,9 @@ class DepthPruner:
         """
         plan = self.plan(module)
         model = get_module(module, plan.root)
-        # Before gates freeze what would then look left out.
-        remarks = [discover(module).describe()] if self.stacks is None and not isinstance(self.pattern, Mapping) else []
+        # Before the weight update freezes what would then look left out.
+        self.found = discover(module) if self.stacks is None and not isinstance(self.pattern, Mapping) else None
+        remarks = [self.found.describe()] if self.found is not None else []
         self.weight_update.start(model)
         try:
             gates = DepthGates(model, plan.patterns, units=plan.units, streams=plan.streams, tau=self.tau, rank=rank,
@@ -180,12 +182,13 @@ class DepthPruner:
             if not any(gated.block is unwrap(block) for gated in self.gates.gated_forwards for block in blocks):
                 raise ValueError(f"The blocks at '{path}' were replaced after gates were put on them. Build the model once: in __init__, "
                                  "setup or configure_model.")  # fmt: skip
-        if self.stacks is None:
-            mine = self.paths()
-            found = self.find(module)
-            if found != mine:
-                raise ValueError(f"Gates were put on {', '.join(mine)}, all that looked like blocks before the model was whole; now "
-                                 f"{', '.join(found)} does. Name the block list: stacks={found[0]!r}.")  # fmt: skip
+        if self.found is not None:
+            now = discover(module)
+            seen = {*self.found.stacks, *self.found.left_out}
+            new = [p for p in (*now.stacks, *(p for p, why in now.left_out.items() if why != "frozen")) if p not in seen]
+            if new:
+                raise ValueError(f"Gates were put on {', '.join(self.paths())}, all that looked like blocks before the model was whole; "
+                                 f"now {', '.join(new)} does. Name the block list: stacks={new[0]!r}.")  # fmt: skip
 
     # -- ending ---------------------------------------------------------------------------------
     def stop(self, module: nn.Module) -> None:
