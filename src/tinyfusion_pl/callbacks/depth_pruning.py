@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
+from tinyfusion_pl.callbacks import gate_setup
+from tinyfusion_pl.callbacks.gate_checkpoint import learned_state, load_learned_state
 from tinyfusion_pl.callbacks.gate_monitor import GateMonitor
-from tinyfusion_pl.callbacks.gate_setup import GATES, averaged_modules, check_callbacks, check_strategy, check_trained
+from tinyfusion_pl.callbacks.gate_setup import GATES
 from tinyfusion_pl.callbacks.nonfinite import NonFiniteGuard
 from tinyfusion_pl.models import save_shallow
 from tinyfusion_pl.pruning import Decision, DepthGates
-from tinyfusion_pl.pruning.adapter_state import adapter_state, load_adapter_state
+from tinyfusion_pl.pruning.compiled import Compiler
 from tinyfusion_pl.pruning.first_call import FirstCallCheck
 from tinyfusion_pl.pruning.gate_optimizer import GateOptimizer
 from tinyfusion_pl.pruning.pruner import DepthPruner, check_target
@@ -89,6 +90,8 @@ class DepthPruningCallback(Callback):
         self.shallow_model: nn.Module | None = None
         self.decision: Decision | None = None
         self._check: FirstCallCheck | None = None
+        self._compiler: Compiler | None = None  # of a LightningModule that was compiled itself
+        self._described = False
         self._stepped = False  # whether an optimizer stepped, or skipped its step, in this batch
         self._num_batches_stepped = 0
         self._restored = self._remembered = False
@@ -103,34 +106,12 @@ class DepthPruningCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        check_strategy(trainer)
-        check_callbacks(trainer, self, pl_module, self.check)
-        if self._is_there(pl_module):
+        gate_setup.check_strategy(trainer)
+        gate_setup.check_callbacks(trainer, self, pl_module, self.check)
+        if self.pruner.finds(pl_module):
             self.attach(trainer, pl_module)
         else:
-            self._attach_later(pl_module)
-
-    def _is_there(self, pl_module: LightningModule) -> bool:
-        """Whether the model exists whose blocks are meant."""
-        try:
-            self.pruner.find(pl_module)
-        except ValueError:
-            return False
-        return True
-
-    def _attach_later(self, pl_module: LightningModule) -> None:
-        """Attach once ``configure_model`` has run: it follows the module's ``setup`` and precedes the restoring of a checkpoint."""
-        original, callback = pl_module.configure_model, self
-
-        def configure_model(module: LightningModule) -> None:
-            original()
-            if callback._is_there(module):
-                del module.configure_model
-                callback.attach(module.trainer, module)
-            elif module.trainer is not None and module.trainer.state.fn == "fit":
-                callback.pruner.find(module)  # still nothing: raise the reason
-
-        pl_module.configure_model = types.MethodType(configure_model, pl_module)
+            gate_setup.attach_after_configuring(pl_module, self.pruner, self.attach)
 
     def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put adapters and gates on the model of `pl_module`; does nothing when this callback's are there."""
@@ -139,9 +120,15 @@ class DepthPruningCallback(Callback):
                 raise ValueError(f"{type(pl_module).__name__} carries the gates of an earlier DepthPruningCallback. Take them off with its "
                                  "detach(module), prune a fresh module, or fit again with that callback.")  # fmt: skip
             return
-        setattr(pl_module, GATES, self.pruner.start(pl_module, rank=trainer.global_rank))
-        if self.pruner.remark:
-            rank_zero_info(self.pruner.remark)
+        compiler = gate_setup.open_compiled_module(pl_module)
+        try:
+            setattr(pl_module, GATES, self.pruner.start(pl_module, rank=trainer.global_rank, compiler=compiler))
+        except Exception:
+            gate_setup.close_compiled_module(pl_module, compiler)
+            raise
+        self._compiler, self._described = compiler, False
+        for remark in self.pruner.remarks:
+            rank_zero_info(f"DepthPruningCallback: {remark}")
         self._sources = self.source or getattr(self._model(pl_module), "source", None) or {}
         if self.verify:
             self._check = FirstCallCheck(pl_module, self.gates, dict(zip((g.path for g in self.gates.stacks), self.pruner.paths())))
@@ -149,7 +136,9 @@ class DepthPruningCallback(Callback):
     def detach(self, pl_module: LightningModule) -> None:
         """Take gates and adapters off `pl_module`, which gets its original weights back or keeps what it learned (`delta_w`)."""
         delattr(pl_module, GATES)
+        self._end_check()
         self.pruner.stop(pl_module)
+        gate_setup.close_compiled_module(pl_module, self._compiler)
         self.optimizer.forget()
         self._remembered = False
 
@@ -169,19 +158,14 @@ class DepthPruningCallback(Callback):
 
     # -- training -------------------------------------------------------------------------------
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.gates is None or getattr(pl_module, GATES, None) is None:
-            raise ValueError("No gates were attached: the model did not exist after configure_model. Name the block list's path.")
-        self.pruner.check_attached(pl_module)
+        gate_setup.check_set_up(pl_module, self.pruner)
         if trainer.is_global_zero:
             check_target(self._folder(trainer), self._model(pl_module))
         if not self._remembered:  # again, now that the module's setup has run and a checkpoint of dense weights may be restored
             self.pruner.weight_update.remember(self._model(pl_module))
             self._remembered = True
         self.decision, self.monitor.logged_step = None, -1
-        logits = {id(p) for p in self.gates.logits()}
-        for optimizer in trainer.optimizers:  # they have an optimizer of their own
-            for group in optimizer.param_groups:
-                group["params"] = [p for p in group["params"] if id(p) not in logits]
+        gate_setup.keep_out(trainer.optimizers, self.gates.logits())  # they have an optimizer of their own
         self.optimizer.start(self.gates)
         if not self._restored:
             self._num_batches_stepped = 0
@@ -194,10 +178,8 @@ class DepthPruningCallback(Callback):
         self._count_all = self.anneal_steps is None and self._num_steps == trainer.max_steps
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if still := [gated.name for gated in self.gates.gated_forwards if not gated.block.training]:
-            raise ValueError(f"{len(still)} gated blocks are in evaluation mode ({', '.join(still[:3])}, ...), where gates draw no "
-                             "masks and nothing is learned. Call train() on the model before fit; dropout in the blocks can be set "
-                             "to 0.")  # fmt: skip
+        gate_setup.check_training(self.gates)
+        self.pruner.see_through(pl_module, self._compiler)  # compiled since the gates were put on
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self.optimizer.anneal(trainer.global_step if self._count_all else self._num_batches_stepped, self._num_steps)
@@ -206,13 +188,10 @@ class DepthPruningCallback(Callback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor) -> None:
         self.guard.on_before_backward(trainer, pl_module, loss)
-        if self._check is not None:
-            self._report_check()
-
-    def _report_check(self) -> None:
-        if any(gated.plans for gated in self.gates.gated_forwards):
+        if not self._described and any(gated.plans for gated in self.gates.gated_forwards):
+            self._described = True
             rank_zero_info(f"DepthPruningCallback: {self.gates.describe_batches()}")
-            if self._check.unverified:
+            if self._check is not None and self._check.unverified:
                 rank_zero_warn(f"The training step runs the blocks of {', '.join(sorted(self._check.unverified))} without calling a module "
                                "that holds them, so dropping them by gates was not checked against cutting them out.")  # fmt: skip
             self._end_check()
@@ -235,7 +214,7 @@ class DepthPruningCallback(Callback):
             if self.monitor.is_due(trainer):
                 self._log(trainer)
         elif self._stepped and pl_module.automatic_optimization:
-            check_trained(self.gates, self.pruner.paths())
+            gate_setup.check_trained(self.gates, self.pruner.paths())
 
     def _log(self, trainer: Trainer) -> None:
         self.monitor.log(trainer, self.gates.decide(), tau=self.gates.tau, scaling=self.pruner.options["scaling"],
@@ -247,7 +226,7 @@ class DepthPruningCallback(Callback):
         self.guard.on_train_end(trainer, pl_module)
         self._end_check()
         if self._num_batches_stepped > self._num_before and not self.optimizer.num_updates and not self.guard.num_skipped:
-            check_trained(self.gates, self.pruner.paths(), ever=True)
+            gate_setup.check_trained(self.gates, self.pruner.paths(), ever=True)
         self.decision = self.gates.decide()
         if self.optimizer.num_updates and self.monitor.logged_step != trainer.global_step:
             self._log(trainer)
@@ -285,29 +264,18 @@ class DepthPruningCallback(Callback):
 
     # -- checkpoints ----------------------------------------------------------------------------
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if self.gates is None:  # not fitted: nothing of this callback's is there
-            return
-        checkpoint[type(self).__name__] = {
-            "gates": self.gates.gate_state(),
-            "optimizer": self.optimizer.state_dict(),
-            "adapters": adapter_state(self._model(pl_module)),
-            "original": self.pruner.weight_update.original,
-            "guard": self.guard.state_dict(),
-            "num_batches_stepped": self._num_batches_stepped,
-            # Weight averaging keeps its average under the keys of the state dict, where neither logits nor adapters are.
-            "averaged": [{"gates": getattr(average, GATES).gate_state(), "adapters": adapter_state(self._model(average))}
-                         for average in averaged_modules(trainer)],
-        }  # fmt: skip
+        if self.gates is not None:  # else not fitted: nothing of this callback's is there
+            checkpoint[type(self).__name__] = {
+                **learned_state(trainer, pl_module, self.pruner),
+                "optimizer": self.optimizer.state_dict(),
+                "guard": self.guard.state_dict(),
+                "num_batches_stepped": self._num_batches_stepped,
+            }
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn != "fit" or (state := checkpoint.get(type(self).__name__)) is None:
             return
-        self.gates.load_gate_state(state["gates"])
-        load_adapter_state(self._model(pl_module), state["adapters"])
-        self.pruner.weight_update.original = state["original"]
+        load_learned_state(trainer, pl_module, self.pruner, state)
         self.optimizer.load_state_dict(state["optimizer"])
         self.guard.load_state_dict(state["guard"])
         self._num_batches_stepped, self._restored, self._remembered = state["num_batches_stepped"], True, True
-        for average, saved in zip(averaged_modules(trainer), state["averaged"]):
-            getattr(average, GATES).load_gate_state(saved["gates"])
-            load_adapter_state(self._model(average), saved["adapters"])

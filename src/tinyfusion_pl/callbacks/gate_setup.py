@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterable
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.compile import from_compiled, to_uncompiled
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
-from tinyfusion_pl.pruning import DepthGates
+from tinyfusion_pl.pruning import DepthGates, DepthPruner
+from tinyfusion_pl.pruning.compiled import Compiler
 
 GATES = "depth_gates"
 """Name under which the gates are a child of the LightningModule."""
@@ -21,6 +25,24 @@ def check_strategy(trainer: Trainer) -> None:
     if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
         raise ValueError(f"DepthPruningCallback needs whole parameters on every rank, which {type(trainer.strategy).__name__} does not "
                          "keep. Use strategy='auto' or 'ddp'.")  # fmt: skip
+
+
+def open_compiled_module(pl_module: LightningModule) -> Compiler | None:
+    """Let a LightningModule that was given to fit as ``torch.compile(module)`` run its steps eagerly; returns its compiler."""
+    if pl_module._compiler_ctx is None:
+        return None
+    compiler = Compiler(pl_module._compiler_ctx["dynamo_ctx"])
+    to_uncompiled(pl_module)
+    for name in ("forward", "training_step", "validation_step", "test_step", "predict_step"):
+        if getattr(vars(pl_module).get(name), "__func__", None) is getattr(type(pl_module), name):
+            delattr(pl_module, name)  # the class has it
+    return compiler
+
+
+def close_compiled_module(pl_module: LightningModule, compiler: Compiler | None) -> None:
+    """Undo `open_compiled_module`."""
+    if compiler is not None:
+        from_compiled(compiler(pl_module))
 
 
 def check_callbacks(trainer: Trainer, pruning: Callback, pl_module: LightningModule, check: Callable[[LightningModule], None]) -> None:
@@ -40,6 +62,44 @@ def check_callbacks(trainer: Trainer, pruning: Callback, pl_module: LightningMod
                 f"{error} If the model is built in setup: {type(averaging[0]).__name__} copies the module before that and would average "
                 "nothing; build the model in __init__ or configure_model."
             ) from None
+
+
+def attach_after_configuring(pl_module: LightningModule, pruner: DepthPruner, attach: Callable[[Trainer, LightningModule], None]) -> None:
+    """Attach once ``configure_model`` has run: it follows the module's ``setup`` and precedes the restoring of a checkpoint."""
+    original = pl_module.configure_model
+
+    def configure_model(module: LightningModule) -> None:
+        original()
+        if pruner.finds(module):
+            del module.configure_model
+            attach(module.trainer, module)
+        elif module.trainer is not None and module.trainer.state.fn == "fit":
+            pruner.find(module)  # still nothing: raise the reason
+
+    pl_module.configure_model = types.MethodType(configure_model, pl_module)
+
+
+def check_set_up(pl_module: LightningModule, pruner: DepthPruner) -> None:
+    """`ValueError` where there are no gates, or not on the blocks that there are now."""
+    if pruner.gates is None or getattr(pl_module, GATES, None) is None:
+        raise ValueError("No gates were attached: the model did not exist after configure_model. Name the block list's path.")
+    pruner.check_attached(pl_module)
+
+
+def check_training(gates: DepthGates) -> None:
+    """`ValueError` for gated blocks in evaluation mode."""
+    if still := [gated.name for gated in gates.gated_forwards if not gated.block.training]:
+        raise ValueError(f"{len(still)} gated blocks are in evaluation mode ({', '.join(still[:3])}, ...), where gates draw no "
+                         "masks and nothing is learned. Call train() on the model before fit; dropout in the blocks can be set "
+                         "to 0.")  # fmt: skip
+
+
+def keep_out(optimizers: Iterable[torch.optim.Optimizer], parameters: Iterable[nn.Parameter]) -> None:
+    """Take `parameters` out of all parameter groups."""
+    theirs = {id(p) for p in parameters}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if id(p) not in theirs]
 
 
 def check_trained(gates: DepthGates, paths: list[str], *, ever: bool = False) -> None:

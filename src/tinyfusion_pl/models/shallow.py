@@ -29,6 +29,7 @@ from tinyfusion_pl.models.library_models import (
 from tinyfusion_pl.models.records import RECORD, decision_of, read_record
 from tinyfusion_pl.pruning import Decision, remove_blocks
 from tinyfusion_pl.pruning.blocks import unwrap, without_compiling
+from tinyfusion_pl.pruning.compiled import uncompiled
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +126,7 @@ def load_shallow(path: str | Path, *, model: nn.Module | None = None, **override
     if (library := record.get("library")) is not None:
         shallow = load_library_model(folder, library, state)
         if model is not None:  # of a class of one's own, with the same weights
-            own = remove_blocks(copy.deepcopy(model), kept)
+            own = remove_blocks(uncompiled(copy.deepcopy(model)), kept)
             own.load_state_dict(shallow.state_dict())
             shallow = own
         return shallow.eval()
@@ -133,7 +134,7 @@ def load_shallow(path: str | Path, *, model: nn.Module | None = None, **override
         check_arguments(stated["name"], stated["kwargs"], f"{folder / RECORD}: model.kwargs")
         return build_model(stated["name"], {**stated["kwargs"], **overrides}, state, weights)
     if model is not None:
-        shallow = remove_blocks(copy.deepcopy(model), kept)
+        shallow = remove_blocks(uncompiled(copy.deepcopy(model)), kept)
     elif record.get("model_factory"):
         shallow = from_factory(record["model_factory"], kept, state, folder / RECORD)
     else:

@@ -41,8 +41,12 @@ class BatchPlan:
 
     def select(self, call: Call, index: Tensor) -> dict[str, Tensor]:
         """The tensors of the samples at `index`."""
-        axes = {**dict.fromkeys(self.streams.names, self.axis), **self.per_sample}
-        return {name: call.tensors[name].index_select(axis, index) for name, axis in axes.items()}
+        return {name: call.tensors[name].index_select(axis, index) for name, axis in self.axes.items()}
+
+    @property
+    def axes(self) -> dict[str, int]:
+        """Batch axis of every tensor that has one, by name."""
+        return {**dict.fromkeys(self.streams.names, self.axis), **self.per_sample}
 
 
 def shape_key(call: Call) -> tuple:

@@ -17,6 +17,8 @@ from torch.autograd.function import once_differentiable
 
 from tinyfusion_pl.pruning.masks import Split
 
+DEVICES = ("cpu", "cuda", "mps", "xpu")
+
 
 def lerp(mask: Tensor, y: Tensor, x: Tensor, *, axis: int = 0) -> Tensor:
     """The formula as it is written; `mask` (N,), N the size of `axis`."""
@@ -116,7 +118,8 @@ class _ZeroGradients(torch.autograd.Function):
 def without_graph(*, keep_cast_cache: bool) -> Iterator[None]:
     """No graph; and no low-precision copy of a weight that autocast would keep, graphless, for a later call with a graph."""
     cached = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(cached and keep_cast_cache)
+    if any(map(torch.is_autocast_enabled, DEVICES)):  # else there is none, and compiled blocks would be compiled anew for the flag
+        torch.set_autocast_cache_enabled(cached and keep_cast_cache)
     try:
         with torch.no_grad():
             yield

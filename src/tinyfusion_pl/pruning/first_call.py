@@ -32,7 +32,7 @@ class FirstCallCheck:
 
     def _hook(self, owner: str):
         def before_call(called: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            if "forward" in called.__dict__ and not hasattr(called, "_orig_mod"):
+            if _is_redirected(called):
                 return  # a strategy has routed a whole training step through it
             start = f"{owner}." if owner else ""
             inside = {own: path.removeprefix(start) for own, path in self.paths.items()
@@ -53,6 +53,12 @@ class FirstCallCheck:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+
+def _is_redirected(module: nn.Module) -> bool:
+    """Whether a call of `module` runs something else than its own forward."""
+    own = module.__dict__.get("forward")
+    return own is not None and "_orig_mod" not in module._modules and getattr(own, "__func__", None) is not type(module).forward
 
 
 def _outer_paths(path: str) -> list[str]:

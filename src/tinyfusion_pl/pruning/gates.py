@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinyfusion_pl.pruning.blocks import by_path, get_stack, units_of
+from tinyfusion_pl.pruning.blocks import by_path, get_stack, units_of, unwrap
 from tinyfusion_pl.pruning.calls import Call
+from tinyfusion_pl.pruning.compiled import Compiler, Opened, close_compiled, open_compiled, ways_to_stack
 from tinyfusion_pl.pruning.decision import Decision
 from tinyfusion_pl.pruning.discovery import resolve_stacks
 from tinyfusion_pl.pruning.gating import GatedForward
@@ -68,6 +69,7 @@ class DepthGates(nn.Module):
         self.recorder: Callable[[GatedForward, Call], Any] | None = None  # sees each call of a gated block
         self._kept: dict[str, set[int]] | None = None
         self._without_graph: set[str] = set()  # blocks of which reentrant checkpointing ran a forward in this batch
+        self.opened: Opened = []  # compiled modules that run eagerly while gates are on their blocks
         self._install(model)
 
     # -- installation ---------------------------------------------------------------------------
@@ -79,12 +81,29 @@ class DepthGates(nn.Module):
             stack = get_stack(model, gates.path)
             for unit, indices in enumerate(gates.units):
                 for index in indices:
-                    self.gated_forwards.append(GatedForward(self, gates, stack[index], unit, name=f"{gates.path}.{index}"))
+                    self.gated_forwards.append(GatedForward(self, gates, unwrap(stack[index]), unit, name=f"{gates.path}.{index}"))
         for gated in self.gated_forwards:
             gated.install()
+        self.see_through(model)
+
+    def see_through(self, model: nn.Module, outer: Compiler | None = None) -> None:
+        """Compile the gated blocks, each by itself, where ``torch.compile`` was used on them or on what holds them.
+
+        Args:
+            model: The model.
+            outer: Compiler of something around `model`.
+        """
+        for gates in self.stacks:
+            around = open_compiled(ways_to_stack(model, gates.path), self.opened) or outer
+            stack = get_stack(model, gates.path)
+            mine = {id(g.block): g for g in self.gated_forwards if g.gates is gates}
+            for block in stack:
+                if (gated := mine.get(id(unwrap(block)))) is not None:
+                    gated.compile(open_compiled([block] if block is gated.block else [block, gated.block], self.opened) or around)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_without_graph": set()}
+        # A copy's compiled modules are made anew, and compiled; they hold its blocks, which must not be asked for while they are copied.
+        return {**self.__dict__, "_without_graph": set(), "opened": []}
 
     @contextmanager
     def bypass(self) -> Iterator[None]:
@@ -141,9 +160,7 @@ class DepthGates(nn.Module):
         parts = []
         for gates in self.stacks:
             mine = [gated for gated in self.gated_forwards if gated.gates is gates and gated.plans]
-            reasons = {gated.name: reason for gated in mine for plan in gated.plans.values() if (reason := plan.plain_because)}
-            if not self.gather:
-                reasons = {gated.name: "gather=False" for gated in mine}
+            reasons = {gated.name: why for gated in mine for plan in gated.plans.values() if (why := gated.plain_because(plan))}
             text = f"{gates.path}: {len(mine) - len(reasons)} blocks gathered"
             if reasons:
                 name, reason = next(iter(reasons.items()))
@@ -213,8 +230,12 @@ def find_gates(model: nn.Module) -> DepthGates | None:
 
 def remove_gates(model: nn.Module) -> None:
     """Give every block of `model` its own forward back."""
+    owners = {}
     for gated in list(gated_forwards(model)):
         gated.remove()
+        owners[id(gated.owner)] = gated.owner
+    for owner in owners.values():
+        close_compiled(owner.opened)
 
 
 def _num_processes() -> int:

@@ -6,7 +6,7 @@ See `blending` for the formula, `streams` for what a block carries, `masks` for 
 from __future__ import annotations
 
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tinyfusion_pl.pruning.batch_axes import BatchPlan, plan_batch, shape_key
 from tinyfusion_pl.pruning.blending import blend, lerp, with_zero_gradients, without_graph
 from tinyfusion_pl.pruning.calls import Call, block_signature
+from tinyfusion_pl.pruning.compiled import Compiler, mark_batch
 from tinyfusion_pl.pruning.masks import Split
 from tinyfusion_pl.pruning.streams import Key
 
@@ -35,6 +36,11 @@ class GatedForward:
         self.instance_forward = "forward" in block.__dict__
         self.signature = block_signature(block)
         self.plans: dict[tuple, BatchPlan] = {}
+        self.compiler: Compiler | None = None  # of the block, or of what holds it
+        self._compiled: Callable | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_compiled": None}  # bound to this block, not to its copy
 
     def install(self) -> None:
         # A bound method, not a closure: copy.deepcopy then binds the copy to the copied block and gates.
@@ -45,12 +51,24 @@ class GatedForward:
         if self.instance_forward:
             self.block.forward = self.original
 
-    @torch.compiler.disable(recursive=False)  # masks change with each batch; the block itself may be compiled
+    def compile(self, compiler: Compiler | None) -> None:
+        """Run the block compiled by `compiler`; the gate around it is never traced."""
+        self.compiler, self._compiled = compiler, None
+
+    def _run(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The block's own forward, compiled where it is."""
+        if self.compiler is None:
+            return self.original(*args, **kwargs)
+        if self._compiled is None:
+            self._compiled = self.compiler(self.original)
+        return self._compiled(*args, **kwargs)
+
+    @torch.compiler.disable  # masks change with each batch
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.owner.recorder is not None:
             self.owner.recorder(self, Call(self.signature, args, kwargs))
         if self.owner.bypassed:
-            return self.original(*args, **kwargs)
+            return self._run(args, kwargs)
         call = Call(self.signature, args, kwargs)
         if self.block.training or self.owner.forced:
             return self._train(call, self.plan(call))
@@ -66,10 +84,18 @@ class GatedForward:
 
     def _decided(self, call: Call) -> Any:
         if self.owner.keeps(self):
-            return self.original(*call.args, **call.kwargs)
+            return self._run(call.args, call.kwargs)
         plan = self.plan(call)
         x = self._streams(call, plan)
-        return plan.streams.put(x, self.original(*call.args, **call.kwargs) if plan.streams.extras else None)
+        return plan.streams.put(x, self._run(call.args, call.kwargs) if plan.streams.extras else None)
+
+    def plain_because(self, plan: BatchPlan) -> str:
+        """Why the block runs by the plain formula; empty where its samples are gathered."""
+        if not self.owner.gather:
+            return "gather=False"
+        if self.compiler is not None and self.compiler.is_static:
+            return plan.plain_because or "it is compiled with dynamic=False"
+        return plan.plain_because
 
     # -- training -------------------------------------------------------------------------------
     def _train(self, call: Call, plan: BatchPlan) -> Any:
@@ -77,7 +103,7 @@ class GatedForward:
         num_samples = first.shape[plan.axis]
         self.owner.check_checkpointing(self, first)
         mask = self.owner.masks.column(self.gates, self.unit, num_samples)  # (N,)
-        gather = self.owner.gather and not plan.plain_because
+        gather = not self.plain_because(plan)
         return self.gate(call, plan, mask, self.owner.masks.split(self.gates, self.unit, num_samples) if gather else None)
 
     def gate(self, call: Call, plan: BatchPlan, mask: Tensor, split: Split | None) -> Any:
@@ -99,9 +125,9 @@ class GatedForward:
                 key = next(iter(x))
                 x = {**x, key: with_zero_gradients(x[key], needy)}
             return plan.streams.put({k: blend(x[k], None, mask, dropped=y[k], **options) for k in x})
-        kept = self._taken(call, plan, self._call(call, plan, split.kept))
+        kept = self._part(call, plan, split.kept)
         with without_graph(keep_cast_cache=True):
-            dropped = self._taken(call, plan, self._call(call, plan, split.dropped))
+            dropped = self._part(call, plan, split.dropped)
         blended = {k: blend(x[k], kept[k], mask, split=split, dropped=dropped[k], **options) for k in x}
         return plan.streams.put(blended)
 
@@ -111,15 +137,24 @@ class GatedForward:
         y = self._taken(call, plan, output, x)
         return plan.streams.put({k: lerp(mask, y[k], x[k], axis=plan.axis) for k in x}, output)
 
-    def _call(self, call: Call, plan: BatchPlan, index: Tensor | None = None) -> Any:
-        """The block's own output, for all samples or those at `index`."""
-        if index is not None:
-            args, kwargs = call.replace(plan.select(call, index))
-        elif plan.writes_streams:
-            args, kwargs = call.replace({n: call.tensors[n].clone() for n in plan.streams.names})
-        else:
-            args, kwargs = call.args, call.kwargs
-        return self.original(*args, **kwargs)
+    def _call(self, call: Call, plan: BatchPlan) -> Any:
+        """The block's own output for all samples."""
+        if self.compiler is not None and not self.plain_because(plan):
+            mark_batch(call.tensors, plan.axes)
+        if not plan.writes_streams:
+            return self._run(call.args, call.kwargs)
+        args, kwargs = call.replace({n: call.tensors[n].clone() for n in plan.streams.names})
+        return self._run(args, kwargs)
+
+    def _part(self, call: Call, plan: BatchPlan, index: Tensor) -> dict[Key, Tensor]:
+        """The streams that the block returns for the samples at `index`."""
+        if self.compiler is None:
+            return self._taken(call, plan, self._run(*call.replace(plan.select(call, index))))
+        # A batch of one would be compiled on its own, so a lone sample runs as two.
+        tensors = plan.select(call, index.repeat(2) if len(index) == 1 else index)
+        mark_batch(tensors, plan.axes)
+        y = self._taken(call, plan, self._run(*call.replace(tensors)))
+        return {key: each.narrow(plan.axis, 0, len(index)) for key, each in y.items()}
 
     def _taken(self, call: Call, plan: BatchPlan, output: Any, like: Mapping[Key, Tensor] | None = None) -> Mapping[Key, Tensor]:
         """The streams in `output`, whose shapes must be those that went in."""

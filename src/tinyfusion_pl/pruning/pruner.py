@@ -29,11 +29,12 @@ from typing import Any
 from torch import nn
 
 from tinyfusion_pl.pruning.adapters import WeightUpdate, check_delta_w
-from tinyfusion_pl.pruning.blocks import by_path, get_module, get_stack, units_of
+from tinyfusion_pl.pruning.blocks import by_path, get_module, get_stack, units_of, unwrap
+from tinyfusion_pl.pruning.compiled import Compiler, Opened, close_compiled, on_the_way, open_compiled, uncompiled
 from tinyfusion_pl.pruning.decision import Decision
-from tinyfusion_pl.pruning.discovery import resolve_stacks
+from tinyfusion_pl.pruning.discovery import Discovery, discover, resolve_stacks
 from tinyfusion_pl.pruning.gates import DepthGates, remove_gates
-from tinyfusion_pl.pruning.library_configs import check_library_config
+from tinyfusion_pl.pruning.library_configs import check_library_config, library_root
 from tinyfusion_pl.pruning.patterns import Pattern
 from tinyfusion_pl.pruning.surgery import remove_blocks
 from tinyfusion_pl.pruning.verification import earliest_drops
@@ -77,9 +78,11 @@ class DepthPruner:
         self.options = {"scaling": scaling, "init": init, "average_decay": average_decay, "gather": gather}
         self.distribution = distribution
         self.root = ""
-        self.remark: str | None = None  # why the shallow model will not open in its library alone
+        self.remarks: list[str] = []  # on what was found and left out, and on a model whose library will not open it
         self.gates: DepthGates | None = None
+        self.found: Discovery | None = None  # where the stacks were not named
         self._caches: dict[str, bool] = {}  # use_cache of each config, as it was
+        self._opened: Opened = []  # compiled modules around the model, which run eagerly meanwhile
 
     # -- planning -------------------------------------------------------------------------------
     def find(self, module: nn.Module) -> list[str]:
@@ -89,6 +92,14 @@ class DepthPruner:
             ValueError: when there are none.
         """
         return [p for p in resolve_stacks(module, self.stacks, pattern=self.pattern) if not p.startswith("depth_gates")]
+
+    def finds(self, module: nn.Module) -> bool:
+        """Whether the blocks that are meant are in `module`."""
+        try:
+            self.find(module)
+        except ValueError:
+            return False
+        return True
 
     def plan(self, module: nn.Module) -> Plan:
         """Find out whether pattern, stacks, units and streams fit `module`, and change nothing.
@@ -103,8 +114,7 @@ class DepthPruner:
                 if (owner := owners.setdefault(id(block), path)) != path or paths.count(path) > 1:
                     raise ValueError(f"The stacks {owner!r} and {path!r} hold the same blocks, which only one pattern can be for. Name each "
                                      "block list once.")
-        heads = {path.partition(".")[0] for path in paths}
-        root = heads.pop() if len(heads) == 1 and all("." in path for path in paths) else ""
+        root = _root_of(module, paths)
         inside = {path: path.removeprefix(f"{root}.") if root else path for path in paths}  # a mapping may be keyed by either
 
         def of(given: Any, what: str) -> dict[str, Any]:
@@ -133,27 +143,45 @@ class DepthPruner:
         """
         self.weight_update.check(get_module(module, self.plan(module).root))
 
-    def start(self, module: nn.Module, *, rank: int = 0) -> DepthGates:
+    def start(self, module: nn.Module, *, rank: int = 0, compiler: Compiler | None = None) -> DepthGates:
         """Put adapters and gates on the blocks of `module`, in place.
+
+        Args:
+            module: The model, or what holds it.
+            rank: Rank of this process.
+            compiler: Compiles the blocks; default: what ``torch.compile`` was told on the way to them.
 
         Raises:
             ValueError: as `plan`; `module` is then as it was.
         """
         plan = self.plan(module)
         model = get_module(module, plan.root)
+        # Before the weight update freezes what would then look left out.
+        self.found = discover(module) if self.stacks is None and not isinstance(self.pattern, Mapping) else None
+        remarks = [self.found.describe()] if self.found is not None else []
         self.weight_update.start(model)
         try:
             gates = DepthGates(model, plan.patterns, units=plan.units, streams=plan.streams, tau=self.tau, rank=rank,
                                distribution=self.distribution, **self.options)  # fmt: skip
             # A structure that the search might decide for: its config is tried now, not after training.
-            self.remark = check_library_config(model, {g.path: g.blocks_of(earliest_drops(g)) for g in gates.stacks})
+            remarks.append(check_library_config(model, {g.path: g.blocks_of(earliest_drops(g)) for g in gates.stacks}))
         except Exception:
             remove_gates(model)
             self.weight_update.finish(model, delta_w="discard")
             raise
-        self.root, self.gates = plan.root, gates
+        self.root, self.gates, self.remarks = plan.root, gates, [remark for remark in remarks if remark]
         self._caches = _turn_off_caches(model)
+        self.see_through(module, compiler)
         return gates
+
+    def see_through(self, module: nn.Module, compiler: Compiler | None = None) -> None:
+        """Run what ``torch.compile`` wrapped around gated blocks eagerly, and the blocks compiled; again after more was compiled.
+
+        Args:
+            module: What `start` was called with.
+            compiler: Of something around `module`.
+        """
+        self.gates.see_through(self.model(module), open_compiled(on_the_way(module, self.root), self._opened) or compiler)
 
     def model(self, module: nn.Module) -> nn.Module:
         """The part of `module` that holds all gated stacks."""
@@ -167,20 +195,22 @@ class DepthPruner:
         """`ValueError` where the gated blocks are no longer those of `module`, which was built further since `start`."""
         for path in self.paths():
             blocks = list(get_stack(module, path))
-            if not any(gated.block is block for gated in self.gates.gated_forwards for block in blocks):
+            if not any(gated.block is unwrap(block) for gated in self.gates.gated_forwards for block in blocks):
                 raise ValueError(f"The blocks at '{path}' were replaced after gates were put on them. Build the model once: in __init__, "
                                  "setup or configure_model.")  # fmt: skip
-        if self.stacks is None:
-            mine = self.paths()
-            found = self.find(module)
-            if found != mine:
-                raise ValueError(f"Gates were put on {', '.join(mine)}, all that looked like blocks before the model was whole; now "
-                                 f"{', '.join(found)} does. Name the block list: stacks={found[0]!r}.")  # fmt: skip
+        if self.found is not None:
+            now = discover(module)
+            seen = {*self.found.stacks, *self.found.left_out}
+            new = [p for p in (*now.stacks, *(p for p, why in now.left_out.items() if why != "frozen")) if p not in seen]
+            if new:
+                raise ValueError(f"Gates were put on {', '.join(self.paths())}, all that looked like blocks before the model was whole; "
+                                 f"now {', '.join(new)} does. Name the block list: stacks={new[0]!r}.")  # fmt: skip
 
     # -- ending ---------------------------------------------------------------------------------
     def stop(self, module: nn.Module) -> None:
         """Take gates and adapters off `module`, which gets its original weights back or keeps what it learned (`delta_w`)."""
         self._restore(self.model(module))
+        close_compiled(self._opened)
         self.gates = None
 
     def freeze(self, module: nn.Module, decision: Decision | None = None) -> nn.Module:
@@ -190,6 +220,7 @@ class DepthPruner:
             if isinstance(child, DepthGates):  # the module that holds the stacks holds the gates too
                 delattr(shallow, name)
         self._restore(shallow)
+        shallow = uncompiled(shallow)
         return remove_blocks(shallow, (decision or self.gates.decide()).kept_blocks)
 
     def _restore(self, model: nn.Module) -> None:
@@ -200,6 +231,19 @@ class DepthPruner:
     def configuration(self) -> dict[str, Any]:
         """The settings, for a record."""
         return {"weight_update": self.weight_update.describe(), "delta_w": self.delta_w, **self.options}
+
+
+def _root_of(module: nn.Module, paths: list[str]) -> str:
+    """Path of the module that becomes the shallow model: the child of `module` that holds all stacks, or inside it the library model that
+    does, when nothing beside it trains (a pipeline's frozen encoders are no part of what is pruned)."""
+    heads = {path.partition(".")[0] for path in paths}
+    head = heads.pop() if len(heads) == 1 and all("." in path for path in paths) else ""
+    found = {library_root(module, path) for path in paths}
+    if len(found) == 1 and (inner := found.pop()) is not None and inner.startswith(f"{head}." if head else ""):
+        inside = {id(p) for p in get_module(module, inner).parameters()}
+        if not any(p.requires_grad and id(p) not in inside for p in get_module(module, head).parameters()):
+            return inner
+    return head
 
 
 def check_target(folder: Path, model: nn.Module) -> None:

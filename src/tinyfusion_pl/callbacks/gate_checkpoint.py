@@ -1,0 +1,39 @@
+"""What depth pruning has learned, in the Trainer's checkpoints: of the module, and of its averages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+
+from tinyfusion_pl.callbacks.gate_setup import GATES, averaged_modules
+from tinyfusion_pl.pruning import DepthPruner
+from tinyfusion_pl.pruning.adapter_state import adapter_state, load_adapter_state
+
+
+def learned_state(trainer: Trainer, pl_module: LightningModule, pruner: DepthPruner) -> dict[str, Any]:
+    """Gates and adapters, the weights to go back to, and gates and adapters of averaged modules."""
+    return {
+        **_state(pl_module, pruner),
+        "original": pruner.weight_update.original,
+        # Weight averaging keeps its average under the keys of the state dict, where neither logits nor adapters are.
+        "averaged": [_state(average, pruner) for average in averaged_modules(trainer)],
+    }
+
+
+def load_learned_state(trainer: Trainer, pl_module: LightningModule, pruner: DepthPruner, state: dict[str, Any]) -> None:
+    """Take back what `learned_state` gave."""
+    _load(pl_module, pruner, state)
+    pruner.weight_update.original = state["original"]
+    for average, saved in zip(averaged_modules(trainer), state["averaged"]):
+        _load(average, pruner, saved)
+
+
+def _state(module: nn.Module, pruner: DepthPruner) -> dict[str, Any]:
+    return {"gates": getattr(module, GATES).gate_state(), "adapters": adapter_state(pruner.model(module))}
+
+
+def _load(module: nn.Module, pruner: DepthPruner, state: dict[str, Any]) -> None:
+    getattr(module, GATES).load_gate_state(state["gates"])
+    load_adapter_state(pruner.model(module), state["adapters"])
