@@ -9,14 +9,14 @@ from safetensors.torch import save_file
 
 diffusers = pytest.importorskip("diffusers")
 EXAMPLE = Path(__file__).parents[2] / "examples" / "prune_diffusers.py"
-STEPS = ["--pretrain-steps", "40", "--search-steps", "4", "--recovery-steps", "30", "--batch-size", "16"]
+STEPS = ["--pretrain-steps", "25", "--search-steps", "3", "--recovery-steps", "20", "--batch-size", "16"]
 COMMON = ["--lr", "3e-3", "--accelerator", "cpu"]
 
 
 @pytest.fixture(scope="module")
 def example():
     loaded = runpy.run_path(str(EXAMPLE))
-    loaded["TINY"].update(num_layers=2, num_single_layers=4)
+    loaded["TINY"].update(num_layers=2, num_single_layers=4, num_attention_heads=2)
     return loaded
 
 

@@ -208,9 +208,11 @@ def _check_gradients(gated: GatedForward, call: Call) -> None:
             wanted = [mask, *leaves.values(), *parameters]
             grads = torch.autograd.grad(loss, wanted, allow_unused=True)
             results.append([torch.zeros_like(w) if g is None else g for w, g in zip(wanted, grads)])
+    device = first.device.type
+    computed = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float64
     for ours, plain in zip(*results):
         scale = plain.float().abs().max().item() if plain.numel() else 0.0
-        eps = torch.finfo(plain.dtype).eps
+        eps = max(torch.finfo(dtype).eps for dtype in (plain.dtype, computed))  # the coarser one rounds
         if plain.numel() and (ours.float() - plain.float()).abs().max().item() > max(scale, 1e-4) * max(1e-2, 100 * eps):
             raise ValueError(f"Block {gated.name}: gradients with its samples gathered differ from those of the plain formula. Pass "
                              "gather=False, which computes the plain formula throughout.")  # fmt: skip
