@@ -125,7 +125,8 @@ class StudentCalls:
             return None
         call.outputs = self.outputs.take() if call.hidden else {}
         self.outputs.stop()
-        if output is not None and (call.checkpointed or needs_grad(output)):  # neither failed nor frozen
+        trains = call.checkpointed or needs_grad(output) or any(p.requires_grad for p in self.student.parameters())
+        if output is not None and trains:  # neither failed nor frozen (toggle_optimizer does that)
             call.output = self.gradients.stand_in("", output) if call.checkpointed else output
             call.nodes = set() if call.checkpointed else {t.grad_fn for t in float_tensors(output) if t.grad_fn is not None}
             self.calls.append(call)
