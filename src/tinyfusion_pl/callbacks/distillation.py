@@ -106,8 +106,8 @@ class DistillationCallback(Callback):
             if "label" in type(each).__name__.lower() and isinstance(rate, (int, float)) and rate > 0:
                 raise ValueError(f"'{self.module}.{name}' drops labels at random inside forward (dropout_prob={rate}), which the teacher "
                                  "cannot repeat. Set its dropout_prob to 0 and drop labels in training_step.")  # fmt: skip
-        if any(isinstance(each, nn.Dropout) and each.p > 0 for each in student.modules()):
-            rank_zero_warn(f"'{self.module}' has dropout; the teacher runs without it.")
+        if dropping := [name for name, each in student.named_modules() if _drops_at_random(each)]:
+            rank_zero_warn(f"'{self.module}' has dropout ('{dropping[0]}', ...); the teacher runs without it.")
 
     def _install(self, pl_module: LightningModule) -> None:
         self._student.install()
@@ -228,3 +228,10 @@ class DistillationCallback(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._num_batches_stepped, self._restored = state_dict["num_batches_stepped"], True
+
+
+def _drops_at_random(module: nn.Module) -> bool:
+    """Whether it is a dropout or drop path with a rate above 0."""
+    rates = (getattr(module, name, None) for name in ("p", "drop_prob", "dropout"))
+    named = "drop" in type(module).__name__.lower() or isinstance(module, nn.MultiheadAttention)
+    return named and any(isinstance(rate, (int, float)) and rate > 0 for rate in rates)
