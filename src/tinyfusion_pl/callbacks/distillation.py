@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,24 +11,27 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from tinyfusion_pl.distill import Distillation, check_pairs, collecting, output_loss
+from tinyfusion_pl.callbacks.student_calls import StudentCall, StudentCalls
+from tinyfusion_pl.distill import Distillation, Teacher, needs_grad, output_loss, resolve_pairs
 from tinyfusion_pl.pruning import Decision
 
 
 class DistillationCallback(Callback):
     """Adds output and masked representation distillation to the loss of a LightningModule.
 
-    Each call that `training_step` makes to `module` is repeated on the teacher with the same inputs and no graph. Then
-    ``loss = weight_data * user_loss + weight_kd * kd + weight_feature(step) * feature``; the terms of several calls are averaged.
-    It replaces the loss that `training_step` returns (a tensor, or a dict with "loss"); with manual optimization, the one given to
-    `manual_backward`. Calls without gradients or in evaluation mode are ignored. See docs/recovery.md.
+    Each call that `training_step` makes to `module` is made to the teacher too, with the same inputs and no graph. Then
+    ``loss = weight_data * user_loss + weight_kd * kd + weight_feature(step) * feature``; the terms of several calls are averaged. It
+    replaces the loss that `training_step` returns (a tensor, or a dict with "loss"); with manual optimization, the first loss given to
+    `manual_backward` that depends on the call. Calls without gradients or in evaluation mode are ignored. See docs/recovery.md.
 
     Args:
         teacher: The dense model, of the student's class; put in evaluation mode and frozen. Never part of the LightningModule.
         module: Path of the student in the LightningModule.
-        weight_kd, weight_data, weight_feature, num_sigma, feature_mask, pairs: See `Distillation`.
-        decision: The decision the student came from, for the layer pairs (`DepthPruningCallback.decision`).
+        weight_kd, weight_data, weight_feature, num_sigma, feature_mask: See `Distillation`.
+        pairs: For each stack path, (student block, teacher block) pairs; default: from `decision`.
+        decision: The decision the student came from (`DepthPruningCallback.decision`).
         anneal_steps: Optimizer steps in which the feature weight falls to 0; default: all of the fit.
+        streams: For a stack path, the names of the block's arguments that are hidden states; default: found.
         device: Where the teacher runs; default: the device of the LightningModule.
         offload: Move the teacher to the CPU after each batch.
 
@@ -37,162 +41,177 @@ class DistillationCallback(Callback):
         Trainer(max_steps=10_000, callbacks=[recovery]).fit(module)
     """
 
-    def __init__(self, teacher: nn.Module, *, module: str = "transformer", weight_kd: float = 0.9, weight_data: float = 0.1,
-                 weight_feature: float = 1e-2, num_sigma: float = 2.0, feature_mask: str = "reference", pairs: Any = None,
-                 decision: Decision | None = None, anneal_steps: int | None = None, device: Any = None, offload: bool = False) -> None:
+    def __init__(
+        self, teacher: nn.Module, *, module: str = "transformer", weight_kd: float = 0.9, weight_data: float = 0.1,
+        weight_feature: float = 1e-2, num_sigma: float = 2.0, feature_mask: str = "reference",
+        pairs: Mapping[str, Sequence[Sequence[int]]] | None = None, decision: Decision | None = None, anneal_steps: int | None = None,
+        streams: Mapping[str, Sequence[str]] | None = None, device: Any = None, offload: bool = False,
+    ) -> None:  # fmt: skip
         self.distillation = Distillation(weight_kd=weight_kd, weight_data=weight_data, weight_feature=weight_feature,
-                                         num_sigma=num_sigma, feature_mask=feature_mask, pairs=pairs)
+                                         num_sigma=num_sigma, feature_mask=feature_mask, pairs=pairs)  # fmt: skip
         if anneal_steps is not None and not (isinstance(anneal_steps, int) and anneal_steps >= 1):
             raise ValueError(f"anneal_steps is {anneal_steps}; give a count of optimizer steps >= 1, or leave it out for the whole fit.")
-        self.pairs = self.distillation.pairs
-        if self.pairs is None and decision is not None:
-            self.pairs = {path.removeprefix(f"{module}."): stack.layer_pairs() for path, stack in decision.stacks.items()}
-        if self.pairs is None and weight_feature:
+        if pairs is None and decision is None and weight_feature:
             raise ValueError("Representation distillation needs layer pairs: give decision= or pairs=, or set weight_feature=0.")
-        self.teacher = teacher.eval().requires_grad_(False)
-        self.module, self.anneal_steps, self.device, self.offload = module, anneal_steps, device, offload
-        self._undo: list[Any] = []
-        self._called = False
+        self.pairs, self.decision, self.streams = self.distillation.pairs, decision, streams
+        self._teacher = Teacher(teacher, device=device, offload=offload)
+        self.module, self.anneal_steps = module, anneal_steps
+        self._student: StudentCalls | None = None
+        self._undo: list[Callable[[], Any]] = []
+        self._num_batches_stepped = 0
+        self._restored = False
 
-    # -- attaching ----------------------------------------------------------------------------------------------------------------------
+    @property
+    def teacher(self) -> nn.Module:
+        return self._teacher.model
+
+    # -- attaching ------------------------------------------------------------------------------
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        student = self._student(pl_module)
+        called = self._called(pl_module)
+        student = getattr(called, "_orig_mod", called)
+        self._check(student, pl_module)
+        if not self._restored:
+            self._num_batches_stepped = 0
+        self._restored = False
+        total = trainer.estimated_stepping_batches
+        if self.anneal_steps is None and self.distillation.weight_feature and total == float("inf"):
+            raise ValueError("The fit has no end, so weight_feature cannot fall to 0. Give anneal_steps, or max_steps to the Trainer.")
+        # max_steps counts the steps of all optimizers, an epoch's length the batches.
+        self._count_all = self.anneal_steps is None and total == trainer.max_steps
+        pairs = {}
+        if self.distillation.weight_feature:
+            bare = getattr(self.teacher, "_orig_mod", self.teacher)
+            pairs = resolve_pairs(self.pairs or self.decision, student, bare, module=self.module, owner=pl_module)
+        self._student = StudentCalls(
+            called, student, self._teacher, pairs, streams=self.streams, is_training=lambda: trainer.training,
+            asks=lambda: (bool(self.distillation.weight_kd), bool(self._feature_weight(trainer))), device=lambda: pl_module.device,
+        )  # fmt: skip
+        self._install(pl_module)
+
+    def _called(self, pl_module: LightningModule) -> nn.Module:
+        try:
+            return pl_module.get_submodule(self.module)
+        except AttributeError:
+            names = ", ".join(name for name, _ in pl_module.named_children()) or "none"
+            raise ValueError(f"{type(pl_module).__name__} has no submodule '{self.module}'. It has: {names}. Give module=.") from None
+
+    def _check(self, student: nn.Module, pl_module: LightningModule) -> None:
         mine = {id(p) for p in student.parameters()}
         if any(id(p) in mine for p in self.teacher.parameters()):
             raise ValueError(f"The teacher shares parameters with '{self.module}', the model that trains. Give the dense model, or a copy.")
         if any(module is self.teacher for module in pl_module.modules()):
             raise ValueError(f"The teacher is a submodule of {type(pl_module).__name__}, so it would go into checkpoints. Keep it outside.")
-        check_pairs(self.pairs or {}, student, getattr(self.teacher, "_orig_mod", self.teacher))
         for name, each in student.named_modules():
             rate = getattr(each, "dropout_prob", 0)
             if "label" in type(each).__name__.lower() and isinstance(rate, (int, float)) and rate > 0:
                 raise ValueError(f"'{self.module}.{name}' drops labels at random inside forward (dropout_prob={rate}), which the teacher "
-                                 "cannot repeat. Set its dropout_prob to 0 and drop labels in training_step.")
-        if any(isinstance(each, nn.Dropout) and each.p > 0 for each in student.modules()):
-            rank_zero_warn(f"'{self.module}' has dropout; the teacher runs without it.")
-        if self.anneal_steps is None and self.distillation.weight_feature and trainer.estimated_stepping_batches == float("inf"):
-            raise ValueError("The fit has no end, so weight_feature cannot fall to 0. Give anneal_steps, or max_steps to the Trainer.")
-        self._called = False
-        self._install(trainer, pl_module, student)
+                                 "cannot repeat. Set its dropout_prob to 0 and drop labels in training_step.")  # fmt: skip
+        if dropping := [name for name, each in student.named_modules() if _drops_at_random(each)]:
+            rank_zero_warn(f"'{self.module}' has dropout ('{dropping[0]}', ...); the teacher runs without it.")
 
-    def _student(self, pl_module: LightningModule) -> nn.Module:
-        try:
-            found = pl_module.get_submodule(self.module)
-        except AttributeError:
-            names = ", ".join(name for name, _ in pl_module.named_children()) or "none"
-            raise ValueError(f"{type(pl_module).__name__} has no submodule '{self.module}'. It has: {names}. Give module=.") from None
-        return getattr(found, "_orig_mod", found)
+    def _install(self, pl_module: LightningModule) -> None:
+        self._student.install()
+        self._undo = [self._student.remove]
+        automatic = pl_module.automatic_optimization
+        name, wrap = ("training_step", self._wrap_step) if automatic else ("manual_backward", self._wrap_backward)
+        own = pl_module.__dict__.get(name)
+        setattr(pl_module, name, wrap(pl_module, getattr(pl_module, name)))
+        self._undo.append(functools.partial(pl_module.__dict__.__setitem__, name, own) if own is not None
+                          else functools.partial(pl_module.__dict__.pop, name, None))  # fmt: skip
 
-    def _install(self, trainer: Trainer, pl_module: LightningModule, student: nn.Module) -> None:
-        outer, open_calls = pl_module.get_submodule(self.module), []
-
-        @torch._dynamo.disable
-        def before(module, args, kwargs):
-            if torch._C._current_graph_task_id() != -1:  # activation checkpointing runs the module again in backward
-                return
-            counts = torch.is_grad_enabled() and student.training and trainer.training
-            pairs = (self.pairs or {}) if self._feature_weight(trainer) else {}
-            collector = collecting(student, pairs, 0) if counts else None
-            open_calls.append((collector, collector and collector.__enter__(), pairs))
-
-        @torch._dynamo.disable
-        def after(module, args, kwargs, output):
-            if torch._C._current_graph_task_id() != -1 or not open_calls:
-                return
-            collector, hidden, pairs = open_calls.pop()
-            if collector is None:
-                return
-            collector.__exit__(None, None, None)
-            if output is not None:
-                self._called = True
-                self._calls.append((output, *self._ask_teacher(args, kwargs, pairs), hidden, pairs))
-
-        self._calls: list[tuple] = []
-        handles = [outer.register_forward_pre_hook(before, with_kwargs=True),
-                   outer.register_forward_hook(after, with_kwargs=True, always_call=True)]
-        self._undo = [handle.remove for handle in handles]
-        for name, wrap in (("manual_backward", self._wrap_backward),) if not pl_module.automatic_optimization else (
-                           ("training_step", self._wrap_step),):
-            own = pl_module.__dict__.get(name)
-            setattr(pl_module, name, wrap(pl_module, getattr(pl_module, name)))
-            self._undo.append(functools.partial(pl_module.__dict__.__setitem__, name, own) if own is not None
-                              else functools.partial(pl_module.__dict__.pop, name, None))
-
-    def _wrap_step(self, pl_module: LightningModule, original: Any) -> Any:
+    def _wrap_step(self, pl_module: LightningModule, original: Callable) -> Callable:
         @functools.wraps(original)
         def training_step(*args, **kwargs):
-            self._calls.clear()
+            self._student.clear()
             result = original(*args, **kwargs)
             if isinstance(result, Tensor):
                 return self.loss(result, pl_module)
             if isinstance(result, dict) and isinstance(result.get("loss"), Tensor):
                 return {**result, "loss": self.loss(result["loss"], pl_module)}
             return result  # None skips the batch
-        return training_step
+        return training_step  # fmt: skip
 
-    def _wrap_backward(self, pl_module: LightningModule, original: Any) -> Any:
+    def _wrap_backward(self, pl_module: LightningModule, original: Callable) -> Callable:
         @functools.wraps(original)
         def manual_backward(loss, *args, **kwargs):
-            return original(self.loss(loss, pl_module), *args, **kwargs)
-        return manual_backward
+            calls, again = self._student.take_reached(loss)
+            if again:
+                rank_zero_warn(f"More than one loss given to manual_backward depends on the same call of '{self.module}'. Distillation was "
+                               "added to the first of them only: call the module once for each loss where that is not the one that trains "
+                               "it.")  # fmt: skip
+            return original(self._whole_loss(loss, calls, pl_module), *args, **kwargs)
+        return manual_backward  # fmt: skip
 
-    # -- losses -------------------------------------------------------------------------------------------------------------------------
+    # -- losses ---------------------------------------------------------------------------------
     def loss(self, user_loss: Tensor, pl_module: LightningModule) -> Tensor:
         """The whole loss, from the calls since the last one; `user_loss` itself where there were none."""
-        calls, self._calls[:] = list(self._calls), []
+        return self._whole_loss(user_loss, self._student.take(), pl_module)
+
+    def _whole_loss(self, user_loss: Tensor, calls: list[StudentCall], pl_module: LightningModule) -> Tensor:
         if not calls:
             return user_loss
         distillation, kd, feature = self.distillation, None, None
         if distillation.weight_kd:
-            kd = torch.stack([output_loss(output, theirs) for output, theirs, *_ in calls]).mean()
-        if any(pairs for *_, pairs in calls):
-            feature = torch.stack([distillation.feature_losses(self._all_found(hidden, pairs), theirs, pairs).mean()
-                                   for _, _, theirs, hidden, pairs in calls]).mean()
+            kd = torch.stack([output_loss(call.output, call.teacher_output) for call in calls]).mean()
+        if with_states := [call for call in calls if call.hidden]:
+            feature = torch.stack([self._feature_loss(call) for call in with_states]).mean()
         terms = distillation.total(user_loss, kd=kd, feature=feature, feature_weight=self._feature_weight(pl_module.trainer))
         total = terms.pop("loss")
         pl_module.log_dict({f"train/{name}": value.detach() for name, value in terms.items()})
         return total
 
-    def _all_found(self, hidden: Any, pairs: Any) -> Any:
+    def _feature_loss(self, call: StudentCall) -> Tensor:
+        pairs = self._student.pairs
         for path, of_path in pairs.items():
             for block, _ in of_path:
-                states = hidden[path].get(block)
-                if states is None or not (states if isinstance(states, Tensor) else states[0]).requires_grad:
-                    raise ValueError(f"Block {block} of '{self.module}.{path}' gave no hidden states with a gradient. Reentrant activation "
-                                     "checkpointing (use use_reentrant=False), blocks compiled before fit, or frozen weights do that.")
-        return hidden
+                place = f"Block {block} of '{self.module}.{path}'"
+                if block not in call.outputs[path]:
+                    raise ValueError(f"{place} did not run in a call of '{self.module}', so that its pair has no hidden states. Give pairs= "
+                                     "of blocks that always run, or set weight_feature=0.")  # fmt: skip
+                trained = any(p.requires_grad for p in self._student.outputs.collectors[path].blocks[block].parameters())
+                if trained and not needs_grad(call.outputs[path][block]):
+                    raise ValueError(f"{place} gave no hidden states with a gradient, though it has weights to train: it ran under "
+                                     "torch.no_grad, or reentrant activation checkpointing was given no input that requires a gradient "
+                                     "(use use_reentrant=False).")  # fmt: skip
+        return self.distillation.feature_losses(call.outputs, call.hidden, pairs).mean()
 
     def _feature_weight(self, trainer: Trainer) -> float:
         if not self.distillation.weight_feature:
             return 0.0
         num_steps = self.anneal_steps or int(trainer.estimated_stepping_batches)
-        return self.distillation.feature_weight(min(trainer.global_step, num_steps - 1), num_steps)
+        step = trainer.global_step if self._count_all else self._num_batches_stepped
+        return self.distillation.feature_weight(min(step, num_steps - 1), num_steps)
 
-    def _ask_teacher(self, args: tuple, kwargs: dict, pairs: Any) -> tuple[Any, Any]:
-        if not (self.distillation.weight_kd or pairs):
-            return None, {}
-        like = next(self.teacher.parameters())
-        if like.device != self._device:
-            self.teacher.to(self._device)
-            like = next(self.teacher.parameters())
-        args, kwargs = _moved((args, kwargs), like)
-        devices = [like.device] if like.device.type == "cuda" else []
-        bare = getattr(self.teacher, "_orig_mod", self.teacher)
-        with torch.no_grad(), torch.random.fork_rng(devices), collecting(bare, pairs, 1) as hidden:
-            return self.teacher(*args, **kwargs), {path: dict(found) for path, found in hidden.items()}
+    # -- batches --------------------------------------------------------------------------------
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._step_before = trainer.global_step
+        self._trains = False
 
-    # -- batches ------------------------------------------------------------------------------------------------------------------------
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._device = torch.device(self.device) if self.device is not None else pl_module.device
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer) -> None:
+        mine = {id(p) for p in self._student.student.parameters()}
+        self._trains |= pl_module.automatic_optimization or any(id(p) in mine for g in optimizer.param_groups for p in g["params"])
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        self._calls.clear()
-        if not self._called:
-            raise ValueError(f"training_step did not call '{self.module}' with gradients in training mode, so there is nothing to distill. "
-                             "Give module= the path of the model that it calls, and put that in training mode.")
-        if self.offload:
-            self.teacher.to("cpu")
+        self._num_batches_stepped += trainer.global_step > self._step_before
+        left = len(self._student.calls) if not pl_module.automatic_optimization else 0
+        self._student.clear()
+        if self._trains:
+            self._check_called()
+        if left and self._trains:
+            rank_zero_warn(f"{left} calls of '{self.module}' were in no loss that was given to self.manual_backward, so nothing was "
+                           "distilled from them.")  # fmt: skip
+        self._teacher.rest()
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._num_batches_stepped:
+            self._check_called()
+
+    def _check_called(self) -> None:
+        if not self._student.num_recorded:
+            raise ValueError(f"training_step did not call '{self.module}' with gradients in training mode, so there is nothing to distill. "
+                             "Give module= the path of the model that it calls, and put that in training mode.")  # fmt: skip
+
+    # -- ending, checkpoints --------------------------------------------------------------------
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._remove()
 
@@ -204,11 +223,15 @@ class DistillationCallback(Callback):
             undo()
         self._undo = []
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"num_batches_stepped": self._num_batches_stepped}
 
-def _moved(tree: Any, like: Tensor) -> Any:
-    """`tree` with its tensors on the device of `like`; floating-point ones in its dtype, but timesteps and the like (1-D) in their own."""
-    if isinstance(tree, Tensor):
-        return tree.to(like.device, like.dtype if tree.is_floating_point() and tree.ndim > 1 else tree.dtype)
-    if isinstance(tree, dict):
-        return {key: _moved(value, like) for key, value in tree.items()}
-    return type(tree)(_moved(value, like) for value in tree) if type(tree) in (tuple, list) else tree
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._num_batches_stepped, self._restored = state_dict["num_batches_stepped"], True
+
+
+def _drops_at_random(module: nn.Module) -> bool:
+    """Whether it is a dropout or drop path with a rate above 0."""
+    rates = (getattr(module, name, None) for name in ("p", "drop_prob", "dropout"))
+    named = "drop" in type(module).__name__.lower() or isinstance(module, nn.MultiheadAttention)
+    return named and any(isinstance(rate, (int, float)) and rate > 0 for rate in rates)

@@ -6,28 +6,20 @@ data with the data itself, and feature the hidden states of paired layers. Publi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tinyfusion_pl.distill.features import HiddenStates, check_feature_mask, float_tensors, paired_feature_loss
-from tinyfusion_pl.pruning import get_stack, linear_anneal
+from tinyfusion_pl.distill.features import check_feature_mask, feature_loss
+from tinyfusion_pl.distill.hidden_states import BlockOutputs, HiddenStates, Layout, float_tensors
+from tinyfusion_pl.distill.pairs import Pairs
+from tinyfusion_pl.pruning import linear_anneal
 
-Pairs = Mapping[str, Sequence[tuple[int, int]]]
-Hidden = Mapping[str, Mapping[int, Any]]  # hidden states by stack path and block
-
-
-def check_pairs(pairs: Pairs, student: nn.Module, teacher: nn.Module) -> None:
-    """`ValueError` unless each (student block, teacher block) of `pairs` is in the stacks of its path."""
-    for path, of_path in pairs.items():
-        sizes = len(get_stack(student, path)), len(get_stack(teacher, path))
-        for pair in of_path:
-            if len(pair) != 2 or not all(0 <= index < size for index, size in zip(pair, sizes)):
-                raise ValueError(f"Layer pair {list(pair)} of '{path}' does not fit: a pair is (student block 0..{sizes[0] - 1}, "
-                                 f"teacher block 0..{sizes[1] - 1}).")
+Outputs = Mapping[str, Mapping[int, Any]]  # what blocks returned, by stack path and block
+Hidden = Mapping[str, Mapping[int, tuple[Layout, Mapping[Any, Tensor]]]]  # hidden states, and where a block's output has them
 
 
 class Distillation:
@@ -74,23 +66,42 @@ class Distillation:
         states are collected.
         """
         pairs = pairs if feature_weight else {}
-        with collecting(student, pairs, 0) as hidden:
+        with StudentOutputs(student, pairs) as outputs:
             output = student(draw.x_t, draw.t, y)
         data, kd, feature = objective.losses(output, draw)["loss"], None, None
         if self.weight_kd or pairs:
-            with torch.no_grad(), collecting(teacher, pairs, 1) as teacher_hidden:
+            with torch.no_grad(), TeacherStates(teacher, pairs) as hidden:
                 teacher_output = teacher(draw.x_t, draw.t, y)
             if self.weight_kd:
                 kd = objective.distillation_losses(output, teacher_output, draw)["loss_kd"]
             if pairs:
-                feature = self.feature_losses(hidden, teacher_hidden, pairs)
+                feature = self.feature_losses(outputs.take(), hidden.take(), pairs)
         return self.total(data, kd=kd, feature=feature, feature_weight=feature_weight)
 
-    def feature_losses(self, hidden: Hidden, teacher_hidden: Hidden, pairs: Pairs) -> Tensor:
-        """Representation distillation of one call, averaged over the pairs of all stacks. (N,)"""
-        each = [paired_feature_loss(hidden[path][s], teacher_hidden[path][t], mask=self.feature_mask, num_sigma=self.num_sigma)
-                for path, of_path in pairs.items() for s, t in of_path]
+    def feature_losses(self, outputs: Outputs, hidden: Hidden, pairs: Pairs) -> Tensor:
+        """Representation distillation of one call, averaged over the streams of a pair and the pairs of all stacks. (N,)
+
+        Args:
+            outputs: What the student's blocks returned.
+            hidden: The teacher's hidden states.
+            pairs: The layer pairs.
+
+        Raises:
+            ValueError: where a pair has no hidden states in common, or of unequal shapes.
+        """
+        each = []
+        for path, of_path in pairs.items():
+            for block, teacher_block in of_path:
+                layout, theirs = hidden[path][teacher_block]
+                ours = layout.take(outputs[path][block])
+                if not (common := [key for key in theirs if key in ours]):
+                    raise ValueError(f"Block {block} of the student's '{path}' returns none of the hidden states of the teacher's block "
+                                     f"{teacher_block}, its pair. Pair blocks of the same class.")
+                each.append(torch.stack([self._feature_loss(ours[key], theirs[key]) for key in common]).mean(0))
         return torch.stack(each).mean(0)
+
+    def _feature_loss(self, ours: Tensor, theirs: Tensor) -> Tensor:
+        return feature_loss(ours, theirs.to(ours.device), mask=self.feature_mask, num_sigma=self.num_sigma)
 
     def total(self, data: Tensor, *, kd: Tensor | None, feature: Tensor | None, feature_weight: float) -> dict[str, Tensor]:
         """The weighted sum "loss" and its terms; terms that are None are left out."""
@@ -102,22 +113,82 @@ class Distillation:
         return {"loss": total, **terms}
 
 
-@contextmanager
-def collecting(model: nn.Module, pairs: Pairs, side: int) -> Iterator[Hidden]:
-    """Collects the hidden states of the paired blocks of `model` while it runs; side 0 is the student's, 1 the teacher's."""
-    with ExitStack() as stack:
-        yield {path: stack.enter_context(HiddenStates(model, path, [pair[side] for pair in of_path])) for path, of_path in pairs.items()}
+class _OfAllStacks(ExitStack):
+    """Collects from the blocks of several stacks while a model runs."""
+
+    def __init__(self, collectors: Mapping[str, BlockOutputs]) -> None:
+        super().__init__()
+        self.collectors = collectors
+
+    def __enter__(self):
+        super().__enter__()
+        for collector in self.collectors.values():
+            self.enter_context(collector)
+        return self
+
+    def start(self) -> None:
+        """Collect anew."""
+        for collector in self.collectors.values():
+            collector.found = {}
+
+    def stop(self) -> None:
+        """Collect nothing until the next `start`."""
+        for collector in self.collectors.values():
+            collector.found = None
+
+
+class StudentOutputs(_OfAllStacks):
+    """What the student's paired blocks return while it runs."""
+
+    def __init__(self, student: nn.Module, pairs: Pairs, collector: type[BlockOutputs] = BlockOutputs) -> None:
+        super().__init__({path: collector(student, path, [s for s, _ in of_path]) for path, of_path in pairs.items()})
+
+    def take(self) -> dict[str, dict[int, Any]]:
+        """What was collected since the start."""
+        return {path: dict(collector.found) for path, collector in self.collectors.items()}
+
+
+class TeacherStates(_OfAllStacks):
+    """The hidden states of the teacher's paired blocks while it runs."""
+
+    def __init__(self, teacher: nn.Module, pairs: Pairs, streams: Mapping[str, list[str]] | None = None) -> None:
+        given = streams or {}
+        super().__init__({path: HiddenStates(teacher, path, [t for _, t in of_path], streams=given.get(path))
+                          for path, of_path in pairs.items()})
+
+    def take(self) -> dict[str, dict[int, tuple[Layout, dict[Any, Tensor]]]]:
+        """What was collected since the start."""
+        taken: dict[str, dict[int, tuple[Layout, dict[Any, Tensor]]]] = {}
+        for path, collector in self.collectors.items():
+            taken[path] = {}
+            for block, states in collector.found.items():
+                layout = collector.layouts[block]
+                taken[path][block] = (layout, dict(zip(layout.keys, states if isinstance(states, tuple) else (states,))))
+        return taken
+
+
+_BY_THE_WAY = ("loss", "hidden_states", "attentions", "cross_attentions", "past_key_values")
+"""What models of transformers return beside their prediction, where they are asked to."""
 
 
 def output_loss(output: Any, teacher_output: Any) -> Tensor:
     """Mean squared error of what two models return, in float32, averaged over its tensors; of tensors, tuples, lists, `ModelOutput`.
 
+    Losses that the models computed themselves (tensors without axes) and `ModelOutput`'s records of single layers do not count.
+
     Raises:
         ValueError: when the outputs do not hold equal numbers of tensors of equal shapes.
     """
-    ours, theirs = float_tensors(output), float_tensors(teacher_output)
+    ours, theirs = predictions(output), predictions(teacher_output)
     shapes = [[tuple(t.shape) for t in tensors] for tensors in (ours, theirs)]
     if not ours or shapes[0] != shapes[1]:
         raise ValueError(f"The student returns floating-point tensors of shapes {shapes[0]}, the teacher {shapes[1]}. They must be equal "
                          "and at least one: give a teacher of the student's class and widths.")
     return torch.stack([(s.float() - t.to(s.device).float()).square().mean() for s, t in zip(ours, theirs)]).mean()
+
+
+def predictions(output: Any) -> list[Tensor]:
+    """The floating-point tensors in what a model returned that say what it predicts."""
+    if isinstance(output, Mapping):
+        output = {key: value for key, value in output.items() if key not in _BY_THE_WAY}
+    return [tensor for tensor in float_tensors(output) if tensor.ndim]

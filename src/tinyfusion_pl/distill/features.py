@@ -6,13 +6,8 @@ what lies k standard deviations or more from the mean.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
 import torch
-from torch import Tensor, nn
-
-from tinyfusion_pl.pruning import get_stack
+from torch import Tensor
 
 FEATURE_MASKS = ("reference", "joint", "none")
 
@@ -59,72 +54,3 @@ def feature_loss(student: Tensor, teacher: Tensor, *, mask: str = "reference", n
             keep_student = keep_teacher = keep_student & keep_teacher
         difference = student * keep_student - teacher * keep_teacher
     return difference.float().square().flatten(1).mean(1)
-
-
-class HiddenStates:
-    """Context manager that collects the hidden states that some blocks of a stack return while a model runs.
-
-    A tensor for each block, or a tuple of them where its blocks carry several streams (see `hidden_streams`).
-
-    Example::
-
-        with HiddenStates(model, "blocks", [3, 7]) as hidden:
-            model(x, t, y)
-        hidden[7]  # (N, T, D)
-    """
-
-    def __init__(self, model: nn.Module, path: str, blocks: Sequence[int]) -> None:
-        stack = get_stack(model, path)
-        if wrong := [index for index in blocks if not 0 <= index < len(stack)]:
-            raise ValueError(f"Blocks {wrong} are not in '{path}', which has blocks 0..{len(stack) - 1}.")
-        self.blocks = {index: stack[index] for index in blocks}
-
-    def __enter__(self) -> dict[int, Tensor | tuple[Tensor, ...]]:
-        self.found: dict[int, Tensor | tuple[Tensor, ...]] = {}
-        self.handles = [block.register_forward_hook(self._collector(index), with_kwargs=True)
-                        for index, block in self.blocks.items()]
-        return self.found
-
-    def __exit__(self, *exc) -> None:
-        for handle in self.handles:
-            handle.remove()
-
-    def _collector(self, index: int):
-        @torch._dynamo.disable
-        def collect(module, args, kwargs, output):
-            if torch._C._current_graph_task_id() == -1:  # not when activation checkpointing runs the block again in backward
-                streams = hidden_streams(args, kwargs, output)
-                self.found[index] = streams[0] if len(streams) == 1 else streams
-        return collect
-
-
-def hidden_streams(args: tuple, kwargs: dict[str, Any], output: Any) -> tuple[Tensor, ...]:
-    """The hidden states that a block returned: of several tensors, those with the shape of one that it was given.
-
-    A two-stream block returns (text, image); attention weights and the like are left out.
-    """
-    if isinstance(output, Tensor):
-        return (output,)
-    tensors = float_tensors(output)
-    shapes = {tensor.shape for tensor in float_tensors([args, kwargs])}
-    return tuple(tensor for tensor in tensors if tensor.shape in shapes) or tuple(tensors[:1])
-
-
-def float_tensors(tree: Any) -> list[Tensor]:
-    """The floating-point tensors in nested tuples, lists and mappings (diffusers' `ModelOutput` is one), in order."""
-    if isinstance(tree, Tensor):
-        return [tree] if tree.is_floating_point() else []
-    if isinstance(tree, Mapping):
-        tree = list(tree.values())
-    return [tensor for item in tree for tensor in float_tensors(item)] if isinstance(tree, (tuple, list)) else []
-
-
-def paired_feature_loss(student: Any, teacher: Any, **options: Any) -> Tensor:
-    """`feature_loss` of one pair of blocks, averaged over their streams. (N,)"""
-    if isinstance(student, Tensor) and isinstance(teacher, Tensor):
-        return feature_loss(student, teacher, **options)
-    student, teacher = (list(s) if isinstance(s, tuple) else [s] for s in (student, teacher))
-    if len(student) != len(teacher):
-        raise ValueError(f"The paired blocks of student and teacher return {len(student)} and {len(teacher)} hidden states. Pair blocks "
-                         "of the same class.")
-    return torch.stack([feature_loss(s, t, **options) for s, t in zip(student, teacher)]).mean(0)

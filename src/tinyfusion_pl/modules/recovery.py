@@ -6,19 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tinyfusion_pl.distill import Distillation, check_pairs
+from tinyfusion_pl.distill import Distillation, Teacher, check_pairs
 from tinyfusion_pl.modules.denoising import Denoising
 from tinyfusion_pl.pruning import Decision
-
-
-class _Aside:
-    """Holds a module so that it is neither a submodule (checkpoints, DDP, optimizers) nor copied with its holder (weight averaging)."""
-
-    def __init__(self, module: nn.Module | None) -> None:
-        self.module = module
-
-    def __deepcopy__(self, memo: Any) -> _Aside:
-        return self
 
 
 class Recovery(Denoising):
@@ -44,7 +34,7 @@ class Recovery(Denoising):
         self.distillation = distillation or Distillation()
         if self.distillation.needs_teacher and teacher is None:
             raise ValueError("Distillation needs a teacher. Give one, or set weight_kd and weight_feature to 0 for plain fine-tuning.")
-        self._teacher = _Aside(None if teacher is None else teacher.eval().requires_grad_(False))
+        self._teacher = None if teacher is None else Teacher(teacher)
         self.pairs = self.distillation.pairs
         if self.pairs is None and decision is not None:
             self.pairs = {path: stack.layer_pairs() for path, stack in decision.stacks.items()}
@@ -55,12 +45,12 @@ class Recovery(Denoising):
 
     @property
     def teacher(self) -> nn.Module | None:
-        return self._teacher.module
+        return None if self._teacher is None else self._teacher.model
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
-        if self.teacher is not None:
-            self.teacher.to(self.device)
+        if self._teacher is not None:
+            self._teacher.wake(self.device)
 
     def losses(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         weight = self.distillation.feature_weight(self.global_step, int(self.trainer.estimated_stepping_batches))

@@ -179,7 +179,8 @@ def _only_touches(index: int, axis: int, names: Iterable[str], stream_axis: int,
         changed[n] = tensor
     touched = False
     for key, out in run(changed).items():
-        difference = (out.float() - reference[key].float()).abs().movedim(stream_axis, 0).flatten(1).amax(1)
+        difference = (out.float() - reference[key].float()).abs().movedim(stream_axis, 0)
+        difference = difference.reshape(len(difference), -1).amax(1)
         moved = difference > _tolerance(reference[key])
         if moved[torch.arange(len(moved), device=moved.device) != index].any():
             return False

@@ -208,9 +208,11 @@ def _check_gradients(gated: GatedForward, call: Call) -> None:
             wanted = [mask, *leaves.values(), *parameters]
             grads = torch.autograd.grad(loss, wanted, allow_unused=True)
             results.append([torch.zeros_like(w) if g is None else g for w, g in zip(wanted, grads)])
+    device = first.device.type
+    computed = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float64
     sizes = [plain.float().abs().max().item() if plain.numel() else 0.0 for plain in results[1]]
     for ours, plain, size in zip(*results, sizes):
-        eps = torch.finfo(plain.dtype).eps
+        eps = max(torch.finfo(dtype).eps for dtype in (plain.dtype, computed))  # the coarser one rounds
         # A gradient that is zero but for rounding (a bias of attention's keys) is as exact as the others are large.
         allowed = max(size * max(1e-2, 100 * eps), max(sizes) * max(1e-4, 10 * eps), 1e-8)
         if plain.numel() and (ours.float() - plain.float()).abs().max().item() > allowed:

@@ -1,0 +1,156 @@
+"""Hidden states that some blocks of a model return, collected while it runs.
+
+A block may carry several streams (text and image), return None for one of them (the last block of SD3), or have its batch on
+axis 1 (``batch_first=False``). Where hidden states and batch are is found as for gates: by name, and by running the block once.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tinyfusion_pl.pruning import get_stack
+from tinyfusion_pl.pruning.batch_axes import plan_batch, shape_key
+from tinyfusion_pl.pruning.calls import Call, block_signature, unwrapped
+from tinyfusion_pl.pruning.streams import Key, items_of
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a block's output holds its hidden states: their keys in it (None where it is the tensor), and their batch axis."""
+
+    keys: tuple[Key, ...]
+    axis: int
+
+    def take(self, output: Any) -> dict[Key, Tensor]:
+        """The hidden states in `output`, batch first; without those that it has None for."""
+        items = items_of(output)
+        if len(self.keys) == len(items) == 1:  # a tensor, and a tuple with nothing but that
+            return {self.keys[0]: next(iter(items.values())).movedim(self.axis, 0)}
+        return {key: items[key].movedim(self.axis, 0) for key in self.keys if isinstance(items.get(key), Tensor)}
+
+
+_LAYOUTS: weakref.WeakKeyDictionary[nn.Module, dict[tuple, Layout]] = weakref.WeakKeyDictionary()
+
+
+def layout_of(block: nn.Module, call: Call, output: Any, *, given: Sequence[str] | None, name: str) -> Layout:
+    """The layout of what `block` returned for `call`; the block is run a few times, once for each pattern of shapes.
+
+    Raises:
+        ValueError: when the hidden states, or their batch axis, cannot be told.
+    """
+    known = _LAYOUTS.setdefault(block, {})
+    key = (tuple(given or ()), *shape_key(call))
+    if key not in known:
+        known[key] = _find_layout(unwrapped(block), call, output, given, name)
+    return known[key]
+
+
+def _find_layout(block: nn.Module, call: Call, output: Any, given: Sequence[str] | None, name: str) -> Layout:
+    try:
+        plan = plan_batch(block, block.forward, call, given=list(given) if given else None, name=name)
+        return Layout(tuple(key for key in items_of(output) if key in plan.streams.inputs), plan.axis)
+    except ValueError:
+        # Not a block that could be dropped, because its hidden states change their shape; if there is one of them, that is it.
+        found = [key for key, item in items_of(output).items() if isinstance(item, Tensor) and item.is_floating_point()]
+        sequence_first = any(getattr(m, "batch_first", True) is False for m in block.modules())
+        if given or len(found) != 1 or sequence_first:
+            raise
+        return Layout((found[0],), 0)
+
+
+class BlockOutputs:
+    """Context manager that collects what some blocks of a stack return while a model runs.
+
+    Attributes:
+        found: Outputs by block; set it to an empty mapping before a further run. While it is None nothing is collected.
+    """
+
+    def __init__(self, model: nn.Module, path: str, blocks: Sequence[int]) -> None:
+        stack = get_stack(model, path)
+        if wrong := [index for index in blocks if not 0 <= index < len(stack)]:
+            raise ValueError(f"Blocks {wrong} are not in '{path}', which has blocks 0..{len(stack) - 1}.")
+        self.path, self.blocks = path, {index: stack[index] for index in blocks}
+        self.found: dict[int, Any] | None = None
+
+    def __enter__(self) -> dict[int, Any]:
+        self.found = {}
+        self.handles = [
+            block.register_forward_hook(self._hook(index), with_kwargs=True) for index, block in self.blocks.items()
+        ]
+        return self.found
+
+    def __exit__(self, *exc) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def _hook(self, index: int):
+        @torch._dynamo.disable
+        def collect(block, args, kwargs, output):
+            return self._collect(index, block, args, kwargs, output)
+
+        return collect
+
+    def _collect(self, index: int, block: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        if self.found is not None and not in_backward():
+            self.found[index] = output
+
+
+class HiddenStates(BlockOutputs):
+    """Context manager that collects the hidden states that some blocks of a stack return while a model runs.
+
+    A tensor for each block, or a tuple of them where its blocks carry several streams, in the order in which it returns them.
+
+    Args:
+        model: The model.
+        path: Path of the stack.
+        blocks: Places of the blocks.
+        streams: Names of the blocks' arguments that are hidden states, where they cannot be found.
+
+    Attributes:
+        layouts: By block, where its output held them.
+
+    Example::
+
+        with HiddenStates(model, "blocks", [3, 7]) as hidden:
+            model(x, t, y)
+        hidden[7]  # (N, T, D)
+    """
+
+    def __init__(self, model: nn.Module, path: str, blocks: Sequence[int], *, streams: Sequence[str] | None = None) -> None:
+        super().__init__(model, path, blocks)
+        self.streams = streams
+        self.layouts: dict[int, Layout] = {}
+
+    def _collect(self, index: int, block: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        if self.found is None or in_backward():
+            return
+        call, name = Call(block_signature(block), args, kwargs), f"{self.path}.{index}"
+        self.layouts[index] = layout_of(block, call, output, given=self.streams, name=name)
+        states = tuple(self.layouts[index].take(output).values())
+        self.found[index] = states[0] if len(states) == 1 else states
+
+
+
+def in_backward() -> bool:
+    """Whether activation checkpointing is running a module again."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def float_tensors(tree: Any) -> list[Tensor]:
+    """The floating-point tensors in nested tuples, lists and mappings (diffusers' `ModelOutput` is one), in order."""
+    if isinstance(tree, Tensor):
+        return [tree] if tree.is_floating_point() else []
+    if isinstance(tree, Mapping):
+        tree = list(tree.values())
+    return [tensor for item in tree for tensor in float_tensors(item)] if isinstance(tree, (tuple, list)) else []
+
+
+def needs_grad(tree: Any) -> bool:
+    """Whether a tensor in it requires a gradient; of calls without a graph, only a checkpointed one is given such."""
+    return any(tensor.requires_grad for tensor in float_tensors(tree))
