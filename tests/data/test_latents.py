@@ -407,14 +407,14 @@ def rescaled(root, factor):
 def test_shards_of_an_unusual_scale_are_reported(root, scale, said):
     description = read_json(root / "latents.json")
     write_json(root / "latents.json", {**description, "content": "sample"})
-    rescale_samples(root, scale / 0.18215)
+    rescaled(root, scale / 0.18215)
     with pytest.warns(UserWarning, match=said):
         data(root)
 
 
 @pytest.mark.parametrize("scale", [1e-6, 100])
 def test_shards_of_an_impossible_scale_are_refused(root, scale):
-    rescale_samples(root, scale / 0.18215)
+    rescaled(root, scale / 0.18215)
     with pytest.raises(ArtifactError, match="where about 1 is usual: they are damaged|holds values up to"):
         data(root)
 

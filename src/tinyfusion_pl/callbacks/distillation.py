@@ -166,7 +166,8 @@ class DistillationCallback(Callback):
             for block, _ in of_path:
                 place = f"Block {block} of '{self.module}.{path}'"
                 if block not in call.outputs[path]:
-                    raise ValueError(f"{place} did not run in a call of '{self.module}', so that its pair has no hidden states. Give pairs= "
+                    raise ValueError(f"{place} did not run in a call of '{self.module}', so that its pair has no hidden "
+                                     "states. Give pairs= "
                                      "of blocks that always run, or set weight_feature=0.")  # fmt: skip
                 trained = any(p.requires_grad for p in self._student.outputs.collectors[path].blocks[block].parameters())
                 if trained and not needs_grad(call.outputs[path][block]):

@@ -40,7 +40,8 @@ def _about(told: str, leaves: dict[str, Any]) -> str | None:
             if re.search(rf"(?<![\w.])(?i:{names[full]}){between}(?:{'|'.join(texts)})(?!\w)", told, re.DOTALL):
                 return full
     mentioned = [full for full in leaves if re.search(rf"(?<![\w.]){names[full]}\b", told)]
-    quoted = [full for full, value in leaves.items() if isinstance(value, str) and (repr(value) in told and value or len(value) > 4 and value in told)]
+    quoted = [full for full, value in leaves.items() if isinstance(value, str) and
+              (repr(value) in told and value or len(value) > 4 and value in told)]
     return next((found[0] for found in (mentioned, quoted) if len(found) == 1), None)
 
 

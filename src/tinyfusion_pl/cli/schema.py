@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any, Literal, Union
+from typing import Any, Literal
 
 from tinyfusion_pl.cli.kinds import Built, Kind
 
@@ -76,15 +76,15 @@ class Plain:
     settings: dict[str, Any]
 
 
-PICTURES = Union[str, Built]
+PICTURES = str | Built
 TRAINER = Kind(Built)
 MAIN = Plain({
-    "name": Kind(str), "seed": Kind(int, least=0, most=MAX_SEED), "recipe": Kind(Union[str, None]), "run_dir": Kind(str),
+    "name": Kind(str), "seed": Kind(int, least=0, most=MAX_SEED), "recipe": Kind(str | None), "run_dir": Kind(str),
     "paths": Plain({"output_dir": Kind(str)}),
     "averaging": Plain({"decay": Kind(float, least=0, most=1 - 1e-12)}),
     "dry_run": Plain({"num_iterations": Kind(int, least=1, most=10**6)}),
-    "adapter": Plain({"weight_update": Kind(Union[Literal["lora", "full", "frozen"], Built])}),
-    "logger": Plain({"factory": Kind(Union[Built, None])}),
+    "adapter": Plain({"weight_update": Kind(Literal["lora", "full", "frozen"] | Built)}),
+    "logger": Plain({"factory": Kind(Built | None)}),
     "measure": Plain({"trainer": TRAINER, "files": Kind(Built), "samples": Kind(PICTURES), "reference": Kind(PICTURES)}),
     "reference": Plain({"trainer": TRAINER, "files": Kind(Built), "pictures": Kind(PICTURES), "output": Kind(str)}),
     **{name: Kind(Built) for name in ("task", "model", "data", "objective", "pruning", "distill", "metrics", "learn_mask", "recover",

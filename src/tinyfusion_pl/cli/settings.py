@@ -41,7 +41,8 @@ def check_sweep(arguments: Sequence[str]) -> None:
     if not options.multirun or options.config_dir or options.config_name or not options.overrides:
         return
     parsed = OverridesParser.create().parse_overrides(options.overrides)
-    if not any(each.is_sweep_override() or each.key_or_group in ("sweep", "experiment") or "hydra." in each.key_or_group for each in parsed):
+    names = ("sweep", "experiment")
+    if not any(p.is_sweep_override() or p.key_or_group in names or "hydra." in p.key_or_group for p in parsed):
         raise ValueError(f"-m runs a sweep, but no setting has several values ({' '.join(options.overrides)}). Give values with commas, as "
                          "seed=0,1, or +sweep=NAME; or leave out -m.")
 
@@ -49,7 +50,8 @@ def check_sweep(arguments: Sequence[str]) -> None:
 def check_single(sweeper: DictConfig) -> None:
     """Refuse a sweep's values without ``-m``: none of them would be used."""
     if params := sweeper.get("params"):
-        raise ValueError(f"+sweep gives several values ({', '.join(f'{key}={value}' for key, value in params.items())}), but without -m one run "
+        raise ValueError(f"+sweep gives several values ({', '.join(f'{key}={value}' for key, value in params.items())}), but "
+                         "without -m one run "
                          "is made, with none of them. Add -m.")
 
 
@@ -132,7 +134,8 @@ class _Door:
             return
         for name in task:
             if name not in ("stages", "overrides", "run_dir", *SPECIAL) and not OmegaConf.is_interpolation(task, name):
-                self.tell(f"task.{name}", f"task.{name} is {shown(_raw(task, name))}; a task takes it from the rest of the configuration. Leave "
+                self.tell(f"task.{name}", f"task.{name} is {shown(_raw(task, name))}; a task takes it from the rest of the "
+                                          "configuration. Leave "
                                      f"it out and set {name} there.")
 
     def is_referred_to(self, name: str) -> bool:

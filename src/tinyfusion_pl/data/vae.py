@@ -126,8 +126,8 @@ def load_vae(source: str | Path | None, *, architecture: str = "sd", variant: st
             ``kl16.ckpt``) or of diffusers' names, those of its attention layers older or newer; the name of a hub repository
             (``stabilityai/sd-vae-ft-ema``); or ``"random"``.
         architecture: ``"sd"`` or ``"mar"``: what a file, or ``"random"``, is built as. A folder or repository says it itself.
-        variant: Of a folder or repository, ``"fp16"`` for ``diffusion_pytorch_model.fp16.safetensors``; None: the plain file or, in a folder
-            that has none, its only variant.
+        variant: Of a folder or repository, ``"fp16"`` for ``diffusion_pytorch_model.fp16.safetensors``; None: the plain file or, in a
+            folder that has none, its only variant.
         options: See `VAE`.
 
     Raises:

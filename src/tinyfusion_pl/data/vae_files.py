@@ -54,7 +54,8 @@ def read_vae_folder(folder: Path, *, variant: str | None) -> Any:
         outline = build().state_dict()
     lacking = [key for key, value in outline.items() if key not in state or state[key].shape != value.shape]
     if lacking:
-        raise ArtifactError(f"The VAE {folder} lacks {len(lacking)} weights, {', '.join(lacking[:NUM_NAMED])} among them, of the shapes that "
+        raise ArtifactError(f"The VAE {folder} lacks {len(lacking)} weights, {', '.join(lacking[:NUM_NAMED])} among them, of "
+                            "the shapes that "
                             f"its {CONFIG} asks for. {remedy}")
     if rest := [key for key in state if key not in outline]:
         rank_zero_warn(f"{file} holds {len(rest)} weights that its {CONFIG} does not know, which are left out: "
@@ -81,6 +82,7 @@ def _builder(config: Mapping[str, Any], state: Mapping[str, Tensor], folder: Pat
         try:
             return AutoencoderKL.from_config(dict(config))
         except Exception as error:  # what a wrong setting ends in is up to diffusers
-            raise ArtifactError(f"{folder / CONFIG} describes no {CLASS} ({type(error).__name__}: {error}). Copy the folder again.") from error
+            raise ArtifactError(f"{folder / CONFIG} describes no {CLASS} ({type(error).__name__}: {error}). "
+                                "Copy the folder again.") from error
 
     return build

@@ -95,7 +95,8 @@ def _holds_values(tensor: Tensor) -> bool:
 
 def reset_compiled(*models: nn.Module) -> bool:
     """Have compiled parts of `models` compiled again at their next call, with the hooks that are on them then; whether there are any."""
-    compiled = any(hasattr(m, "_orig_mod") or m.__dict__.get("_compiled_call_impl") is not None for model in models for m in model.modules())
+    modules = [module for model in models for module in model.modules()]
+    compiled = any(hasattr(m, "_orig_mod") or m.__dict__.get("_compiled_call_impl") is not None for m in modules)
     if compiled:
         torch.compiler.reset()
     return compiled

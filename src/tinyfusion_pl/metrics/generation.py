@@ -28,9 +28,9 @@ class GenerationMetrics(nn.Module):
 
     Args:
         feature_network: Gives `Features`; frozen here, and kept in evaluation mode and full precision.
-        metrics: Name -> metric of `Features`, None to leave one out; default: ``fid``, ``sfid`` where there are spatial features, ``inception_score`` and
-            ``accuracy`` where there are logits (accuracy unless the network says that they are never the data's classes), and
-            ``precision_recall``.
+        metrics: Name -> metric of `Features`, None to leave one out; default: ``fid``, ``sfid`` where there are spatial features,
+            ``inception_score`` and ``accuracy`` where there are logits (accuracy unless the network says that they are
+            never the data's classes), and ``precision_recall``.
 
     Example:
         >>> from tinyfusion_pl.data import DigitsDataModule

@@ -72,7 +72,8 @@ def check_arguments(name: str, arguments: Mapping[str, Any], where: str) -> None
     known = {key: _type_name(parameter.annotation) for key, parameter in model_arguments(name).items()}
     for argument, value in arguments.items():
         if argument not in known:
-            raise ArtifactError(f"{where}.{argument} is no argument of {name}; it has {', '.join(known)}. Install the version that the file "
+            raise ArtifactError(f"{where}.{argument} is no argument of {name}; it has {', '.join(known)}. Install the "
+                                "version that the file "
                                 "was written with, or copy it again.")
         expected = known[argument]
         fits = {"int": type(value) is int and abs(value) < 2**31, "bool": isinstance(value, bool),

@@ -101,7 +101,8 @@ def _sound(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     claimed, there = sum(each.numel() * each.element_size() for each in state.values()), path.stat().st_size
     if claimed > MAX_TIES * there:
         largest = max(state, key=lambda key: state[key].numel())
-        raise ArtifactError(f"{path} has {there} bytes, and its tensors claim {claimed}, {largest} {tuple(state[largest].shape)} among them: "
+        raise ArtifactError(f"{path} has {there} bytes, and its tensors claim {claimed}, {largest} "
+                            f"{tuple(state[largest].shape)} among them: "
                             "it is damaged, or its tensors are expanded views. Save them with tensor.clone().")
     return state
 

@@ -62,7 +62,8 @@ def _from_place(state: Mapping[str, Tensor], plain: Mapping[str, Tensor], marks:
 def _shape(state: Mapping[str, Tensor], key: str, num_axes: int, where: str | Path) -> tuple[int, ...]:
     shape = tuple(state[key].shape)
     if len(shape) != num_axes or 0 in shape:
-        raise ArtifactError(f"{where} holds {key} of shape {shape}; {num_axes} axes, none of them empty, were expected. It is damaged, or of "
+        raise ArtifactError(f"{where} holds {key} of shape {shape}; {num_axes} axes, none of them empty, were expected. It "
+                            "is damaged, or of "
                             "another model.")
     return shape
 
@@ -104,7 +105,8 @@ def _num_blocks(state: Collection[str], path: str, where: str | Path) -> int:
     numbers = {int(part) for part in parts if BLOCK_NUMBER.fullmatch(part)}
     if numbers and len(numbers) != max(numbers) + 1:
         lacking = next(number for number in range(len(numbers) + 1) if number not in numbers)
-        raise ArtifactError(f"{where} holds {len(numbers)} blocks of '{path}' up to number {max(numbers)}, and no {path}.{lacking}. Blocks are "
+        raise ArtifactError(f"{where} holds {len(numbers)} blocks of '{path}' up to number {max(numbers)}, and no "
+                            f"{path}.{lacking}. Blocks are "
                             "numbered 0, 1, 2, ... without a gap: the file is damaged, or its blocks were dropped and not renumbered.")
     return len(numbers)
 

@@ -44,7 +44,8 @@ def fitting_state(model: nn.Module, state: Mapping[str, Tensor], where: str | Pa
         "unexpected": [f"{k} {tuple(found[k].shape)}" for k in found if k not in own],
         "of another shape": [f"{k} {tuple(found[k].shape)} instead of {tuple(own[k].shape)}" for k in own
                              if k in found and found[k].shape != own[k].shape],
-        "of another type": [f"{k} {found[k].dtype} instead of {own[k].dtype}" for k in own if k in found and not _castable(found[k], own[k])],
+        "of another type": [f"{k} {found[k].dtype} instead of {own[k].dtype}" for k in own
+                            if k in found and not _castable(found[k], own[k])],
     }
     if any(problems.values()):
         said = "; ".join(f"{len(keys)} {what}: {', '.join(keys[:NUM_NAMED])}{', ...' if len(keys) > NUM_NAMED else ''}"

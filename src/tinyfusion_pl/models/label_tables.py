@@ -19,8 +19,8 @@ def label_arguments(state: Mapping[str, Tensor], given: Mapping[str, Any], where
     """``num_classes`` and, without a null row, ``class_dropout_prob`` 0, as the label table of `state` shows them; empty without a table.
 
     A table of n rows is one of n classes, trained without label dropout, or of n - 1 and the null label. What is stated decides: `given`
-    has ``class_dropout_prob``, or the ``num_classes`` of the caller or of the registered model. Where none of it does, the null label, which
-    guidance needs, is assumed, and both readings are said.
+    has ``class_dropout_prob``, or the ``num_classes`` of the caller or of the registered model. Where none of it does, the null
+    label, which guidance needs, is assumed, and both readings are said.
 
     Args:
         named: The caller said which model it is: what does not fit its number of classes is left to be refused.

@@ -134,7 +134,8 @@ def load_library_model(folder: Path, entry: Mapping[str, Any], state: Mapping[st
     try:
         model, info = cls.from_pretrained(folder, local_files_only=True, use_safetensors=True, output_loading_info=True)
     except Exception as error:  # of many kinds: config, safetensors, shapes
-        raise ArtifactError(f"{folder} cannot be loaded by {library} as {name} ({type(error).__name__}: {error}). Copy the folder again.") from error
+        raise ArtifactError(f"{folder} cannot be loaded by {library} as {name} ({type(error).__name__}: {error}). Copy the "
+                            "folder again.") from error
     if wrong := [*info["missing_keys"], *info["mismatched_keys"]]:  # which the library leaves at random values
         raise ArtifactError(f"The weights in {folder} lack {len(wrong)} of those that its {CONFIG_FILES[0]} asks for, "
                             f"{', '.join(map(str, wrong[:3]))} among them. Copy the folder again.")
@@ -149,7 +150,8 @@ def _check_config(cls: type[nn.Module], folder: Path, state: Mapping[str, Tensor
         raise ArtifactError(f"{file} holds {type(config).__name__}, where a mapping was expected. Copy the folder again.")
     for path, value in leaves(config):
         if any(word in str(path[-1]) for word in COUNTING) and _largest(value) > max(len(state), MIN_COUNT):
-            raise ArtifactError(f"{file}: {'.'.join(map(str, path))!r} is {value!r:.80}, and the weights beside it are {len(state)} tensors. "
+            raise ArtifactError(f"{file}: {'.'.join(map(str, path))!r} is {value!r:.80}, and the weights beside it are "
+                                f"{len(state)} tensors. "
                                 "Copy the folder again.")
     try:
         with torch.device("meta"):

@@ -47,7 +47,9 @@ def under_prefix(state: Mapping[str, Tensor], expected: Iterable[str], where: st
     prefix = found[0]
     rest = [key for key in plain if not key.startswith(prefix) and plain[key].ndim]
     left = f" {len(rest)} other keys are left out: {', '.join(rest[:NUM_NAMED])}{', ...' if len(rest) > NUM_NAMED else ''}." if rest else ""
-    said = f"the prefix {prefix!r} was taken off the names of its weights" if prefix else "parts that wrappers put into names were taken off"
+    said = "parts that wrappers put into names were taken off"
+    if prefix:
+        said = f"the prefix {prefix!r} was taken off the names of its weights"
     warn(f"{where}: {said}.{left}")
     return {key.removeprefix(prefix): value for key, value in plain.items() if key.startswith(prefix)}
 

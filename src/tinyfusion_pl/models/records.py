@@ -16,7 +16,8 @@ RECORD = "record.json"
 MAX_BLOCKS = 10_000  # of a dense stack
 MISSING = object()
 COUNT, NUMBER, TEXT, NAMES, ROWS = "an integer >= 0", "a finite number", "text", "a mapping", "a list"
-STACK = {"pattern": TEXT, "num_blocks": COUNT, "kept_blocks": "a list of block numbers", "block_probabilities": "a list of numbers", "groups": ROWS}
+STACK = {"pattern": TEXT, "num_blocks": COUNT, "kept_blocks": "a list of block numbers",
+         "block_probabilities": "a list of numbers", "groups": ROWS}
 GROUP = {"start": COUNT, "num_kept": COUNT, "num_blocks": COUNT, "kept": "a list of block numbers", "confidence": NUMBER, "entropy": NUMBER}
 
 

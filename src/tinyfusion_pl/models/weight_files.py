@@ -74,7 +74,8 @@ def _read_parts(index: Path) -> dict[str, Tensor]:
     for name, part in places.items():
         check(part, f"weight_map.{name}", "text", index)
         if Path(part).name != part or Path(part).suffix not in (".safetensors", ".bin"):
-            raise ArtifactError(f"{index}: 'weight_map.{name}' is {part!r:.80}; the name of a .safetensors or .bin file beside it was expected.")
+            raise ArtifactError(f"{index}: 'weight_map.{name}' is {part!r:.80}; the name of a .safetensors or .bin file "
+                                "beside it was expected.")
     state: dict[str, Tensor] = {}
     for part in sorted(set(places.values())):
         held = _load(index.parent / part)
@@ -83,7 +84,8 @@ def _read_parts(index: Path) -> dict[str, Tensor]:
                                 f"{'in ' + places[wrong[0]] if wrong[0] in places else 'nowhere'}. Copy the folder again.")
         state |= held
     if lacking := [name for name in places if name not in state]:
-        raise ArtifactError(f"{index.parent / places[lacking[0]]} lacks {lacking[0]}, which {index.name} says it holds. Copy the folder again.")
+        raise ArtifactError(f"{index.parent / places[lacking[0]]} lacks {lacking[0]}, which {index.name} says it holds. Copy "
+                            "the folder again.")
     return state
 
 

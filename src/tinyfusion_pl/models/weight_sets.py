@@ -70,11 +70,13 @@ def _of_kind(sets: list[WeightSet], weights: str, path: Path) -> WeightSet:
         alike = [each for each in of[UNSTATED] if _same_model(each, chosen)]
         if alike:
             what = {EMA: "the averaged", RAW: "the raw"}
-            raise ValueError(f"{path} holds {what[other]} weights under {chosen.name!r}, and under {', '.join(repr(e.name) for e in alike)} "
+            raise ValueError(f"{path} holds {what[other]} weights under {chosen.name!r}, and under "
+                             f"{', '.join(repr(e.name) for e in alike)} "
                              f"others of the same keys. If these are {what[weights]} ones, give weights={alike[0].name!r} (model.weights); "
                              f"weights={other!r} takes {chosen.name!r}.")
         kinds = {EMA: "averaged", RAW: "raw"}
-        warn(f"{path} holds {kinds[other]} weights only (under {chosen.name!r}): they are taken and recorded as weights={other!r}, although "
+        warn(f"{path} holds {kinds[other]} weights only (under {chosen.name!r}): they are taken and recorded as "
+             f"weights={other!r}, although "
              f"weights={weights!r} was asked for.")
         return chosen
     chosen = _the_one(of[UNSTATED], weights, path)
@@ -170,7 +172,8 @@ def _branches(whole: WeightSet) -> Iterator[WeightSet]:
         if (inside := _as_named_in(rest, inside)) is not None:
             kind = RAW if whole.kind == UNSTATED else kind_of([*whole.path, *_first_parts(rest)])
             yield WeightSet((*whole.path, prefix[:-1]), EMA, inside)
-            yield WeightSet((*whole.path, *_first_parts(rest)), kind, {key: value for key, value in rest.items() if value.ndim or "." in key})
+            weights = {key: value for key, value in rest.items() if value.ndim or "." in key}
+            yield WeightSet((*whole.path, *_first_parts(rest)), kind, weights)
             return
     yield whole
 
@@ -192,7 +195,7 @@ def _averaged_prefixes(state: Mapping[str, Tensor]) -> list[str]:
 
 
 def _as_named_in(rest: Mapping[str, Tensor], inside: dict[str, Tensor]) -> dict[str, Tensor] | None:
-    """`inside` if it has the keys of `rest`, or of a part of it; latent diffusion's averages are named without dots. None: another model."""
+    """`inside` if it has the keys of `rest`, or of a part of it (latent diffusion names averages without dots). None: another model."""
     for first in ("", *dict.fromkeys(f"{key.partition('.')[0]}." for key in rest)):
         part = [key.removeprefix(first) for key in rest if key.startswith(first)]
         if are_alike(inside, part):

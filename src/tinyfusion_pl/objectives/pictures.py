@@ -83,7 +83,8 @@ class PictureSampler:
         if channels is not None and channels > max(num, PUBLISHED_CHANNELS):
             raise ValueError(f"guidance_channels is {channels}, but the latents have {num} channels. Give {num} or fewer, or null for all.")
         if 0 <= (scale := self.sampling.get("guidance_scale", 1)) < 1:
-            warnings.warn(f"guidance_scale is {scale}, which samples {'without labels' if scale == 0 else 'with less than the labels say'}: "
+            warnings.warn(f"guidance_scale is {scale}, which samples "
+                          f"{'without labels' if scale == 0 else 'with less than the labels say'}: "
                           f"1 is no guidance here. If it is meant as U-ViT counts, give {scale + 1:g}.", stacklevel=2)
 
     @torch.no_grad()

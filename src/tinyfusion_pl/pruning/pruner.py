@@ -112,7 +112,8 @@ class DepthPruner:
         for path in paths:
             for block in get_stack(module, path):
                 if (owner := owners.setdefault(id(block), path)) != path or paths.count(path) > 1:
-                    raise ValueError(f"The stacks {owner!r} and {path!r} hold the same blocks, which only one pattern can be for. Name each "
+                    raise ValueError(f"The stacks {owner!r} and {path!r} hold the same blocks, which only one pattern can be "
+                                     "for. Name each "
                                      "block list once.")
         root = _root_of(module, paths)
         inside = {path: path.removeprefix(f"{root}.") if root else path for path in paths}  # a mapping may be keyed by either

@@ -83,7 +83,8 @@ class Evaluate:
             raise ValueError(f"evaluate.num_shown={self.num_shown} is more than num_samples={self.num_samples}.")
         self.models = {name: path for name, path in self.models.items() if path is not None}
         if wrong := [name for name in self.models if not name.isidentifier()]:
-            raise ValueError(f"evaluate.models.{wrong[0]}: {wrong} are no names; give letters, digits and underscores, they become file names.")
+            raise ValueError(f"evaluate.models.{wrong[0]}: {wrong} are no names; give letters, digits and underscores, they "
+                             "become file names.")
         if wrong := [name for name in self.models if name in TAKEN]:
             raise ValueError(f"evaluate.models.{wrong[0]}: the name {wrong[0]!r} is taken in metrics.json. Give another one; taken are "
                              f"{', '.join(TAKEN)}.")

@@ -18,7 +18,17 @@ from tinyfusion_pl.pruning import Decision
 from tinyfusion_pl.tasks.checkpoint_io import verify
 from tinyfusion_pl.tasks.fitting import Fit
 from tinyfusion_pl.tasks.folder import Inputs, RunFolder, say
-from tinyfusion_pl.tasks.origins import SAMPLES, SHALLOW, TEACHER, check_origin, files_left, missing_files, needs_remaking, origin_of, shallow_sha256
+from tinyfusion_pl.tasks.origins import (
+    SAMPLES,
+    SHALLOW,
+    TEACHER,
+    check_origin,
+    files_left,
+    missing_files,
+    needs_remaking,
+    origin_of,
+    shallow_sha256,
+)
 
 
 @dataclass(kw_only=True)
