@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Processes that run tests; each test itself uses one thread.
+WORKERS ?= 2
 
 .PHONY: demo test test-all lint
 .DELETE_ON_ERROR:
@@ -10,10 +12,10 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m tinyfusion_pl
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test-all: $(VENV)/.installed
-	$(BIN)/python -m pytest -m ""
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m ""
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/python -m ruff check
