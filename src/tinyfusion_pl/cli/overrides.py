@@ -16,6 +16,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from tinyfusion_pl.cli.run_identity import items
 
 KEY = re.compile(r"~?\+{0,2}[A-Za-z_$][\w$@:./-]*", re.ASCII)
+ESCAPED = re.compile(r"(?<!\\)((?:\\\\)*\\)\$\{")  # a reference after an odd number of backslashes
 FUNCTIONS = tuple(f"{name}(" for name in create_functions().functions)
 
 
@@ -85,6 +86,15 @@ def _check_text(override: str, value: object) -> None:
         raise ValueError(f"{override} is the text 'None'. For no value give {key}=null, and for the text {quoted(override)}.")
     if key == "run_dir" and value is not None and not isinstance(value, str) and str(value) != written and written[:1] not in "[{":
         raise ValueError(f"{override} is read as {value!r}. Quote it, so that it is text: {quoted(override)}.")
+
+
+def keep_escaped(node: DictConfig | ListConfig) -> None:
+    r"""Escape text that has ``\\${`` in it once more: Hydra reads each value twice as it builds."""
+    for key, value in items(OmegaConf.to_container(node, resolve=False)):
+        if isinstance(value, str) and ESCAPED.search(value):
+            node[key] = ESCAPED.sub(lambda found: found[1] * 2 + r"\${", value)
+        elif isinstance(value, (dict, list)):
+            keep_escaped(node[key])
 
 
 def ambiguous(override: str) -> str:

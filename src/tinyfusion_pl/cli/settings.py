@@ -332,11 +332,19 @@ def _hint(value: Any, kind: Any) -> str:
     """What a person may have meant."""
     if isinstance(value, str) and value.lower() in ("none", "nil", "~") and kind.allows_null:
         return f" {value!r} is a text: write null, or leave it out."
-    if isinstance(value, str) and kind.takes(lambda part: part in (int, float)):
+    if isinstance(value, str) and kind.takes(lambda part: part in (int, float)) and _is_number(value):
         return " A number is written without quotes."
     if isinstance(value, (int, float)) and not isinstance(value, bool) and kind.takes(lambda part: part is str):
         return f""" If a text is meant, put it in quotes: '"{value}"'."""
     return ""
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _raw(node: DictConfig | ListConfig, name: Any) -> Any:
