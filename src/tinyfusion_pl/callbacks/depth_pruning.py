@@ -188,7 +188,8 @@ class DepthPruningCallback(Callback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor) -> None:
         self.guard.on_before_backward(trainer, pl_module, loss)
-        if not self._described and any(gated.plans for gated in self.gates.gated_forwards):
+        # With NaN in the first batch there was nothing to compare: the next one is checked.
+        if not self._described and any(gated.plans for gated in self.gates.gated_forwards) and bool(loss.isfinite().all()):
             self._described = True
             rank_zero_info(f"DepthPruningCallback: {self.gates.describe_batches()}")
             if self._check is not None and self._check.unverified:
