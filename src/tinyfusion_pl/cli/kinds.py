@@ -196,3 +196,18 @@ def _words(part: Any, least: float | None, most: float | None) -> list[str]:
     if origin in MAPPINGS:
         return ["a mapping"]
     return ["a path" if isinstance(part, type) and issubclass(part, (os.PathLike, PurePath)) else "a mapping with _target_"]
+
+
+def misfit(target: Any, kind: Kind | None, *, partial: bool) -> str | None:
+    """Why what `target` makes is not of the kind that is meant, as far as that shows beforehand; to be put behind the key."""
+    if kind is None or kind.takes(lambda part: part in (Any, Built)):
+        return None
+    classes = [each for each in kind.takes(is_class) if not getattr(each, "_is_protocol", False)]
+    functions = kind.takes(is_callable)
+    if functions and not classes and isinstance(target, type) and not partial and "__call__" not in vars(target):
+        return f" makes a {target.__name__} at once, but is called later. Set {{key}}._partial_=true."
+    if classes and not functions and partial:
+        return f"._partial_ is true, but a {classes[0].__name__} itself is needed. Leave _partial_ out."
+    if classes and not functions and isinstance(target, type) and not issubclass(target, tuple(classes)):
+        return f" makes a {target.__name__}; give a _target_ that makes a {classes[0].__name__}."
+    return None

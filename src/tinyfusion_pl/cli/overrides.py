@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Sequence
 
 from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser, create_functions
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
@@ -103,6 +104,17 @@ def ambiguous(override: str) -> str:
     listed = shlex.quote(f"{key}=[{value}]")
     return (f"{override} is several values, for a sweep: add -m to run each of them. If the commas are part of a text, quote it: "
             f"{quoted(override)}; for a list give {listed}.")  # fmt: skip
+
+
+def check_added(cfg: DictConfig) -> None:
+    """Refuse ``+experimnt=x``: Hydra adds it as a setting that nothing reads, and the default would run."""
+    if not HydraConfig.initialized():
+        return
+    for override in HydraConfig.get().overrides.task:
+        key = override.removeprefix("+").partition("=")[0]
+        if override.startswith("+") and "." not in key and "@" not in key and key in cfg and not OmegaConf.is_config(cfg[key]):
+            raise ValueError(f"There is no configuration group {key!r} to add ({override}). Groups to add are +experiment, +sweep and "
+                             "+debug; --help lists the choices.")
 
 
 def expand_home(node: DictConfig | ListConfig) -> None:
