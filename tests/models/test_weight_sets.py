@@ -241,3 +241,22 @@ def test_a_lightning_average_wins_over_its_state_dict_name(tmp_path):
 def test_the_name_of_the_training_does_not_hide_the_weights(tmp_path):
     args = argparse.Namespace(model="DiT-D14/2", ema=0.9999)
     assert took(file_of(tmp_path, {"model": RAW, "ema": AVERAGED, "args": args}))[2] == "ema"
+
+
+def test_a_prefix_that_is_given_finds_its_names_beside_an_average(tmp_path):
+    path = file_of(tmp_path, {"state_dict": {f"{p}.{k}": v for p, s in (("net", RAW), ("net_ema", AVERAGED)) for k, v in s.items()}})
+    assert took(path, prefix="net_ema.")[::2] == ("ema", "ema")
+    with pytest.warns(UserWarning, match="raw weights only"):
+        assert took(path, prefix="net.")[::2] == ("raw", "raw")
+    assert took(path, prefix="net.", weights="raw")[::2] == ("raw", "raw")
+
+
+def test_entries_inside_entries_without_end_are_refused(tmp_path):
+    content = {"a": torch.ones(1)}
+    for _ in range(6):
+        content = {f"k{i}": content for i in range(40)}  # a small file: each is there once
+    with pytest.raises(ArtifactError, match="more than 100000 entries inside entries"):
+        load_pretrained(file_of(tmp_path, content), **OPTIONS)
+    content["self"] = content
+    with pytest.raises(ArtifactError, match="more than 100000 entries inside entries"):
+        load_pretrained(file_of(tmp_path, content), **OPTIONS)

@@ -13,11 +13,11 @@ from torch import Tensor
 from tinyfusion_pl.artifacts import ArtifactError
 from tinyfusion_pl.models.notices import warn
 from tinyfusion_pl.models.shadow_params import name_shadow_params
-from tinyfusion_pl.models.weight_names import EMA, RAW, UNSTATED, are_alike, is_no_model, kind_of
+from tinyfusion_pl.models.weight_names import EMA, RAW, UNSTATED, are_alike, core_names, is_fixed, is_no_model, kind_of
 
 WEIGHTS = (EMA, RAW)
 NUM_NAMED = 5
-MAX_DEPTH = 5  # of entries inside entries
+MAX_DEPTH, MAX_ENTRIES = 5, 100_000  # of entries inside entries
 LIGHTNING = ("state_dict", "current_model_state")  # where its weight averaging keeps averaged and raw weights
 
 
@@ -34,14 +34,24 @@ class WeightSet:
         return ".".join(self.path) or "the file itself"
 
 
-def choose(content: Any, weights: str, path: Path) -> WeightSet:
+class _TooManyEntries(ValueError):
+    """Entries inside entries without end."""
+
+
+def choose(content: Any, weights: str, path: Path, *, prefix: str = "") -> WeightSet:
     """The set of weights in `content`, what `path` holds, that `weights` asks for: averaged, raw, or an entry by its name.
+
+    Args:
+        prefix: Names are wanted that start with it: a state dict that has such is not taken apart.
 
     Raises:
         ValueError: for a `weights` that is none of these, or when it cannot be told which set is meant; names the sets.
         ArtifactError: when there is none.
     """
-    sets = list(find_sets(content))
+    try:
+        sets = list(find_sets(content, prefix=prefix))
+    except _TooManyEntries as error:
+        raise ArtifactError(f"{path} {error}.") from error
     named = [each for each in sets if isinstance(each.state, dict)]
     if not sets:
         held = list(content)[:NUM_NAMED] if isinstance(content, Mapping) else type(content).__name__
@@ -98,9 +108,13 @@ def _the_one(sets: list[WeightSet], weights: str, path: Path) -> WeightSet:
 def _equal(one: WeightSet, other: WeightSet) -> bool:
     if isinstance(one.state, list) or isinstance(other.state, list):
         return False
-    return one.state.keys() == other.state.keys() and all(
-        value.shape == other.state[key].shape and value.dtype == other.state[key].dtype and torch.equal(value, other.state[key])
-        for key, value in one.state.items())
+    first, second = core_names(one.state), core_names(other.state)
+    return first.keys() == second.keys() and all(_same(one.state[key], other.state[second[name]]) for name, key in first.items())
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    plain = all(each.layout == torch.strided and not (each.is_meta or each.is_quantized or each.is_nested) for each in (one, other))
+    return one is other or (plain and one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other))
 
 
 def _same_model(one: WeightSet, other: WeightSet) -> bool:
@@ -115,7 +129,12 @@ def _with_names(chosen: WeightSet, named: list[WeightSet], path: Path) -> Weight
         return chosen
     for other in sorted(named, key=lambda each: each.kind != RAW):
         if (state := name_shadow_params(chosen.state, other.state)) is not None:
-            if left := [key for key in other.state if state[key] is other.state[key]]:
+            left = [key for key in other.state if state[key] is other.state[key]]
+            if learned := [key for key in left if not is_fixed(key, other.state[key])]:
+                raise ValueError(f"{path} holds under {chosen.name!r} {len(chosen.state)} tensors without names, which go with those of "
+                                 f"{other.name!r} but for {', '.join(learned[:NUM_NAMED])}{', ...' if len(learned) > NUM_NAMED else ''}: "
+                                 "these were frozen, or are lost. Save the averaged weights with their names.")
+            if left:
                 warn(f"{path}: {chosen.name!r} has no {', '.join(left[:NUM_NAMED])}; taken from {other.name!r}.")
             return replace(chosen, state=state)
     raise ValueError(f"{path} holds under {chosen.name!r} {len(chosen.state)} tensors without names, and no state dict that they go with "
@@ -123,19 +142,28 @@ def _with_names(chosen: WeightSet, named: list[WeightSet], path: Path) -> Weight
 
 
 # -- finding them
-def find_sets(content: Any) -> Iterator[WeightSet]:
+def find_sets(content: Any, *, prefix: str = "") -> Iterator[WeightSet]:
     """Every set of weights inside `content`, which is plain containers and tensors."""
     top = content if isinstance(content, Mapping) else {}
     averaged = all(isinstance(top.get(key), Mapping) for key in LIGHTNING)
-    for path, state in _walk(content, (), set()):
+    for path, state in _walk(content, (), (), [0]):
         kind = EMA if averaged and path == LIGHTNING[:1] else kind_of(path)
-        yield from _branches(WeightSet(path, kind, state))
+        if prefix and isinstance(state, dict) and any(key.startswith(prefix) for key in state):
+            kind = kind if kind == EMA else kind_of([*path, *prefix.split(".")])
+            yield WeightSet(path, kind, state)
+        else:
+            yield from _branches(WeightSet(path, kind, state))
 
 
-def _walk(value: Any, path: tuple[str, ...], seen: set[int]) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor] | list[Tensor]]]:
-    if id(value) in seen or len(path) > MAX_DEPTH or not isinstance(value, (Mapping, list, tuple)):
+def _walk(value: Any, path: tuple[str, ...], around: tuple[int, ...], num: list[int],
+          ) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor] | list[Tensor]]]:
+    """State dicts and lists of tensors inside `value`; `around` are the containers that it is in, `num` counts those in them."""
+    if id(value) in around or len(path) > MAX_DEPTH or not isinstance(value, (Mapping, list, tuple)):
         return
-    seen.add(id(value))
+    around = (*around, id(value))
+    num[0] += sum(isinstance(each, (Mapping, list, tuple)) for each in (value.values() if isinstance(value, Mapping) else value[:NUM_NAMED]))
+    if num[0] > MAX_ENTRIES:
+        raise _TooManyEntries(f"holds more than {MAX_ENTRIES} entries inside entries, where a state dict was expected")
     if isinstance(value, Mapping):
         tensors = {key: each for key, each in value.items() if isinstance(key, str) and isinstance(each, Tensor)}
         inner = {key: each for key, each in value.items() if isinstance(key, str) and isinstance(each, (Mapping, list, tuple))}
@@ -144,13 +172,13 @@ def _walk(value: Any, path: tuple[str, ...], seen: set[int]) -> Iterator[tuple[t
             yield path, tensors
         for key, each in inner.items():
             if not is_no_model(key):
-                yield from _walk(each, (*path, key), seen)
+                yield from _walk(each, (*path, key), around, num)
     elif value and all(isinstance(each, Tensor) for each in value):
         if len(value) > 1 or kind_of(path) == EMA:
             yield path, list(value)
     else:
         for number, each in enumerate(value[:NUM_NAMED]):
-            yield from _walk(each, (*path, str(number)), seen)
+            yield from _walk(each, (*path, str(number)), around, num)
 
 
 def _branches(whole: WeightSet) -> Iterator[WeightSet]:
@@ -167,7 +195,8 @@ def _branches(whole: WeightSet) -> Iterator[WeightSet]:
         inside = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix) and value.ndim}
         rest = {key: value for key, value in state.items() if not key.startswith(prefix)}
         if not any(value.ndim for value in rest.values()):
-            yield WeightSet((*whole.path, prefix[:-1]), EMA, inside)
+            names = {key: value for key, value in state.items() if key.startswith(prefix) and value.ndim}
+            yield WeightSet((*whole.path, prefix[:-1]), EMA, names)  # the prefix is taken off, and said, as any other
             return
         if (inside := _as_named_in(rest, inside)) is not None:
             kind = RAW if whole.kind == UNSTATED else kind_of([*whole.path, *_first_parts(rest)])
