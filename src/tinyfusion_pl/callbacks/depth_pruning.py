@@ -191,7 +191,8 @@ class DepthPruningCallback(Callback):
         if not self._described and any(gated.plans for gated in self.gates.gated_forwards):
             self._described = True
             rank_zero_info(f"DepthPruningCallback: {self.gates.describe_batches()}")
-            if self._check is not None and self._check.unverified:
+        if self._check is not None and self._described and not self._check.postponed:
+            if self._check.unverified:
                 rank_zero_warn(f"The training step runs the blocks of {', '.join(sorted(self._check.unverified))} without calling a module "
                                "that holds them, so dropping them by gates was not checked against cutting them out.")  # fmt: skip
             self._end_check()

@@ -29,7 +29,7 @@ SWITCH_OFF = "If this is intended, pass verify=False."
 Recorded = dict[str, tuple[GatedForward, Call]]
 
 
-def verify(module: nn.Module, owner: DepthGates, args: tuple, kwargs: dict[str, Any], *, paths: Mapping[str, str] | None = None) -> None:
+def verify(module: nn.Module, owner: DepthGates, args: tuple, kwargs: dict[str, Any], *, paths: Mapping[str, str] | None = None) -> bool:
     """Check that gates on `module` do what cutting blocks out does.
 
     Args:
@@ -37,6 +37,9 @@ def verify(module: nn.Module, owner: DepthGates, args: tuple, kwargs: dict[str, 
         owner: The gates.
         args, kwargs: The call.
         paths: The stacks to check, by the paths that the gates know, and their paths in `module`; default: all, under equal paths.
+
+    Returns:
+        Whether it could be checked: a call whose output is not finite, with gates and without the blocks alike, shows nothing.
 
     Raises:
         ValueError: where they differ; names the stack, the block, and what couples them.
@@ -54,10 +57,13 @@ def verify(module: nn.Module, owner: DepthGates, args: tuple, kwargs: dict[str, 
         _check_batch(stack, [call for call in recorded.values() if call[0].gates is stack])
     if problem := replay.differs({g.path: earliest_drops(g) for g in gates}):
         raise ValueError(_localize(replay, gates, problem))
+    if not all(x.isfinite().all() for x in _tensors(output)):
+        return False
     for stack in gates:
         first = next((pair for pair in recorded.values() if pair[0].gates is stack), None)
         if first is not None:
             _check_gradients(*first)
+    return True
 
 
 def earliest_drops(gates: StackGates) -> list[int]:
@@ -126,8 +132,10 @@ class _Replay:
         if len(a) != len(b) or any(x.shape != y.shape for x, y in zip(a, b)):
             return (f"it returns {len(a)} tensors with gates and {len(b)} without the blocks (or of other shapes): outputs of every layer "
                     "(output_hidden_states, output_attentions) must be off")  # fmt: skip
-        distance = max(((x.float() - y.float()).abs().max().item() for x, y in zip(a, b) if x.numel()), default=0.0)
-        scale = max((y.float().abs().max().item() for y in b if y.numel()), default=0.0)
+        if any((x.isfinite() != y.isfinite()).any() for x, y in zip(a, b)):
+            return f"other values are not finite with gates than without the blocks{_first_difference(mine, theirs)}"
+        distance = max((_largest((x.float() - y.float())[y.isfinite()]) for x, y in zip(a, b)), default=0.0)
+        scale = max((_largest(y.float()[y.isfinite()]) for y in b), default=0.0)
         eps = max(torch.finfo(y.dtype).eps if y.is_floating_point() else 0.0 for y in b)
         if distance <= max(scale, 1e-6) * max(1e-4, 100 * eps):
             return ""
@@ -218,6 +226,10 @@ def _check_gradients(gated: GatedForward, call: Call) -> None:
         if plain.numel() and (ours.float() - plain.float()).abs().max().item() > allowed:
             raise ValueError(f"Block {gated.name}: gradients with its samples gathered differ from those of the plain formula. Pass "
                              "gather=False, which computes the plain formula throughout.")  # fmt: skip
+
+
+def _largest(tensor: Tensor) -> float:
+    return tensor.abs().max().item() if tensor.numel() else 0.0
 
 
 def _weighted_sum(tensor: Tensor) -> Tensor:
