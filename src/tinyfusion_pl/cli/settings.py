@@ -57,6 +57,7 @@ class _Door:
         self.problems: dict[str, str] = {}  # by key
 
     def check(self) -> None:
+        self.names()
         if set(self.cfg) >= self.schema.IS_MAIN:
             self.plain(self.cfg, "", self.schema.MAIN)
             self.task()
@@ -65,7 +66,6 @@ class _Door:
                 if name in self.cfg.keys():
                     self.value(self.cfg, name, name, self.schema.MAIN.settings[name])
             self.inside(self.cfg, "")
-        self.names()
 
     def tell(self, key: str, problem: str) -> None:
         self.problems.setdefault(key, problem)
@@ -77,6 +77,10 @@ class _Door:
             kind = schema.settings.get(name)
             if kind is None:
                 if key or (name != "hydra" and name not in self.referred_to):
+                    inner = raw(node, name)
+                    while isinstance(inner, DictConfig) and len(inner) == 1:  # ++a.b=1 adds both
+                        (last,) = inner
+                        full, inner = f"{full}.{last}", raw(inner, last)
                     self.tell(full, unread(full, schema.settings, "is no setting of this configuration"))
             elif not isinstance(kind, self.schema.Plain):
                 self.value(node, name, full, kind)
