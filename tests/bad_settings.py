@@ -2,7 +2,6 @@
 
 TEXT = """
 # -- another type
-model=5 | model
 model.name=null | model.name
 model.name=5 | model.name
 model.name=[a] | model.name
@@ -19,7 +18,7 @@ model._target_=tinyfusion_pl.artifacts | model._target_
 +model.depth=2.5 | model.depth
 +model.depth=0 | model.depth
 +model.depth=1000000 | model.depth
-+model.hidden_size=64 | model.hidden_size
++model.hidden_size=100 | model.hidden_size
 +model.activation_checkpointing=5 | model.activation_checkpointing
 data.batch_size=2.5 | data.batch_size
 data.batch_size=null | data.batch_size
@@ -43,7 +42,6 @@ distill.weight_feature=nan | distill.weight_feature
 distill.weight_data=1e30 | distill.weight_data
 distill.num_sigma=0 | distill.num_sigma
 distill.feature_mask=round | distill.feature_mask
-distill=5 | distill
 metrics.metrics=5 | metrics.metrics
 metrics.metrics=[a] | metrics.metrics
 metrics.feature_network=null | metrics.feature_network
@@ -51,7 +49,6 @@ averaging.decay=1 | averaging.decay
 averaging.decay=x | averaging.decay
 averaging=null | averaging
 logger.factory=5 | logger.factory
-logger=5 | logger
 paths.output_dir=null | paths.output_dir
 # -- the run
 seed=4294967296 | seed
@@ -71,7 +68,6 @@ run_dir='' | run_dir
 run_dir=null | run_dir
 run_dir=5 | run_dir
 run_dir=[a] | run_dir
-recipe=5 | recipe
 ++foo.bar=1 | foo.bar
 ++foo=1 | foo
 +evaluate.foo=1 | evaluate.foo
@@ -83,7 +79,6 @@ recipe=5 | recipe
 +task.foo=1 | task.foo
 task.name=x | task.name
 task.seed=5 | task.seed
-task=5 | task
 task.stages=learn_mask | task.stages
 task.stages=null | task.stages
 task.stages=5 | task.stages
@@ -279,7 +274,8 @@ data=imagenet_latents data.root=5 | data.root
 data=imagenet_latents data.vae=5 | data.vae
 metrics=timm | metrics.feature_network.model_name
 metrics=timm metrics.feature_network.model_name=5 | metrics.feature_network.model_name
-metrics=inception metrics.metrics.fid=null | metrics.metrics.fid
+metrics=inception metrics.metrics.fid=5 | metrics.metrics.fid
+task=train +model.depth=6 | model.depth
 metrics=inception metrics.metrics.fid.num_features=2.5 | metrics.metrics.fid.num_features
 metrics=inception metrics.metrics.precision_recall.k=0 | metrics.metrics.precision_recall.k
 metrics=kid metrics.metrics.kid.num_subsets=x | metrics.metrics.kid.num_subsets
@@ -288,8 +284,8 @@ objective=mar objective.num_noised=0 | objective.num_noised
 logger=wandb logger.factory.offline=5 | logger.factory.offline
 callbacks@recover.fit.callbacks=evaluation recover.fit.callbacks.evaluation.every_n_steps=0 | recover.fit.callbacks.evaluation.every_n_steps
 callbacks@recover.fit.callbacks=evaluation recover.fit.callbacks.evaluation.num_samples=1 | recover.fit.callbacks.evaluation.num_samples
-budget@recover.fit.budget=dit_100k recover.fit.budget.num_images=2.5 | recover.fit.budget.num_images
-budget@recover.fit.budget=dit_100k recover.fit.budget.global_batch_size=0 | recover.fit.budget.global_batch_size
++budget@recover.fit.budget=dit_100k recover.fit.budget.num_images=2.5 | recover.fit.budget.num_images
++budget@recover.fit.budget=dit_100k recover.fit.budget.global_batch_size=0 | recover.fit.budget.global_batch_size
 """
 
 BAD = [tuple(part.strip() for part in line.rsplit("|", 1)) for line in TEXT.strip().splitlines() if line and line[0] != "#"]

@@ -88,6 +88,7 @@ FOREIGN_BOUNDS: dict[str, dict[str, tuple[float | None, float | None]]] = {
        for name in ("adamw.AdamW", "adam.Adam", "sgd.SGD", "rmsprop.RMSprop", "adagrad.Adagrad", "nadam.NAdam", "radam.RAdam")},
 }
 CHOICES: dict[str, Any] = {"weights": Literal["ema", "raw"]}
+OBJECTS = {("tinyfusion_pl.objectives.gaussian_diffusion.GaussianDiffusion", "scheduler")}  # settings that are one, or null
 UNTYPED = ("pattern",)  # an unquoted 1:2 is a number to YAML: the class says what happened
 
 
@@ -112,6 +113,8 @@ MAIN = Plain({
     **{name: Kind(Built) for name in ("task", "model", "data", "objective", "pruning", "distill", "metrics", "learn_mask", "recover",
                                       "evaluate", "train", "extract")},
 })  # fmt: skip
+NEW_MODEL = "tinyfusion_pl.tasks.train_denoiser"  # makes a model of its name alone
+OF_NEW_MODEL = {"_target_", "name", "checkpoint", "weights", "variant", "prefix"}  # unused or unneeded where there are no weights yet
 IS_MAIN = {"model", "data", "objective", "pruning", "learn_mask", "recover", "evaluate", "train"}
 
 # What a stage gives to what it makes, so that a setting would go unread: key -> names
@@ -130,6 +133,8 @@ def kind_of(name: str, hint: Any, *, target: str) -> Kind:
         return Kind(Any)
     if not target.startswith("tinyfusion_pl."):
         return Kind(hint, **_bounds(FOREIGN_BOUNDS.get(target, {}).get(name)))
+    if (target, name) in OBJECTS:
+        return Kind(Built | None)
     return Kind(CHOICES.get(name, hint), **_bounds(BOUNDS.get(name)), blank=False)
 
 
