@@ -120,7 +120,7 @@ def test_the_command_line_makes_a_reference_of_a_data_module_and_measures_agains
 
 
 def test_several_devices_are_refused(files, tmp_path):
-    with pytest.raises(ValueError, match="measured by one process; the trainer has 2. Give devices=1"):
+    with pytest.raises(ValueError, match="measured by one process, but measure.trainer has 2. Give measure.trainer.devices=1"):
         measure(run_dir=tmp_path, samples=str(files / "made"), reference=str(files / "real"), metrics=metrics(),
                 trainer=partial(TRAINER, devices=2, strategy="ddp"), files=PictureFiles(num_channels=1))
 

@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from functools import partial
 from importlib import import_module
@@ -147,13 +147,29 @@ def run(cfg: DictConfig, run_dir: Path) -> Any:
         begin = partial(write_config, run_dir, cfg)
         try:
             if "begin" in inspect.signature(task).parameters:
-                return task(run_dir=run_dir, begin=begin)
+                return _checked_by_itself(task, run_dir=run_dir, begin=begin, cfg=cfg)
             begin()
             return task(run_dir=run_dir)
         except BaseException:
             if is_new:
                 forget_config(run_dir)
             raise
+
+
+def _checked_by_itself(task: Callable[..., Any], *, run_dir: Path, begin: Callable[[], None], cfg: DictConfig) -> Any:
+    """Call `task`, which calls `begin` when its own checks have passed; an error before that tells the key of the setting."""
+    begun: list[bool] = []
+
+    def mark() -> None:
+        begun.append(True)
+        begin()
+
+    try:
+        return task(run_dir=run_dir, begin=mark)
+    except Exception as error:
+        if begun or hasattr(error, "exit_code") or (told := named(error, cfg)) is None:
+            raise
+        raise ValueError(told) from error
 
 
 def _build(node: DictConfig) -> Any:

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import PurePath
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, Strict, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, Strict, StringConstraints, TypeAdapter, ValidationError
 from pydantic_core import PydanticCustomError
 
 TARGET = "_target_"
@@ -42,6 +42,7 @@ WHOLE = Annotated[int, BeforeValidator(_no_bool_or_text)]
 NUMBER = Annotated[float, Strict()]  # takes integers too
 BUILT = Annotated[Any, AfterValidator(_is_built)]
 PLAIN = {int: WHOLE, float: NUMBER, bool: Annotated[bool, Strict()], str: Annotated[str, Strict()]}
+FILLED = Annotated[str, Strict(), StringConstraints(pattern=r"\S")]
 CONFIG = ConfigDict(allow_inf_nan=False, arbitrary_types_allowed=True)
 
 
@@ -59,6 +60,8 @@ class WrongKind(ValueError):
                 kind, value = inner, value[step]
         self.kind, self.value = kind, value
         described = kind.describe()
+        if isinstance(value, str) and not value.strip():
+            described = described.replace("a text", "a text that is not empty")
         if isinstance(value, float) and not math.isfinite(value):
             described = described.replace("a number", "a finite number")
         super().__init__(f"give {described}")
@@ -70,10 +73,11 @@ class Kind:
     Args:
         hint: Of the parameter; what cannot be told in a configuration, as an instance of a class, is a mapping with ``_target_`` there.
         least, most: Of a number, and of each number of a list.
+        blank: Whether a text may be empty.
     """
 
-    def __init__(self, hint: Any, *, least: float | None = None, most: float | None = None) -> None:
-        self.hint, self.least, self.most = hint, least, most
+    def __init__(self, hint: Any, *, least: float | None = None, most: float | None = None, blank: bool = True) -> None:
+        self.hint, self.least, self.most, self.blank = hint, least, most, blank
 
     def __repr__(self) -> str:
         return f"Kind({self.hint!r})"
@@ -85,7 +89,7 @@ class Kind:
             ValueError: for any other value; says what is allowed.
         """
         try:
-            return _adapter(self.hint, self.least, self.most).validate_python(value)
+            return _adapter(self.hint, self.least, self.most, self.blank).validate_python(value)
         except ValidationError as error:
             raise WrongKind(self, value, error) from None
 
@@ -105,7 +109,8 @@ class Kind:
         """The kind of the values of a list or mapping that the hint allows; None: of any kind."""
         found = [get_args(part)[-1] for part in _members(self.hint)
                  if (get_origin(part) in LISTS + MAPPINGS) and get_args(part) and get_args(part)[-1] is not Ellipsis]
-        return Kind(typing.Union[tuple(found)]) if found else None  # noqa: UP007
+        bounds = {"least": self.least, "most": self.most, "blank": self.blank}
+        return Kind(typing.Union[tuple(found)], **bounds) if found else None  # noqa: UP007
 
     def takes(self, what: Callable[[Any], bool]) -> list[Any]:
         """The members of the hint for which `what` is true."""
@@ -113,8 +118,8 @@ class Kind:
 
 
 @cache
-def _adapter(hint: Any, least: float | None, most: float | None) -> TypeAdapter:
-    return TypeAdapter(_translated(hint, least, most), config=CONFIG)
+def _adapter(hint: Any, least: float | None, most: float | None, blank: bool) -> TypeAdapter:
+    return TypeAdapter(_translated(hint, least, most, blank), config=CONFIG)
 
 
 def is_callable(hint: Any) -> bool:
@@ -143,18 +148,18 @@ def _is_any(hint: Any) -> bool:
     return hint in (Any, object) or isinstance(hint, (str, typing.TypeVar, typing.ForwardRef))
 
 
-def _translated(hint: Any, least: float | None, most: float | None) -> Any:
+def _translated(hint: Any, least: float | None, most: float | None, blank: bool) -> Any:
     """`hint` as pydantic is to see it."""
     parts = _members(hint)
     if len(parts) > 1:
-        translated = [_translated(part, least, most) for part in parts]
+        translated = [_translated(part, least, most, blank) for part in parts]
         return typing.Union[tuple(translated)]  # noqa: UP007
     (part,) = parts
     if part in (int, float):
         bounds = {name: bound for name, bound in (("ge", least), ("le", most)) if bound is not None}
         return Annotated[PLAIN[part], Field(**bounds)] if bounds else PLAIN[part]
     if part in PLAIN:
-        return PLAIN[part]
+        return FILLED if part is str and not blank else PLAIN[part]
     if part is NOTHING:
         return None
     if _is_any(part):
@@ -164,14 +169,14 @@ def _translated(hint: Any, least: float | None, most: float | None) -> Any:
         return part
     if origin in LISTS:
         items = [each for each in arguments if each is not Ellipsis] or [Any]
-        inner = _translated(typing.Union[tuple(items)], least, most)  # noqa: UP007
+        inner = _translated(typing.Union[tuple(items)], least, most, blank)  # noqa: UP007
         if origin is tuple and len(items) > 1 and Ellipsis not in arguments:
             return Annotated[list[inner], Field(min_length=len(items), max_length=len(items))]
         return list[inner]
     if origin in MAPPINGS:
-        return dict[Any, _translated(arguments[1], least, most) if len(arguments) == 2 else Any]
+        return dict[Any, _translated(arguments[1], least, most, blank) if len(arguments) == 2 else Any]
     if isinstance(part, type) and issubclass(part, (os.PathLike, PurePath)):
-        return PLAIN[str]
+        return PLAIN[str] if blank else FILLED
     return BUILT
 
 
@@ -181,8 +186,8 @@ def _words(part: Any, least: float | None, most: float | None) -> list[str]:
     if part in (int, float):
         number = "a whole number" if part is int else "a number"
         if least is not None and most is not None:
-            return [f"{number} from {least:.10g} to {most:.10g}"]
-        return [number if least is None and most is None else f"{number} >= {least:.10g}" if most is None else f"{number} <= {most:.10g}"]
+            return [f"{number} from {least:.15g} to {most:.15g}"]
+        return [number if least is None and most is None else f"{number} >= {least:.15g}" if most is None else f"{number} <= {most:.15g}"]
     if origin is Literal:
         return list(map(repr, arguments))
     if _is_any(part):

@@ -22,7 +22,8 @@ def named(error: Exception, cfg: DictConfig) -> str | None:
     place = re.search(r"full_key: (\S+)", str(error))
     key = home(cfg, place[1]) if place else "task"
     leaves = dict(_leaves(cfg, key, set()))
-    if any("." in full and full in told for full in leaves):
+    inner = {".".join(parts[:size]) for full in leaves for parts in [full.split(".")] for size in range(2, len(parts) + 1)}
+    if any(re.search(rf"(?<![\w.]){re.escape(each)}(?!\w)", told) for each in inner):
         return told
     full = _about(told, leaves)
     if full is None:
@@ -40,9 +41,15 @@ def _about(told: str, leaves: dict[str, Any]) -> str | None:
             if re.search(rf"(?<![\w.])(?i:{names[full]}){between}(?:{'|'.join(texts)})(?!\w)", told, re.DOTALL):
                 return full
     mentioned = [full for full in leaves if re.search(rf"(?<![\w.]){names[full]}\b", told)]
-    quoted = [full for full, value in leaves.items() if isinstance(value, str) and
-              (repr(value) in told and value or len(value) > 4 and value in told)]
-    return next((found[0] for found in (mentioned, quoted) if len(found) == 1), None)
+    quoted = [full for full, value in leaves.items() if isinstance(value, str) and value.strip("./")
+              and re.search(rf"(?<![\w./-]){re.escape(value)}(?![\w/-])", told)]
+    return next((one for found in (mentioned, quoted) if (one := _only(found))), None)
+
+
+def _only(found: list[str]) -> str | None:
+    """The key that `found` is of, which may be items of one list."""
+    keys = {re.sub(r"(\.\d+)+$", "", full) for full in found} if len(found) > 1 else set(found)
+    return keys.pop() if len(keys) == 1 else None
 
 
 def _leaves(cfg: DictConfig, key: str, seen: set[str]) -> Iterator[tuple[str, Any]]:

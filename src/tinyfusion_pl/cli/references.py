@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+from tinyfusion_pl.cli.run_identity import items
 
 REFERENCE = re.compile(r"\$\{([^{}]*)\}")  # and nothing beside it
 TARGET = "_target_"
@@ -70,3 +73,27 @@ def _read(node: DictConfig | ListConfig, name: Any) -> Any:
         return node[name]
     except Exception:  # of a resolver too; what cannot be read is told where it stands
         return raw(node, name)
+
+
+def sharpen(node: DictConfig | ListConfig, name: Any, value: Any, found: Any) -> None:
+    """Put integers, as `found` has them, in the place of whole floats."""
+    if isinstance(value, float) and isinstance(found, int):
+        node[name] = found
+    elif isinstance(value, (dict, list)) and isinstance(found, (dict, list)) and TARGET not in value:
+        for each, inner in items(value):
+            if not OmegaConf.is_interpolation(node[name], each) and each in dict(items(found)):
+                sharpen(node[name], each, inner, found[each])
+
+
+def words_referred_to(cfg: DictConfig) -> set[str]:
+    """All words in the references of a configuration."""
+    texts = _texts(OmegaConf.to_container(cfg, resolve=False))
+    return {word for text in texts if "${" in text for word in re.findall(r"\w+", text)}
+
+
+def _texts(container: Any) -> Iterator[str]:
+    if isinstance(container, str):
+        yield container
+    elif isinstance(container, (dict, list)):
+        for _, value in items(container):
+            yield from _texts(value)

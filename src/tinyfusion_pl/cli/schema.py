@@ -37,10 +37,27 @@ BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "max_pixels": (1, 2**40),
     "shard_size": (1, 2**24),
     "save_every": (1, 2**24),
-    "every_n_steps": (1, None),
-    "checkpoint_every_n_steps": (1, None),
-    "max_nonfinite": (1, None),
-    "num_warmup_steps": (0, None),
+    "every_n_steps": (1, 10**12),
+    "checkpoint_every_n_steps": (1, 10**12),
+    "max_nonfinite": (1, 10**12),
+    "num_warmup_steps": (0, 10**12),
+    "anneal_steps": (1, 10**12),
+    "label_dropout": (0, 1),
+    "final_ratio": (0, 1),
+    "decay": (0, 1 - 1e-12),
+    "average_decay": (0, 1 - 1e-12),
+    "weight_kd": (0, 10**6),
+    "weight_data": (0, 10**6),
+    "weight_feature": (0, 10**6),
+    # > 0 too, which the classes say
+    "tau_start": (None, 10**6),
+    "tau_end": (None, 10**6),
+    "scaling": (None, 10**6),
+    "init": (-100, 100),
+    "logits_lr": (None, 100),
+    "logits_clip": (None, 10**6),
+    "num_sigma": (None, 10**6),
+    "scaling_factor": (1e-6, 10**6),
     "guidance_scale": (0, 1000),
     "guidance_channels": (1, 2**12),
     "num_sampling_steps": (1, 10**6),
@@ -63,9 +80,15 @@ BOUNDS: dict[str, tuple[float | None, float | None]] = {
 # target -> name -> (least, most) of others' classes
 FOREIGN_BOUNDS: dict[str, dict[str, tuple[float | None, float | None]]] = {
     "peft.tuners.lora.config.LoraConfig": {"r": (1, 2**14), "lora_alpha": (1, 2**20), "lora_dropout": (0, 1 - 1e-9)},
-    "lightning.pytorch.trainer.trainer.Trainer": {"devices": (-1, 4096), "num_nodes": (1, 10**5)},
+    "lightning.pytorch.trainer.trainer.Trainer": {
+        "devices": (-1, 4096), "num_nodes": (1, 10**5), "max_steps": (-1, 10**12), "max_epochs": (-1, 10**12),
+        "accumulate_grad_batches": (1, 2**20), "log_every_n_steps": (0, 10**12), "gradient_clip_val": (0, 10**9),
+    },
+    **{f"torch.optim.{name}": {"lr": (0, 100), "weight_decay": (0, 100)}
+       for name in ("adamw.AdamW", "adam.Adam", "sgd.SGD", "rmsprop.RMSprop", "adagrad.Adagrad", "nadam.NAdam", "radam.RAdam")},
 }
 CHOICES: dict[str, Any] = {"weights": Literal["ema", "raw"]}
+OBJECTS = {("tinyfusion_pl.objectives.gaussian_diffusion.GaussianDiffusion", "scheduler")}  # settings that are one, or null
 UNTYPED = ("pattern",)  # an unquoted 1:2 is a number to YAML: the class says what happened
 
 
@@ -76,20 +99,22 @@ class Plain:
     settings: dict[str, Any]
 
 
-PICTURES = str | Built
+PICTURES = Kind(str | Built, blank=False)
 TRAINER = Kind(Built)
 MAIN = Plain({
     "name": Kind(str), "seed": Kind(int, least=0, most=MAX_SEED), "recipe": Kind(str | None), "run_dir": Kind(str),
-    "paths": Plain({"output_dir": Kind(str)}),
+    "paths": Plain({"output_dir": Kind(str, blank=False)}),
     "averaging": Plain({"decay": Kind(float, least=0, most=1 - 1e-12)}),
     "dry_run": Plain({"num_iterations": Kind(int, least=1, most=10**6)}),
     "adapter": Plain({"weight_update": Kind(Literal["lora", "full", "frozen"] | Built)}),
     "logger": Plain({"factory": Kind(Built | None)}),
-    "measure": Plain({"trainer": TRAINER, "files": Kind(Built), "samples": Kind(PICTURES), "reference": Kind(PICTURES)}),
-    "reference": Plain({"trainer": TRAINER, "files": Kind(Built), "pictures": Kind(PICTURES), "output": Kind(str)}),
+    "measure": Plain({"trainer": TRAINER, "files": Kind(Built), "samples": PICTURES, "reference": PICTURES}),
+    "reference": Plain({"trainer": TRAINER, "files": Kind(Built), "pictures": PICTURES, "output": Kind(str, blank=False)}),
     **{name: Kind(Built) for name in ("task", "model", "data", "objective", "pruning", "distill", "metrics", "learn_mask", "recover",
                                       "evaluate", "train", "extract")},
 })  # fmt: skip
+NEW_MODEL = "tinyfusion_pl.tasks.train_denoiser"  # makes a model of its name alone
+OF_NEW_MODEL = {"_target_", "name", "checkpoint", "weights", "variant", "prefix"}  # unused or unneeded where there are no weights yet
 IS_MAIN = {"model", "data", "objective", "pruning", "learn_mask", "recover", "evaluate", "train"}
 
 # What a stage gives to what it makes, so that a setting would go unread: key -> names
@@ -108,7 +133,9 @@ def kind_of(name: str, hint: Any, *, target: str) -> Kind:
         return Kind(Any)
     if not target.startswith("tinyfusion_pl."):
         return Kind(hint, **_bounds(FOREIGN_BOUNDS.get(target, {}).get(name)))
-    return Kind(CHOICES.get(name, hint), **_bounds(BOUNDS.get(name)))
+    if (target, name) in OBJECTS:
+        return Kind(Built | None)
+    return Kind(CHOICES.get(name, hint), **_bounds(BOUNDS.get(name)), blank=False)
 
 
 def _bounds(pair: tuple[float | None, float | None] | None) -> dict[str, Any]:

@@ -6,16 +6,13 @@ Types are the hints of what a ``_target_`` names; those of the settings that mak
 from __future__ import annotations
 
 import copy
-import difflib
-from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tinyfusion_pl.cli.references import REFERENCE, TARGET, Unresolved, home, names_of, outline, raw, written
-from tinyfusion_pl.cli.run_identity import items
+from tinyfusion_pl.cli.references import REFERENCE, TARGET, Unresolved, home, names_of, outline, raw, sharpen, words_referred_to, written
 from tinyfusion_pl.cli.wording import hint, shown, unread
 
 MAX_TOLD = 8
@@ -57,6 +54,7 @@ class _Door:
         self.problems: dict[str, str] = {}  # by key
 
     def check(self) -> None:
+        self.names()
         if set(self.cfg) >= self.schema.IS_MAIN:
             self.plain(self.cfg, "", self.schema.MAIN)
             self.task()
@@ -65,7 +63,6 @@ class _Door:
                 if name in self.cfg.keys():
                     self.value(self.cfg, name, name, self.schema.MAIN.settings[name])
             self.inside(self.cfg, "")
-        self.names()
 
     def tell(self, key: str, problem: str) -> None:
         self.problems.setdefault(key, problem)
@@ -77,6 +74,10 @@ class _Door:
             kind = schema.settings.get(name)
             if kind is None:
                 if key or (name != "hydra" and name not in self.referred_to):
+                    inner = raw(node, name)
+                    while isinstance(inner, DictConfig) and len(inner) == 1:  # ++a.b=1 adds both
+                        (last,) = inner
+                        full, inner = f"{full}.{last}", raw(inner, last)
                     self.tell(full, unread(full, schema.settings, "is no setting of this configuration"))
             elif not isinstance(kind, self.schema.Plain):
                 self.value(node, name, full, kind)
@@ -102,11 +103,16 @@ class _Door:
             if name not in ("stages", "overrides", "run_dir", *SPECIAL) and not OmegaConf.is_interpolation(task, name):
                 self.tell(f"task.{name}", f"task.{name} is {shown(raw(task, name))}; a task takes it from the rest of the configuration. "
                                           f"Leave it out and set {name} there.")  # fmt: skip
+        model = raw(self.cfg, "model")
+        if task.get(TARGET) == self.schema.NEW_MODEL and isinstance(model, DictConfig):
+            for name in set(model) - self.schema.OF_NEW_MODEL:
+                if model[name] not in (None, False):
+                    self.tell(f"model.{name}", f"model.{name} is {shown(model[name])}, but a new model is made from model.name alone. Give "
+                                               f"+task.overrides.{name}={shown(model[name])} instead.")  # fmt: skip
 
     @cached_property
     def referred_to(self) -> set[str]:
-        texts = _texts(OmegaConf.to_container(self.cfg, resolve=False))
-        return {word for text in texts if "${" in text for word in _words(text)}
+        return words_referred_to(self.cfg)
 
     # -- settings that make objects -----------------------------------------------------------------------------------------------------
     def value(self, node: DictConfig | ListConfig, name: Any, key: str, kind: Any) -> None:
@@ -129,14 +135,15 @@ class _Door:
             if where == key or where not in self.problems:  # what is wrong where it stands says more
                 self.problems[where] = f"{where} is {shown(error.value)}{taken}; {error}.{hint(error.value, error.kind)}"
             return
-        if refers:
-            return  # looked at where it stands
+        if refers:  # its settings are looked at where it stands
+            self.fits(value, home(self.cfg, key), kind)
+            return
         if isinstance(value, DictConfig) and TARGET in value:
             self.object(value, key, kind)
             return
         if isinstance(value, (DictConfig, ListConfig)):
             self.inside(value, key, kind)
-        _sharpen(node, name, plain, found)
+        sharpen(node, name, plain, found)
 
     def inside(self, node: DictConfig | ListConfig, key: str, kind: Any = None) -> None:
         """Objects in lists and mappings that make none themselves."""
@@ -162,14 +169,24 @@ class _Door:
         if target is None:
             self.tell(f"{key}.{TARGET}", f"{key}.{TARGET} is {shown(name)}; give the full name of a class or function.")
             return
-        if problem := self.kinds.misfit(target, kind, partial=node.get("_partial_") is True):
-            self.tell(key, f"{key}{problem.format(key=key)}")
+        self.fits(node, key, kind)
         parameters = self.targets.parameters_of(target, given=node)
         self.arguments(node, key, parameters, of=_full_name(target))
         if not node.get("_partial_") and "_args_" not in node:
             for each in parameters.required:
                 if each not in node.keys():  # a missing value is no member, but a key
                     self.tell(f"{key}.{each}", f"{key}.{each} has no value. Give one: {key}.{each}=VALUE.")
+
+    def fits(self, value: Any, key: str, kind: Any) -> None:
+        """Whether the object that `value` describes is of the kind that is meant."""
+        if not isinstance(value, DictConfig) or not isinstance(value.get(TARGET), str):
+            return
+        try:
+            target = self.targets.locate(value[TARGET])
+        except ValueError:
+            return  # told where it stands
+        if problem := self.kinds.misfit(target, kind, partial=value.get("_partial_") is True):
+            self.tell(key, f"{key}{problem.format(key=key)}")
 
     def arguments(self, node: DictConfig, key: str, parameters: Any, *, of: str) -> None:
         allowed = list(parameters.hints)
@@ -185,6 +202,8 @@ class _Door:
                     self.sampling(raw(node, name), full)
             elif parameters.open:
                 self.value(node, name, full, self.kinds.Kind(Any))
+                if (value := raw(node, name)) != value:
+                    self.tell(full, f"{full} is nan; give a value, or leave it out.")
             else:
                 self.tell(full, unread(full, allowed, f"is no setting of {of.rpartition('.')[2]}"))
 
@@ -203,7 +222,7 @@ class _Door:
         parameters = self.targets.options_of(options)
         allowed = list(parameters.hints)
         unknown = [name for name in node if name not in allowed]
-        if len(unknown) > 1 or (unknown and not difflib.get_close_matches(unknown[0], allowed, n=1)):
+        if len(unknown) > 1:  # not misspelt, but of another objective's sampler
             self.tell(key, f"{key} has {', '.join(map(str, unknown))}, which sampling from {target.__name__} does not take; it takes "
                            f"{', '.join(allowed)}. Choose a sampler that goes with the objective: sampler@{key}=NAME.")  # fmt: skip
             return
@@ -218,27 +237,5 @@ class _Door:
             return Unresolved()
 
 
-def _sharpen(node: DictConfig | ListConfig, name: Any, value: Any, found: Any) -> None:
-    """Put integers, as `found` has them, in the place of whole floats."""
-    if isinstance(value, float) and isinstance(found, int):
-        node[name] = found
-    elif isinstance(value, (dict, list)) and isinstance(found, (dict, list)) and TARGET not in value:
-        for each, inner in items(value):
-            if not OmegaConf.is_interpolation(node[name], each) and each in dict(items(found)):
-                _sharpen(node[name], each, inner, found[each])
-
-
 def _full_name(target: Any) -> str:
     return f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', '')}"
-
-
-def _texts(container: Any) -> Iterable[str]:
-    if isinstance(container, str):
-        yield container
-    elif isinstance(container, (Mapping, list)):
-        for _, value in items(container):
-            yield from _texts(value)
-
-
-def _words(text: str) -> list[str]:
-    return "".join(c if c.isalnum() or c == "_" else " " for c in text).split()

@@ -91,7 +91,7 @@ def _passed_on(target: Callable[..., Any], given: typing.Mapping[str, Any]) -> l
     name = f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', '')}"
     if name in PASSED_ON:
         return [locate(PASSED_ON[name])]
-    if isinstance(target, type):
+    if isinstance(target, type) and name.startswith("tinyfusion_pl."):  # those of others may go anywhere
         return [each for each in target.__mro__[1:] if "__init__" in vars(each) and each is not object]
     if name == "tinyfusion_pl.models.pretrained.load_denoiser":
         from tinyfusion_pl.models.registry import model_family

@@ -83,6 +83,7 @@ def measure(*, run_dir: str | Path, samples: Source, reference: Source, metrics:
     Raises:
         ValueError, ArtifactError: for files that cannot be read or do not fit the feature network, before anything is measured.
     """
+    device = _device("measure", trainer)
     found = files.batches(samples)
     is_file = isinstance(reference, (str, Path)) and Path(reference).suffix == ".npz" and not holds_image_files(reference)
     held = read_reference(reference) if is_file else None
@@ -90,7 +91,7 @@ def measure(*, run_dir: str | Path, samples: Source, reference: Source, metrics:
     if held is not None:
         metrics.check_reference(held)
     metrics.check(num_samples=len(found.dataset), num_reference=held.num_pictures if held else len(others.dataset))
-    metrics.to(_device(trainer))
+    metrics.to(device)
     if begin is not None:
         begin()
     say(f"measure: {len(found.dataset)} pictures of {_name(samples)} against {_name(reference)}; numbers go to "
@@ -132,9 +133,10 @@ def make_reference(*, run_dir: str | Path, pictures: Source, output: str, metric
 
 def _make_reference(path: Path, *, pictures: Source, metrics: GenerationMetrics, files: PictureFiles, trainer: Callable[..., Trainer],
                     begin: Callable[[], None] | None) -> Path:
+    device = _device("reference", trainer)
     found = files.batches(pictures)
     metrics.check(num_samples=len(found.dataset), num_reference=len(found.dataset))
-    metrics.to(_device(trainer))
+    metrics.to(device)
     if begin is not None:
         begin()
     say(f"reference: {len(found.dataset)} pictures of {_name(pictures)}; the file is {path}")
@@ -159,11 +161,11 @@ def _name(source: Source) -> str:
     return str(source) if isinstance(source, (str, Path)) else type(source).__name__
 
 
-def _device(trainer: Callable[..., Trainer]) -> torch.device:
-    made = check_sampling_trainer("trainer", trainer)
+def _device(task: str, trainer: Callable[..., Trainer]) -> torch.device:
+    made = check_sampling_trainer(f"{task}.trainer", trainer)
     if made.world_size > 1:
-        raise ValueError(f"Pictures that are there already are measured by one process; the trainer has {made.world_size}. Give devices=1, "
-                         "and files.num_workers to read a folder faster.")
+        raise ValueError(f"Existing images are measured by one process, but {task}.trainer has {made.world_size}. Give "
+                         f"{task}.trainer.devices=1, and {task}.files.num_workers to read a folder faster.")
     return made.strategy.root_device
 
 

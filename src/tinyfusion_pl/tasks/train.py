@@ -53,9 +53,9 @@ def train_denoiser(*, run_dir: str | Path, name: str, seed: int, model: str, obj
     inputs = Inputs(name=name, seed=seed, teacher=denoiser, objective=objective, data=data)
     data.check_fits(denoiser)
     objective.check_fits(denoiser)
+    train.fit.check("train", train.module(denoiser, objective=objective))
     data.check_processes(train.fit.num_processes())
     evaluate.check(inputs)
-    train.fit.check("train", train.module(denoiser, objective=objective))
     if begin is not None:
         begin()
     folder = RunFolder(run_dir)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, Timer
+from lightning.pytorch.callbacks import EarlyStopping, ProgressBar, Timer
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import nn
 
@@ -43,6 +43,12 @@ def check_trainer(
                 f"step, while temperature and learning rate are scheduled up to that. Remove it, and set {key}.max_steps."
             )
     _check_off(key, given)
+    bars = [name for name, callback in callbacks.items() if isinstance(callback, ProgressBar)]
+    if bars and given.get("enable_progress_bar") is False:
+        raise ValueError(
+            f"{key}.enable_progress_bar is False, but {stage}.fit.callbacks.{bars[0]} is a progress bar. Leave it out, and set "
+            f"{stage}.fit.callbacks.{bars[0]}=null."
+        )
     try:
         trainer = factory(callbacks=list(callbacks.values()), logger=False)
     except Exception as error:  # Lightning refuses wrong settings by errors of many types
