@@ -136,6 +136,18 @@ def test_a_missing_mapping_and_names_that_are_no_wnids_are_named(made, tmp_path)
         open_images(made / "pets", image_size=8, class_to_idx="imagenet")
 
 
+@pytest.mark.parametrize("given", ["orders", "", 5, True])
+def test_another_choice_of_labels_names_those_there_are(made, given):
+    with pytest.raises(ValueError, match=f"class_to_idx is {given!r}; give 'imagenet', 'order', or a JSON file"):
+        open_images(made / "pets", image_size=8, class_to_idx=given)
+
+
+@pytest.mark.parametrize("names", [["n01440764_tench", "n02102040_springer"], ["N01440764", "N02102040"]])
+def test_names_that_begin_with_wnids_are_said(names):
+    labels, kind, (said,) = label_classes(names, class_to_idx=None, where="here")
+    assert labels == [0, 1] and kind == "order" and "begin with ImageNet's wnids" in said
+
+
 def test_some_wnids_and_some_other_names_are_refused():
     with pytest.raises(ValueError, match=r"1 of the 2 classes of here are ImageNet's wnids, others are not \(cat\).*class_to_idx=order"):
         label_classes(["cat", "n01440764"], class_to_idx=None, where="here")

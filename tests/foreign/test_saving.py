@@ -22,7 +22,7 @@ def record(kept_blocks):
         "stacks": {
             path: {
                 "pattern": "1:2",
-                "num_blocks": 4,
+                "num_blocks": 1 + max(kept),
                 "kept_blocks": kept,
                 "block_probabilities": [],
                 "groups": [],

@@ -63,6 +63,8 @@ def label_classes(
             raise ValueError(f"class_to_idx=imagenet, but {len(others)} of the {len(names)} classes of {where} are no wnids of ImageNet's "
                              f"1000 classes ({named(others)}). Give class_to_idx=FILE, a JSON file {{name: label}}.")
         return [known[name] for name in names], IMAGENET, []
+    if not isinstance(class_to_idx, (str, os.PathLike)) or not (os.path.lexists(class_to_idx) or Path(class_to_idx).suffix):
+        raise ValueError(f"class_to_idx is {class_to_idx!r}; give 'imagenet', 'order', or a JSON file {{name of a class folder: label}}.")
     mapping = read_mapping(class_to_idx)
     if lacking := [name for name in names if name not in mapping]:
         raise ValueError(f"{class_to_idx} has no label for {len(lacking)} of the {len(names)} classes of {where} ({named(lacking)}). It "
@@ -128,6 +130,9 @@ def _shared_labels(names: Sequence[str], mapping: dict[str, int], path: str | os
 def _other_readings(names: Sequence[str], where: str) -> list[str]:
     """What labels by order could be besides."""
     remedy = "class_to_idx=FILE, a JSON file {name: label}, gives other labels."
+    if names and all(name[:9].lower() in imagenet_wnids() for name in names):
+        return [f"The class folders of {where} begin with ImageNet's wnids ({named(list(names))}), but are no wnids, and are labelled in "
+                f"their order. Rename them to their wnids for ImageNet's labels; or {remedy}"]
     if all(is_number(name) for name in names):
         if [int(name) for name in names] != list(range(len(names))):
             return [f"The class folders of {where} are numbers, but not 0 to {len(names) - 1}: {names[0]} gets the label 0, {names[-1]} "

@@ -7,6 +7,7 @@ arXiv 2112.10752), MAR on a KL-16 of its own (16 times smaller, 16 channels, sca
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from tinyfusion_pl.models.fitting import check_values, fit_weights
 
 RANDOM = "random"
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-SUFFIXES = (".ckpt", ".pt", ".pth", ".safetensors")
+SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "sd": {
         "block_out_channels": (128, 256, 512, 512), "latent_channels": 4, "scaling_factor": 0.18215,
@@ -54,17 +55,19 @@ class VAE:
                  slicing: bool = False, tiling: bool = False) -> None:
         if precision not in PRECISIONS:
             raise ValueError(f"The VAE's precision is {precision!r}; give one of {', '.join(map(repr, PRECISIONS))}.")
-        if batch_size < 1:
-            raise ValueError(f"The VAE's batch_size is {batch_size}; give a count >= 1.")
+        if type(batch_size) is not int or batch_size < 1:
+            raise ValueError(f"The VAE's batch_size is {batch_size!r}; give a count >= 1.")
         if getattr(model.config, "shift_factor", None):
             raise ValueError(f"The VAE of {source} shifts its latents (shift_factor {model.config.shift_factor}); those of the denoisers "
                              "here are scaled only. Give Stable Diffusion's VAE (DiT, SiT, U-ViT, U-DiT) or MAR's.")
         if any(getattr(model.config, name, None) is not None for name in ("latents_mean", "latents_std")):
             raise ValueError(f"The VAE of {source} normalises its latents channel by channel (latents_mean, latents_std); those of the "
                              "denoisers here are scaled only. Give Stable Diffusion's VAE (DiT, SiT, U-ViT, U-DiT) or MAR's.")
-        self.scaling_factor = float(model.config.scaling_factor if scaling_factor is None else scaling_factor)
-        if not self.scaling_factor > 0:
-            raise ValueError(f"The VAE's scaling_factor is {scaling_factor}; give a number > 0 (Stable Diffusion 0.18215, MAR 0.2325).")
+        factor = model.config.scaling_factor if scaling_factor is None else scaling_factor
+        if type(factor) not in (int, float) or not 0 < factor < math.inf:
+            of = f" in the config of {source}" if scaling_factor is None else ""
+            raise ValueError(f"The VAE's scaling_factor is {factor!r:.80}{of}; give a number > 0 (Stable Diffusion 0.18215, MAR 0.2325).")
+        self.scaling_factor = float(factor)
         self.source, self.batch_size = source, batch_size
         self.num_channels = int(model.config.latent_channels)
         self.downsampling = 2 ** (len(model.config.block_out_channels) - 1)

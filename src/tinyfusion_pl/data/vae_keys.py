@@ -33,13 +33,15 @@ def without_prefix(state: Mapping[str, Tensor], where: str | Path) -> dict[str, 
 
 
 def as_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights under diffusers' names of today, from any of the layouts above."""
+    """The weights under diffusers' names of today, from any of the layouts above. ValueError for an older name beside its newer one."""
     if is_compvis(state):
         return compvis_to_diffusers(state)
     renamed = {}
     for key, tensor in state.items():
         if found := _OLD_NAME.fullmatch(key):
             key = f"{found[1]}.{_OLDER[found[2]]}.{found[3]}"
+            if key in state:
+                raise ValueError(f"The weights name {key} twice, also as {found[0]}. Leave one of them.")
         renamed[key] = _linear(key, tensor)
     return renamed
 

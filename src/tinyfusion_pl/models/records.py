@@ -132,9 +132,9 @@ def _contradictions(stack: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     num_blocks, kept, groups = stack["num_blocks"], stack["kept_blocks"], stack["groups"]
     if sorted(set(kept)) != kept or not kept or kept[-1] >= num_blocks:
         yield "kept_blocks", f"is {kept!r:.80}; ascending numbers below {num_blocks}, each once, were expected"
-    if len(stack["block_probabilities"]) != num_blocks or not all(map(_is_share, stack["block_probabilities"])):
-        yield "block_probabilities", (f"is {stack['block_probabilities']!r:.80}; one between 0 and 1 for each of {num_blocks} blocks was "
-                                      "expected")
+    if len(stack["block_probabilities"]) not in (0, num_blocks) or not all(map(_is_share, stack["block_probabilities"])):
+        yield "block_probabilities", (f"is {stack['block_probabilities']!r:.80}; one between 0 and 1 for each of {num_blocks} blocks, or "
+                                      "none at all, was expected")
     units = stack.get("units") or [[block] for block in range(num_blocks)]
     in_units = [block for unit in units for block in unit]
     if len(set(in_units)) != len(in_units) or not all(block < num_blocks for block in in_units):
