@@ -6,11 +6,15 @@ saves for the backward (the activations), and the peak memory of a step beyond w
 set, in a process of its own for each of the two; on a GPU by the allocator).
 
     python benchmarks/gated_blocks.py [--model dit_digits] [--batch-size 128] [--pattern 1:2] [--rounds 15] [--device cpu]
+
+``--against SRC`` compares the gathered step with that of another checkout instead (its ``src`` folder): both run in a process of their own
+and take turns, step by step.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import subprocess
 import sys
@@ -135,6 +139,34 @@ def measure(args: argparse.Namespace, weight_update: str) -> None:
           f"peak memory {peak[False]:.0f} -> {peak[True]:.0f} MiB ({peak[True] / peak[False]:.2f}x)", flush=True)
 
 
+def serve(args: argparse.Namespace, weight_update: str) -> None:
+    """One gathered step for each line read; prints its seconds."""
+    case = Case(args, weight_update)
+    for _ in sys.stdin:
+        print(case.step(True), flush=True)
+
+
+def compare(args: argparse.Namespace, weight_update: str) -> None:
+    own = str(Path(__file__).resolve().parents[1] / "src")
+    times: dict[str, list[float]] = {own: [], str(Path(args.against).resolve()): []}
+    options = [each for each in sys.argv[1:] if not each.startswith("--against") and each != args.against]
+    processes = {
+        source: subprocess.Popen([sys.executable, __file__, *options, "--serve", weight_update], env={**os.environ, "PYTHONPATH": source},
+                                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for source in times
+    }
+    for _ in range(args.rounds + 2):  # the first two warm up
+        for source, process in processes.items():
+            process.stdin.write("step\n")
+            process.stdin.flush()
+            times[source].append(float(process.stdout.readline()))
+    for process in processes.values():
+        process.communicate()
+    ours, theirs = (statistics.median(each[2:]) for each in times.values())
+    print(f"{args.model} batch {args.batch_size} pattern {args.pattern} {weight_update:6s} on {args.device}, gathered: "
+          f"step {theirs * 1e3:.0f} -> {ours * 1e3:.0f} ms (ratio {ours / theirs:.2f})", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="dit_digits")
@@ -143,12 +175,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--peak", nargs=2, metavar=("UPDATE", "KIND"), help="print the peak memory of one kind in bytes, and end")
+    parser.add_argument("--against", metavar="SRC", help="compare with another checkout's src folder")
+    parser.add_argument("--serve", metavar="UPDATE", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.serve:
+        return serve(args, args.serve)
     if args.peak:
         print(Case(args, args.peak[0]).peak_bytes(args.peak[1] == "gathered"))
         return
     for weight_update in ("full", "lora"):
-        measure(args, weight_update)
+        (compare if args.against else measure)(args, weight_update)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from tinyfusion_pl.callbacks import gate_setup
@@ -21,7 +21,8 @@ from tinyfusion_pl.pruning import Decision, DepthGates
 from tinyfusion_pl.pruning.compiled import Compiler
 from tinyfusion_pl.pruning.first_call import FirstCallCheck
 from tinyfusion_pl.pruning.gate_optimizer import GateOptimizer
-from tinyfusion_pl.pruning.pruner import DepthPruner, check_target
+from tinyfusion_pl.pruning.pruner import DepthPruner
+from tinyfusion_pl.pruning.target import check_target
 
 
 class DepthPruningCallback(Callback):
@@ -115,20 +116,9 @@ class DepthPruningCallback(Callback):
 
     def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put adapters and gates on the model of `pl_module`; does nothing when this callback's are there."""
-        if (found := getattr(pl_module, GATES, None)) is not None:
-            if found is not self.gates:
-                raise ValueError(f"{type(pl_module).__name__} carries the gates of an earlier DepthPruningCallback. Take them off with its "
-                                 "detach(module), prune a fresh module, or fit again with that callback.")  # fmt: skip
+        if gate_setup.is_attached(pl_module, self.gates):
             return
-        compiler = gate_setup.open_compiled_module(pl_module)
-        try:
-            setattr(pl_module, GATES, self.pruner.start(pl_module, rank=trainer.global_rank, compiler=compiler))
-        except Exception:
-            gate_setup.close_compiled_module(pl_module, compiler)
-            raise
-        self._compiler, self._described = compiler, False
-        for remark in self.pruner.remarks:
-            rank_zero_info(f"DepthPruningCallback: {remark}")
+        self._compiler, self._described = gate_setup.attach(trainer, pl_module, self.pruner), False
         self._sources = self.source or getattr(self._model(pl_module), "source", None) or {}
         if self.verify:
             self._check = FirstCallCheck(pl_module, self.gates, dict(zip((g.path for g in self.gates.stacks), self.pruner.paths())))
@@ -170,12 +160,7 @@ class DepthPruningCallback(Callback):
         if not self._restored:
             self._num_batches_stepped = 0
         self._restored, self._num_before = False, self._num_batches_stepped
-        if self.anneal_steps is None and not 0 < trainer.estimated_stepping_batches < float("inf"):
-            raise ValueError("The number of training steps is not known, so the temperature cannot be annealed over it. "
-                             "Give max_steps to the Trainer or anneal_steps to DepthPruningCallback.")  # fmt: skip
-        self._num_steps = self.anneal_steps or int(trainer.estimated_stepping_batches)
-        # max_steps counts the steps of all optimizers, an epoch's length the batches.
-        self._count_all = self.anneal_steps is None and self._num_steps == trainer.max_steps
+        self._num_steps, self._count_all = gate_setup.annealed_over(trainer, self.anneal_steps)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         gate_setup.check_training(self.gates)
@@ -188,13 +173,12 @@ class DepthPruningCallback(Callback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor) -> None:
         self.guard.on_before_backward(trainer, pl_module, loss)
-        if not self._described and any(gated.plans for gated in self.gates.gated_forwards):
+        # With NaN in the first batch there was nothing to compare: the next one is checked.
+        if not self._described and any(gated.plans for gated in self.gates.gated_forwards) and bool(loss.isfinite().all()):
             self._described = True
             rank_zero_info(f"DepthPruningCallback: {self.gates.describe_batches()}")
         if self._check is not None and self._described and not self._check.postponed:
-            if self._check.unverified:
-                rank_zero_warn(f"The training step runs the blocks of {', '.join(sorted(self._check.unverified))} without calling a module "
-                               "that holds them, so dropping them by gates was not checked against cutting them out.")  # fmt: skip
+            gate_setup.report_unverified(self._check.unverified)
             self._end_check()
 
     def _end_check(self) -> None:

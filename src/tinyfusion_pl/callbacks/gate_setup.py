@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.compile import from_compiled, to_uncompiled
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
@@ -77,6 +78,50 @@ def attach_after_configuring(pl_module: LightningModule, pruner: DepthPruner, at
             pruner.find(module)  # still nothing: raise the reason
 
     pl_module.configure_model = types.MethodType(configure_model, pl_module)
+
+
+def is_attached(pl_module: LightningModule, gates: DepthGates | None) -> bool:
+    """Whether `gates` are on `pl_module`; `ValueError` where those of another callback are."""
+    found = getattr(pl_module, GATES, None)
+    if found is not None and found is not gates:
+        raise ValueError(f"{type(pl_module).__name__} carries the gates of an earlier DepthPruningCallback. Take them off with its "
+                         "detach(module), prune a fresh module, or fit again with that callback.")  # fmt: skip
+    return found is not None
+
+
+def attach(trainer: Trainer, pl_module: LightningModule, pruner: DepthPruner) -> Compiler | None:
+    """Put adapters and gates on the model of `pl_module`; returns the compiler of a module that was compiled itself."""
+    compiler = open_compiled_module(pl_module)
+    try:
+        setattr(pl_module, GATES, pruner.start(pl_module, rank=trainer.global_rank, compiler=compiler))
+    except Exception:
+        close_compiled_module(pl_module, compiler)
+        raise
+    for remark in pruner.remarks:
+        rank_zero_info(f"DepthPruningCallback: {remark}")
+    return compiler
+
+
+def annealed_over(trainer: Trainer, anneal_steps: int | None) -> tuple[int, bool]:
+    """Steps over which the temperature falls, and whether they count the steps of all optimizers.
+
+    Raises:
+        ValueError: when the Trainer does not know how long it trains and `anneal_steps` is None.
+    """
+    if anneal_steps is not None:
+        return anneal_steps, False
+    if not 0 < trainer.estimated_stepping_batches < float("inf"):
+        raise ValueError("The number of training steps is not known, so the temperature cannot be annealed over it. "
+                         "Give max_steps to the Trainer or anneal_steps to DepthPruningCallback.")  # fmt: skip
+    num_steps = int(trainer.estimated_stepping_batches)
+    return num_steps, num_steps == trainer.max_steps  # an epoch's length counts batches
+
+
+def report_unverified(paths: Collection[str]) -> None:
+    """Warn of stacks whose first call was not verified."""
+    if paths:
+        rank_zero_warn(f"The training step runs the blocks of {', '.join(sorted(paths))} without calling a module that holds them, so "
+                       "dropping them by gates was not checked against cutting them out.")  # fmt: skip
 
 
 def check_set_up(pl_module: LightningModule, pruner: DepthPruner) -> None:

@@ -20,38 +20,23 @@ from __future__ import annotations
 
 import copy
 import math
-import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from tinyfusion_pl.pruning.adapters import WeightUpdate, check_delta_w
-from tinyfusion_pl.pruning.blocks import by_path, get_module, get_stack, units_of, unwrap
+from tinyfusion_pl.pruning.blocks import get_module, get_stack, unwrap
+from tinyfusion_pl.pruning.caches import restore_caches, turn_off_caches
 from tinyfusion_pl.pruning.compiled import Compiler, Opened, close_compiled, on_the_way, open_compiled, uncompiled
 from tinyfusion_pl.pruning.decision import Decision
-from tinyfusion_pl.pruning.discovery import Discovery, discover, resolve_stacks
+from tinyfusion_pl.pruning.discovery import Discovery, discover
 from tinyfusion_pl.pruning.gates import DepthGates, remove_gates
-from tinyfusion_pl.pruning.library_configs import check_library_config, library_root
+from tinyfusion_pl.pruning.library_configs import check_library_config
 from tinyfusion_pl.pruning.patterns import Pattern
+from tinyfusion_pl.pruning.plan import Plan, find_paths, make_plan
 from tinyfusion_pl.pruning.surgery import remove_blocks
 from tinyfusion_pl.pruning.verification import earliest_drops
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is pruned: the module that holds all stacks, and pattern, units and streams by path inside it."""
-
-    root: str
-    patterns: dict[str, Pattern]
-    units: dict[str, Any]
-    streams: dict[str, list[str]]
-
-    def path(self, inside: str) -> str:
-        """Path of a stack in the module that was planned for."""
-        return f"{self.root}.{inside}" if self.root else inside
 
 
 class DepthPruner:
@@ -91,7 +76,7 @@ class DepthPruner:
         Raises:
             ValueError: when there are none.
         """
-        return [p for p in resolve_stacks(module, self.stacks, pattern=self.pattern) if not p.startswith("depth_gates")]
+        return find_paths(module, self.stacks, pattern=self.pattern)
 
     def finds(self, module: nn.Module) -> bool:
         """Whether the blocks that are meant are in `module`."""
@@ -107,34 +92,7 @@ class DepthPruner:
         Raises:
             ValueError: when they do not; says what would.
         """
-        paths = self.find(module)
-        owners: dict[int, str] = {}
-        for path in paths:
-            for block in get_stack(module, path):
-                if (owner := owners.setdefault(id(block), path)) != path or paths.count(path) > 1:
-                    raise ValueError(f"The stacks {owner!r} and {path!r} hold the same blocks, which only one pattern can be "
-                                     "for. Name each "
-                                     "block list once.")
-        root = _root_of(module, paths)
-        inside = {path: path.removeprefix(f"{root}.") if root else path for path in paths}  # a mapping may be keyed by either
-
-        def of(given: Any, what: str) -> dict[str, Any]:
-            renamed = {inside.get(path, path): each for path, each in given.items()} if isinstance(given, Mapping) else given
-            return by_path(renamed, list(inside.values()), what)
-
-        patterns = {path: Pattern.parse(pattern) for path, pattern in of(self.pattern, "pattern").items()}
-        units = of(self.units, "units")
-        streams = {inside.get(path, path): list(names) for path, names in (self.streams or {}).items()}
-        if unknown := [path for path in streams if path not in patterns]:
-            raise ValueError(f"streams is given for {unknown}, where there is no stack; the stacks are {list(inside)}.")
-        for path, short in inside.items():
-            counted = units_of(module, path, units[short])
-            try:
-                patterns[short].groups(len(counted))
-            except ValueError as error:
-                what = "" if all(len(unit) == 1 for unit in counted) else f", where a pattern counts {len(counted)} units of several blocks"
-                raise ValueError(f"Stack '{path}'{what}: {error} Each stack may have a pattern of its own, given by path.") from error
-        return Plan(root, patterns, units, streams)
+        return make_plan(module, self.find(module), pattern=self.pattern, units=self.units, streams=self.streams)
 
     def check(self, module: nn.Module) -> None:
         """As `plan`; and find out whether the adapters go onto the model.
@@ -171,7 +129,7 @@ class DepthPruner:
             self.weight_update.finish(model, delta_w="discard")
             raise
         self.root, self.gates, self.remarks = plan.root, gates, [remark for remark in remarks if remark]
-        self._caches = _turn_off_caches(model)
+        self._caches = turn_off_caches(model)
         self.see_through(module, compiler)
         return gates
 
@@ -227,57 +185,11 @@ class DepthPruner:
     def _restore(self, model: nn.Module) -> None:
         remove_gates(model)
         self.weight_update.finish(model, delta_w=self.delta_w)
-        _restore_caches(model, self._caches)
+        restore_caches(model, self._caches)
 
     def configuration(self) -> dict[str, Any]:
         """The settings, for a record."""
         return {"weight_update": self.weight_update.describe(), "delta_w": self.delta_w, **self.options}
-
-
-def _root_of(module: nn.Module, paths: list[str]) -> str:
-    """Path of the module that becomes the shallow model: the child of `module` that holds all stacks, or inside it the library model that
-    does, when nothing beside it trains (a pipeline's frozen encoders are no part of what is pruned)."""
-    heads = {path.partition(".")[0] for path in paths}
-    head = heads.pop() if len(heads) == 1 and all("." in path for path in paths) else ""
-    found = {library_root(module, path) for path in paths}
-    if len(found) == 1 and (inner := found.pop()) is not None and inner.startswith(f"{head}." if head else ""):
-        inside = {id(p) for p in get_module(module, inner).parameters()}
-        if not any(p.requires_grad and id(p) not in inside for p in get_module(module, head).parameters()):
-            return inner
-    return head
-
-
-def check_target(folder: Path, model: nn.Module) -> None:
-    """`ValueError` unless a model of the size of `model` can be written into `folder`, which need not exist."""
-    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
-    if not there.is_dir():
-        raise ValueError(f"save_dir is {folder}, but {there} is a file. Give the path of a folder.")
-    probe = there / f".{folder.name}.write-test"
-    try:
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(f"save_dir is {folder}, which cannot be written to ({error.strerror}). Give another folder.") from error
-    needed = sum(t.numel() * t.element_size() for t in {id(t): t for t in model.state_dict().values() if t is not None}.values())
-    free = shutil.disk_usage(there).free
-    if free < needed:
-        raise ValueError(f"save_dir is {folder}, where {free / 2**30:.1f} GiB are free; the shallow model may take up to "
-                         f"{needed / 2**30:.1f} GiB. Free some space or give another folder.")  # fmt: skip
-
-
-def _turn_off_caches(model: nn.Module) -> dict[str, bool]:
-    """Set ``config.use_cache`` to False wherever a module has it: a block that runs twice would write its cache twice."""
-    before = {}
-    for name, module in model.named_modules():
-        config = getattr(module, "config", None)
-        if getattr(config, "use_cache", None) is True and not isinstance(config, Mapping):
-            before[name], config.use_cache = True, False
-    return before
-
-
-def _restore_caches(model: nn.Module, before: Mapping[str, bool]) -> None:
-    for name, value in before.items():
-        model.get_submodule(name).config.use_cache = value
 
 
 def _is_number(value: Any) -> bool:
