@@ -91,7 +91,8 @@ def read_sealed(path: str | os.PathLike) -> dict[str, Any]:
     try:
         content = read_json(path)
     except ArtifactError as error:
-        raise Damaged(str(error)) from error
+        reason = "it is truncated or no JSON" if isinstance(error.__cause__, ValueError) else str(error).rstrip(".")
+        raise Damaged(f"{path} is damaged: {reason}.") from error
     if not isinstance(content, dict) or SEAL not in content:
         raise Damaged(f"{path} has no checksum: it is damaged, or an earlier version wrote it.")
     seal = content.pop(SEAL)

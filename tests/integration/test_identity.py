@@ -3,12 +3,14 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
 from tinyfusion_pl import cli
 from tinyfusion_pl.artifacts import load_tensors, read_json, sha256
 from tinyfusion_pl.checksums import read_sealed, write_sealed
+from tinyfusion_pl.data import DigitsDataModule
 from tinyfusion_pl.models import load_denoiser
 from tinyfusion_pl.tasks.kept import KeptBatches
 
@@ -218,6 +220,34 @@ def test_changed_logs_of_a_finished_stage_are_told(run, out):
     for name in names:
         assert f"out/{name} is changed or damaged since the stage finished" in said
         assert f"out/{name} is changed or damaged since learn_mask finished" in told
+
+
+@pytest.mark.parametrize("stage", ["learn_mask", "recover"])
+def test_a_stage_that_was_trained_otherwise_is_not_taken_for_finished(run, out, stage):
+    """As from Python, where no configuration says it: the mark holds the steps and the seed."""
+    mark = out / "stages" / f"{stage}.json"
+    content = read_sealed(mark)
+    assert content["num_steps"] == 4 and content["seed"] == 0
+    write_sealed(mark, {**content, "num_steps": 2})
+    code, said = run(f"task={stage}")
+    assert code == 1 and f"{stage} in out was finished with other settings (num_steps 2 then, 4 now)" in said
+
+
+def test_training_samples_that_were_replaced_are_refused(run, out, monkeypatch):
+    monkeypatch.setattr(DigitsDataModule, "samples_sha256", lambda self: "f" * 64)
+    code, said = run("task=recover")
+    assert code == 1 and "was made from something else" in said and "samples" in said and "ffffffffffff... now" in said
+
+
+def test_a_replaced_reference_is_measured_against_anew(run, tmp_path):
+    given = ["task=evaluate", "evaluate.reference=reference.npz"]
+    pictures = DigitsDataModule().reference_pictures()[0].permute(0, 2, 3, 1).numpy()
+    np.savez("reference.npz", arr_0=pictures[:40])
+    assert run(*given)[0] == 0
+    np.savez("reference.npz", arr_0=pictures[40:80])
+    code, said = run(*given)
+    assert code == 0 and "teacher was measured of something else (reference" in said
+    assert "done before" in run(*given)[1]
 
 
 def test_every_mark_states_the_configuration(out):

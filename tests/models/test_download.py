@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tinyfusion_pl.artifacts import ArtifactError
+from tinyfusion_pl.artifacts import ArtifactError, temporary_path
 from tinyfusion_pl.models import create_model, load_denoiser, load_pretrained
 from tinyfusion_pl.models.download import NotOnServer, cache_folder, fetch
 from tinyfusion_pl.models.published import PUBLISHED, Published, fetch_published
@@ -154,6 +154,14 @@ def test_an_interrupted_download_leaves_nothing(server, cache, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         fetch(f"{server.url}/a.pt", cache / "a.pt")
     assert left_in(cache) == []
+
+
+def test_what_a_killed_download_left_is_removed_by_the_next(server, cache):
+    server.files["/a.pt"] = BODY
+    cache.mkdir(parents=True, exist_ok=True)
+    temporary_path(cache / "a.pt").touch()  # an earlier process had this one's number
+    fetch(f"{server.url}/a.pt", cache / "a.pt")
+    assert [path.name for path in cache.iterdir()] == ["a.pt"]
 
 
 def test_the_bar_is_told_the_whole_and_every_byte(server, cache, monkeypatch):

@@ -11,7 +11,7 @@ from diffusers.models.embeddings import Timesteps
 
 from small_dit_model import relative, small_batch, small_dit
 from tinyfusion_pl import cli
-from tinyfusion_pl.artifacts import ArtifactError, read_json
+from tinyfusion_pl.artifacts import ArtifactError, read_json, temporary_path
 from tinyfusion_pl.models import export_model, load_pretrained, load_shallow, save_shallow
 
 
@@ -148,6 +148,14 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path):
     with pytest.raises(ValueError, match="exists"):
         export_model(small_dit(frequency_shift=1), tmp_path / "out")
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("name", ["out", "out.pt", "out.safetensors"])
+def test_what_a_killed_export_left_is_removed_by_the_next(tmp_path, name):
+    left = temporary_path(tmp_path / name)  # an earlier process had this one's number
+    left.mkdir() if left.suffix == "" else left.touch()
+    export_model(small_dit(frequency_shift=int(name == "out")), tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_a_disk_that_fills_up_leaves_no_half_folder(tmp_path, vae, monkeypatch):

@@ -58,3 +58,10 @@ def test_a_checkpoint_without_a_checksum_loads_with_a_warning(tmp_path):
     TorchCheckpointIO().save_checkpoint(CONTENT, path := tmp_path / "last.ckpt")
     with pytest.warns(UserWarning, match=r"last\.ckpt has no checksum"):
         assert WholeCheckpointIO().load_checkpoint(path, weights_only=True)["step"] == 3
+
+
+def test_a_pipe_in_its_place_is_never_opened(checkpoint):
+    checkpoint.unlink()
+    os.mkfifo(checkpoint)
+    with pytest.raises(ArtifactError, match=r"last\.ckpt cannot be read"):
+        WholeCheckpointIO().load_checkpoint(checkpoint, weights_only=True)

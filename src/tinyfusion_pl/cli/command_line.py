@@ -23,7 +23,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from tinyfusion_pl.cli.errors import Told, tell
+from tinyfusion_pl.cli.errors import Told, printable_warnings, tell
 from tinyfusion_pl.cli.naming import named
 from tinyfusion_pl.cli.overrides import check_added, expand_home, keep_escaped, readable
 from tinyfusion_pl.cli.processes import as_single_run, is_first_process, process
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _run_command(*arguments)
         # With this variable Hydra raises its errors instead of printing them: all of them are told in one way, below.
         arguments = readable(arguments)
-        with process([sys.argv[0], *arguments], HYDRA_FULL_ERROR="1"):
+        with process([sys.argv[0], *arguments], HYDRA_FULL_ERROR="1"), printable_warnings():
             check_sweep(arguments)
             _run_task()
     except SystemExit as stop:  # --help, an unknown flag, a task that failed

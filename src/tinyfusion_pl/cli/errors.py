@@ -6,17 +6,31 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
 from omegaconf.errors import OmegaConfBaseException
 
 from tinyfusion_pl.cli.overrides import ambiguous
+from tinyfusion_pl.printable import printable_lines
 
 
 class Told(Exception):
     """A job of a sweep failed, and the error was told."""
+
+
+@contextmanager
+def printable_warnings() -> Iterator[None]:
+    """Warnings that are shown inside the block have no control characters, whichever names they quote."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda *args, **kwargs: printable_lines(before(*args, **kwargs))
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def tell(error: Exception, arguments: Sequence[str] = ()) -> int:
@@ -28,7 +42,7 @@ def tell(error: Exception, arguments: Sequence[str] = ()) -> int:
     if told is None or verbose or os.environ.get("TINYFUSION_TRACEBACK") == "1":
         traceback.print_exception(error)
     exit_code = getattr(error, "exit_code", None)  # an outcome that is no error, as an unfinished stage
-    print(told if exit_code else f"error: {told or repr(error)}", file=sys.stderr)
+    print(printable_lines(told if exit_code else f"error: {told or repr(error)}"), file=sys.stderr)
     return exit_code or 1
 
 

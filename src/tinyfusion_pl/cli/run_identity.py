@@ -97,6 +97,8 @@ def check_folder(run_dir: Path, cfg: DictConfig) -> None:
 
 def _check_config(file: Path, cfg: DictConfig) -> None:
     run_dir = file.parent
+    if not (file.is_file() or file.is_dir()):
+        raise ValueError(f"{file} is no regular file. Remove it, or give another run_dir.")
     try:
         content = file.read_bytes()
     except OSError as error:

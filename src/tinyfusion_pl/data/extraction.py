@@ -18,7 +18,7 @@ from tinyfusion_pl.artifacts import ArtifactError, load_tensors, read_json, save
 from tinyfusion_pl.data.images import LabelledImages
 from tinyfusion_pl.data.inventory import GONE, Inventory
 from tinyfusion_pl.data.latents_info import FINISHED, UNFINISHED, LatentsInfo
-from tinyfusion_pl.data.listing import named, printable
+from tinyfusion_pl.data.listing import named
 from tinyfusion_pl.data.shards import (
     DIGESTS,
     MAX_STORED,
@@ -31,6 +31,7 @@ from tinyfusion_pl.data.shards import (
     shard_metadata,
     shard_path,
 )
+from tinyfusion_pl.printable import printable
 
 
 class ShardWriter:

@@ -17,8 +17,9 @@ from torch.utils.data import Dataset
 from tinyfusion_pl.arrays import check_regular, read_npz
 from tinyfusion_pl.artifacts import ArtifactError
 from tinyfusion_pl.data.classes import label_classes, relabel
-from tinyfusion_pl.data.listing import SPLITS, find_class_folders, named, printable
+from tinyfusion_pl.data.listing import SPLITS, find_class_folders, named
 from tinyfusion_pl.data.reading import BrokenImage, ImageReader, Note
+from tinyfusion_pl.printable import printable
 
 PACKED = ("blob", "offsets", "labels", "wnids", "classes", "names")
 REMEDY = "Replace or remove it, and run the same command again; or leave such images out with skip_broken=true."

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tinyfusion_pl.data.reading import SUFFIXES
+from tinyfusion_pl.printable import printable
 
 CLUTTER = ("__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "system volume information", "lost+found", "__pycache__")
 SPLITS = ("train", "training", "val", "valid", "validation", "test")
@@ -39,11 +40,6 @@ def named(names: list[str]) -> str:
     """The first names, and how many more there are."""
     more = f", and {len(names) - NUM_NAMED} more" if len(names) > NUM_NAMED else ""
     return ", ".join(printable(name) for name in names[:NUM_NAMED]) + more
-
-
-def printable(name: str) -> str:
-    """A file's name as it can be printed: control characters and bytes that are no UTF-8 are escaped."""
-    return name if name.isprintable() else ascii(name)[1:-1]
 
 
 def is_clutter(name: str) -> bool:

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from tinyfusion_pl.data.images import LabelledImages
-from tinyfusion_pl.data.listing import find_images, printable
+from tinyfusion_pl.data.listing import find_images
 from tinyfusion_pl.data.reading import SUFFIXES, BrokenImage, ImageReader, Note, center_crop, describe_notes
+from tinyfusion_pl.printable import printable
 
 __all__ = ["PictureArray", "PictureBatches", "PictureDataset", "PictureFolder", "center_crop"]
 REMEDY = "Remove it, or skip such ones with skip_broken=true."

@@ -16,6 +16,7 @@ import torch
 from torch.hub import tqdm
 
 from tinyfusion_pl.artifacts import ArtifactError, atomic_path
+from tinyfusion_pl.locks import remove_strays
 
 CHUNK = 1 << 20
 TIMEOUT_S = 30.0
@@ -63,6 +64,7 @@ def fetch(url: str, path: str | os.PathLike, *, size: int | None = None, sha256:
     if _waits.get():
         raise ArtifactError(f"{path.name} is not there yet. It is downloaded from {url} when nothing else is missing, or put it at {path}.")
     by_hand = f"Download that file elsewhere and put it at {path}."
+    remove_strays(path.parent, of=path)  # what a killed download left
     digest = hashlib.sha256()
     with atomic_path(path) as partial, open(partial, "wb") as file:
         received, stated = 0, None

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from tinyfusion_pl.artifacts import ArtifactError, atomic_path, read_json, save_tensors, temporary_path, write_json
+from tinyfusion_pl.locks import remove_strays
 from tinyfusion_pl.models.diffusers_layout import CONFIG, diffusers_config, to_diffusers
 from tinyfusion_pl.models.dit import DiT
 from tinyfusion_pl.models.families import family_of
@@ -78,6 +79,7 @@ def export_model(model: nn.Module, path: str | Path, *, format: str | None = Non
                          "'diffusers' a folder, whose name has no suffix.")
     if format != "diffusers" and (vae is not None or id2label is not None):
         raise ValueError(f"vae and id2label belong to format 'diffusers', not to {format!r}.")
+    remove_strays(path.parent, of=path)  # what a killed export left
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     if format == "published":
         _warn_of_shift(model, 0, "the original DiT code")

@@ -84,6 +84,8 @@ def verify(path: str | Path) -> bool:
         ArtifactError: when it does not match, or the file ends with neither a checksum nor as a zip file does.
     """
     tail = len(SEAL_LENGTH) + SEAL_SIZE
+    if not Path(path).is_file():
+        raise _unreadable(path)
     with open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - tail))

@@ -19,11 +19,12 @@ from tinyfusion_pl.data.extraction import ShardWriter, finish, is_finished, left
 from tinyfusion_pl.data.extraction import begin as begin_extraction
 from tinyfusion_pl.data.inventory import INVENTORY, Inventory, Slots
 from tinyfusion_pl.data.latents_info import CONTENTS, DTYPES, FINISHED, LatentsInfo
-from tinyfusion_pl.data.listing import named, printable
+from tinyfusion_pl.data.listing import named
 from tinyfusion_pl.data.reading import MAX_PIXELS, Note, describe_notes
 from tinyfusion_pl.data.shards import LatentShards
 from tinyfusion_pl.locks import sole_writer
 from tinyfusion_pl.modules import Extraction
+from tinyfusion_pl.printable import printable
 from tinyfusion_pl.tasks.fitting import ctrl_c
 from tinyfusion_pl.tasks.folder import say
 from tinyfusion_pl.tasks.trainer_checks import check_sampling_trainer

@@ -90,6 +90,10 @@ class Fit:
             raise ValueError(f"{stage}.weights is 'ema', but no callback in {stage}.fit.callbacks averages weights. Set "
                              f"{stage}.weights=raw, or callbacks@{stage}.fit.callbacks=ema.")
 
+    def num_steps(self, stage: str) -> int:
+        """Optimizer steps that it trains."""
+        return self._num_steps(stage, self._bare_trainer())
+
     def num_processes(self) -> int:
         """Processes that it trains on."""
         return num_processes(self._bare_trainer())

@@ -14,6 +14,7 @@ from torch import nn
 
 from tinyfusion_pl.artifacts import ArtifactError
 from tinyfusion_pl.checksums import Damaged, read_sealed, write_sealed
+from tinyfusion_pl.printable import printable_lines
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,4 +93,4 @@ def read_configuration(file: Path) -> str | None:
 @rank_zero_only
 def say(line: str) -> None:
     """One line for the person who watches."""
-    print(line, flush=True)
+    print(printable_lines(line), flush=True)

@@ -12,7 +12,7 @@ from tinyfusion_pl.callbacks import DepthPruningCallback
 from tinyfusion_pl.modules import MaskLearning
 from tinyfusion_pl.tasks.fitting import Fit
 from tinyfusion_pl.tasks.folder import Inputs, RunFolder, say
-from tinyfusion_pl.tasks.origins import check_logs, check_origin, files_left, logs_of, needs_remaking, origin_of
+from tinyfusion_pl.tasks.origins import check_asked, check_logs, check_origin, files_left, logs_of, needs_remaking, origin_of
 
 DECISIONS = "learn_mask/decisions.jsonl"
 
@@ -49,9 +49,10 @@ class LearnMask:
         return self.fit.num_processes()
 
     def run(self, folder: RunFolder, inputs: Inputs) -> None:
-        made_from = origin_of(folder, inputs)
+        made_from, asked = origin_of(folder, inputs), {"num_steps": self.fit.num_steps("learn_mask"), "seed": inputs.seed}
         if (done := folder.result("learn_mask")) is not None:
             check_origin(folder, "learn_mask", done, made_from)
+            check_asked(folder, "learn_mask", done, asked)
             check_logs(folder, "learn_mask", done)
             if not needs_remaking(folder, "learn_mask", done, below=folder.shallow.name):
                 say(f"learn_mask: done before, kept {done['kept_blocks']}; shallow model in {folder.shallow}")
@@ -63,6 +64,6 @@ class LearnMask:
         seconds = self.fit.run("learn_mask", folder, module, inputs.data, first=[callback], made_from=made_from)
         folder.finish("learn_mask", {
             "seconds": seconds if done is None else done["seconds"], "kept_blocks": callback.decision.kept_blocks,
-            "num_skipped_steps": callback.guard.num_skipped, "made_from": made_from,
+            "num_skipped_steps": callback.guard.num_skipped, "made_from": made_from, **asked,
             "files": files_left(folder.path, [folder.shallow.name]), "logs": files_left(folder.path, [DECISIONS, logs_of("learn_mask")]),
         })

@@ -41,6 +41,16 @@ def check_origin(folder: RunFolder, stage: str, done: Mapping[str, Any], now: Or
                             "would belong to neither. Put back what it was made from, or give another run_dir=PATH.")
 
 
+def check_asked(folder: RunFolder, stage: str, done: Mapping[str, Any], asked: Mapping[str, int]) -> None:
+    """Refuse the finished `stage`, which left `done`, where `asked` (steps, seed) is another: it was not trained so.
+
+    Raises:
+        ArtifactError: names what differs.
+    """
+    if found := [f"{name} {done[name]} then, {value} now" for name, value in asked.items() if done.get(name, value) != value]:
+        raise ArtifactError(f"{stage} in {folder.path} was finished with other settings ({', '.join(found)}). Give another run_dir=PATH.")
+
+
 def missing_files(folder: RunFolder, stage: str, done: Mapping[str, Any], *, below: str = "") -> list[str]:
     """Files that the finished `stage` left below the folder `below` and that are gone; the others are verified.
 

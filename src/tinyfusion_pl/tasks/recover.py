@@ -22,6 +22,7 @@ from tinyfusion_pl.tasks.origins import (
     SAMPLES,
     SHALLOW,
     TEACHER,
+    check_asked,
     check_logs,
     check_origin,
     files_left,
@@ -69,7 +70,7 @@ class Recover:
         done, learned = folder.result("recover"), folder.result("learn_mask")
         if done is None and learned is None:
             raise ValueError(f"There is no finished mask learning in {folder.path}; run task=learn_mask (or task=pipeline) there first.")
-        made_from = origin_of(folder, inputs)
+        made_from, asked = origin_of(folder, inputs), {"num_steps": self.fit.num_steps("recover"), "seed": inputs.seed}
         if learned is not None:
             check_origin(folder, "learn_mask", learned, made_from, of=[TEACHER, SAMPLES])
             missing = missing_files(folder, "learn_mask", learned, below=folder.shallow.name)
@@ -77,6 +78,7 @@ class Recover:
             made_from[SHALLOW] = shallow_sha256(folder.shallow)
         if done is not None:
             check_origin(folder, "recover", done, made_from)
+            check_asked(folder, "recover", done, asked)
             check_logs(folder, "recover", done)
             if not needs_remaking(folder, "recover", done, below=folder.recovered.name):
                 say(f"recover: done before; recovered model in {folder.recovered}")
@@ -94,8 +96,9 @@ class Recover:
         seconds = self.fit.run("recover", folder, module, inputs.data, first=[guard], made_from=made_from)
         self.save(folder)
         folder.finish("recover", {
-            "seconds": seconds if done is None else done["seconds"], "num_skipped_steps": guard.num_skipped, "made_from": made_from,
-            "files": files_left(folder.path, [folder.recovered.name]), "logs": files_left(folder.path, [logs_of("recover")]),
+            "seconds": seconds if done is None else done["seconds"], "num_skipped_steps": guard.num_skipped,
+            "made_from": made_from, **asked, "files": files_left(folder.path, [folder.recovered.name]),
+            "logs": files_left(folder.path, [logs_of("recover")]),
         })
 
     @rank_zero_only

@@ -1,0 +1,49 @@
+"""SIGTERM to a single process of two: both end, and the same command resumes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+COMMAND = ["run_dir=out", "+debug=default", "data.batch_size=4", "task.stages=[learn_mask]", "learn_mask.fit.trainer.max_steps=2000",
+           "learn_mask.fit.checkpoint_every_n_steps=2", "learn_mask.fit.trainer.devices=2", "learn_mask.fit.trainer.accelerator=cpu"]
+
+
+def child_of(pid, *, within=60.0):
+    """The process that Lightning's launcher started with the same command."""
+    deadline = time.monotonic() + within
+    while time.monotonic() < deadline:
+        for task in Path("/proc").glob("[0-9]*"):
+            try:
+                parent = int((task / "stat").read_text().rpartition(")")[2].split()[1])
+                if parent == pid and b"tinyfusion_pl" in (task / "cmdline").read_bytes():
+                    return int(task.name)
+            except (OSError, IndexError):
+                continue
+        time.sleep(0.05)
+    raise AssertionError("there is no second process")
+
+
+@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_sigterm_to_one_process_ends_both(tmp_path, rank):
+    environment = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "NODE_RANK", "MASTER_PORT", "WORLD_SIZE")}
+    process = subprocess.Popen([sys.executable, "-m", "tinyfusion_pl", *COMMAND], cwd=tmp_path, env=environment, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+    try:
+        checkpoint = tmp_path / "out" / "learn_mask" / "checkpoints" / "last.ckpt"
+        deadline = time.monotonic() + 200
+        while not checkpoint.exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        other = child_of(process.pid)
+        os.kill(other if rank else process.pid, signal.SIGTERM)
+        said, _ = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 130 and "The same command goes on from where it was" in said and "Traceback" not in said
+    assert not Path(f"/proc/{other}").exists() or "Z" in Path(f"/proc/{other}/stat").read_text()
+    assert not list((tmp_path / "out" / "stages").glob("*"))
