@@ -82,7 +82,8 @@ class DepthPruningCallback(Callback):
     ) -> None:  # fmt: skip
         self.optimizer = GateOptimizer(lr=logits_lr, clip=logits_clip, tau_start=tau_start, tau_end=tau_end)
         self.pruner = DepthPruner(pattern, stacks=stacks, weight_update=weight_update, delta_w=delta_w, units=units, streams=streams,
-                                  gather=gather, scaling=scaling, init=init, average_decay=average_decay, tau=tau_start)  # fmt: skip
+                                  held=True, gather=gather, scaling=scaling, init=init, average_decay=average_decay,
+                                  tau=tau_start)  # fmt: skip
         if anneal_steps is not None and not (isinstance(anneal_steps, int) and anneal_steps >= 1):
             raise ValueError(f"anneal_steps is {anneal_steps}; give a count of optimizer steps >= 1, or leave it out for the whole fit.")
         self.anneal_steps, self.verify, self.save_dir = anneal_steps, verify, save_dir

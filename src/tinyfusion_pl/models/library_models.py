@@ -159,7 +159,10 @@ def _check_config(cls: type[nn.Module], folder: Path, state: Mapping[str, Tensor
                                 "Copy the folder again.")
     try:
         with torch.device("meta"):
-            outline = cls.from_config(config) if hasattr(cls, "from_config") else cls(cls.config_class.from_dict(config))
+            if hasattr(cls, "from_config"):
+                outline = cls.from_config(config)
+            else:
+                outline = cls(cls.config_class.from_pretrained(folder, local_files_only=True))
     except NotImplementedError:
         return
     except Exception as error:  # what a wrong setting ends in is up to the library

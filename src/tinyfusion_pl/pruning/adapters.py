@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,22 +14,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from tinyfusion_pl.pruning.adapter_state import ADAPTER, keep_plain_keys, our_layers, plain_name, release_plain_keys
+from tinyfusion_pl.pruning.copies import outline_of
+from tinyfusion_pl.pruning.linear_layers import linear_names, reads_weight
 
 WEIGHT_UPDATES = ("lora", "full", "frozen")
-
-
-def linear_names(model: nn.Module) -> list[str]:
-    """Names of every ``nn.Linear`` of `model`, embedders and modulation included, those with the user's adapters too.
-
-    Subclasses are left out: the output projection of ``nn.MultiheadAttention`` is one, and its weight is read without a forward.
-    """
-    adapted = {name: m for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
-    inside = tuple(f"{name}." for name in adapted)
-    return [
-        name
-        for name, module in model.named_modules()
-        if not name.startswith(inside) and type(adapted[name].get_base_layer() if name in adapted else module) is nn.Linear
-    ]
 
 
 class WeightUpdate:
@@ -71,11 +60,7 @@ class WeightUpdate:
         """
         if self.kind in ("full", "frozen"):
             return
-        try:
-            self._inject(_without_values(model))
-        except Exception as error:  # peft refuses settings by errors of several types
-            reason = str(error).strip().partition("\n")[0]
-            raise ValueError(f"The adapters of weight_update do not go onto {type(model).__name__}: {reason}") from error
+        self._inject(outline_of(model))
 
     def start(self, model: nn.Module) -> None:
         """Remember what can change and set up `model` in place: adapters in, parameters frozen or free.
@@ -89,19 +74,31 @@ class WeightUpdate:
         if self.kind not in ("full", "frozen"):
             try:
                 self._inject(model)
-            except Exception:
+            except ValueError:
                 self._restore_trainable(model)
                 raise
         self.remember(model)
 
     def _inject(self, model: nn.Module) -> None:
-        config = LoraConfig(r=8, lora_alpha=16) if self.kind == "lora" else self.kind
-        if getattr(config, "target_modules", None) in (None, "all-linear"):
-            config = copy.copy(config)  # the caller's, who may use it for another model
-            # A pattern of whole names: of a list peft takes the names for endings, and "0" would be every first block.
-            config.target_modules = "|".join(map(re.escape, linear_names(model)))
+        config = copy.copy(LoraConfig(r=8, lora_alpha=16) if self.kind == "lora" else self.kind)  # peft changes it
+        target = model
+        if getattr(config, "target_modules", None) in (None, "all-linear") and not getattr(config, "target_parameters", None):
+            if not (names := linear_names(model)):
+                raise ValueError(f"{type(model).__name__} has no linear layer for the adapters of weight_update={self.kind!r:.80}. Use "
+                                 "weight_update='full' or 'frozen'.")  # fmt: skip
+            # A pattern of whole names: of a list peft takes the names for endings, and "0" would be every first block. In a holder
+            # without a config, by which peft would give some mixtures of experts other targets.
+            target = nn.ModuleDict({"model": model})
+            config.target_modules = "|".join(re.escape(f"model.{name}") for name in names)
         users = {n: list(m.active_adapters) for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
-        inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+        try:
+            inject_adapter_in_model(config, target, adapter_name=ADAPTER)
+        except Exception as error:  # peft refuses settings by errors of several types, some with a part of the layers wrapped
+            _take_back(model, users)
+            # Without the printed modules that some of its messages hold.
+            reason = re.sub(r"\(\n.*\n\)", "", str(error).strip(), flags=re.DOTALL).partition("\n")[0].rstrip(".")
+            raise ValueError(f"The adapters of weight_update do not go onto {type(model).__name__}: {reason}. Give a peft config that "
+                             "does, or weight_update='full'.") from error  # fmt: skip
         for name, active in users.items():  # peft turns the others off, and frees their parameters
             layer = model.get_submodule(name)
             layer.set_adapter([*active, ADAPTER] if _has_ours(layer) else active)
@@ -111,7 +108,7 @@ class WeightUpdate:
         try:
             _check_effect(model)
         except ValueError:
-            unload_adapters(model, merge=False)
+            _take_back(model, users)
             raise
         # torch's fused encoder path reads the linear layers' weights, not their adapters; this is what it asks for.
         for layer in _fused_layers(model):
@@ -149,15 +146,6 @@ class WeightUpdate:
             parameter.requires_grad_(self.trainable.get(name, True))
 
 
-def _without_values(model: nn.Module) -> nn.Module:
-    """A copy of `model` whose tensors have shapes, but no memory."""
-    memo: dict[int, Any] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        empty = torch.empty_like(tensor, device="meta")
-        memo[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-    return copy.deepcopy(model, memo)
-
-
 def check_delta_w(delta_w: str) -> None:
     """`ValueError` for anything but the two ways to end a weight update."""
     if delta_w not in ("discard", "merge"):
@@ -169,18 +157,33 @@ def _has_ours(layer: nn.Module) -> bool:
 
 
 def _check_effect(model: nn.Module) -> None:
-    """Refuse adapters on modules that `nn.MultiheadAttention` computes with without calling them."""
-    inert = []
+    """Refuse adapters on modules that what holds them computes with without calling them."""
+    inert, twice = [], []
     for name in our_layers(model):
-        parent = model.get_submodule(name.rpartition(".")[0])
-        if isinstance(model.get_submodule(name).get_base_layer(), nn.MultiheadAttention) or isinstance(parent, nn.MultiheadAttention):
-            inert.append(name)
-    if inert:
+        parent, _, own = name.rpartition(".")
+        holder = model.get_submodule(parent)
+        if isinstance(holder, BaseTunerLayer):
+            twice.append(parent)
+        elif isinstance(base := model.get_submodule(name).get_base_layer(), nn.MultiheadAttention):
+            inert.append((name, base))
+        elif reads_weight(holder, own):
+            inert.append((name, holder))
+    for name, holder in inert[:1]:
         raise ValueError(
-            f"The peft config's target_modules reach {inert[0]}{f' and {len(inert) - 1} more' if len(inert) > 1 else ''}, inside "
-            "nn.MultiheadAttention, which reads its weights without calling its layers, so that the adapters would not learn or could "
-            "not be taken back. Leave these targets out: linear layers around the attention are adapted by target_modules=None."
+            f"The peft config's target_modules reach {name}{f' and {len(inert) - 1} more' if len(inert) > 1 else ''}: "
+            f"{type(holder).__name__} reads its weights without calling its layers, so that the adapters would not learn or could "
+            "not be taken back. Leave these targets out: linear layers around it are adapted by target_modules=None."
         )
+    if twice:
+        raise ValueError(f"The peft config reaches several parameters of {twice[0]} (fused experts), of which the adapters could not be "
+                         "taken back. Leave these targets out, or use weight_update='full'.")  # fmt: skip
+
+
+def _take_back(model: nn.Module, users: Mapping[str, list[str]]) -> None:
+    """Our adapters out again, and the user's (active ones by layer) as they were."""
+    unload_adapters(model, merge=False)
+    for name, active in users.items():
+        model.get_submodule(name).set_adapter(active)
 
 
 def _fused_layers(model: nn.Module) -> list[nn.TransformerEncoderLayer]:
@@ -189,13 +192,13 @@ def _fused_layers(model: nn.Module) -> list[nn.TransformerEncoderLayer]:
 
 def unload_adapters(model: nn.Module, *, merge: bool) -> None:
     """Take our adapter out of every layer of `model`, with (`merge`) or without its update; the user's adapters stay."""
-    for name, wrapped_by_us in our_layers(model).items():
+    for name, wrapped_by_us in reversed(our_layers(model).items()):  # peft wraps some layers twice
         layer = model.get_submodule(name)
         if merge:
             layer.merge(safe_merge=True, adapter_names=[ADAPTER])
         if wrapped_by_us:
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, layer.get_base_layer())
+            setattr(model.get_submodule(parent), child, layer.base_layer)
         else:
             active = [each for each in layer.active_adapters if each != ADAPTER]
             layer.merged_adapters = [each for each in layer.merged_adapters if each != ADAPTER]
@@ -204,4 +207,7 @@ def unload_adapters(model: nn.Module, *, merge: bool) -> None:
     for layer in _fused_layers(model):
         if "_tinyfusion_activation" in layer.__dict__:
             layer.activation_relu_or_gelu = layer.__dict__.pop("_tinyfusion_activation")
+    configs = getattr(model, "peft_config", None)
+    if isinstance(configs, dict) and configs.pop(ADAPTER, None) is not None and not configs and "peft_config" in vars(model):
+        del model.peft_config
     release_plain_keys(model)

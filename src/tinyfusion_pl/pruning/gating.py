@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tinyfusion_pl.pruning.batch_axes import BatchPlan, plan_batch, shape_key
+from tinyfusion_pl.pruning.batch_axes import BatchPlan, couples_samples, plan_batch, shape_key
 from tinyfusion_pl.pruning.blending import blend, lerp, with_zero_gradients, without_graph
 from tinyfusion_pl.pruning.calls import Call, block_signature
 from tinyfusion_pl.pruning.compiled import Compiler, mark_batch
@@ -76,7 +76,7 @@ class GatedForward:
 
     def plan(self, call: Call) -> BatchPlan:
         """How this call's batch may be divided; learned at the first call with its pattern of shapes."""
-        key = shape_key(call)
+        key = (couples_samples(self.block), *shape_key(call))  # batch statistics may be off at the first call (`quiet`)
         if key not in self.plans:
             given = self.owner.given_streams.get(self.gates.path)
             self.plans[key] = plan_batch(self.block, self.original, call, given=given, name=self.name)

@@ -37,8 +37,11 @@ def find_paths(module: nn.Module, stacks: str | Sequence[str] | None, *, pattern
     return [p for p in resolve_stacks(module, stacks, pattern=pattern) if not p.startswith("depth_gates")]
 
 
-def make_plan(module: nn.Module, paths: Sequence[str], *, pattern: Any, units: Any, streams: Mapping[str, Sequence[str]] | None) -> Plan:
-    """The `Plan` for the stacks at `paths`; changes nothing. `pattern`, `units` and `streams` as `DepthPruningCallback` takes them.
+def make_plan(
+    module: nn.Module, paths: Sequence[str], *, pattern: Any, units: Any, streams: Mapping[str, Sequence[str]] | None, held: bool = False,
+) -> Plan:  # fmt: skip
+    """The `Plan` for the stacks at `paths`; changes nothing. `pattern`, `units` and `streams` as `DepthPruningCallback` takes them, `held`
+    as `DepthPruner`.
 
     Raises:
         ValueError: when they do not fit the model; says what would.
@@ -49,7 +52,7 @@ def make_plan(module: nn.Module, paths: Sequence[str], *, pattern: Any, units: A
             if (owner := owners.setdefault(id(block), path)) != path or list(paths).count(path) > 1:
                 raise ValueError(f"The stacks {owner!r} and {path!r} hold the same blocks, which only one pattern can be for. Name each "
                                  "block list once.")  # fmt: skip
-    root = _root_of(module, paths)
+    root = _root_of(module, paths) if held else ""
     inside = {path: path.removeprefix(f"{root}.") if root else path for path in paths}  # a mapping may be keyed by either
 
     def of(given: Any, what: str) -> dict[str, Any]:

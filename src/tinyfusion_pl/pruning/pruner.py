@@ -18,7 +18,6 @@ Example::
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -29,6 +28,7 @@ from tinyfusion_pl.pruning.adapters import WeightUpdate, check_delta_w
 from tinyfusion_pl.pruning.blocks import get_module, get_stack, unwrap
 from tinyfusion_pl.pruning.caches import restore_caches, turn_off_caches
 from tinyfusion_pl.pruning.compiled import Compiler, Opened, close_compiled, on_the_way, open_compiled, uncompiled
+from tinyfusion_pl.pruning.copies import copy_of, outline_of
 from tinyfusion_pl.pruning.decision import Decision
 from tinyfusion_pl.pruning.discovery import Discovery, discover
 from tinyfusion_pl.pruning.gates import DepthGates, remove_gates
@@ -40,12 +40,19 @@ from tinyfusion_pl.pruning.verification import earliest_drops
 
 
 class DepthPruner:
-    """Depth pruning of one model (see `DepthPruningCallback` for the arguments)."""
+    """Depth pruning of one model.
+
+    Args:
+        held: Whether the model is a part of the module that is given (of a LightningModule), and the shallow model is to be of that part:
+            the child that holds all stacks.
+        pattern and the others: See `DepthPruningCallback`.
+    """
 
     def __init__(
         self, pattern: str | Mapping[str, str], *, stacks: str | Sequence[str] | None = None, weight_update: Any = "lora",
         delta_w: str = "discard", units: Any = None, streams: Mapping[str, Sequence[str]] | None = None, gather: bool = True,
         scaling: float = 100.0, init: float = 0.02, average_decay: float = 0.999, tau: float = 4.0, distribution: Any = None,
+        held: bool = False,
     ) -> None:  # fmt: skip
         parsed = [Pattern.parse(each) for each in (pattern.values() if isinstance(pattern, Mapping) else [pattern])]
         if parsed and all(num_kept == num_blocks for each in parsed for num_kept, num_blocks in each.terms):
@@ -61,12 +68,12 @@ class DepthPruner:
         self.stacks, self.pattern, self.delta_w, self.units, self.streams, self.tau = stacks, pattern, delta_w, units, streams, tau
         self.weight_update = WeightUpdate(weight_update)
         self.options = {"scaling": scaling, "init": init, "average_decay": average_decay, "gather": gather}
-        self.distribution = distribution
+        self.distribution, self.held = distribution, held
         self.root = ""
         self.remarks: list[str] = []  # on what was found and left out, and on a model whose library will not open it
         self.gates: DepthGates | None = None
         self.found: Discovery | None = None  # where the stacks were not named
-        self._caches: dict[str, bool] = {}  # use_cache of each config, as it was
+        self._caches: dict[tuple[str, str], bool] = {}  # use_cache and its like of each config, as they were
         self._opened: Opened = []  # compiled modules around the model, which run eagerly meanwhile
 
     # -- planning -------------------------------------------------------------------------------
@@ -92,7 +99,7 @@ class DepthPruner:
         Raises:
             ValueError: when they do not; says what would.
         """
-        return make_plan(module, self.find(module), pattern=self.pattern, units=self.units, streams=self.streams)
+        return make_plan(module, self.find(module), pattern=self.pattern, units=self.units, streams=self.streams, held=self.held)
 
     def check(self, module: nn.Module) -> None:
         """As `plan`; and find out whether the adapters go onto the model.
@@ -118,6 +125,7 @@ class DepthPruner:
         # Before the weight update freezes what would then look left out.
         self.found = discover(module) if self.stacks is None and not isinstance(self.pattern, Mapping) else None
         remarks = [self.found.describe()] if self.found is not None else []
+        outline_of(model)  # which `freeze` must be able to copy
         self.weight_update.start(model)
         try:
             gates = DepthGates(model, plan.patterns, units=plan.units, streams=plan.streams, tau=self.tau, rank=rank,
@@ -174,7 +182,7 @@ class DepthPruner:
 
     def freeze(self, module: nn.Module, decision: Decision | None = None) -> nn.Module:
         """A copy of the model without gates, adapters and dropped blocks; `module` itself stays as it is."""
-        shallow = copy.deepcopy(self.model(module))
+        shallow = copy_of(self.model(module))
         for name, child in list(shallow.named_children()):
             if isinstance(child, DepthGates):  # the module that holds the stacks holds the gates too
                 delattr(shallow, name)
