@@ -54,9 +54,12 @@ class Problem:
         """Fresh samples without end; every stream of one number gives the same."""
         step = 0
         while True:
-            with torch.random.fork_rng(_devices(self.model)):
+            with torch.random.fork_rng(devices_of(self.model)):
                 torch.manual_seed(_seed(self.seed, which, num_samples, step))
                 calibration = self._draw(num_samples)
+            if calibration.num_samples != num_samples:
+                raise ValueError(f"{num_samples} samples were asked for, and draw gave {calibration.num_samples}. It must give as many as "
+                                 "it is called with.")  # fmt: skip
             yield calibration
             step += 1
 
@@ -95,6 +98,6 @@ def _seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def _devices(model: nn.Module) -> list[torch.device]:
+def devices_of(model: nn.Module) -> list[torch.device]:
     tensor = next(iter(model.parameters()), None)
     return [tensor.device] if tensor is not None and tensor.device.type == "cuda" else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +20,8 @@ from tinyfusion_pl.selection.criteria.greedy import Greedy
 from tinyfusion_pl.selection.criteria.rules import First, Oracle, Random, Uniform
 from tinyfusion_pl.selection.criteria.sensitivity import Sensitivity
 from tinyfusion_pl.selection.criteria.weights import Magnitude, Taylor
-from tinyfusion_pl.selection.problem import Choice, Criterion, Problem
-from tinyfusion_pl.selection.space import Space
+from tinyfusion_pl.selection.problem import Criterion, Problem, devices_of
+from tinyfusion_pl.selection.space import Space, both_or_neither
 from tinyfusion_pl.selection.structures import MAX_ROWS, open_structures
 from tinyfusion_pl.selection.trials import Trials, propose
 
@@ -40,7 +41,7 @@ class Selected:
         decision: The units that stay, with scores and probabilities.
         num_block_runs: What the choice cost: blocks times samples, a backward pass counted as two forward passes.
         simple_rule: What ShortGPT would have kept, by stack path; None where it was not asked.
-        history: Steps of a search, for figures.
+        history: Of each step of a search: step, mean loss, decision.
         rounds: Distances of the trials, by round.
     """
 
@@ -88,7 +89,7 @@ class Selection:
         if max_rows < num_samples:
             raise ValueError(f"max_rows is {max_rows}, less than num_samples={num_samples}. Give more rows, or fewer samples.")
         if (keep is None) == (pattern is None):
-            raise ValueError("Give either keep (how many units stay, or their share) or pattern (\"N:M\", N kept of every M).")
+            raise ValueError(both_or_neither(keep, pattern))
         self.criterion, self.candidates, self.num_drawn, self.num_scored = criterion, candidates, num_drawn, num_scored
         self.trials = Trials(steps=tuple(trial_steps), **(trials or {})) if trial_steps else None
         self.num_samples, self.max_rows, self.with_simple_rule = num_samples, max_rows, with_simple_rule
@@ -102,6 +103,16 @@ class Selection:
         """
         return Space(model, **self._space)
 
+    def check(self, model: nn.Module) -> None:
+        """Find out whether budget and criterion fit `model`, before anything runs.
+
+        Raises:
+            ValueError: when they do not; says what would.
+        """
+        space = self.space(model)
+        if (check := getattr(self.criterion, "check", None)) is not None:
+            check(space)
+
     def __call__(self, model: nn.Module, draw: Callable[[int], Calibration], *, seed: int = 0) -> Selected:
         """Choose; `model` is left as it is.
 
@@ -111,8 +122,9 @@ class Selection:
             seed: Of all randomness.
         """
         space = self.space(model)
-        with open_structures(model, space, max_rows=self.max_rows) as structures:
+        with torch.random.fork_rng(devices_of(model)), open_structures(model, space, max_rows=self.max_rows) as structures:
             problem = Problem(structures, draw, num_samples=self.num_samples, seed=seed)
+            structures.check(problem.fixed)
             simple = self._simple_rule(problem) if self.with_simple_rule else None
             before = structures.num_block_runs  # that the report asks costs nothing here
             choice = self.criterion(problem)
@@ -124,9 +136,11 @@ class Selection:
                 if self.trials is not None and len(found) > 1:
                     structure, how = self.trials(problem, found), f"{self.criterion.name}, best of {len(found)} in trials"
                     rounds = self.trials.history
-            decision = self._decision(space, structure, choice, how)
+            decision = (space.decision(structure, criterion=how, scores=choice.scores) if choice.theta is None
+                        else self._decision(space, structure, choice.theta, how, choice.scores))  # fmt: skip
             cost = structures.num_block_runs - before
-        history = [{**each, "kept_blocks": space.kept_blocks(each["structure"])} for each in getattr(self.criterion, "history", [])]
+        history = [{"step": each["step"], "loss": each["loss"], "decision": self._decision(space, each["structure"], each["theta"])}
+                   for each in getattr(self.criterion, "history", [])]  # fmt: skip
         return Selected(decision, cost, None if simple is None else space.kept_blocks(simple), history, rounds)
 
     def _simple_rule(self, problem: Problem) -> Tensor:
@@ -134,17 +148,14 @@ class Selection:
 
     def _cheap(self, problem: Problem) -> list[Tensor]:
         """The choices of criteria that cost little."""
-        found = [each(problem).structure for each in (ShortGPT(), FluxLite(), Sensitivity(measure="distance"), First(), Uniform())]
-        return found
+        return [each(problem).structure for each in (ShortGPT(), FluxLite(), Sensitivity(measure="distance"), First(), Uniform())]
 
-    def _decision(self, space: Space, structure: Tensor, choice: Choice, how: str) -> Decision:
-        if choice.theta is None:
-            return space.decision(structure, criterion=how, scores=choice.scores)
-        mu = marginals(space, choice.theta)
-        each = distributions(space, choice.theta)
+    def _decision(self, space: Space, structure: Tensor, theta: Tensor, how: str | None = None, scores: Tensor | None = None) -> Decision:
+        """The decision where a distribution was learned: probabilities are its marginals."""
+        each = distributions(space, theta)
         top = sum(float(d.log_prob(d.most_probable(1))) for d in each)
-        return space.decision(structure, criterion=how, scores=choice.scores, probabilities=mu, entropy=sum(d.entropy() for d in each),
-                              confidence=float(torch.tensor(top).exp()))  # fmt: skip
+        return space.decision(structure, criterion=how or self.criterion.name, scores=scores, probabilities=marginals(space, theta),
+                              confidence=math.exp(top), entropy=sum(d.entropy() for d in each))  # fmt: skip
 
 
 def select_blocks(

@@ -42,7 +42,7 @@ class Space:
         self, model: nn.Module, *, keep: Any = None, pattern: Any = None, stacks: str | Sequence[str] | None = None, units: Any = None
     ) -> None:
         if (keep is None) == (pattern is None):
-            raise ValueError("Give either keep (how many units stay, or their share) or pattern (\"N:M\", N kept of every M).")
+            raise ValueError(both_or_neither(keep, pattern))
         budget = keep if pattern is None else pattern
         self.paths = resolve_stacks(model, stacks, pattern=budget if isinstance(budget, Mapping) else "1:1")
         given = by_path(units, self.paths, "units")
@@ -158,6 +158,12 @@ class Space:
                 scores=None if scores is None else [float(s) for s in scores[members.start : members.stop]],
             )  # fmt: skip
         return Decision(stacks)
+
+
+def both_or_neither(keep: Any, pattern: Any) -> str:
+    """What is wrong with a budget that is stated twice or not at all."""
+    stated = "neither is given" if keep is None else f"both are given, keep={keep} and pattern={pattern!r}: set the other one to null"
+    return f"keep (how many units stay, or their share) or pattern ('N:M', N kept of every M) states what stays; {stated}."
 
 
 def _count(keep: Any, num_units: int, where: str) -> int:

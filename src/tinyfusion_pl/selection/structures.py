@@ -10,13 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from tinyfusion_pl.pruning.assignment import Assignment
-from tinyfusion_pl.pruning.calls import quiet
+from tinyfusion_pl.pruning.calls import map_tree, quiet
 from tinyfusion_pl.pruning.gates import DepthGates, remove_gates
 from tinyfusion_pl.selection.calibration import Calibration
 from tinyfusion_pl.selection.space import Space
 
 MAX_ROWS = 1024
 """Rows of one forward pass: structures times samples. More rows share more, and take more memory."""
+
+BATCH_FIRST = ("Every tensor of the call whose first axis is as long as the batch must be one value a sample, and samples must not "
+               "influence one another. Choose a number of samples that no other size equals.")  # fmt: skip
 
 
 class Structures:
@@ -73,6 +76,25 @@ class Structures:
             found[part] = self._measured(calibration, output, index.repeat(len(part)), measure).view(len(part), -1).double().mean(1).cpu()
         return found
 
+    def check(self, calibration: Calibration) -> None:
+        """Find out whether a batch of repeated samples gives the dense model's outputs, repeated.
+
+        Raises:
+            ValueError: when it does not: then samples cannot be told apart in the inputs, or influence one another.
+        """
+        self.ask(calibration)
+        index = torch.arange(min(calibration.num_samples, max(self.max_rows // 2, 1)))
+        whole = torch.ones(2, self.space.num_units, dtype=torch.bool)
+        try:
+            output = self.outputs(calibration, whole, index, shared=True)
+            distances = calibration.distances(output, index.repeat(2))
+            scale = calibration.distances(_zeros(output), index.repeat(2))
+        except (RuntimeError, IndexError) as error:
+            raise ValueError(f"The model could not be run on its samples repeated: {error} {BATCH_FIRST}") from error
+        if not (distances.mean() <= 1e-6 * scale.mean().clamp_min(1e-12)):
+            raise ValueError(f"The model gives other outputs for its samples repeated in one batch (distance {distances.mean():.3g}, where "
+                             f"outputs reach {scale.mean():.3g}). {BATCH_FIRST}")  # fmt: skip
+
     @contextmanager
     def without_gates(self) -> Iterator[None]:
         """Inside, the model is an ordinary one, to be copied."""
@@ -98,6 +120,11 @@ def open_structures(model: nn.Module, space: Space, *, max_rows: int = MAX_ROWS)
         yield Structures(model, space, gates, max_rows=max_rows)
     finally:
         remove_gates(model)
+
+
+def _zeros(output: Any) -> Any:
+    """`output` with zeros in it: how far nothing is from the target."""
+    return map_tree(lambda _, leaf: torch.zeros_like(leaf) if isinstance(leaf, Tensor) else leaf, output)
 
 
 def lexicographic(structures: Tensor) -> Tensor:

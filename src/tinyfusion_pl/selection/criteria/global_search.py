@@ -59,7 +59,7 @@ class GlobalSearch:
             optimizer.step()
             average.lerp_(theta, 1 - self.average_decay)
             self.history.append({"step": step + 1, "loss": float(losses.mean()), "structure": space.top(average),
-                                 "marginals": marginals(space, average)})  # fmt: skip
+                                 "theta": average.clone()})  # fmt: skip
         considered = most_probable_structures(space, average, self.num_considered)
         return Choice(space.top(average), scores=average.clone(), theta=average, considered=considered)
 

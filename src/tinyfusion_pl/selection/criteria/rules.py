@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from tinyfusion_pl.pruning.blocks import by_path
 from tinyfusion_pl.selection.candidates import sample_structures
@@ -16,9 +17,12 @@ class _ByPlace:
     """Keeps some of the free units of each part by their place."""
 
     def __call__(self, problem: Problem) -> Choice:
-        space = problem.space
+        return Choice(self.check(problem.space))
+
+    def check(self, space: Space) -> Tensor:
+        """The structure; `ValueError` where the rule has none for the budget."""
         kept = [unit for part in space.parts for unit in self._kept(space, part)]
-        return Choice(space.check([*space.fixed, *kept], what=self.name))
+        return space.check([*space.fixed, *kept], what=self.name)
 
     def _kept(self, space: Space, part: Part) -> list[int]:
         free = space.free(part)
@@ -54,9 +58,9 @@ class Oracle(_ByPlace):
 
     def places(self, n: int, k: int) -> list[int]:
         if n % 2:
-            raise ValueError(f"The oracle rule keeps one of each pair of units; {n} units make no pairs. Use pruning=uniform.")
+            raise ValueError(f"The oracle rule keeps one block of each pair, and {n} make no pairs. Use pruning=uniform.")
         if n != 2 * k:
-            raise ValueError(f"The oracle rule keeps half of the units, but {k} of {n} are to stay. Keep {n // 2}, or use pruning=uniform.")
+            raise ValueError(f"keep comes to {k} of {n}, but the oracle rule keeps half. Give keep={n // 2}, or use pruning=uniform.")
         return [2 * i + (i >= (k + 1) // 2) for i in range(k)]
 
 
@@ -83,13 +87,16 @@ class Index:
         self.kept = kept
 
     def __call__(self, problem: Problem) -> Choice:
-        space = problem.space
+        return Choice(self.check(problem.space))
+
+    def check(self, space: Space) -> Tensor:
+        """The structure; `ValueError` where the units are not of the budget."""
         if not isinstance(self.kept, Mapping):
             if len(space.paths) > 1:
                 raise ValueError(f"kept is one list, but there are several stacks: {', '.join(space.paths)}. Give a list for each.")
-            return Choice(space.check(list(self.kept), what="kept"))
+            return space.check(list(self.kept), what="kept")
         kept = by_path(self.kept, space.paths, "kept")
         for path in space.paths:
             if wrong := [i for i in kept[path] if not 0 <= i < len(space.units[path])]:
                 raise ValueError(f"kept names the units {wrong} of {path}; there are 0 to {len(space.units[path]) - 1}.")
-        return Choice(space.check([space.members(p).start + i for p in space.paths for i in kept[p]], what="kept"))
+        return space.check([space.members(p).start + i for p in space.paths for i in kept[p]], what="kept")
