@@ -21,7 +21,11 @@ def autoencoder(*, seed=0, **overrides):
     torch.manual_seed(seed)
     settings = {"block_out_channels": (8, 16), "down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2,
                 "layers_per_block": 1, "norm_num_groups": 4, "latent_channels": 4, "sample_size": 16}
-    return AutoencoderKL(**{**settings, **overrides})
+    model = AutoencoderKL(**{**settings, **overrides})
+    with torch.no_grad():  # means of the scale of Stable Diffusion's, so that scaled ones have a standard deviation of about 1
+        for parameter in model.quant_conv.parameters():
+            parameter[: model.config.latent_channels] *= 6
+    return model
 
 
 def image(number, size=(20, 17)):

@@ -188,7 +188,7 @@ def told(capsys):
 
 def test_a_wrong_value_is_told_before_anything_is_written(work, capsys):
     assert toy("part.pattern='5:4'") == 1
-    assert told(capsys) == "Pattern '5:4' keeps 5 of 4 blocks. Give N:M with 1 <= N <= M, e.g. '2:4'.\n"
+    assert told(capsys) == "part.pattern: Pattern '5:4' keeps 5 of 4 blocks. Give N:M with 1 <= N <= M, e.g. '2:4'.\n"
     assert not Path("runs").exists()
 
 

@@ -16,9 +16,10 @@ CONFIG = """
     name: toy
     place: here
     places: {}
+    listed: []
     home: ~/from_file
     run_dir: runs/${name}
-    task: {_target_: overrides_tasks.note, _partial_: true, place: "${place}", places: "${places}", home: "${home}"}
+    task: {_target_: overrides_tasks.note, _partial_: true, place: "${place}", places: "${places}", listed: "${listed}", home: "${home}"}
     """
 ODD = [
     "epoch=0-step=1.ckpt", "ckpt (1).pt", "ckpt(1).pt", "a#b.pt", "größe.pt", "模型.pt", "a[1].pt", "[a].pt", "{a}.pt", "a}b",
@@ -106,10 +107,10 @@ def test_a_tilde_is_the_home_folder(work, argument):
 def test_a_tilde_is_found_wherever_a_path_is(work):
     assert toy("+places.mine=~/a.pt", "+places.other='~'") == 0
     home = str(work / "home")
-    assert noted() == {"place": "here", "places": {"mine": f"{home}/a.pt", "other": home}, "home": f"{home}/from_file"}
+    assert noted() == {"place": "here", "places": {"mine": f"{home}/a.pt", "other": home}, "listed": [], "home": f"{home}/from_file"}
     assert f"home: {home}/from_file" in Path("runs/toy/config.yaml").read_text()
-    assert toy("places=[~/a,b, ~/c]", "run_dir=list") == 0
-    assert noted("list")["places"] == [f"{home}/a", "b", f"{home}/c"]
+    assert toy("listed=[~/a,b, ~/c]", "run_dir=list") == 0
+    assert noted("list")["listed"] == [f"{home}/a", "b", f"{home}/c"]
     assert toy("+places={mine: ~/a.pt}", "run_dir=mapping") == 0
     assert noted("mapping")["places"] == {"mine": f"{home}/a.pt"}
 

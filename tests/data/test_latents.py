@@ -165,12 +165,17 @@ def test_reference_pictures_are_centre_crops_of_the_size_that_decode_gives(made,
 
 
 # -- the folders of the published extraction
+def published(number):
+    """A scaled latent (1, 4, 2, 2)."""
+    return np.random.default_rng(number).normal(size=(1, 4, 2, 2)).astype(np.float32)
+
+
 @pytest.fixture
 def folders(tmp_path):
     for kind in ("features", "labels"):
         (tmp_path / f"imagenet256_{kind}").mkdir()
     for i in range(12):
-        np.save(tmp_path / "imagenet256_features" / f"{i}.npy", np.full((1, 4, 2, 2), i / 10, dtype=np.float32))
+        np.save(tmp_path / "imagenet256_features" / f"{i}.npy", published(i))
         np.save(tmp_path / "imagenet256_labels" / f"{i}.npy", np.array([i]))
     return tmp_path
 
@@ -179,14 +184,14 @@ def test_the_published_layout_is_read_by_number_and_not_scaled_again(folders):
     module = data(folders)
     assert module.latent_shape == (4, 2, 2) and module.num_classes == 1000
     x, y = next(iter(module.train_dataloader()))
-    assert x.shape == (4, 4, 2, 2) and torch.allclose(x, y.view(-1, 1, 1, 1).expand_as(x) / 10)
+    assert torch.equal(x, torch.cat([torch.from_numpy(published(label)) for label in y.tolist()]))  # (4, 4, 2, 2)
 
 
 def test_the_published_layout_is_checked(folders, tmp_path):
     features = folders / "imagenet256_features"
     with pytest.raises(ValueError, match="labels 0 to 11, but the model knows the classes 0 to 9"):
         data(folders).check_fits(model(num_classes=10, input_size=2))
-    np.save(features / "7.npy", np.zeros((1, 4, 4, 4), np.float32))
+    np.save(features / "7.npy", np.random.default_rng(0).normal(size=(1, 4, 4, 4)).astype(np.float32))
     with pytest.raises(ArtifactError, match=r"7.npy is \(4, 4, 4\), the others are \(4, 2, 2\)"):
         data(folders)
     (features / "7.npy").write_bytes(b"cut")
@@ -208,7 +213,7 @@ def test_the_published_layout_is_checked(folders, tmp_path):
 ])
 def test_a_published_file_that_was_not_looked_at_before_training_is_checked_when_it_is_read(folders, kind, content, said):
     for i in range(12, 1200):
-        np.save(folders / "imagenet256_features" / f"{i}.npy", np.random.default_rng(i).normal(size=(1, 4, 2, 2)).astype(np.float32))
+        np.save(folders / "imagenet256_features" / f"{i}.npy", published(i))
         np.save(folders / "imagenet256_labels" / f"{i}.npy", np.array([i % 1000]))
     np.save(folders / f"imagenet256_{kind}" / "500.npy", content)
     module = data(folders)
@@ -396,27 +401,27 @@ def test_shards_of_values_that_no_latent_has_are_refused(root, value, said):
         data(root)
 
 
-def rescaled(root, factor):
+@pytest.fixture
+def rescaled(made, tmp_path, request):
+    """Samples of standard deviation `request.param` once they are scaled."""
+    root = shutil.copytree(made / "sample", tmp_path / "sample")
     for path in root.glob("shard-*"):
         tensors, metadata = load_file(path), shard_metadata(LatentShards(root).info, int(path.stem[-5:]))
-        save_file({**tensors, "latents": torch.randn(tensors["latents"].shape) * factor}, path, metadata=metadata)
+        save_file({**tensors, "latents": torch.randn(tensors["latents"].shape) * request.param / 0.18215}, path, metadata=metadata)
+    return root
 
 
-@pytest.mark.parametrize(("scale", "said"), [(0.1, "standard deviation of 0.1.*, where about 1 is usual: they were scaled before"),
-                                             (5.5, "standard deviation of 5.*where about 1 is usual")])
-def test_shards_of_an_unusual_scale_are_reported(root, scale, said):
-    description = read_json(root / "latents.json")
-    write_json(root / "latents.json", {**description, "content": "sample"})
-    rescaled(root, scale / 0.18215)
+@pytest.mark.parametrize(("rescaled", "said"), [(0.1, "standard deviation of 0.1.*, where about 1 is usual: they were scaled before"),
+                                                (5.5, "standard deviation of 5.*where about 1 is usual")], indirect=["rescaled"])
+def test_shards_of_an_unusual_scale_are_reported(rescaled, said):
     with pytest.warns(UserWarning, match=said):
-        data(root)
+        data(rescaled)
 
 
-@pytest.mark.parametrize("scale", [1e-6, 100])
-def test_shards_of_an_impossible_scale_are_refused(root, scale):
-    rescaled(root, scale / 0.18215)
-    with pytest.raises(ArtifactError, match="where about 1 is usual: they are damaged|holds values up to"):
-        data(root)
+@pytest.mark.parametrize("rescaled", [1e-6, 100], indirect=True)
+def test_shards_of_an_impossible_scale_are_refused(rescaled):
+    with pytest.raises(ArtifactError, match="where about 1 is usual: they are damaged|samples looked at hold values up to"):
+        data(rescaled)
 
 
 def test_values_of_1e30_in_training_name_their_shard(root):

@@ -160,3 +160,17 @@ def test_a_block_with_a_cache_runs_once_with_whole_gradients():
 def test_what_is_found_is_what_is_gated():
     model, _, stacks = ZOO["flux"].build()
     assert list(find_stacks(model)) == stacks == [g.path for g in DepthGates(model, "1:2").stacks]
+
+
+def test_a_call_of_nan_is_not_verified_but_the_next_one_is():
+    from tinyfusion_pl.pruning.first_call import FirstCallCheck
+
+    model, make_inputs, gates = gated("dit_diffusers" if "dit_diffusers" in ZOO else next(iter(ZOO)))
+    check = FirstCallCheck(model, gates, {g.path: g.path for g in gates.stacks})
+    args, kwargs = make_inputs(3)
+    broken = tuple(torch.full_like(a, torch.nan) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args)
+    spoiled = {k: torch.full_like(v, torch.nan) if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in kwargs.items()}
+    model(*broken, **spoiled)
+    assert check.unverified
+    model(*args, **kwargs)
+    assert not check.unverified

@@ -141,6 +141,11 @@ NESTED = {
         "ema": {"decay": 0.9, "num_updates": 3, "shadow_params": parameters_of(AVERAGED), "collected_params": None},
     },
     "shadow_params": {"model": RAW, "shadow_params": parameters_of(AVERAGED)},
+    "tensors by number": {"model": RAW, "ema": dict(enumerate(parameters_of(AVERAGED)))},
+    "tensors by number as text": {"model": RAW, "ema": {str(i): v for i, v in enumerate(parameters_of(AVERAGED))}},
+    "under a number": {"model": RAW, "ema": {0.9999: AVERAGED}},
+    "in a list": {"net": RAW, "ema": [AVERAGED]},
+    "deep prefixes": {f"a.b.c.{p}.{k}": v for p, s in (("model", RAW), ("ema", AVERAGED)) for k, v in s.items()},
 }  # fmt: skip
 
 
@@ -161,6 +166,33 @@ def test_trainable_shadow_params_leave_out_what_is_frozen(tmp_path):
         assert took(file_of(tmp_path, content))[0] == "ema"
     found = load_checkpoint(tmp_path / "checkpoint.pt")
     assert all(torch.equal(found[key], AVERAGED[key]) for key in FROZEN)
+
+
+def test_an_average_by_name_may_lack_the_fixed_table(tmp_path):
+    content = {"model": RAW, "shadow": {f"module.{key}": AVERAGED[key] for key in FROZEN}}
+    with pytest.warns(UserWarning, match="'shadow' has no pos_embed; taken from 'model'"):
+        assert took(file_of(tmp_path, content)) == ("ema", "shadow", "ema")
+
+
+def test_two_averages_by_rate_are_both_named(tmp_path):
+    path = file_of(tmp_path, {"net": RAW, "ema": {0.999: AVERAGED, 0.9999: RAW}})
+    with pytest.raises(ValueError, match="'ema.0.999', 'ema.0.9999'"):
+        load_pretrained(path, **OPTIONS)
+    assert took(path, weights="ema.0.999") == ("ema", "ema.0.999", "ema")
+
+
+@pytest.mark.parametrize("content", [{"decay": torch.tensor([0.9]), "step": torch.tensor([3])}, torch.ones(99)])
+def test_an_average_of_something_else_is_not_taken(tmp_path, content):
+    with pytest.warns(UserWarning, match="raw weights only.*What is under 'ema' is no state dict, and was not read"):
+        assert took(file_of(tmp_path, {"model": RAW, "ema": content})) == ("raw", "model", "raw")
+
+
+def test_a_prefix_of_an_unknown_name_is_recorded_as_unstated(tmp_path):
+    path = file_of(tmp_path, {"state_dict": {f"{p}.{k}": v for p, s in (("model", RAW), ("smooth", AVERAGED)) for k, v in s.items()}})
+    with pytest.raises(ValueError, match="fit under each of 'model.' and 'smooth.'.*prefix='smooth.'"), pytest.warns(UserWarning):
+        load_pretrained(path, **OPTIONS)
+    with pytest.warns(UserWarning, match="does not say whether they are averaged"):
+        assert took(path, prefix="smooth.")[::2] == ("unstated", "ema")
 
 
 @pytest.mark.parametrize("case", ["too few", "another shape", "alone"])
@@ -241,3 +273,22 @@ def test_a_lightning_average_wins_over_its_state_dict_name(tmp_path):
 def test_the_name_of_the_training_does_not_hide_the_weights(tmp_path):
     args = argparse.Namespace(model="DiT-D14/2", ema=0.9999)
     assert took(file_of(tmp_path, {"model": RAW, "ema": AVERAGED, "args": args}))[2] == "ema"
+
+
+def test_a_prefix_that_is_given_finds_its_names_beside_an_average(tmp_path):
+    path = file_of(tmp_path, {"state_dict": {f"{p}.{k}": v for p, s in (("net", RAW), ("net_ema", AVERAGED)) for k, v in s.items()}})
+    assert took(path, prefix="net_ema.")[::2] == ("ema", "ema")
+    with pytest.warns(UserWarning, match="raw weights only"):
+        assert took(path, prefix="net.")[::2] == ("raw", "raw")
+    assert took(path, prefix="net.", weights="raw")[::2] == ("raw", "raw")
+
+
+def test_entries_inside_entries_without_end_are_refused(tmp_path):
+    content = {"a": torch.ones(1)}
+    for _ in range(6):
+        content = {f"k{i}": content for i in range(40)}  # a small file: each is there once
+    with pytest.raises(ArtifactError, match="more than 100000 entries inside entries"):
+        load_pretrained(file_of(tmp_path, content), **OPTIONS)
+    content["self"] = content
+    with pytest.raises(ArtifactError, match="more than 100000 entries inside entries"):
+        load_pretrained(file_of(tmp_path, content), **OPTIONS)

@@ -173,7 +173,8 @@ class DepthPruningCallback(Callback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor) -> None:
         self.guard.on_before_backward(trainer, pl_module, loss)
-        if not self._described and any(gated.plans for gated in self.gates.gated_forwards):
+        # With NaN in the first batch there was nothing to compare: the next one is checked.
+        if not self._described and any(gated.plans for gated in self.gates.gated_forwards) and bool(loss.isfinite().all()):
             self._described = True
             gate_setup.report_first_batch(self.gates, unverified=self._check.unverified if self._check is not None else ())
             self._end_check()

@@ -25,10 +25,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from tinyfusion_pl.cli.errors import Told, tell
 from tinyfusion_pl.cli.naming import named
-from tinyfusion_pl.cli.overrides import expand_home, readable
+from tinyfusion_pl.cli.overrides import check_added, expand_home, keep_escaped, readable
 from tinyfusion_pl.cli.processes import as_single_run, is_first_process, process
 from tinyfusion_pl.cli.run_identity import CONFIG, check_folder, config_hash, forget_config, write_config
-from tinyfusion_pl.cli.settings import check_added, check_complete, check_single, check_sweep, checked
+from tinyfusion_pl.cli.settings import check_complete, checked
+from tinyfusion_pl.cli.sweeps import check_single, check_sweep
 
 # word -> function of strings; the text that it returns is printed
 COMMANDS = {
@@ -158,6 +159,7 @@ def run(cfg: DictConfig, run_dir: Path) -> Any:
 def _build(node: DictConfig) -> Any:
     """Instantiate `node`; where several of its parts cannot be built, the error tells of each, and nothing is downloaded to find out."""
     root = copy.deepcopy(node._get_root())  # Hydra changes what it builds from
+    keep_escaped(node._get_root())
     try:
         return hydra.utils.instantiate(node, _convert_="all")
     except Exception as error:

@@ -61,7 +61,7 @@ def sentence(error: Exception, arguments: Sequence[str] = ()) -> str | None:
     missing = re.search(r"Missing mandatory value: (\S+)", str(cause))
     if isinstance(cause, OmegaConfBaseException) and missing:
         return f"{missing[1]} has no value. Give one: {missing[1]}=VALUE."
-    if sweep := re.match(r"Ambiguous value for argument '(.*)'\n", str(cause), re.DOTALL):
+    if sweep := re.match(r"Ambiguous value for argument '(.*?)'\n1\. ", str(cause), re.DOTALL):
         return ambiguous(sweep[1])
     if isinstance(cause, HydraException):
         return _of_hydra(cause, arguments)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections.abc
+import math
 import os
 import types
 import typing
@@ -57,7 +58,10 @@ class WrongKind(ValueError):
                 self.path.append(step)
                 kind, value = inner, value[step]
         self.kind, self.value = kind, value
-        super().__init__(f"give {kind.describe()}")
+        described = kind.describe()
+        if isinstance(value, float) and not math.isfinite(value):
+            described = described.replace("a number", "a finite number")
+        super().__init__(f"give {described}")
 
 
 class Kind:
@@ -87,7 +91,7 @@ class Kind:
 
     def describe(self) -> str:
         """As in "give ...": ``a whole number from 0 to 8, or null``."""
-        kinds = [_words(part, self.least, self.most) for part in _members(self.hint) if part is not NOTHING]
+        kinds = [words for part in _members(self.hint) if part is not NOTHING for words in _words(part, self.least, self.most)]
         kinds = list(dict.fromkeys(kinds))
         if _allows_null(self.hint):
             kinds.append("null")
@@ -171,23 +175,39 @@ def _translated(hint: Any, least: float | None, most: float | None) -> Any:
     return BUILT
 
 
-def _words(part: Any, least: float | None, most: float | None) -> str:
+def _words(part: Any, least: float | None, most: float | None) -> list[str]:
+    """What a member of a hint takes, in words; several where it lists values."""
     origin, arguments = get_origin(part) or part, get_args(part)
     if part in (int, float):
         number = "a whole number" if part is int else "a number"
         if least is not None and most is not None:
-            return f"{number} from {least:.10g} to {most:.10g}"
-        return number if least is None and most is None else f"{number} >= {least:.10g}" if most is None else f"{number} <= {most:.10g}"
-    if part is bool:
-        return "true or false"
-    if part is str:
-        return "a text"
+            return [f"{number} from {least:.10g} to {most:.10g}"]
+        return [number if least is None and most is None else f"{number} >= {least:.10g}" if most is None else f"{number} <= {most:.10g}"]
     if origin is Literal:
-        return " or ".join(map(repr, arguments))
+        return list(map(repr, arguments))
+    if _is_any(part):
+        return ["anything"]
+    if part is bool:
+        return ["true", "false"]
+    if part is str:
+        return ["a text"]
     if origin in LISTS:
-        return "a list"
+        return ["a list"]
     if origin in MAPPINGS:
-        return "a mapping"
-    if isinstance(part, type) and issubclass(part, (os.PathLike, PurePath)):
-        return "a path"
-    return "anything" if _is_any(part) else "a mapping with _target_"
+        return ["a mapping"]
+    return ["a path" if isinstance(part, type) and issubclass(part, (os.PathLike, PurePath)) else "a mapping with _target_"]
+
+
+def misfit(target: Any, kind: Kind | None, *, partial: bool) -> str | None:
+    """Why what `target` makes is not of the kind that is meant, as far as that shows beforehand; to be put behind the key."""
+    if kind is None or kind.takes(lambda part: part in (Any, Built)):
+        return None
+    classes = [each for each in kind.takes(is_class) if not getattr(each, "_is_protocol", False)]
+    functions = kind.takes(is_callable)
+    if functions and not classes and isinstance(target, type) and not partial and "__call__" not in vars(target):
+        return f" makes a {target.__name__} at once, but is called later. Set {{key}}._partial_=true."
+    if classes and not functions and partial:
+        return f"._partial_ is true, but a {classes[0].__name__} itself is needed. Leave _partial_ out."
+    if classes and not functions and isinstance(target, type) and not issubclass(target, tuple(classes)):
+        return f" makes a {target.__name__}; give a _target_ that makes a {classes[0].__name__}."
+    return None

@@ -10,8 +10,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tinyfusion_pl.cli.errors import sentence
+from tinyfusion_pl.cli.references import home
 from tinyfusion_pl.cli.run_identity import items
-from tinyfusion_pl.cli.settings import home
 
 
 def named(error: Exception, cfg: DictConfig) -> str | None:

@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Sequence
 
 from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser, create_functions
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
@@ -16,6 +17,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from tinyfusion_pl.cli.run_identity import items
 
 KEY = re.compile(r"~?\+{0,2}[A-Za-z_$][\w$@:./-]*", re.ASCII)
+ESCAPED = re.compile(r"(?<!\\)((?:\\\\)*\\)\$\{")  # a reference after an odd number of backslashes
 FUNCTIONS = tuple(f"{name}(" for name in create_functions().functions)
 
 
@@ -87,12 +89,32 @@ def _check_text(override: str, value: object) -> None:
         raise ValueError(f"{override} is read as {value!r}. Quote it, so that it is text: {quoted(override)}.")
 
 
+def keep_escaped(node: DictConfig | ListConfig) -> None:
+    r"""Escape text that has ``\\${`` in it once more: Hydra reads each value twice as it builds."""
+    for key, value in items(OmegaConf.to_container(node, resolve=False)):
+        if isinstance(value, str) and ESCAPED.search(value):
+            node[key] = ESCAPED.sub(lambda found: found[1] * 2 + r"\${", value)
+        elif isinstance(value, (dict, list)):
+            keep_escaped(node[key])
+
+
 def ambiguous(override: str) -> str:
     """What to say of an override whose commas make a sweep of it, in a command that runs a single job."""
     key, _, value = override.partition("=")
     listed = shlex.quote(f"{key}=[{value}]")
     return (f"{override} is several values, for a sweep: add -m to run each of them. If the commas are part of a text, quote it: "
             f"{quoted(override)}; for a list give {listed}.")  # fmt: skip
+
+
+def check_added(cfg: DictConfig) -> None:
+    """Refuse ``+experimnt=x``: Hydra adds it as a setting that nothing reads, and the default would run."""
+    if not HydraConfig.initialized():
+        return
+    for override in HydraConfig.get().overrides.task:
+        key = override.removeprefix("+").partition("=")[0]
+        if override.startswith("+") and "." not in key and "@" not in key and key in cfg and not OmegaConf.is_config(cfg[key]):
+            raise ValueError(f"There is no configuration group {key!r} to add ({override}). Groups to add are +experiment, +sweep and "
+                             "+debug; --help lists the choices.")
 
 
 def expand_home(node: DictConfig | ListConfig) -> None:

@@ -13,6 +13,12 @@ from typing import Any
 from hydra.utils import get_object
 
 SELF = ("self", "cls")
+# Where the ``**kwargs`` of a function go, as far as that does not depend on its arguments
+PASSED_ON = {
+    "tinyfusion_pl.metrics.networks.TimmFeatures": "timm.create_model",
+    "tinyfusion_pl.data.vae.load_vae": "tinyfusion_pl.data.VAE",
+    "tinyfusion_pl.tasks.loggers.wandb_logger": "lightning.pytorch.loggers.WandbLogger",
+}
 
 
 @dataclass(frozen=True)
@@ -83,10 +89,8 @@ def _hints(called: Callable[..., Any], parameters: dict[str, inspect.Parameter])
 def _passed_on(target: Callable[..., Any], given: typing.Mapping[str, Any]) -> list[Callable[..., Any]]:
     """Where the ``**kwargs`` of `target` go."""
     name = f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', '')}"
-    if name == "tinyfusion_pl.metrics.networks.TimmFeatures":
-        from timm import create_model
-
-        return [create_model]
+    if name in PASSED_ON:
+        return [locate(PASSED_ON[name])]
     if isinstance(target, type):
         return [each for each in target.__mro__[1:] if "__init__" in vars(each) and each is not object]
     if name == "tinyfusion_pl.models.pretrained.load_denoiser":
@@ -96,14 +100,6 @@ def _passed_on(target: Callable[..., Any], given: typing.Mapping[str, Any]) -> l
             return [model_family(given.get("name"))]
         except Exception:  # said where the name itself is looked at
             return []
-    if name == "tinyfusion_pl.data.vae.load_vae":
-        from tinyfusion_pl.data import VAE
-
-        return [VAE]
-    if name == "tinyfusion_pl.tasks.loggers.wandb_logger":
-        from lightning.pytorch.loggers import WandbLogger
-
-        return [WandbLogger]
     return []
 
 

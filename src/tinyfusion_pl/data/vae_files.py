@@ -13,6 +13,7 @@ from torch import Tensor
 from tinyfusion_pl.artifacts import ArtifactError, read_json
 from tinyfusion_pl.data.vae_keys import as_diffusers
 from tinyfusion_pl.models.fitting import check_values
+from tinyfusion_pl.models.notices import first_line
 from tinyfusion_pl.models.weight_files import read_folder_weights
 
 CONFIG, CLASS = "config.json", "AutoencoderKL"
@@ -82,7 +83,7 @@ def _builder(config: Mapping[str, Any], state: Mapping[str, Tensor], folder: Pat
         try:
             return AutoencoderKL.from_config(dict(config))
         except Exception as error:  # what a wrong setting ends in is up to diffusers
-            raise ArtifactError(f"{folder / CONFIG} describes no {CLASS} ({type(error).__name__}: {error}). "
+            raise ArtifactError(f"{folder / CONFIG} describes no {CLASS} ({type(error).__name__}: {first_line(error)}). "
                                 "Copy the folder again.") from error
 
     return build

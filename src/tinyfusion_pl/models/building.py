@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tinyfusion_pl.artifacts import ArtifactError
 from tinyfusion_pl.models.families import family_of
 from tinyfusion_pl.models.fitting import fit_weights, fitting_state
+from tinyfusion_pl.models.notices import first_line
 from tinyfusion_pl.models.registry import create_model, model_arguments
 
 BUILD_ERRORS = (RuntimeError, OverflowError, ZeroDivisionError, MemoryError, IndexError, AttributeError, KeyError)
@@ -53,11 +54,13 @@ def _outline(name: str, arguments: Mapping[str, Any], where: str | Path) -> nn.M
             return create_model(name, **arguments)
     except NotImplementedError:
         return None
+    except ValueError as error:
+        raise ValueError(f"{where}: {first_line(error)}") from error
     except BUILD_ERRORS as error:
         if "meta" in str(error):
             return None
-        said = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
-        raise ArtifactError(f"{where}: no {name} can be built of {said} ({type(error).__name__}: {error}).") from error
+        said = ", ".join(f"{key}={value!r:.80}" for key, value in arguments.items())
+        raise ArtifactError(f"{where}: no {name} can be built of {said} ({type(error).__name__}: {first_line(error)}).") from error
 
 
 def check_arguments(name: str, arguments: Mapping[str, Any], where: str) -> None:

@@ -78,7 +78,7 @@ def read_checkpoint(path: str | Path, *, weights: str = "ema", prefix: str = "")
     else:
         content = _unpickle(path)
         stated = _trained_as(content)
-    chosen = choose(content, weights, path)
+    chosen = choose(content, weights, path, prefix=prefix)
     state = _sound(chosen.state, path)
     if not prefix and state and all(key.startswith(DENOISER) for key in state):  # this project's own modules
         prefix = DENOISER

@@ -69,12 +69,12 @@ def dit_arguments(config: Mapping[str, Any], folder: str | Path) -> dict[str, An
         raise ArtifactError(f"{Path(folder) / CONFIG} holds {type(config).__name__}, where a mapping was expected. Copy the folder again.")
     name = config.get("_class_name")
     if not isinstance(name, str) or name not in CLASSES:
-        raise ArtifactError(f"{Path(folder) / CONFIG} is of a {name!r}; a {CLASSES[0]!r} was expected. Give the folder of a DiT.")
+        raise ArtifactError(f"{Path(folder) / CONFIG} is of a {name!r:.80}; a {CLASSES[0]!r} was expected. Give the folder of a DiT.")
     if wrong := {key: config[key] for key, value in FIXED.items() if config.get(key, value) != value}:
-        raise ValueError(f"{folder} cannot be a DiT of this project: it has {', '.join(f'{k}={v!r}' for k, v in wrong.items())}, "
+        raise ValueError(f"{folder} cannot be a DiT of this project: it has {', '.join(f'{k}={v!r:.80}' for k, v in wrong.items())}, "
                          f"where only {', '.join(f'{k}={FIXED[k]!r}' for k in wrong)} is known.")
     if config.get("dropout"):
-        raise ValueError(f"{folder} is trained with dropout={config['dropout']} inside its blocks, which DiT has not. "
+        raise ValueError(f"{folder} is trained with dropout={config['dropout']!r:.80} inside its blocks, which DiT has not. "
                          "Set it to 0 in its config.json if it is only to be sampled or pruned: sampling does not use it.")
     needed = ("in_channels", "num_attention_heads", "attention_head_dim", "num_layers", "sample_size", "patch_size", "num_embeds_ada_norm")
     if lacking := [key for key in needed if type(config.get(key)) is not int or not 1 <= config[key] < 2**31]:
@@ -83,11 +83,13 @@ def dit_arguments(config: Mapping[str, Any], folder: str | Path) -> dict[str, An
     if config["sample_size"] // config["patch_size"] > MAX_GRID:
         raise ArtifactError(f"{Path(folder) / CONFIG} has sample_size={config['sample_size']}; up to {MAX_GRID} patches a side are read.")
     if type(eps := config.get("norm_eps", DEFAULT_NORM_EPS)) not in (int, float) or not 0 < eps < 1:
-        raise ArtifactError(f"{Path(folder) / CONFIG} has norm_eps={eps!r}; a small positive number was expected. Copy the folder again.")
+        raise ArtifactError(f"{Path(folder) / CONFIG} has norm_eps={eps!r:.80}; a small positive number was expected. Copy the folder "
+                            "again.")
     in_channels, num_heads = config["in_channels"], config["num_attention_heads"]
     out_channels = config.get("out_channels") or in_channels
     if type(out_channels) is not int or out_channels not in (in_channels, 2 * in_channels):
-        raise ValueError(f"{folder} has out_channels={out_channels} for in_channels={in_channels}; DiT gives as many or twice as many.")
+        raise ValueError(f"{folder} has out_channels={out_channels!r:.80} for in_channels={in_channels}; DiT gives as many or "
+                         "twice as many.")
     return {
         "input_size": config["sample_size"], "patch_size": config["patch_size"], "in_channels": in_channels,
         "hidden_size": num_heads * config["attention_head_dim"], "depth": config["num_layers"], "num_heads": num_heads,

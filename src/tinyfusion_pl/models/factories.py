@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tinyfusion_pl.artifacts import ArtifactError
 from tinyfusion_pl.models.fitting import fitting_state
+from tinyfusion_pl.models.notices import first_line
 from tinyfusion_pl.pruning import remove_blocks
 
 MAX_DEPTH = 1000  # of a dense model; its record states no weights of the blocks that were dropped, so that no tensor bounds it
@@ -31,7 +32,8 @@ def from_factory(factory: Mapping[str, Any], kept_blocks: Mapping[str, Sequence[
     """
     name, kwargs = factory["name"], factory.get("kwargs") or {}
     if not name.startswith("timm/"):
-        raise ValueError(f"model_factory {name!r} is not known; 'timm/<name>' is. Use load_shallow(path, model=...) for other models.")
+        raise ValueError(f"{record}: model_factory {name!r:.80} is not known; 'timm/<name>' is. Use load_shallow(path, model=...) for "
+                         "other models.")
     if refused := [key for key in kwargs if key in FOREIGN]:
         raise ArtifactError(f"{record}: model_factory.kwargs.{refused[0]} is not read from a file. Use load_shallow(path, model=...).")
     if deep := [key for key, value in kwargs.items() if "depth" in key and _largest(value) > MAX_DEPTH]:
@@ -46,8 +48,8 @@ def from_factory(factory: Mapping[str, Any], kept_blocks: Mapping[str, Sequence[
     except NotImplementedError:
         outline = None
     except Exception as error:  # what a wrong argument ends in is up to timm's models
-        raise ArtifactError(f"{record}: 'model_factory' ({name}, {dict(kwargs)!r:.120}) builds no model that has the blocks kept "
-                            f"({type(error).__name__}: {error}).") from error
+        raise ArtifactError(f"{record}: 'model_factory' ({name:.80}, {dict(kwargs)!r:.120}) builds no model that has the blocks kept "
+                            f"({type(error).__name__}: {first_line(error)}).") from error
     if outline is not None:
         fitting_state(outline, state, record)
     return build()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tinyfusion_pl.artifacts import ArtifactError, atomic_path, read_json, temporary_path
 from tinyfusion_pl.models.fitting import check_values
+from tinyfusion_pl.models.notices import first_line
 from tinyfusion_pl.pruning.adapter_state import is_adapter_key
 from tinyfusion_pl.pruning.config_values import leaves
 from tinyfusion_pl.pruning.library_configs import config_mismatch
@@ -110,7 +111,7 @@ def load_library_model(folder: Path, entry: Mapping[str, Any], state: Mapping[st
     library, name = entry.get("library"), entry.get("class")
     if library not in LIBRARIES:
         raise ArtifactError(
-            f"The record in {folder} names the library {library!r}; {' and '.join(LIBRARIES)} are known."
+            f"The record in {folder} names the library {library!r:.80}; {' and '.join(LIBRARIES)} are known."
         )
     try:
         module = importlib.import_module(library)
@@ -126,7 +127,7 @@ def load_library_model(folder: Path, entry: Mapping[str, Any], state: Mapping[st
         and hasattr(cls, "from_pretrained")
     ):
         raise ArtifactError(
-            f"The record in {folder} names the class {name!r}, which {library} {module.__version__} does not have. "
+            f"The record in {folder} names the class {name!r:.80}, which {library} {module.__version__} does not have. "
             "Install the version that the record states."
         )
     check_values(state, folder)
@@ -134,11 +135,14 @@ def load_library_model(folder: Path, entry: Mapping[str, Any], state: Mapping[st
     try:
         model, info = cls.from_pretrained(folder, local_files_only=True, use_safetensors=True, output_loading_info=True)
     except Exception as error:  # of many kinds: config, safetensors, shapes
-        raise ArtifactError(f"{folder} cannot be loaded by {library} as {name} ({type(error).__name__}: {error}). Copy the "
+        raise ArtifactError(f"{folder} cannot be loaded by {library} as {name} ({type(error).__name__}: {first_line(error)}). Copy the "
                             "folder again.") from error
     if wrong := [*info["missing_keys"], *info["mismatched_keys"]]:  # which the library leaves at random values
         raise ArtifactError(f"The weights in {folder} lack {len(wrong)} of those that its {CONFIG_FILES[0]} asks for, "
                             f"{', '.join(map(str, wrong[:3]))} among them. Copy the folder again.")
+    if extra := info["unexpected_keys"]:  # which the library leaves out
+        raise ArtifactError(f"The weights in {folder} hold {len(extra)} tensors that a model of its {CONFIG_FILES[0]} has not, "
+                            f"{', '.join(map(str, list(extra)[:3]))} among them. Copy the folder again.")
     return model
 
 
@@ -161,7 +165,8 @@ def _check_config(cls: type[nn.Module], folder: Path, state: Mapping[str, Tensor
     except Exception as error:  # what a wrong setting ends in is up to the library
         if "meta" in str(error):
             return
-        raise ArtifactError(f"{file} describes no {cls.__name__} ({type(error).__name__}: {error}). Copy the folder again.") from error
+        raise ArtifactError(f"{file} describes no {cls.__name__} ({type(error).__name__}: {first_line(error)}). Copy the "
+                            "folder again.") from error
     own = outline.state_dict()
     if wrong := [key for key, value in state.items() if key in own and own[key].shape != value.shape]:
         raise ArtifactError(f"{file} describes another model than the weights beside it are of: {wrong[0]} would be "

@@ -21,6 +21,12 @@ def warn(message: str) -> None:
     warnings.warn(message, stacklevel=level)
 
 
+def first_line(error: BaseException, length: int = 300) -> str:
+    """What an error of another library says, without the lines on where in its code."""
+    said = str(error).strip().split("\n")[0]
+    return said if len(said) <= length else f"{said[:length]}..."
+
+
 def _rank() -> int:
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank()

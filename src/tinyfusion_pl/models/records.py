@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from tinyfusion_pl.artifacts import ArtifactError, read_json
 from tinyfusion_pl.checksums import SEAL, content_sha256
-from tinyfusion_pl.models.notices import warn
-from tinyfusion_pl.pruning import Decision
+from tinyfusion_pl.models.notices import first_line, warn
+from tinyfusion_pl.models.registry import registered_name
+from tinyfusion_pl.pruning import Decision, get_stack
 
 RECORD = "record.json"
 MAX_BLOCKS = 10_000  # of a dense stack
+TOLERANCE = 1e-4  # of probabilities, which are sums of rounded numbers
 MISSING = object()
 COUNT, NUMBER, TEXT, NAMES, ROWS = "an integer >= 0", "a finite number", "text", "a mapping", "a list"
 STACK = {"pattern": TEXT, "num_blocks": COUNT, "kept_blocks": "a list of block numbers",
@@ -83,11 +87,20 @@ def read_record(folder: str | Path, *, decided: bool = False) -> dict[str, Any]:
     for name in ("model", "library", "model_factory"):
         if field(record, name, NAMES, file, optional=True) is not None:
             if name != "library":  # of which the library is asked
-                field(record, f"{name}.name", TEXT, file)
+                _check_name(name, field(record, f"{name}.name", TEXT, file), file)
                 field(record, f"{name}.kwargs", NAMES, file, optional=name != "model")
     if decided or "stacks" in record:
         _check_stacks(field(record, "stacks", NAMES, file), file)
     return record
+
+
+def _check_name(entry: str, name: str, file: Path) -> None:
+    """`ArtifactError` for a model that is not one of this project's."""
+    if entry == "model":
+        try:
+            registered_name(name)
+        except ValueError as error:
+            raise ArtifactError(f"{file}: 'model.name' is {name!r:.80}. {first_line(error)}") from error
 
 
 def decision_of(record: Mapping[str, Any], where: str | Path) -> Decision:
@@ -110,6 +123,53 @@ def _check_stacks(stacks: Mapping[str, Any], file: Path) -> None:
             check(units, f"{at}.units", ROWS, file)
             for number, unit in enumerate(units):
                 check(unit, f"{at}.units[{number}]", "a list of block numbers", file)
+        for place, wrong in _contradictions(stack):
+            raise ArtifactError(f"{file}: '{at}.{place}' {wrong}. It was edited, or is damaged: copy the folder again.")
+
+
+def _contradictions(stack: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Fields of a stack's decision that do not go with its others, and why."""
+    num_blocks, kept, groups = stack["num_blocks"], stack["kept_blocks"], stack["groups"]
+    if sorted(set(kept)) != kept or not kept or kept[-1] >= num_blocks:
+        yield "kept_blocks", f"is {kept!r:.80}; ascending numbers below {num_blocks}, each once, were expected"
+    if len(stack["block_probabilities"]) != num_blocks or not all(map(_is_share, stack["block_probabilities"])):
+        yield "block_probabilities", (f"is {stack['block_probabilities']!r:.80}; one between 0 and 1 for each of {num_blocks} blocks was "
+                                      "expected")
+    units = stack.get("units") or [[block] for block in range(num_blocks)]
+    in_units = [block for unit in units for block in unit]
+    if len(set(in_units)) != len(in_units) or not all(block < num_blocks for block in in_units):
+        yield "units", f"names a block twice, or one that is not below {num_blocks}"
+    for number, group in enumerate(groups):
+        members = range(group["start"], group["start"] + group["num_blocks"])
+        ascending = sorted(set(group["kept"])) == group["kept"] and len(group["kept"]) == group["num_kept"]
+        if not ascending or not set(group["kept"]) <= set(members) or members.stop > len(units):
+            yield f"groups[{number}]", (f"keeps {group['kept']!r:.80}; {group['num_kept']} of {members.start} to {members.stop - 1} were "
+                                        f"expected, and there are {len(units)} units")
+        elif any((block in kept) != (unit in group["kept"]) for unit in members for block in units[unit]):
+            yield f"groups[{number}]", f"keeps {group['kept']!r:.80}, and 'kept_blocks' is {kept!r:.80}"
+        if not all(map(_is_share, [group["confidence"], *(group.get("probabilities") or [])])) or group["entropy"] < -TOLERANCE:
+            yield f"groups[{number}]", "has a probability that is not between 0 and 1, or a negative entropy"
+
+
+def _is_share(number: float) -> bool:
+    return -TOLERANCE <= number <= 1 + TOLERANCE
+
+
+def check_depths(model: nn.Module, decision: Decision, where: str | Path) -> None:
+    """Find out whether a model that was built has as many blocks as a record says that it kept.
+
+    Raises:
+        ArtifactError: it has others; names the stack.
+    """
+    for path, kept in decision.kept_blocks.items():
+        try:
+            num = len(get_stack(model, path))
+        except (ValueError, AttributeError) as error:
+            raise ArtifactError(f"{where} decides on the stack {path!r:.80}, which its model has not ({error}). Copy the folder "
+                                "again.") from error
+        if num != len(kept):
+            raise ArtifactError(f"{where} says that {len(kept)} blocks of {path!r:.80} were kept, and its model has {num}. Copy "
+                                "the folder again.")
 
 
 def _check_fields(content: Any, fields: Mapping[str, str], at: str, file: Path) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import logging
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from tinyfusion_pl.artifacts import ArtifactError, save_tensors, sha256
 from tinyfusion_pl.checksums import write_sealed
@@ -26,7 +26,7 @@ from tinyfusion_pl.models.library_models import (
     remove_library_files,
     save_library_model,
 )
-from tinyfusion_pl.models.records import RECORD, decision_of, read_record
+from tinyfusion_pl.models.records import RECORD, check_depths, decision_of, read_record
 from tinyfusion_pl.pruning import Decision, remove_blocks
 from tinyfusion_pl.pruning.blocks import unwrap, without_compiling
 from tinyfusion_pl.pruning.compiled import uncompiled
@@ -118,18 +118,26 @@ def load_shallow(path: str | Path, *, model: nn.Module | None = None, **override
     folder = Path(path)
     record = read_record(folder, decided=True)
     if record.get("format") != FORMAT:
-        raise ArtifactError(f"{folder / RECORD} has format {record.get('format')!r}, this version reads {FORMAT}.")
+        raise ArtifactError(f"{folder / RECORD} has format {record.get('format')!r:.80}, this version reads {FORMAT}.")
     weights, stated = check_weights(folder, record), record.get("model")
     if overrides and (model is not None or stated is None):
         raise ValueError(f"{', '.join(overrides)} is of this project's models, and the record in {folder} names none.")
-    kept, state = decision_of(record, folder / RECORD).kept_blocks, read_checkpoint(weights).state
+    decision, state = decision_of(record, folder / RECORD), read_checkpoint(weights).state
+    shallow = _built(folder, record, decision.kept_blocks, state, weights, model, overrides)
+    check_depths(shallow, decision, folder / RECORD)
+    return shallow.eval()
+
+
+def _built(folder: Path, record: Mapping[str, Any], kept: Mapping[str, Sequence[int]], state: Mapping[str, Tensor], weights: Path,
+           model: nn.Module | None, overrides: Mapping[str, Any]) -> nn.Module:
+    stated = record.get("model")
     if (library := record.get("library")) is not None:
         shallow = load_library_model(folder, library, state)
         if model is not None:  # of a class of one's own, with the same weights
             own = remove_blocks(uncompiled(copy.deepcopy(model)), kept)
             own.load_state_dict(shallow.state_dict())
             shallow = own
-        return shallow.eval()
+        return shallow
     if model is None and stated is not None:
         check_arguments(stated["name"], stated["kwargs"], f"{folder / RECORD}: model.kwargs")
         return build_model(stated["name"], {**stated["kwargs"], **overrides}, state, weights)
@@ -143,7 +151,7 @@ def load_shallow(path: str | Path, *, model: nn.Module | None = None, **override
             "library opens. Give a dense one: "
             "load_shallow(path, model=MyModel(...)), or state model_factory={'name': 'timm/...'} when pruning."
         )
-    return fit_weights(shallow, state, weights).eval()
+    return fit_weights(shallow, state, weights)
 
 
 def load_decision(path: str | Path) -> Decision:

@@ -6,6 +6,8 @@ import os.path
 import re
 from collections.abc import Iterable
 
+from torch import Tensor
+
 EMA, RAW, UNSTATED = "ema", "raw", "unstated"
 
 # An entry is of averaged weights when its name has one of these words: ema, model_ema, state_dict_ema, EMACallback, ema_0.9999,
@@ -22,6 +24,11 @@ RAW_NAMES = frozenset({
 NO_MODEL = frozenset({
     "opt", "optim", "optimizer", "optimizers", "momentum", "grad", "grads", "gradients", "scheduler", "schedulers", "scaler",
     "loops", "rng", "random",
+})
+# The last part of names that no training changes, and that averages of parameters lack.
+FIXED = frozenset({
+    "pos_embed", "freqs", "inv_freq", "freqs_cos", "freqs_sin", "running_mean", "running_var",
+    "relative_position_index",
 })
 # What wrappers put inside names, anywhere: torch.compile, FSDP, activation checkpointing.
 WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -53,14 +60,19 @@ def without_wrappers(key: str) -> str:
     return ".".join(part for part in key.split(".") if part not in WRAPPERS)
 
 
-def core(keys: Iterable[str]) -> set[str]:
-    """The keys without what all of them begin with, and without wrappers: the same for a model under any prefix."""
-    parts = [without_wrappers(key).split(".") for key in keys]
-    shared = len(os.path.commonprefix([each[:-1] for each in parts])) if parts else 0
-    return {".".join(each[shared:]) for each in parts}
+def core_names(keys: Iterable[str]) -> dict[str, str]:
+    """Name -> key: the keys without what all of them begin with, and without wrappers: the same for a model under any prefix."""
+    parts = {key: without_wrappers(key).split(".") for key in keys}
+    shared = len(os.path.commonprefix([each[:-1] for each in parts.values()])) if parts else 0
+    return {".".join(each[shared:]): key for key, each in parts.items()}
+
+
+def is_fixed(key: str, tensor: Tensor) -> bool:
+    """Whether training leaves a tensor as it is, or it is no parameter, so that averages lack it: position tables, counters, buffers."""
+    return not tensor.is_floating_point() or key.rpartition(".")[2] in FIXED
 
 
 def are_alike(some: Iterable[str], others: Iterable[str]) -> bool:
     """Whether two lists of keys are those of one model, but for a few."""
-    some, others = core(some), core(others)
+    some, others = core_names(some).keys(), core_names(others).keys()
     return len(some & others) >= 0.8 * max(len(some), len(others), 1)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,35 +13,27 @@ from torch import Tensor
 from tinyfusion_pl.artifacts import ArtifactError
 from tinyfusion_pl.models.notices import warn
 from tinyfusion_pl.models.shadow_params import name_shadow_params
-from tinyfusion_pl.models.weight_names import EMA, RAW, UNSTATED, are_alike, is_no_model, kind_of
+from tinyfusion_pl.models.weight_names import EMA, RAW, UNSTATED, are_alike, core_names, is_fixed, kind_of
+from tinyfusion_pl.models.weight_search import NUM_NAMED, TooManyEntries, WeightSet, find_sets
 
 WEIGHTS = (EMA, RAW)
-NUM_NAMED = 5
-MAX_DEPTH = 5  # of entries inside entries
-LIGHTNING = ("state_dict", "current_model_state")  # where its weight averaging keeps averaged and raw weights
 
 
-@dataclass(frozen=True)
-class WeightSet:
-    """One set of weights: the entries that lead to it in its file, what they say of it, and its tensors by name, or in order."""
-
-    path: tuple[str, ...]
-    kind: str
-    state: dict[str, Tensor] | list[Tensor]
-
-    @property
-    def name(self) -> str:
-        return ".".join(self.path) or "the file itself"
-
-
-def choose(content: Any, weights: str, path: Path) -> WeightSet:
+def choose(content: Any, weights: str, path: Path, *, prefix: str = "") -> WeightSet:
     """The set of weights in `content`, what `path` holds, that `weights` asks for: averaged, raw, or an entry by its name.
+
+    Args:
+        prefix: Names are wanted that start with it: a state dict that has such is not taken apart.
 
     Raises:
         ValueError: for a `weights` that is none of these, or when it cannot be told which set is meant; names the sets.
         ArtifactError: when there is none.
     """
-    sets = list(find_sets(content))
+    try:
+        sets = list(find_sets(content, prefix=prefix))
+    except TooManyEntries as error:
+        raise ArtifactError(f"{path} {error}.") from error
+    sets = [each for each in sets if not _is_statistics(each, sets)]
     named = [each for each in sets if isinstance(each.state, dict)]
     if not sets:
         held = list(content)[:NUM_NAMED] if isinstance(content, Mapping) else type(content).__name__
@@ -52,7 +44,7 @@ def choose(content: Any, weights: str, path: Path) -> WeightSet:
         if not chosen:
             raise ValueError(f"weights is {weights!r}; give 'ema' or 'raw'{_or_names(sets)}.")
         return _with_names(chosen[0], named, path)
-    return _with_names(_of_kind(sets, weights, path), named, path)
+    return _with_names(_of_kind(sets, weights, path, _not_read(content, sets)), named, path)
 
 
 def _or_names(sets: Sequence[WeightSet]) -> str:
@@ -60,7 +52,7 @@ def _or_names(sets: Sequence[WeightSet]) -> str:
     return f", or the entry of the file that is meant: {', '.join(names[:NUM_NAMED])}" if names else ""
 
 
-def _of_kind(sets: list[WeightSet], weights: str, path: Path) -> WeightSet:
+def _of_kind(sets: list[WeightSet], weights: str, path: Path, ignored: str) -> WeightSet:
     of = {kind: [each for each in sets if each.kind == kind] for kind in (EMA, RAW, UNSTATED)}
     if wanted := of[weights]:
         return _the_one(wanted, weights, path)
@@ -75,15 +67,25 @@ def _of_kind(sets: list[WeightSet], weights: str, path: Path) -> WeightSet:
                              f"others of the same keys. If these are {what[weights]} ones, give weights={alike[0].name!r} (model.weights); "
                              f"weights={other!r} takes {chosen.name!r}.")
         kinds = {EMA: "averaged", RAW: "raw"}
-        warn(f"{path} holds {kinds[other]} weights only (under {chosen.name!r}): they are taken and recorded as "
-             f"weights={other!r}, although "
-             f"weights={weights!r} was asked for.")
+        warn(f"{path} holds {kinds[other]} weights only (under {chosen.name!r}): they are taken and recorded as weights={other!r}, "
+             f"although weights={weights!r} was asked for.{ignored}")
         return chosen
     chosen = _the_one(of[UNSTATED], weights, path)
     if chosen.path:
         warn(f"{path} holds weights under {chosen.name!r}, which does not say whether they are averaged: they are taken, and recorded "
              f"as {UNSTATED}.")
     return chosen
+
+
+def _not_read(content: Any, sets: list[WeightSet]) -> str:
+    """A sentence on entries that are called averages and hold tensors, of which no set of weights was made."""
+    if not isinstance(content, Mapping):
+        return ""
+    read = {each.path[0] for each in sets if each.path}
+    sizes = {str(key): value.numel() if isinstance(value, Tensor) else len(value) for key, value in content.items()
+             if isinstance(value, (Tensor, Mapping, list, tuple))}
+    names = [name for name, size in sizes.items() if size > 1 and kind_of([name]) == EMA and name not in read]
+    return f" What is under {', '.join(map(repr, names[:NUM_NAMED]))} is no state dict, and was not read." if names else ""
 
 
 def _the_one(sets: list[WeightSet], weights: str, path: Path) -> WeightSet:
@@ -98,9 +100,22 @@ def _the_one(sets: list[WeightSet], weights: str, path: Path) -> WeightSet:
 def _equal(one: WeightSet, other: WeightSet) -> bool:
     if isinstance(one.state, list) or isinstance(other.state, list):
         return False
-    return one.state.keys() == other.state.keys() and all(
-        value.shape == other.state[key].shape and value.dtype == other.state[key].dtype and torch.equal(value, other.state[key])
-        for key, value in one.state.items())
+    first, second = core_names(one.state), core_names(other.state)
+    return first.keys() == second.keys() and all(_same(one.state[key], other.state[second[name]]) for name, key in first.items())
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    plain = all(each.layout == torch.strided and not (each.is_meta or each.is_quantized or each.is_nested) for each in (one, other))
+    return one is other or (plain and one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other))
+
+
+def _is_statistics(one: WeightSet, sets: Sequence[WeightSet]) -> bool:
+    """Whether an average is of something smaller than the model beside it: of a loss, of norms, the decay itself."""
+    def is_far_larger(other: WeightSet) -> bool:
+        return isinstance(other.state, dict) and len(other.state) > 2 * len(one.state) and not core_names(one.state).keys() & core_names(
+            other.state).keys()
+
+    return one.kind == EMA and isinstance(one.state, dict) and any(map(is_far_larger, sets))
 
 
 def _same_model(one: WeightSet, other: WeightSet) -> bool:
@@ -112,95 +127,31 @@ def _same_model(one: WeightSet, other: WeightSet) -> bool:
 def _with_names(chosen: WeightSet, named: list[WeightSet], path: Path) -> WeightSet:
     """`chosen`, its tensors named after another set where it is a list of them in the order of the parameters."""
     if isinstance(chosen.state, dict):
-        return chosen
+        return _completed(chosen, named, path) if chosen.kind == EMA else chosen
     for other in sorted(named, key=lambda each: each.kind != RAW):
         if (state := name_shadow_params(chosen.state, other.state)) is not None:
-            if left := [key for key in other.state if state[key] is other.state[key]]:
+            left = [key for key in other.state if state[key] is other.state[key]]
+            if learned := [key for key in left if not is_fixed(key, other.state[key])]:
+                raise ValueError(f"{path} holds under {chosen.name!r} {len(chosen.state)} tensors without names, which go with those of "
+                                 f"{other.name!r} but for {', '.join(learned[:NUM_NAMED])}{', ...' if len(learned) > NUM_NAMED else ''}: "
+                                 "these were frozen, or are lost. Save the averaged weights with their names.")
+            if left:
                 warn(f"{path}: {chosen.name!r} has no {', '.join(left[:NUM_NAMED])}; taken from {other.name!r}.")
             return replace(chosen, state=state)
     raise ValueError(f"{path} holds under {chosen.name!r} {len(chosen.state)} tensors without names, and no state dict that they go with "
                      f"one by one. Save them with their names, or give {_or_names(named).removeprefix(', or ') or 'another file'}.")
 
 
-# -- finding them
-def find_sets(content: Any) -> Iterator[WeightSet]:
-    """Every set of weights inside `content`, which is plain containers and tensors."""
-    top = content if isinstance(content, Mapping) else {}
-    averaged = all(isinstance(top.get(key), Mapping) for key in LIGHTNING)
-    for path, state in _walk(content, (), set()):
-        kind = EMA if averaged and path == LIGHTNING[:1] else kind_of(path)
-        yield from _branches(WeightSet(path, kind, state))
-
-
-def _walk(value: Any, path: tuple[str, ...], seen: set[int]) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor] | list[Tensor]]]:
-    if id(value) in seen or len(path) > MAX_DEPTH or not isinstance(value, (Mapping, list, tuple)):
-        return
-    seen.add(id(value))
-    if isinstance(value, Mapping):
-        tensors = {key: each for key, each in value.items() if isinstance(key, str) and isinstance(each, Tensor)}
-        inner = {key: each for key, each in value.items() if isinstance(key, str) and isinstance(each, (Mapping, list, tuple))}
-        named = all(isinstance(key, str) for key in value)
-        if named and any(each.ndim for each in tensors.values()) and (not inner or any("." in key for key in tensors)):
-            yield path, tensors
-        for key, each in inner.items():
-            if not is_no_model(key):
-                yield from _walk(each, (*path, key), seen)
-    elif value and all(isinstance(each, Tensor) for each in value):
-        if len(value) > 1 or kind_of(path) == EMA:
-            yield path, list(value)
-    else:
-        for number, each in enumerate(value[:NUM_NAMED]):
-            yield from _walk(each, (*path, str(number)), seen)
-
-
-def _branches(whole: WeightSet) -> Iterator[WeightSet]:
-    """The averaged and the raw half of a state dict that has both under prefixes; else `whole` itself."""
-    state = whole.state
-    if isinstance(state, list):
-        yield whole
-        return
-    if "n_averaged" in state and all(key.startswith("module.") for key in state if key != "n_averaged"):  # torch's AveragedModel
-        inner = {key.removeprefix("module."): value for key, value in state.items() if key != "n_averaged"}
-        yield WeightSet(whole.path, EMA, inner)
-        return
-    for prefix in _averaged_prefixes(state):
-        inside = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix) and value.ndim}
-        rest = {key: value for key, value in state.items() if not key.startswith(prefix)}
-        if not any(value.ndim for value in rest.values()):
-            yield WeightSet((*whole.path, prefix[:-1]), EMA, inside)
-            return
-        if (inside := _as_named_in(rest, inside)) is not None:
-            kind = RAW if whole.kind == UNSTATED else kind_of([*whole.path, *_first_parts(rest)])
-            yield WeightSet((*whole.path, prefix[:-1]), EMA, inside)
-            weights = {key: value for key, value in rest.items() if value.ndim or "." in key}
-            yield WeightSet((*whole.path, *_first_parts(rest)), kind, weights)
-            return
-    yield whole
-
-
-def _first_parts(rest: Mapping[str, Tensor]) -> tuple[str, ...]:
-    firsts = {key.partition(".")[0] for key, value in rest.items() if value.ndim}
-    return tuple(firsts) if len(firsts) == 1 else ()
-
-
-def _averaged_prefixes(state: Mapping[str, Tensor]) -> list[str]:
-    found = {}
-    for key in state:
-        parts = key.split(".")
-        for depth in (1, 2):
-            if len(parts) > depth and kind_of(parts[depth - 1:depth]) == EMA:
-                found[".".join(parts[:depth]) + "."] = None
-                break
-    return list(found)
-
-
-def _as_named_in(rest: Mapping[str, Tensor], inside: dict[str, Tensor]) -> dict[str, Tensor] | None:
-    """`inside` if it has the keys of `rest`, or of a part of it (latent diffusion names averages without dots). None: another model."""
-    for first in ("", *dict.fromkeys(f"{key.partition('.')[0]}." for key in rest)):
-        part = [key.removeprefix(first) for key in rest if key.startswith(first)]
-        if are_alike(inside, part):
-            return inside
-        flat = {key.replace(".", ""): key for key in part}
-        if inside and inside.keys() <= flat.keys():
-            return {flat[key]: value for key, value in inside.items()}
-    return None
+def _completed(chosen: WeightSet, named: list[WeightSet], path: Path) -> WeightSet:
+    """`chosen` with the tensors that averages of parameters lack, buffers and fixed tables, from another set of the same model."""
+    own = core_names(chosen.state)
+    for other in named:
+        names = core_names(other.state)
+        lacking = [name for name in names if name not in own]
+        if other is chosen or not own.keys() < names.keys() or not all(is_fixed(name, other.state[names[name]]) for name in lacking):
+            continue
+        name, key = next(iter(own.items()))
+        prefix = key.removesuffix(name) if key.endswith(name) else ""
+        warn(f"{path}: {chosen.name!r} has no {', '.join(lacking[:NUM_NAMED])}; taken from {other.name!r}.")
+        return replace(chosen, state={**chosen.state, **{prefix + name: other.state[names[name]] for name in lacking}})
+    return chosen

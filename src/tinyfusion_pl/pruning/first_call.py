@@ -39,7 +39,8 @@ class FirstCallCheck:
                       if own in self.unverified and path.startswith(start)}  # fmt: skip
             if inside and not self.gates.bypassed and self._trains(set(inside)):
                 self.unverified -= set(inside)
-                verify(called, self.gates, args, kwargs, paths=inside)
+                if not verify(called, self.gates, args, kwargs, paths=inside):
+                    self.unverified |= set(inside)  # with the next call
                 if not self.unverified:
                     self.remove()
 

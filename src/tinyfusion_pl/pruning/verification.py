@@ -29,7 +29,7 @@ SWITCH_OFF = "If this is intended, pass verify=False."
 Recorded = dict[str, tuple[GatedForward, Call]]
 
 
-def verify(module: nn.Module, owner: DepthGates, args: tuple, kwargs: dict[str, Any], *, paths: Mapping[str, str] | None = None) -> None:
+def verify(module: nn.Module, owner: DepthGates, args: tuple, kwargs: dict[str, Any], *, paths: Mapping[str, str] | None = None) -> bool:
     """Check that gates on `module` do what cutting blocks out does.
 
     Args:
@@ -37,6 +37,9 @@ def verify(module: nn.Module, owner: DepthGates, args: tuple, kwargs: dict[str, 
         owner: The gates.
         args, kwargs: The call.
         paths: The stacks to check, by the paths that the gates know, and their paths in `module`; default: all, under equal paths.
+
+    Returns:
+        Whether there was anything to compare: False where the call gives no finite output, as with NaN in the data.
 
     Raises:
         ValueError: where they differ; names the stack, the block, and what couples them.
@@ -48,8 +51,11 @@ def verify(module: nn.Module, owner: DepthGates, args: tuple, kwargs: dict[str, 
         recorded, output = replay.gated({g.path: earliest_drops(g) for g in gates})
     except (ValueError, RuntimeError, TypeError, IndexError, AttributeError) as error:
         raise ValueError(f"The first call of {type(module).__name__} could not be replayed with blocks dropped: {error}") from error
-    if next(_tensors(output), None) is None:
+    outputs = list(_tensors(output))
+    if not outputs:
         raise ValueError(f"{type(module).__name__} returned no tensor that could be compared. {SWITCH_OFF}")
+    if not any(each.isfinite().any() for each in outputs):
+        return False
     for stack in gates:
         _check_batch(stack, [call for call in recorded.values() if call[0].gates is stack])
     if problem := replay.differs({g.path: earliest_drops(g) for g in gates}):
@@ -58,6 +64,7 @@ def verify(module: nn.Module, owner: DepthGates, args: tuple, kwargs: dict[str, 
         first = next((pair for pair in recorded.values() if pair[0].gates is stack), None)
         if first is not None:
             _check_gradients(*first)
+    return True
 
 
 def earliest_drops(gates: StackGates) -> list[int]:
@@ -126,12 +133,21 @@ class _Replay:
         if len(a) != len(b) or any(x.shape != y.shape for x, y in zip(a, b)):
             return (f"it returns {len(a)} tensors with gates and {len(b)} without the blocks (or of other shapes): outputs of every layer "
                     "(output_hidden_states, output_attentions) must be off")  # fmt: skip
-        distance = max(((x.float() - y.float()).abs().max().item() for x, y in zip(a, b) if x.numel()), default=0.0)
-        scale = max((y.float().abs().max().item() for y in b if y.numel()), default=0.0)
+        distance = max((_distance(x, y) for x, y in zip(a, b)), default=0.0)
+        scale = max((y[y.isfinite()].abs().max().item() for y in b if y.isfinite().any()), default=0.0)
         eps = max(torch.finfo(y.dtype).eps if y.is_floating_point() else 0.0 for y in b)
         if distance <= max(scale, 1e-6) * max(1e-4, 100 * eps):
             return ""
         return f"the outputs differ by {distance:.3g} (they reach {scale:.3g}){_first_difference(mine, theirs)}"
+
+
+def _distance(x: Tensor, y: Tensor) -> float:
+    """The largest difference; what is not finite must be so in both."""
+    finite = x.isfinite() & y.isfinite()
+    if not torch.equal(x.isfinite(), y.isfinite()):
+        return float("inf")
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return (x[finite].to(wide) - y[finite].to(wide)).abs().max().item() if finite.any() else 0.0
 
 
 def _first_difference(mine: Recorded, theirs: Recorded) -> str:

@@ -1,0 +1,72 @@
+"""Values of a configuration as they are written and as they are read: behind a reference stands a value at another key."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+REFERENCE = re.compile(r"\$\{([^{}]*)\}")  # and nothing beside it
+TARGET = "_target_"
+
+
+class Unresolved:
+    """Stands for a value behind a reference that leads nowhere."""
+
+
+def home(cfg: DictConfig, key: str) -> str:
+    """Where the value of `key` stands, behind references: ``data.seed`` -> ``seed``, ``task.evaluate.labels`` -> ``evaluate.labels``."""
+    for _ in range(20):
+        node, parts = cfg, key.split(".")
+        for place, part in enumerate(parts):
+            index = int(part) if isinstance(node, ListConfig) else part
+            try:
+                if OmegaConf.is_interpolation(node, index):
+                    inner = REFERENCE.fullmatch(written(node, index))
+                    if inner is None or not inner[1].replace(".", "").isidentifier() or inner[1].startswith("."):
+                        return key
+                    key = ".".join([inner[1], *parts[place + 1 :]])
+                    break
+                node = raw(node, index)
+            except (OmegaConfBaseException, TypeError, IndexError, ValueError):
+                return key
+        else:
+            return key
+    return key
+
+
+def raw(node: DictConfig | ListConfig, name: Any) -> Any:
+    """The child of `node`; of a reference, how it is written."""
+    if OmegaConf.is_missing(node, name):
+        return "???"
+    return written(node, name) if OmegaConf.is_interpolation(node, name) else node[name]
+
+
+def written(node: DictConfig | ListConfig, name: Any) -> str:
+    """How a reference is written."""
+    return str(node._get_node(name)._value())
+
+
+def names_of(node: DictConfig | ListConfig) -> list[Any]:
+    """Keys or indexes of all children, missing ones too."""
+    return list(range(len(node))) if isinstance(node, ListConfig) else list(node.keys())
+
+
+def outline(value: Any) -> Any:
+    """A value as plain data; of an object in it only its ``_target_``."""
+    if isinstance(value, DictConfig) and TARGET in value:
+        return {TARGET: _read(value, TARGET)}
+    if isinstance(value, DictConfig):
+        return {name: outline(_read(value, name)) for name in value}
+    if isinstance(value, ListConfig):
+        return [outline(_read(value, index)) for index in range(len(value))]
+    return value
+
+
+def _read(node: DictConfig | ListConfig, name: Any) -> Any:
+    try:
+        return node[name]
+    except Exception:  # of a resolver too; what cannot be read is told where it stands
+        return raw(node, name)

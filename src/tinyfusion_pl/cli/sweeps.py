@@ -1,0 +1,29 @@
+"""``-m`` and what it goes with: values for a sweep without it, or it without any, would run something else than was meant."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hydra._internal.utils import get_args_parser
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig
+
+
+def check_sweep(arguments: Sequence[str]) -> None:
+    """Refuse ``-m`` where nothing has several values: it would be one run in a sweep's folder."""
+    options = get_args_parser().parse_args(list(arguments))
+    if not options.multirun or options.config_dir or options.config_name or not options.overrides:
+        return
+    parsed = OverridesParser.create().parse_overrides(options.overrides)
+    names = ("sweep", "experiment")
+    if not any(p.is_sweep_override() or p.key_or_group in names or "hydra." in p.key_or_group for p in parsed):
+        raise ValueError(f"-m runs a sweep, but no setting has several values ({' '.join(options.overrides)}). Give values with commas, as "
+                         "seed=0,1, or +sweep=NAME; or leave out -m.")
+
+
+def check_single(sweeper: DictConfig) -> None:
+    """Refuse a sweep's values without ``-m``: none of them would be used."""
+    if params := sweeper.get("params"):
+        raise ValueError(f"+sweep gives several values ({', '.join(f'{key}={value}' for key, value in params.items())}), but "
+                         "without -m one run "
+                         "is made, with none of them. Add -m.")
