@@ -68,11 +68,15 @@ def sole_writer(target: str | os.PathLike, *, setting: str, is_folder: bool = Tr
 
 def _acquire(lock: Path, target: Path, setting: str) -> int | None:
     """The descriptor that holds `lock`; None where there can be none."""
+    left = 100  # attempts
     while True:
+        left -= 1
         try:
             lock.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
+            if error.errno == errno.ENOENT and left:
+                continue  # its holder has just removed the folder
             if error.errno in NOT_WRITABLE and (error.errno == errno.EROFS or not _exists(lock)):
                 return None
             raise

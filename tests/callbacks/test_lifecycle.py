@@ -227,3 +227,25 @@ def test_logits_stay_in_float32_where_the_model_becomes_bfloat16(tmp_path):
     fit(module, callback, folder=tmp_path, precision="bf16-true")
     assert module.model.stem.weight.dtype == torch.bfloat16
     assert all(p.dtype == torch.float32 and (p != 0.02).any() and (p - 0.02).abs().max() < 1e-3 for p in callback.gates.logits())
+
+
+# -- a first batch that shows nothing ---------------------------------------------------------------------------------------------------
+class Coupled(InInit):
+    """What it computes depends on how many blocks there are; batches before `first` are not finite."""
+
+    def __init__(self, first):
+        super().__init__()
+        self.first, head = first, self.model.head
+        head.register_forward_pre_hook(lambda _, args: args[0] * len(self.model.blocks))
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return super().training_step((x * float("nan") if batch_idx < self.first else x, y), batch_idx)
+
+
+@pytest.mark.filterwarnings("ignore:Step")
+@pytest.mark.parametrize("first, error, message", [
+    (1, ValueError, "cannot be pruned as it is called"), (9, FloatingPointError, "2 optimizer steps in a row")])  # fmt: skip
+def test_the_first_call_with_finite_output_is_the_one_verified(first, error, message, tmp_path):
+    with pytest.raises(error, match=message):
+        fit(Coupled(first), DepthPruningCallback("1:2", max_nonfinite=2), folder=tmp_path)

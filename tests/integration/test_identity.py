@@ -8,6 +8,7 @@ import torch
 
 from tinyfusion_pl import cli
 from tinyfusion_pl.artifacts import load_tensors, read_json, sha256
+from tinyfusion_pl.checksums import read_sealed, write_sealed
 from tinyfusion_pl.models import load_denoiser
 from tinyfusion_pl.tasks.kept import KeptBatches
 
@@ -127,12 +128,8 @@ def test_a_shallow_model_put_in_during_recovery_is_refused(run, out, tmp_path):
     shutil.copytree(tmp_path / "other" / "shallow", out / "shallow")
     code, said = run("task=recover")
     assert code == 1 and f"{'out/shallow/model.safetensors'} (checksum" in said and not (out / "recovered").exists()
-    (out / "stages" / "learn_mask.json").unlink()  # whatever is done about the mark, the checkpoint knows where it started
-    mark = {name: {} for name in ("files", "made_from")}
-    from tinyfusion_pl.checksums import model_sha256, write_sealed
-
-    teacher = model_sha256(load_denoiser("dit_digits", checkpoint="shipped"))
-    write_sealed(out / "stages" / "learn_mask.json", {**mark, "made_from": {"teacher": teacher}})
+    mark = out / "stages" / "learn_mask.json"  # whatever is done about the mark, the checkpoint knows where it started
+    write_sealed(mark, {**read_sealed(mark), "files": {}})
     code, said = run("task=recover")
     assert code == 1 and "last.ckpt cannot be resumed: it was made from something else (shallow" in said
 
@@ -213,14 +210,39 @@ def test_a_damaged_result_is_made_again(run, out, name):
     assert "done before" in run("task=evaluate")[1]
 
 
-def test_changed_decisions_of_a_finished_stage_are_told(run, out):
-    flip(out / "learn_mask" / "decisions.jsonl", 0.5)
-    assert "decisions.jsonl is changed or damaged since the stage finished" in run("task.stages=[learn_mask]")[1]
+def test_changed_logs_of_a_finished_stage_are_told(run, out):
+    names = ("learn_mask/decisions.jsonl", "logs/learn_mask/metrics.csv")
+    for name in names:
+        flip(out / name, 0.5)
+    said, told = run("task.stages=[learn_mask]")[1], run("task=report")[1]
+    for name in names:
+        assert f"out/{name} is changed or damaged since the stage finished" in said
+        assert f"out/{name} is changed or damaged since learn_mask finished" in told
 
 
 def test_every_mark_states_the_configuration(out):
     marks = [json.loads(path.read_text()) for path in (out / "stages").iterdir()]
     assert len({mark["configuration"] for mark in marks}) == 1 and all(len(mark["sha256"]) == 64 for mark in marks)
+
+
+@pytest.mark.parametrize("size", [0, 0.6])
+def test_a_truncated_configuration_is_not_taken_for_another(run, out, size):
+    truncate(out / "config.yaml", size)
+    code, said = run()
+    assert code == 1 and "out/config.yaml does not end with its own hash" in said and "truncated" in said and "delete it" in said
+
+
+def test_an_interrupted_run_is_not_taken_over_after_config_yaml_is_lost(run, out):
+    """There is no mark yet; the checkpoint says what it is of, and the refused run leaves the folder as it was."""
+    for path in (out / "stages", out / "shallow", out / "recovered"):
+        shutil.rmtree(path)
+    for path in (out / "config.yaml", out / "metrics.json"):
+        path.unlink()
+    before = {path: sha256(path) for path in out.rglob("*") if path.is_file()}
+    code, said = run("seed=1", "task=learn_mask")
+    assert code == 1 and "last.ckpt cannot be resumed: it was made from something else (configuration" in said
+    assert {path: sha256(path) for path in out.rglob("*") if path.is_file()} == before
+    assert run("task=learn_mask")[0] == 0
 
 
 def test_another_configuration_does_not_take_over_after_config_yaml_is_lost(run, out):

@@ -235,7 +235,7 @@ def test_results_held_against_other_pictures_of_the_same_data_module_class_have_
 
 def test_processes_that_would_keep_their_numbers_to_themselves_are_refused():
     trainer = partial(Trainer, accelerator="cpu", devices=2, strategy="ddp_spawn", logger=False, enable_checkpointing=False)
-    with pytest.raises(ValueError, match="evaluate.trainer.strategy starts its processes from within.*strategy=ddp"):
+    with pytest.raises(ValueError, match="evaluate.trainer.strategy is 'ddp_spawn'.*keep the numbers to themselves. Give strategy=ddp"):
         evaluate(trainer=trainer).check(inputs())
 
 

@@ -1,6 +1,7 @@
 """A fit that is killed and resumed, in every way that a process can end, against one that never was."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,31 @@ def test_log_lines_of_lost_steps_are_dropped(whole, tmp_path):
         file.write_text("".join([*lines, lines[-1], lines[-1].replace("4", "5"), lines[-1].replace("4", "77"), lines[-1][:9]]))
     fit(tmp_path)
     assert differing(tmp_path, whole[1]) == []
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    with pytest.raises(Killed):
+        fit(folder := tmp_path_factory.mktemp("interrupted"), kill=6)
+    return folder
+
+
+@pytest.mark.parametrize(("name", "damage"), [("logs/learn_mask/metrics.csv", "cell"), ("logs/learn_mask/metrics.csv", "byte"),
+                                              ("logs/learn_mask/metrics.csv", "gone"), ("learn_mask/decisions.jsonl", "cell")])
+def test_a_damaged_log_of_an_interrupted_fit_is_told(interrupted, tmp_path, capsys, name, damage):
+    path = shutil.copytree(interrupted, tmp_path / "out") / name
+    content = path.read_bytes()
+    place = content.index(b"0.") + 3
+    path.unlink() if damage == "gone" else path.write_bytes(
+        content[:place] + (b"77" if damage == "cell" else b"\xff") + content[place + 1 :])
+    fit(tmp_path / "out")
+    what = "gone" if damage == "gone" else "changed or damaged"
+    assert f"{path} is {what} since the checkpoint of step 6" in capsys.readouterr().out
+
+
+def test_whole_logs_of_an_interrupted_fit_are_taken_without_a_word(interrupted, whole, tmp_path, capsys):
+    fit(shutil.copytree(interrupted, tmp_path / "out"))
+    assert differing(tmp_path / "out", whole[1]) == [] and "damaged" not in capsys.readouterr().out
 
 
 def test_a_fit_that_begins_anew_begins_its_logs_anew(whole, tmp_path):

@@ -176,7 +176,9 @@ class DepthPruningCallback(Callback):
         # With NaN in the first batch there was nothing to compare: the next one is checked.
         if not self._described and any(gated.plans for gated in self.gates.gated_forwards) and bool(loss.isfinite().all()):
             self._described = True
-            gate_setup.report_first_batch(self.gates, unverified=self._check.unverified if self._check is not None else ())
+            rank_zero_info(f"DepthPruningCallback: {self.gates.describe_batches()}")
+        if self._check is not None and self._described and not self._check.postponed:
+            gate_setup.report_unverified(self._check.unverified)
             self._end_check()
 
     def _end_check(self) -> None:

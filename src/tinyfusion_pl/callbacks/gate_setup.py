@@ -117,12 +117,11 @@ def annealed_over(trainer: Trainer, anneal_steps: int | None) -> tuple[int, bool
     return num_steps, num_steps == trainer.max_steps  # an epoch's length counts batches
 
 
-def report_first_batch(gates: DepthGates, *, unverified: Collection[str]) -> None:
-    """Log which blocks run gathered and which plain; warn of stacks whose first call was not `verify`-ed."""
-    rank_zero_info(f"DepthPruningCallback: {gates.describe_batches()}")
-    if unverified:
-        rank_zero_warn(f"The training step runs the blocks of {', '.join(sorted(unverified))} without calling a module that holds them, "
-                       "so dropping them by gates was not checked against cutting them out.")  # fmt: skip
+def report_unverified(paths: Collection[str]) -> None:
+    """Warn of stacks whose first call was not verified."""
+    if paths:
+        rank_zero_warn(f"The training step runs the blocks of {', '.join(sorted(paths))} without calling a module that holds them, so "
+                       "dropping them by gates was not checked against cutting them out.")  # fmt: skip
 
 
 def check_set_up(pl_module: LightningModule, pruner: DepthPruner) -> None:

@@ -16,7 +16,11 @@ from tinyfusion_pl.cli.processes import is_first_process
 
 # Where a run writes and which of its stages run: no part of what is computed, so no part of the folder's name.
 NOT_IDENTITY = ("hydra", "run_dir", "paths", "task")
-CONFIG = "config.yaml"
+CONFIG, LOCK = "config.yaml", ".lock"
+PUT_BACK = (
+    "Put back the one that was there; or delete it, and it is written anew from this command's configuration, unless what the folder "
+    "holds is of another."
+)
 SEAL = "# sha256: "  # last line of config.yaml: of all lines before it, the last of which states the configuration's hash
 
 
@@ -98,16 +102,17 @@ def _check_config(file: Path, cfg: DictConfig) -> None:
     except OSError as error:
         raise ValueError(f"{file} cannot be read: {error.strerror}. Give another run_dir.") from error
     if SEAL.encode() in content and not _is_sealed(content):
-        raise ValueError(
-            f"{file} differs from its own hash: it was changed or damaged after the run wrote it. Put back the one that was "
-            "there; or delete it, and it is written anew from this command's configuration, unless what the folder holds is "
-            "of another."
-        )
+        raise ValueError(f"{file} differs from its own hash: it was changed or damaged after the run wrote it. {PUT_BACK}")
     try:
         there, here = (dict(_flat(identity(config))) for config in (OmegaConf.create(content.decode()), cfg))
     except Exception as error:
-        raise ValueError(f"{file} is not a readable configuration ({error}). Give another run_dir.") from error
+        raise ValueError(f"{file} is not a readable configuration ({error}). {PUT_BACK}") from error
     differing = [key for key in {**here, **there} if here.get(key) != there.get(key)]
+    if any(key not in there for key in differing) and SEAL.encode() not in content:
+        raise ValueError(
+            f"{file} does not end with its own hash, and {sum(key not in there for key in differing)} settings are missing in it: it is "
+            f"truncated, or of an earlier version. {PUT_BACK}"
+        )
     if differing:
         shown = "; ".join(f"{key} is {there.get(key, 'not set')} there and {here.get(key, 'not set')} here"
                           for key in differing[:3])  # fmt: skip
@@ -136,7 +141,7 @@ def _configuration_of(mark: Path) -> str | None:
 
 
 def _is_alone(file: Path) -> bool:
-    return {each.name for each in file.parent.iterdir()} <= {file.name, ".lock"}
+    return {each.name for each in file.parent.iterdir()} <= {CONFIG, LOCK}
 
 
 def write_config(run_dir: Path, cfg: DictConfig) -> None:
@@ -155,7 +160,10 @@ def write_config(run_dir: Path, cfg: DictConfig) -> None:
 
 
 def forget_config(run_dir: Path) -> None:
-    """Remove ``config.yaml`` where nothing else is in the folder: the run left nothing that it would describe."""
+    """Remove ``config.yaml`` where nothing in the folder was written after it: the run left nothing that it would describe."""
+    config = run_dir / CONFIG
     with suppress(OSError):
-        if is_first_process() and _is_alone(run_dir / CONFIG):
-            (run_dir / CONFIG).unlink()
+        written = config.stat().st_mtime_ns
+        others = (each for each in run_dir.rglob("*") if each.name not in (CONFIG, LOCK))
+        if is_first_process() and not any(each.lstat().st_mtime_ns >= written for each in others):
+            config.unlink()

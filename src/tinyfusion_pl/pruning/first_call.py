@@ -15,6 +15,8 @@ from tinyfusion_pl.pruning.verification import verify
 class FirstCallCheck:
     """Runs `verify` at the first training call of whatever module on the way to the stacks is called, then takes itself off.
 
+    A call whose output is not finite shows nothing: the next one is taken (`postponed` until then).
+
     Args:
         module: The module that training runs.
         gates: Its gates.
@@ -24,6 +26,7 @@ class FirstCallCheck:
     def __init__(self, module: nn.Module, gates: DepthGates, paths: dict[str, str]) -> None:
         self.module, self.gates, self.paths = module, gates, paths
         self.unverified = set(paths)
+        self.postponed: set[str] = set()
         self._handles: list[Any] = []
         for owner in sorted({outer for path in paths.values() for outer in _outer_paths(path)}):
             called = _submodule(module, owner)
@@ -39,8 +42,11 @@ class FirstCallCheck:
                       if own in self.unverified and path.startswith(start)}  # fmt: skip
             if inside and not self.gates.bypassed and self._trains(set(inside)):
                 self.unverified -= set(inside)
-                if not verify(called, self.gates, args, kwargs, paths=inside):
-                    self.unverified |= set(inside)  # with the next call
+                if verify(called, self.gates, args, kwargs, paths=inside):
+                    self.postponed -= set(inside)
+                else:
+                    self.unverified |= set(inside)
+                    self.postponed |= set(inside)
                 if not self.unverified:
                     self.remove()
 

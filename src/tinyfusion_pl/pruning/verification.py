@@ -39,7 +39,7 @@ def verify(module: nn.Module, owner: DepthGates, args: tuple, kwargs: dict[str, 
         paths: The stacks to check, by the paths that the gates know, and their paths in `module`; default: all, under equal paths.
 
     Returns:
-        Whether there was anything to compare: False where the call gives no finite output, as with NaN in the data.
+        Whether it could be checked: a call whose output is not finite, with gates and without the blocks alike, shows nothing.
 
     Raises:
         ValueError: where they differ; names the stack, the block, and what couples them.
@@ -51,15 +51,14 @@ def verify(module: nn.Module, owner: DepthGates, args: tuple, kwargs: dict[str, 
         recorded, output = replay.gated({g.path: earliest_drops(g) for g in gates})
     except (ValueError, RuntimeError, TypeError, IndexError, AttributeError) as error:
         raise ValueError(f"The first call of {type(module).__name__} could not be replayed with blocks dropped: {error}") from error
-    outputs = list(_tensors(output))
-    if not outputs:
+    if next(_tensors(output), None) is None:
         raise ValueError(f"{type(module).__name__} returned no tensor that could be compared. {SWITCH_OFF}")
-    if not any(each.isfinite().any() for each in outputs):
-        return False
     for stack in gates:
         _check_batch(stack, [call for call in recorded.values() if call[0].gates is stack])
     if problem := replay.differs({g.path: earliest_drops(g) for g in gates}):
         raise ValueError(_localize(replay, gates, problem))
+    if not all(x.isfinite().all() for x in _tensors(output)):
+        return False
     for stack in gates:
         first = next((pair for pair in recorded.values() if pair[0].gates is stack), None)
         if first is not None:
@@ -133,21 +132,14 @@ class _Replay:
         if len(a) != len(b) or any(x.shape != y.shape for x, y in zip(a, b)):
             return (f"it returns {len(a)} tensors with gates and {len(b)} without the blocks (or of other shapes): outputs of every layer "
                     "(output_hidden_states, output_attentions) must be off")  # fmt: skip
-        distance = max((_distance(x, y) for x, y in zip(a, b)), default=0.0)
-        scale = max((y[y.isfinite()].abs().max().item() for y in b if y.isfinite().any()), default=0.0)
+        if any((x.isfinite() != y.isfinite()).any() for x, y in zip(a, b)):
+            return f"other values are not finite with gates than without the blocks{_first_difference(mine, theirs)}"
+        distance = max((_largest((x.float() - y.float())[y.isfinite()]) for x, y in zip(a, b)), default=0.0)
+        scale = max((_largest(y.float()[y.isfinite()]) for y in b), default=0.0)
         eps = max(torch.finfo(y.dtype).eps if y.is_floating_point() else 0.0 for y in b)
         if distance <= max(scale, 1e-6) * max(1e-4, 100 * eps):
             return ""
         return f"the outputs differ by {distance:.3g} (they reach {scale:.3g}){_first_difference(mine, theirs)}"
-
-
-def _distance(x: Tensor, y: Tensor) -> float:
-    """The largest difference; what is not finite must be so in both."""
-    finite = x.isfinite() & y.isfinite()
-    if not torch.equal(x.isfinite(), y.isfinite()):
-        return float("inf")
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return (x[finite].to(wide) - y[finite].to(wide)).abs().max().item() if finite.any() else 0.0
 
 
 def _first_difference(mine: Recorded, theirs: Recorded) -> str:
@@ -234,6 +226,10 @@ def _check_gradients(gated: GatedForward, call: Call) -> None:
         if plain.numel() and (ours.float() - plain.float()).abs().max().item() > allowed:
             raise ValueError(f"Block {gated.name}: gradients with its samples gathered differ from those of the plain formula. Pass "
                              "gather=False, which computes the plain formula throughout.")  # fmt: skip
+
+
+def _largest(tensor: Tensor) -> float:
+    return tensor.abs().max().item() if tensor.numel() else 0.0
 
 
 def _weighted_sum(tensor: Tensor) -> Tensor:

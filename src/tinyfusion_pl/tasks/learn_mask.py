@@ -15,7 +15,7 @@ from tinyfusion_pl.selection import Selection
 from tinyfusion_pl.tasks.choosing import DECISIONS, SELECTION, choose
 from tinyfusion_pl.tasks.fitting import Fit
 from tinyfusion_pl.tasks.folder import Inputs, RunFolder, say
-from tinyfusion_pl.tasks.origins import check_logs, check_origin, files_left, needs_remaking, origin_of
+from tinyfusion_pl.tasks.origins import check_logs, check_origin, files_left, logs_of, needs_remaking, origin_of
 
 
 @dataclass(kw_only=True)
@@ -79,5 +79,5 @@ class LearnMask:
         folder.finish("learn_mask", {
             "seconds": seconds if done is None else done["seconds"], "kept_blocks": callback.decision.kept_blocks,
             "num_skipped_steps": callback.guard.num_skipped, "made_from": made_from,
-            "files": files_left(folder.path, [folder.shallow.name]), "logs": files_left(folder.path, [DECISIONS]),
+            "files": files_left(folder.path, [folder.shallow.name]), "logs": files_left(folder.path, [DECISIONS, logs_of("learn_mask")]),
         })

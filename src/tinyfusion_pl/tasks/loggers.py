@@ -19,6 +19,10 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from tinyfusion_pl.artifacts import atomic_path, write_text
+from tinyfusion_pl.checksums import content_sha256
+from tinyfusion_pl.tasks.folder import say
+
+LOGS = "logs_sha256"  # of a checkpoint: name of a log -> checksum of what it held of the steps before
 
 
 class StepLogger(Logger):
@@ -90,13 +94,13 @@ class StepLogger(Logger):
         if not lines[-1].endswith(b"\n"):  # torn
             os.truncate(self.path, sum(map(len, lines[:-1])))
             lines.pop()
-        self._columns, *rows = csv.reader([lines[0].decode(), *(line.decode() for line in lines[1:][-1:])])
+        self._columns, *rows = csv.reader(line.decode(errors="replace") for line in [lines[0], *lines[1:][-1:]])
         self._end = sum(map(len, lines))
         self._start = self._end - (len(lines[-1]) if rows else 0)
         self._last = {name: cell for name, cell in zip(self._columns, rows[-1]) if cell} if rows else {}
 
     def _rewrite(self, row: dict[str, Any], *, joins: bool) -> None:
-        with self.path.open(newline="") as file:
+        with self.path.open(newline="", encoding="utf-8", errors="replace") as file:
             rows = list(csv.DictReader(file))
         rows = rows[:-1] if joins else rows
         cells = ([each.get(name) for name in self._columns] for each in [*rows, row])
@@ -115,26 +119,44 @@ class LogsFollowSteps(Callback):
 
     What the interrupted attempt logged after that is dropped from `StepLogger`s and from
     `decisions`, a file with a line of JSON a step. What belongs to a checkpoint's own step is logged
-    before the checkpoint is written: Lightning does it after that, where a kill would lose it.
+    before the checkpoint is written: Lightning does it after that, where a kill would lose it. The
+    checkpoint holds checksums of the logs up to there, and it is reported where they do not match.
     """
 
     def __init__(self, decisions: Path) -> None:
         self.decisions = decisions
+        self._expected: dict[str, str] = {}
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._expected = dict(checkpoint.get(LOGS) or {})
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero:
-            drop_lines_after(self.decisions, trainer.global_step, step_of=_json_step)
+        if not trainer.is_global_zero:
+            return
+        step, expected = trainer.global_step, self._expected
+        for path, read in self._logs(trainer).items():
+            drop_lines_after(path, step, step_of=read)
+            if expected.get(path.name, found := log_sha256(path, step)) != found:
+                say(f"{path} is {'changed or damaged' if path.exists() else 'gone'} since the checkpoint of step {step} was written: "
+                    "the report may show other curves than there were")
         for logger in _step_loggers(trainer):
-            logger.drop_after(trainer.global_step)
+            logger.drop_after(step)
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        metrics, every = dict(trainer.logged_metrics), trainer.log_every_n_steps
-        if not every or trainer.global_step % every or int(metrics.pop("step", -1)) != trainer.global_step:
-            return
-        for logger in _step_loggers(trainer):
-            logger.log_metrics(metrics, step=trainer.global_step)
+        step, metrics, every = trainer.global_step, dict(trainer.logged_metrics), trainer.log_every_n_steps
+        if every and step % every == 0 and int(metrics.pop("step", -1)) == step:
+            for logger in _step_loggers(trainer):
+                logger.log_metrics(metrics, step=step)
+        if trainer.is_global_zero:
+            checkpoint[LOGS] = {path.name: log_sha256(path, step) for path in self._logs(trainer)}
+
+    def _logs(self, trainer: Trainer) -> dict[Path, Callable[[str], int | None]]:
+        """Log file -> what gives the step of one of its lines."""
+        return {self.decisions: _json_step, **{logger.path: _csv_step for logger in _step_loggers(trainer)}}
 
 
 def _step_loggers(trainer: Trainer) -> list[StepLogger]:
@@ -158,8 +180,19 @@ def drop_lines_after(path: Path, step: int, *, step_of: Callable[[str], int | No
             header = line
         elif at is not None and at <= step:
             kept[at] = line
-    if (remaining := header + "".join(kept.values())) != text:
+    if (remaining := header + "".join(kept.values())).encode() != path.read_bytes():
         write_text(path, remaining)
+
+
+def log_sha256(path: Path, step: int) -> str:
+    """The checksum of what the log at `path` holds of steps before `step`, which nothing is added to any more."""
+    if not path.exists():
+        return content_sha256([])
+    with path.open(encoding="utf-8", errors="replace", newline="") as file:
+        if path.suffix == ".csv":  # a column that comes later leaves empty cells in earlier rows
+            rows = [{str(name): cell for name, cell in row.items() if cell} for row in csv.DictReader(file)]
+            return content_sha256([row for row in rows if (at := _csv_step(str(row.get("step")))) is not None and at < step])
+        return content_sha256([line for line in file if (at := _json_step(line)) is not None and at < step])
 
 
 def _json_step(line: str) -> int | None:

@@ -78,6 +78,11 @@ def changed_files(folder: RunFolder, expected: Mapping[str, str]) -> dict[str, s
     return {name: "changed or damaged" if name in found else "gone" for name in expected if found.get(name) != expected[name]}
 
 
+def logs_of(stage: str) -> str:
+    """What `csv_logger` leaves of `stage`."""
+    return f"logs/{stage}/metrics.csv"
+
+
 def check_logs(folder: RunFolder, stage: str, done: Mapping[str, Any]) -> None:
     """Say where a log of the finished `stage`, which only the report reads, is not what the stage left."""
     for name, what in changed_files(folder, done.get("logs", {})).items():

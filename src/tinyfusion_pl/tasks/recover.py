@@ -22,8 +22,10 @@ from tinyfusion_pl.tasks.origins import (
     SAMPLES,
     SHALLOW,
     TEACHER,
+    check_logs,
     check_origin,
     files_left,
+    logs_of,
     missing_files,
     needs_remaking,
     origin_of,
@@ -75,6 +77,7 @@ class Recover:
             made_from[SHALLOW] = shallow_sha256(folder.shallow)
         if done is not None:
             check_origin(folder, "recover", done, made_from)
+            check_logs(folder, "recover", done)
             if not needs_remaking(folder, "recover", done, below=folder.recovered.name):
                 say(f"recover: done before; recovered model in {folder.recovered}")
                 return
@@ -92,7 +95,7 @@ class Recover:
         self.save(folder)
         folder.finish("recover", {
             "seconds": seconds if done is None else done["seconds"], "num_skipped_steps": guard.num_skipped, "made_from": made_from,
-            "files": files_left(folder.path, [folder.recovered.name]),
+            "files": files_left(folder.path, [folder.recovered.name]), "logs": files_left(folder.path, [logs_of("recover")]),
         })
 
     @rank_zero_only

@@ -12,7 +12,7 @@ from tinyfusion_pl.report.reading import DECISIONS, METRICS, RECORD, SAMPLES
 from tinyfusion_pl.tasks.folder import Inputs, RunFolder, say
 from tinyfusion_pl.tasks.origins import changed_files
 
-READ = (DECISIONS, METRICS, RECORD, SAMPLES)
+READ = (DECISIONS, METRICS, RECORD, SAMPLES)  # and all logs
 
 
 @dataclass(kw_only=True)
@@ -30,12 +30,12 @@ class Report:
 
     def check_files(self, folder: RunFolder) -> None:
         """Say which of the files that the page is drawn from are not what the finished stages left."""
-        for stage in ("learn_mask", "evaluate"):
+        for stage in ("learn_mask", "recover", "evaluate"):
             try:
                 done = folder.result(stage) or {}
             except Damaged as error:
                 say(f"report: {error}")
                 continue
-            left = {**done.get("files", {}), **done.get("logs", {})}
-            for name, what in changed_files(folder, {name: left[name] for name in READ if name in left}).items():
+            left = {name: checksum for name, checksum in done.get("files", {}).items() if name in READ} | done.get("logs", {})
+            for name, what in changed_files(folder, left).items():
                 say(f"report: {folder / name} is {what} since {stage} finished: the page shows what is there now; rerun task={stage}")

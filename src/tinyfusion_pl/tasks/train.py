@@ -18,7 +18,7 @@ from tinyfusion_pl.tasks.checkpoint_io import verify
 from tinyfusion_pl.tasks.evaluate import Evaluate
 from tinyfusion_pl.tasks.fitting import Fit
 from tinyfusion_pl.tasks.folder import Inputs, RunFolder, say
-from tinyfusion_pl.tasks.origins import SAMPLES, check_origin, files_left, needs_remaking
+from tinyfusion_pl.tasks.origins import SAMPLES, check_logs, check_origin, files_left, logs_of, needs_remaking
 from tinyfusion_pl.tasks.results import describe
 
 
@@ -63,6 +63,7 @@ def train_denoiser(*, run_dir: str | Path, name: str, seed: int, model: str, obj
                  if checksum is not None}
     if (done := folder.result("train")) is not None:
         check_origin(folder, "train", done, made_from)
+        check_logs(folder, "train", done)
     if done is None or needs_remaking(folder, "train", done, below="trained"):
         say(f"train: {name}; checkpoints go to {folder / 'train'}, the model to {folder / 'trained'}")
         module = train.module(denoiser, objective=objective)
@@ -72,7 +73,8 @@ def train_denoiser(*, run_dir: str | Path, name: str, seed: int, model: str, obj
         (folder / "trained").mkdir(parents=True, exist_ok=True)
         save_tensors(folder / "trained" / "model.safetensors", denoiser.state_dict())
         folder.finish("train", {"seconds": seconds if done is None else done["seconds"], "made_from": made_from,
-                                "files": files_left(folder.path, ["trained/model.safetensors"])})
+                                "files": files_left(folder.path, ["trained/model.safetensors"]),
+                                "logs": files_left(folder.path, [logs_of("train")])})
     load_weights(denoiser, folder / "trained" / "model.safetensors")
     say(f"train: measuring {evaluate.num_samples} samples")
     protocol = evaluate.protocol(inputs)
