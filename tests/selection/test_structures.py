@@ -142,6 +142,17 @@ def test_one_budget_over_two_stacks_and_blocks_that_have_to_stay():
     assert len({len(space.kept_blocks(s)[space.paths[0]]) for s in all_structures(space)}) > 1
 
 
+def test_no_stack_loses_all_its_blocks():
+    model, _, _ = ZOO["flux"].build()
+    space = Space(model, keep=2)
+    structures = [*all_structures(space), *sample_structures(space, torch.zeros(space.num_units), 50),
+                  *most_probable_structures(space, torch.arange(space.num_units).double(), 5), space.top(torch.arange(space.num_units))]
+    assert all(space.is_valid(s) and s.sum() == 2 for s in structures)
+    assert all(len(kept) == 1 for kept in space.kept_blocks(space.top(torch.arange(space.num_units))).values())
+    with pytest.raises(ValueError, match="keeps no block of"):
+        space.check([space.num_units - 2, space.num_units - 1], what="kept")
+
+
 @pytest.mark.parametrize("options, message", [
     ({}, "neither is given"), ({"keep": 2, "pattern": "1:2"}, "both are given"), ({"keep": 6}, "from 1 to 5"), ({"keep": 0}, "from 1 to 5"),
     ({"keep": 1.5}, "from 1 to 5"), ({"keep": 0.01}, "from 1 to 5"), ({"keep": "3"}, "a count of units"), ({"keep": True}, "a count"),

@@ -85,6 +85,8 @@ def take_rows(tree: Any, index: Tensor, num_samples: int) -> Any:
     """`tree` with the rows at `index` of every tensor that has `num_samples` of them."""
     if isinstance(tree, Tensor):
         return tree.index_select(0, index.to(tree.device)) if tree.ndim and len(tree) == num_samples else tree
+    if hasattr(tree, "rows"):  # knows how
+        return tree.rows(index)
     if isinstance(tree, Mapping):
         items = {key: take_rows(value, index, num_samples) for key, value in tree.items()}
         return items if type(tree) is dict else type(tree)(**items)

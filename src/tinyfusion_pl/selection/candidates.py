@@ -12,9 +12,10 @@ from torch import Tensor
 from tinyfusion_pl.pruning.subsets import SubsetDistribution
 from tinyfusion_pl.selection.space import Space
 
+MAX_TRIES = 1000
 
 def num_structures(space: Space) -> int:
-    """How many structures `space` allows."""
+    """How many structures `space` allows; of several stacks under one budget those that would empty a stack count too."""
     return math.prod(math.comb(len(space.free(part)), space.num_free_kept(part)) for part in space.parts)
 
 
@@ -26,7 +27,7 @@ def all_structures(space: Space) -> Tensor:
     structures[:, list(space.fixed)] = True
     for structure, kept in zip(structures, rows):
         structure[kept] = True
-    return structures
+    return structures[[space.is_valid(structure) for structure in structures]]
 
 
 def distributions(space: Space, theta: Tensor) -> list[SubsetDistribution]:
@@ -36,20 +37,27 @@ def distributions(space: Space, theta: Tensor) -> list[SubsetDistribution]:
 
 def sample_structures(space: Space, theta: Tensor, num_samples: int, *, generator: torch.Generator | None = None) -> Tensor:
     """Independent draws (num_samples, num_units) bool."""
-    drawn = [d.sample(num_samples, generator=generator) for d in distributions(space, theta)]
-    return _assembled(space, drawn)
+    each, found = distributions(space, theta), torch.empty(0, space.num_units, dtype=torch.bool)
+    for _ in range(MAX_TRIES):  # those that would empty a stack are drawn again
+        structures = _assembled(space, [d.sample(num_samples - len(found), generator=generator) for d in each])
+        found = torch.cat([found, structures[[space.is_valid(structure) for structure in structures]]])
+        if len(found) == num_samples:
+            return found
+    raise ValueError(f"Nearly every structure would empty one of the stacks {', '.join(space.paths)}. Keep more units, or give a budget "
+                     "for each stack: keep={PATH: COUNT}.")  # fmt: skip
 
 
 def most_probable_structures(space: Space, theta: Tensor, count: int) -> Tensor:
     """The `count` most probable structures at `theta`, best first."""
-    ranked = [d.most_probable(count) for d in distributions(space, theta)]
+    ranked = [d.most_probable(count if len(space.paths) == 1 else 4 * count) for d in distributions(space, theta)]
     values = [subsets.double() @ d.theta for d, subsets in zip(distributions(space, theta), ranked)]
     best: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
     for value in values:  # of the parts so far, as many as could still be among the best
         best = [(total + float(v), (*places, i)) for total, places in best for i, v in enumerate(value)]
-        best = sorted(best, key=lambda each: -each[0])[:count]
+        best = sorted(best, key=lambda each: -each[0])[: 4 * count]
     rows = [[subsets[i] for subsets, i in zip(ranked, places)] for _, places in best]
-    return _assembled(space, [torch.stack(column) for column in zip(*rows)])
+    structures = _assembled(space, [torch.stack(column) for column in zip(*rows)])
+    return structures[[space.is_valid(structure) for structure in structures]][:count]
 
 
 def distinct(structures: Sequence[Tensor] | Tensor) -> Tensor:

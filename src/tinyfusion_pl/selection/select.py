@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,7 +149,11 @@ class Selection:
 
     def _cheap(self, problem: Problem) -> list[Tensor]:
         """The choices of criteria that cost little."""
-        return [each(problem).structure for each in (ShortGPT(), FluxLite(), Sensitivity(measure="distance"), First(), Uniform())]
+        found = [each(problem).structure for each in (ShortGPT(), FluxLite(), Sensitivity(measure="distance"))]
+        for rule in (First(), Uniform()):
+            with suppress(ValueError):  # that has no structure for this budget
+                found.append(rule.check(problem.space))
+        return found
 
     def _decision(self, space: Space, structure: Tensor, theta: Tensor, how: str | None = None, scores: Tensor | None = None) -> Decision:
         """The decision where a distribution was learned: probabilities are its marginals."""

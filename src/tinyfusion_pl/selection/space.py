@@ -103,7 +103,31 @@ class Space:
         for part in self.parts:
             ranked = sorted(self.free(part), key=lambda i: (-float(scores[i]), i))
             kept[ranked[: self.num_free_kept(part)]] = True
+        return self._with_every_stack(kept, scores)
+
+    def _with_every_stack(self, kept: Tensor, scores: Tensor) -> Tensor:
+        """`kept`, where a stack would lose all its blocks with the best of its units in place of the worst that another can spare."""
+        for path in self._empty(kept):
+            best = max((i for i in self.members(path)), key=lambda i: (float(scores[i]), -i))
+            part = next(part for part in self.parts if best in part.members)
+            spare = [i for i in self.free(part) if kept[i] and int(kept[list(self._members_beside(i))].sum()) > 1]
+            if not spare:
+                raise ValueError(f"keep is {part.num_kept}, too few for a block in each of the stacks {', '.join(self.paths)}. Keep more, "
+                                 "or name the stacks to prune (stacks=).")  # fmt: skip
+            kept[min(spare, key=lambda i: (float(scores[i]), -i))] = False
+            kept[best] = True
         return kept
+
+    def _members_beside(self, unit: int) -> range:
+        return next(self.members(path) for path in self.paths if unit in self.members(path))
+
+    def _empty(self, structure: Tensor) -> list[str]:
+        """Stacks that would lose all their blocks."""
+        return [path for path, kept in self.kept_blocks(structure).items() if not kept]
+
+    def is_valid(self, structure: Tensor) -> bool:
+        """Whether every stack keeps a block."""
+        return len(self.paths) == 1 or not self._empty(structure)
 
     def check(self, kept: Sequence[int], *, what: str) -> Tensor:
         """The structure that keeps exactly these units.
@@ -119,6 +143,8 @@ class Space:
             if (found := int(structure[list(part.members)].sum())) != part.num_kept:
                 raise ValueError(f"{what} keeps {found} of the units {part.members[0]} to {part.members[-1]}, but {part.num_kept} are to "
                                  "stay.")  # fmt: skip
+        if empty := self._empty(structure):
+            raise ValueError(f"{what} keeps no block of {', '.join(empty)}; each stack keeps one at least.")
         if missing := [i for i in self.fixed if not structure[i]]:
             raise ValueError(f"{what} drops the units {sorted(missing)}, which have to stay.")
         return structure

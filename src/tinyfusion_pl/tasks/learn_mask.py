@@ -59,7 +59,7 @@ class LearnMask:
         if (done := folder.result("learn_mask")) is not None:
             check_origin(folder, "learn_mask", done, made_from)
             check_logs(folder, "learn_mask", done)
-            if not needs_remaking(folder, "learn_mask", done, below=folder.shallow.name):
+            if not needs_remaking(folder, "learn_mask", done, below=folder.shallow.name, repeats=self.selection is not None):
                 say(f"learn_mask: done before, kept {done['kept_blocks']}; shallow model in {folder.shallow}")
                 return
         if self.selection is not None:
