@@ -104,7 +104,7 @@ TRAINER = Kind(Built)
 MAIN = Plain({
     "name": Kind(str), "seed": Kind(int, least=0, most=MAX_SEED), "recipe": Kind(str | None), "run_dir": Kind(str),
     "paths": Plain({"output_dir": Kind(str, blank=False)}),
-    "averaging": Plain({"decay": Kind(float, least=0, most=1 - 1e-12)}),
+    "averaging": Plain({name: Kind(float, least=0, most=1 - 1e-12) for name in ("decay", "gates")}),
     "dry_run": Plain({"num_iterations": Kind(int, least=1, most=10**6)}),
     "adapter": Plain({"weight_update": Kind(Literal["lora", "full", "frozen"] | Built)}),
     "logger": Plain({"factory": Kind(Built | None)}),

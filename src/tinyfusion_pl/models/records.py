@@ -22,7 +22,8 @@ MISSING = object()
 COUNT, NUMBER, TEXT, NAMES, ROWS = "an integer >= 0", "a finite number", "text", "a mapping", "a list"
 STACK = {"pattern": TEXT, "num_blocks": COUNT, "kept_blocks": "a list of block numbers",
          "block_probabilities": "a list of numbers", "groups": ROWS}
-GROUP = {"start": COUNT, "num_kept": COUNT, "num_blocks": COUNT, "kept": "a list of block numbers", "confidence": NUMBER, "entropy": NUMBER}
+GROUP = {"start": COUNT, "num_kept": COUNT, "num_blocks": COUNT, "kept": "a list of block numbers"}
+LEARNED = {"confidence": NUMBER, "entropy": NUMBER, "probabilities": "a list of numbers"}  # of a group, null where nothing was learned
 
 
 def _is_count(value: Any) -> bool:
@@ -117,8 +118,8 @@ def _check_stacks(stacks: Mapping[str, Any], file: Path) -> None:
         _check_fields(stack, STACK, at, file)
         for number, group in enumerate(stack["groups"]):
             _check_fields(group, GROUP, f"{at}.groups[{number}]", file)
-            if group.get("probabilities") is not None:
-                check(group["probabilities"], f"{at}.groups[{number}].probabilities", "a list of numbers", file)
+            _check_given(group, LEARNED, f"{at}.groups[{number}]", file)
+        _check_given(stack, {"criterion": TEXT, "scores": "a list of numbers"}, at, file)
         if (units := stack.get("units")) is not None:
             check(units, f"{at}.units", ROWS, file)
             for number, unit in enumerate(units):
@@ -147,7 +148,8 @@ def _contradictions(stack: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
                                         f"expected, and there are {len(units)} units")
         elif any((block in kept) != (unit in group["kept"]) for unit in members for block in units[unit]):
             yield f"groups[{number}]", f"keeps {group['kept']!r:.80}, and 'kept_blocks' is {kept!r:.80}"
-        if not all(map(_is_share, [group["confidence"], *(group.get("probabilities") or [])])) or group["entropy"] < -TOLERANCE:
+        chances = [group.get("confidence"), *(group.get("probabilities") or [])]
+        if not all(p is None or _is_share(p) for p in chances) or (group.get("entropy") or 0.0) < -TOLERANCE:
             yield f"groups[{number}]", "has a probability that is not between 0 and 1, or a negative entropy"
 
 
@@ -176,3 +178,10 @@ def _check_fields(content: Any, fields: Mapping[str, str], at: str, file: Path) 
     check(content, at, NAMES, file)
     for name, expected in fields.items():
         check(content.get(name, MISSING), f"{at}.{name}", expected, file)
+
+
+def _check_given(content: Mapping[str, Any], fields: Mapping[str, str], at: str, file: Path) -> None:
+    """As `_check_fields`, of those that are there and not null."""
+    for name, expected in fields.items():
+        if content.get(name) is not None:
+            check(content[name], f"{at}.{name}", expected, file)

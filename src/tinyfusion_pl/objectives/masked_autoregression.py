@@ -7,7 +7,7 @@ noise and variance of noised versions of the masked ones; the loss is that of im
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import Any
 
@@ -34,6 +34,14 @@ class MaskedDraw(Draw):
     x_t: MaskedTokens
     flat: Draw
     share: Tensor | float
+
+    def rows(self, index: Tensor) -> MaskedDraw:
+        """The draw of the samples at `index`, which may repeat."""
+        per_sample = len(self.flat.t) // len(self.x0)
+        flat_index = (index[:, None] * per_sample + torch.arange(per_sample, device=index.device)).flatten()
+        parts = {name: getattr(self, name).index_select(0, index) for name in ("x0", "t", "noise")}
+        flat = Draw(*(getattr(self.flat, name).index_select(0, flat_index) for name in ("x0", "x_t", "t", "noise")))
+        return replace(self, **parts, x_t=MaskedTokens(*(each.index_select(0, index) for each in self.x_t)), flat=flat)
 
 
 class MaskedAutoregression:

@@ -10,22 +10,25 @@ from typing import Any
 class GroupDecision:
     """One group: its place among the units, the units kept, and the distribution over candidates.
 
-    `confidence` is the largest candidate probability, `entropy` that of the distribution in nats; `probabilities` is None where there
-    are too many candidates to list.
+    `confidence` is the largest candidate probability, `entropy` that of the distribution in nats, None where nothing was learned;
+    `probabilities` is None where there are too many candidates to list.
     """
 
     start: int
     num_kept: int
     num_blocks: int
     kept: list[int]
-    confidence: float
-    entropy: float
+    confidence: float | None = None
+    entropy: float | None = None
     probabilities: list[float] | None = None
 
 
 @dataclass
 class StackDecision:
-    """One stack: pattern, blocks kept (ascending), the probability of each block to stay, and its groups."""
+    """One stack: pattern, blocks kept (ascending), the probability of each block to stay, and its groups.
+
+    `criterion` names what chose, None for learned masks; `scores` has its value of each unit, higher where the unit should stay.
+    """
 
     pattern: str
     num_blocks: int
@@ -33,13 +36,21 @@ class StackDecision:
     block_probabilities: list[float]
     groups: list[GroupDecision] = field(default_factory=list)
     units: list[list[int]] | None = None
+    criterion: str | None = None
+    scores: list[float] | None = None
 
     def layer_pairs(self) -> list[tuple[int, int]]:
         """(student block, teacher block) pairs for representation distillation.
 
         The last kept block of each group, at its place in the shallow stack, goes with the last block of that group in the teacher. Units
         of several blocks give a pair for each place in the unit: of mirrored pairs, the in blocks one and the out blocks one.
+
+        Where the choice was not one of groups (`criterion`), pairs are spaced evenly: block i of n' with block (i + 1) n / n' - 1 of n,
+        rounded down.
         """
+        if self.criterion is not None:
+            num_kept = len(self.kept_blocks)
+            return [(i, (i + 1) * self.num_blocks // num_kept - 1) for i in range(num_kept)]
         units = self.units or [[i] for i in range(self.num_blocks)]
         place = {block: i for i, block in enumerate(self.kept_blocks)}
         pairs = []
@@ -79,6 +90,10 @@ class Decision:
                 "units": stack.units,
                 "block_probabilities": [round(p, 6) for p in stack.block_probabilities],
                 "groups": [{"start": g.start, "num_kept": g.num_kept, "num_blocks": g.num_blocks,
-                            "confidence": round(g.confidence, 6), "entropy": round(g.entropy, 6)} for g in stack.groups],
+                            "confidence": _rounded(g.confidence), "entropy": _rounded(g.entropy)} for g in stack.groups],
             } for path, stack in self.stacks.items()
         }
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 6)

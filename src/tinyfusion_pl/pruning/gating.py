@@ -20,6 +20,7 @@ from tinyfusion_pl.pruning.masks import Split
 from tinyfusion_pl.pruning.streams import Key
 
 if TYPE_CHECKING:
+    from tinyfusion_pl.pruning.assignment import Assignment
     from tinyfusion_pl.pruning.gates import DepthGates
     from tinyfusion_pl.pruning.stack_gates import StackGates
 
@@ -70,6 +71,8 @@ class GatedForward:
         if self.owner.bypassed:
             return self._run(args, kwargs)
         call = Call(self.signature, args, kwargs)
+        if self.owner.masks.assignment is not None:
+            return self._assigned(call, self.plan(call), self.owner.masks.assignment)
         if self.block.training or self.owner.forced:
             return self._train(call, self.plan(call))
         return self._decided(call)
@@ -96,6 +99,27 @@ class GatedForward:
         if self.compiler is not None and self.compiler.is_static:
             return plan.plain_because or "it is compiled with dynamic=False"
         return plan.plain_because
+
+    def _assigned(self, call: Call, plan: BatchPlan, assignment: Assignment) -> Any:
+        """Each row under its own structure, rows of equal state run once (no graph)."""
+        x, run = self._streams(call, plan), assignment.run(self.gates.path, self.unit)
+        num_rows = next(iter(x.values())).shape[plan.axis]
+        if num_rows != assignment.num_structures * assignment.num_samples:
+            raise ValueError(f"{self.name} sees a batch of {num_rows}, but {assignment.num_structures} structures of "
+                             f"{assignment.num_samples} samples each were to be run: the model changes its batch inside.")  # fmt: skip
+        device = next(iter(x.values())).device
+        if plan.plain_because:
+            output = self._call(call, plan)
+            if run is not None:
+                y, rows = self._taken(call, plan, output, x), run.kept.to(device)
+                x = {k: _put(x[k], y[k].index_select(plan.axis, rows), rows, plan.axis) for k in x}
+            return plan.streams.put(x, output)
+        if run is None:
+            return plan.streams.put(x)
+        y, source = self._part(call, plan, run.rows.to(device)), run.source
+        if source is not None:
+            y = {k: each.index_select(plan.axis, source.to(device)) for k, each in y.items()}
+        return plan.streams.put({k: _put(x[k], y[k], run.kept.to(device), plan.axis) for k in x})
 
     # -- training -------------------------------------------------------------------------------
     def _train(self, call: Call, plan: BatchPlan) -> Any:
@@ -171,3 +195,9 @@ class GatedForward:
 
     def _others(self, call: Call, plan: BatchPlan) -> list[Tensor]:
         return [t for name, t in call.tensors.items() if name not in plan.streams.names]
+
+
+def _put(x: Tensor, y: Tensor, rows: Tensor, axis: int) -> Tensor:
+    """`x` with `y` at `rows`."""
+    dtype = torch.promote_types(x.dtype, y.dtype)
+    return x.to(dtype).index_copy(axis, rows, y.to(dtype))

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from tinyfusion_pl.pruning.assignment import Assignment
     from tinyfusion_pl.pruning.stack_gates import StackGates
 
 # Odd 64-bit constants: distinct streams for equal seeds on different ranks, stacks and batch sizes.
@@ -59,6 +60,7 @@ class Masks:
         self.generation = 0  # counts the draws, so that a backward pass can tell them apart
         self._fixed_noise: Noise | None = None
         self._forced: dict[str, set[int]] | None = None
+        self.assignment: Assignment | None = None
         self.redraw()
 
     @property
@@ -97,6 +99,15 @@ class Masks:
             yield
         finally:
             self._forced = before
+
+    @contextmanager
+    def assigned(self, assignment: Assignment) -> Iterator[Assignment]:
+        """Inside, for one forward pass without a graph, each row of the batch has the structure that `assignment` gives it."""
+        self.assignment = assignment
+        try:
+            yield assignment
+        finally:
+            self.assignment = None
 
     def column(self, gates: StackGates, unit: int, num_samples: int) -> Tensor:
         """Mask of one unit (N,), exact zeros and ones, with the gradient of the soft choice."""

@@ -79,6 +79,26 @@ def plot_block_probabilities(stacks: dict[str, StackHistory]) -> Figure:
     return figure
 
 
+def plot_scores(stacks: dict[str, dict[str, Any]]) -> Figure | None:
+    """A bar for each block with the value that a criterion gave its unit, kept ones dark; None where no block has one."""
+    scored = {path: stack for path, stack in stacks.items() if stack.get("scores")}
+    if not scored:
+        return None
+    figure = _figure(WIDTH, 2.3 * len(scored))
+    for axes, (path, stack) in zip(figure.subplots(len(scored), 1, squeeze=False)[:, 0], scored.items(), strict=True):
+        units = stack.get("units") or [[block] for block in range(stack["num_blocks"])]
+        blocks = [(block, score) for unit, score in zip(units, stack["scores"]) for block in unit]
+        kept = set(stack["kept_blocks"])
+        axes.bar([b for b, _ in blocks], [s for _, s in blocks], width=0.72, color=[KEPT if b in kept else DROPPED for b, _ in blocks])
+        prefix = f"{path}: " if len(scored) > 1 else ""
+        _title(axes, f"{prefix}value of each block by {stack.get('criterion') or 'the criterion'}")
+        axes.set(xlabel="block", ylabel="value", xticks=sorted(b for b, _ in blocks))
+        _dress(axes)
+    swatches = [Patch(color=KEPT, label="stays"), Patch(color=DROPPED, label="leaves")]
+    figure.legend(handles=swatches, loc="outside upper right", ncols=2, frameon=False, fontsize=10)
+    return figure
+
+
 def plot_samples(samples: dict[str, np.ndarray], *, depths: dict[str, float] | None = None) -> Figure:
     """Teacher, pruned and recovered below each other, drawn from the same noise and label in each column.
 

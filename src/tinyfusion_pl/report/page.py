@@ -81,6 +81,8 @@ def _figures(run: Run) -> Iterator[tuple[str, Figure]]:
     if run.stacks:
         yield "decisions", figures.plot_decisions(run.stacks)
         yield "block_probabilities", figures.plot_block_probabilities(run.stacks)
+    if run.selection and (figure := figures.plot_scores((run.record or {}).get("stacks", {}))):
+        yield "scores", figure
     for stage, curves in run.curves.items():
         if figure := figures.plot_curves(curves):
             yield f"curves_{stage}", figure

@@ -27,6 +27,7 @@ OTHER_SECTIONS = ("seconds", "speedup", "protocol")
 METRICS, CONFIG, SAMPLES = "metrics.json", "config.yaml", "samples.safetensors"
 MEASURED = "measure.json"  # what task=measure leaves in place of METRICS, of the same form
 DECISIONS, RECORD, LOGS = "learn_mask/decisions.jsonl", "shallow/record.json", "logs"
+SELECTION = "learn_mask/selection.json"  # what a criterion leaves in place of mask learning
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class Run:
     samples: dict[str, np.ndarray] | None  # labels (N,), each model's pictures (N, C, H, W) uint8
     record: dict[str, Any] | None
     config: str | None
+    selection: dict[str, Any] | None = None
 
     @property
     def name(self) -> str:
@@ -97,6 +99,7 @@ def read_run(folder: str | Path) -> Run:
         curves=read_curves(folder / LOGS),
         samples=optional(SAMPLES, read_samples),
         record=optional(RECORD, read_record),
+        selection=optional(SELECTION, _read_object),
         config=optional(CONFIG, lambda path: printable_lines(_read_text(path))),
     )
 

@@ -75,6 +75,10 @@ def cost(run: Run, pictures: Pictures) -> Html:
 
 def blocks(run: Run, pictures: Pictures) -> Html:
     parts = [_strip(path, stack) for path, stack in _stored_stacks(run).items()]
+    if run.selection:
+        parts += _selection(run, pictures)
+    if not run.stacks and run.selection:
+        return lines(parts)
     if not run.stacks:
         return lines([*parts, missing(DECISIONS)])
     parts.append(
@@ -99,6 +103,27 @@ def blocks(run: Run, pictures: Pictures) -> Html:
         count = f"{run.num_torn_lines} torn line{'s' if run.num_torn_lines > 1 else ''}"
         parts.append(html('<p class="soft">{} in {}, left by a killed process, skipped.</p>', count, DECISIONS))
     return lines(parts)
+
+
+def _selection(run: Run, pictures: Pictures) -> list[Html]:
+    """What a criterion chose, what that cost, and what the simple rule would have kept."""
+    found = run.selection
+    cost, chose = found.get("num_block_runs"), str(found.get("criterion"))
+    parts = [html("<p>Chosen by <strong>{}</strong>{}.</p>", chose,
+                  f", for {cost:,} runs of a block on a sample (a backward pass counts as two)" if isinstance(cost, int) else "")]
+    if isinstance(simple := found.get("shortgpt"), dict):
+        same = simple == found.get("kept_blocks")
+        kept = "; ".join(f"{path}: {', '.join(map(str, blocks))}" for path, blocks in simple.items())
+        text = "would have kept the same blocks" if same else f"would have kept {kept}"
+        parts.append(html("<p>The simple rule, ShortGPT's block influence, {}.</p>", text))
+    if "scores" in pictures:
+        parts.append(image(pictures, "scores", alt="Each block's value by the criterion, kept ones dark",
+                           caption="The higher, the more the criterion wants to keep the block."))
+    if rounds := found.get("rounds"):
+        rows = [[number + 1, ", ".join(map(str, each["kept_units"])), f"{each['distance']:.3g}"]
+                for number, of_round in enumerate(rounds) for each in sorted(of_round, key=lambda each: each["distance"])]
+        parts.append(fold("Trials, round by round", table(["round", "units kept", "distance to the teacher"], rows, numeric=range(2, 3))))
+    return parts
 
 
 def _stored_stacks(run: Run) -> dict[str, dict[str, Any]]:

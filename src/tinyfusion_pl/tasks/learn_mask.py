@@ -7,14 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from lightning.pytorch import seed_everything
+from lightning.pytorch.utilities import rank_zero_only
 
 from tinyfusion_pl.callbacks import DepthPruningCallback
 from tinyfusion_pl.modules import MaskLearning
+from tinyfusion_pl.selection import Selection
+from tinyfusion_pl.tasks.choosing import DECISIONS, SELECTION, choose
 from tinyfusion_pl.tasks.fitting import Fit
 from tinyfusion_pl.tasks.folder import Inputs, RunFolder, say
 from tinyfusion_pl.tasks.origins import check_asked, check_logs, check_origin, files_left, logs_of, needs_remaking, origin_of
-
-DECISIONS = "learn_mask/decisions.jsonl"
 
 
 @dataclass(kw_only=True)
@@ -23,16 +24,18 @@ class LearnMask:
 
     Args:
         module: Makes `MaskLearning` from a denoiser and ``objective=``.
-        pruning: Makes `DepthPruningCallback` from ``save_dir=``, ``decisions_path=`` and ``source=``.
+        pruning: Makes `DepthPruningCallback` from ``save_dir=``, ``decisions_path=`` and ``source=``; or a `Selection`: then nothing is
+            trained, and a criterion chooses.
         fit: How it trains.
     """
 
     module: Callable[..., MaskLearning]
-    pruning: Callable[..., DepthPruningCallback]
+    pruning: Callable[..., DepthPruningCallback | Selection]
     fit: Fit
 
     def __post_init__(self) -> None:
-        self.pruning()  # a wrong pattern or temperature is found before anything runs
+        made = self.pruning()  # a wrong pattern or temperature is found before anything runs
+        self.selection = made if isinstance(made, Selection) else None
 
     def check(self, inputs: Inputs) -> None:
         """Find out whether the settings hold and the pattern fits the teacher, before anything is trained.
@@ -40,13 +43,16 @@ class LearnMask:
         Raises:
             ValueError: when they do not; says what would.
         """
+        if self.selection is not None:
+            self.selection.check(inputs.teacher)
+            return
         module = self.module(inputs.teacher, objective=inputs.objective)
         self.pruning().check(module)
         self.fit.check("learn_mask", module)
 
-    def num_processes(self) -> int:
-        """Processes that it runs on."""
-        return self.fit.num_processes()
+    def num_processes(self) -> int | None:
+        """Processes that it runs on; None for a criterion, which runs in the first one before others are started."""
+        return None if self.selection is not None else self.fit.num_processes()
 
     def run(self, folder: RunFolder, inputs: Inputs) -> None:
         made_from, asked = origin_of(folder, inputs), {"num_steps": self.fit.num_steps("learn_mask"), "seed": inputs.seed}
@@ -54,9 +60,18 @@ class LearnMask:
             check_origin(folder, "learn_mask", done, made_from)
             check_asked(folder, "learn_mask", done, asked)
             check_logs(folder, "learn_mask", done)
-            if not needs_remaking(folder, "learn_mask", done, below=folder.shallow.name):
+            if not needs_remaking(folder, "learn_mask", done, below=folder.shallow.name, repeats=self.selection is not None):
                 say(f"learn_mask: done before, kept {done['kept_blocks']}; shallow model in {folder.shallow}")
                 return
+        if self.selection is not None:
+            if rank_zero_only.rank != 0:
+                raise ValueError(f"{self.selection.criterion.name} chooses in one process, and this is not the first. Run task=learn_mask "
+                                 "in one process, then the other stages.")  # fmt: skip
+            result = choose(self.selection, folder, inputs, self.fit._bare_trainer())
+            left = [SELECTION, *([DECISIONS] if (folder / DECISIONS).exists() else [])]
+            folder.finish("learn_mask", {**result, "made_from": made_from, "files": files_left(folder.path, [folder.shallow.name]),
+                                         "logs": files_left(folder.path, left)})  # fmt: skip
+            return
         say(f"learn_mask: learning which blocks can go; decisions go to {folder / 'learn_mask'}, the shallow model to {folder.shallow}")
         seed_everything(inputs.seed, workers=True)
         callback = self.pruning(save_dir=folder.shallow, decisions_path=folder / DECISIONS, source=getattr(inputs.teacher, "source", None))

@@ -66,8 +66,10 @@ def missing_files(folder: RunFolder, stage: str, done: Mapping[str, Any], *, bel
     return [name for name in expected if name not in found]
 
 
-def needs_remaking(folder: RunFolder, stage: str, done: Mapping[str, Any], *, below: str) -> bool:
+def needs_remaking(folder: RunFolder, stage: str, done: Mapping[str, Any], *, below: str, repeats: bool = False) -> bool:
     """Whether the finished `stage` has to make its model in the folder `below` again, from its last checkpoint; says so.
+
+    With `repeats`, it has none and does its work again, to the same result.
 
     Raises:
         ArtifactError: when a file is not what the stage left, or one is gone and so is the checkpoint.
@@ -75,6 +77,9 @@ def needs_remaking(folder: RunFolder, stage: str, done: Mapping[str, Any], *, be
     if not (missing := missing_files(folder, stage, done, below=below)):
         return False
     what = f"{', '.join(missing[:3])} {'are' if len(missing) > 1 else 'is'} gone from {folder.path}, though {stage} was finished"
+    if repeats:
+        say(f"{stage}: {what}: it is made again")
+        return True
     if not folder.checkpoint(stage).exists():
         raise ArtifactError(f"{what}, and so is its last checkpoint. Put it back; or delete {folder / 'stages' / stage}.json, and {stage} "
                             "begins anew.")

@@ -68,8 +68,8 @@ class Recover:
 
     def run(self, folder: RunFolder, inputs: Inputs) -> None:
         done, learned = folder.result("recover"), folder.result("learn_mask")
-        if done is None and learned is None:
-            raise ValueError(f"There is no finished mask learning in {folder.path}; run task=learn_mask (or task=pipeline) there first.")
+        if done is None and learned is None and not (folder.shallow / RECORD).exists():
+            raise ValueError(f"There is no shallow model in {folder.path}; run task=learn_mask (or task=pipeline) there first.")
         made_from, asked = origin_of(folder, inputs), {"num_steps": self.fit.num_steps("recover"), "seed": inputs.seed}
         if learned is not None:
             check_origin(folder, "learn_mask", learned, made_from, of=[TEACHER, SAMPLES])

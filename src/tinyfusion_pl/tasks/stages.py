@@ -53,6 +53,7 @@ class Pipeline:
         for stage in self.stages:
             self.known[stage].check(self.inputs)
         numbers = {stage: self.known[stage].num_processes() for stage in self.stages if stage != "report"}
+        numbers = {stage: number for stage, number in numbers.items() if number is not None}
         if len(set(numbers.values())) > 1:  # the processes that the first stage starts run all that follow
             raise ValueError(f"The stages run on different numbers of processes: {', '.join(f'{k} {n}' for k, n in numbers.items())}. Set "
                              "devices and num_nodes of all their trainers alike, or run them one after the other: "

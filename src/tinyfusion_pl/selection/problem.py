@@ -1,0 +1,103 @@
+"""What a criterion is given, and what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tinyfusion_pl.selection.calibration import Calibration
+from tinyfusion_pl.selection.space import Space
+from tinyfusion_pl.selection.structures import Structures
+
+FIXED, SEARCH, TRIALS, CANDIDATES = range(4)  # samples and random numbers of one purpose are independent of those of another
+
+
+class Problem:
+    """A model, its space of structures, and samples to compare them on.
+
+    Args:
+        structures: Runs the model, which is dense, trained, and left as it is.
+        draw: Makes samples: called with their number, it draws them with the global generator, which is seeded around the call.
+        num_samples: Samples of `fixed`.
+        seed: Of all randomness: the same seed, the same choice.
+    """
+
+    def __init__(self, structures: Structures, draw: Callable[[int], Calibration], *, num_samples: int = 128, seed: int = 0) -> None:
+        self.structures, self.num_samples, self.seed, self._draw = structures, num_samples, seed, draw
+        self._fixed: dict[int, Calibration] = {}
+
+    @property
+    def model(self) -> nn.Module:
+        return self.structures.model
+
+    @property
+    def space(self) -> Space:
+        return self.structures.space
+
+    @property
+    def fixed(self) -> Calibration:
+        """The samples on which structures are scored, the same for all."""
+        return self.samples(self.num_samples)
+
+    def samples(self, num_samples: int) -> Calibration:
+        """Fixed samples, another number of them."""
+        if num_samples not in self._fixed:
+            self._fixed[num_samples] = next(self.stream(num_samples, FIXED))
+        return self._fixed[num_samples]
+
+    def stream(self, num_samples: int, which: int) -> Iterator[Calibration]:
+        """Fresh samples without end; every stream of one number gives the same."""
+        step = 0
+        while True:
+            with torch.random.fork_rng(devices_of(self.model)):
+                torch.manual_seed(_seed(self.seed, which, num_samples, step))
+                calibration = self._draw(num_samples)
+            if calibration.num_samples != num_samples:
+                raise ValueError(f"{num_samples} samples were asked for, and draw gave {calibration.num_samples}. It must give as many as "
+                                 "it is called with.")  # fmt: skip
+            yield calibration
+            step += 1
+
+    def generator(self, which: int) -> torch.Generator:
+        """Random numbers of a purpose."""
+        return torch.Generator().manual_seed(_seed(self.seed, which))
+
+
+@dataclass
+class Choice:
+    """What a criterion chose.
+
+    Attributes:
+        structure: The units that stay (num_units,) bool.
+        scores: Its value of each unit, higher where the unit should stay (num_units,); None where it values structures only.
+        theta: Log-odds of a learned distribution (num_units,); None where nothing was learned.
+        considered: Structures that it found good, best first, for trials; the choice itself need not be among them.
+    """
+
+    structure: Tensor
+    scores: Tensor | None = None
+    theta: Tensor | None = None
+    considered: Tensor | None = None
+
+
+class Criterion(Protocol):
+    """Chooses which units stay. One file in ``criteria/``, one YAML in ``conf/pruning/``."""
+
+    name: str
+
+    def __call__(self, problem: Problem) -> Choice:
+        """Choose; `problem.structures` counts what it costs."""
+
+
+def _seed(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def devices_of(model: nn.Module) -> list[torch.device]:
+    tensor = next(iter(model.parameters()), None)
+    return [tensor.device] if tensor is not None and tensor.device.type == "cuda" else []

@@ -1,0 +1,137 @@
+"""A model run under many structures: what each of them loses against the dense model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tinyfusion_pl.pruning.assignment import Assignment
+from tinyfusion_pl.pruning.calls import map_tree, quiet
+from tinyfusion_pl.pruning.gates import DepthGates, remove_gates
+from tinyfusion_pl.selection.calibration import Calibration, take_rows
+from tinyfusion_pl.selection.space import Space
+
+MAX_ROWS = 1024
+"""Rows of one forward pass: structures times samples. More rows share more, and take more memory."""
+
+BATCH_FIRST = ("Every tensor of the call whose first axis is as long as the batch must be one value a sample, and samples must not "
+               "influence one another. Choose a number of samples that no other size equals.")  # fmt: skip
+
+
+class Structures:
+    """Runs `model` under structures of `space`; use `open_structures`.
+
+    Attributes:
+        num_block_runs: Cost so far: blocks times samples run.
+    """
+
+    def __init__(self, model: nn.Module, space: Space, gates: DepthGates, *, max_rows: int = MAX_ROWS) -> None:
+        self.model, self.space, self.gates, self.max_rows = model, space, gates, max_rows
+        self.num_block_runs = 0
+
+    def ask(self, calibration: Calibration) -> Calibration:
+        """Let the dense model answer, once."""
+        if calibration.target is None:
+            with self.gates.bypass():
+                calibration.ask(self.model)
+            self.num_block_runs += sum(self.space.num_blocks.values()) * calibration.num_samples
+        return calibration
+
+    @torch.no_grad()
+    def outputs(self, calibration: Calibration, structures: Tensor, index: Tensor, *, shared: bool) -> Any:
+        """Output of every row: structure s for the samples at ``index``, or where not `shared` for its own part of it."""
+        num_samples = len(index) if shared else len(index) // len(structures)
+        rows = index.repeat(len(structures)) if shared else index
+        args, kwargs = calibration.rows(rows)
+        assignment = Assignment(self.space.by_path(structures), num_samples=num_samples, shared=shared)
+        with quiet(self.model), self.gates.masks.assigned(assignment):
+            output = self.model(*args, **kwargs)
+        outside = sum(n - sum(map(len, self.space.units[p])) for p, n in self.space.num_blocks.items())  # blocks in no unit
+        self.num_block_runs += assignment.num_runs + outside * len(rows)
+        return output
+
+    def per_sample(self, calibration: Calibration, structures: Tensor, index: Tensor, measure: str = "distance") -> Tensor:
+        """Measure of each sample at `index` (len(index),), divided evenly over `structures`."""
+        return self._measured(calibration, self.outputs(calibration, structures, index, shared=False), index, measure)
+
+    def means(self, calibration: Calibration, structures: Tensor, measure: str = "distance") -> Tensor:
+        """Mean over the calibration's samples for each structure: (S,) float64.
+
+        Args:
+            calibration: The samples; for ``"distance"`` the dense model's answers are asked for where they are missing.
+            structures: (S, num_units) bool.
+            measure: ``"distance"`` to the dense model's output, or ``"loss"``.
+        """
+        if measure == "distance":
+            self.ask(calibration)
+        index = torch.arange(calibration.num_samples)
+        order = lexicographic(structures)
+        found, size = torch.empty(len(structures), dtype=torch.float64), max(self.max_rows // len(index), 1)
+        for part in order.split(size):
+            output = self.outputs(calibration, structures[part], index, shared=True)
+            found[part] = self._measured(calibration, output, index.repeat(len(part)), measure).view(len(part), -1).double().mean(1).cpu()
+        return found
+
+    def check(self, calibration: Calibration) -> None:
+        """Find out whether a batch of repeated samples gives the dense model's outputs, repeated.
+
+        Raises:
+            ValueError: when it does not: then samples cannot be told apart in the inputs, or influence one another.
+        """
+        self.ask(calibration)
+        index = torch.arange(min(calibration.num_samples, max(self.max_rows // 2, 1)))
+        whole = torch.ones(2, self.space.num_units, dtype=torch.bool)
+        try:
+            output = self.outputs(calibration, whole, index, shared=True)
+            distances = calibration.distances(output, index.repeat(2))
+            own = calibration.distances(take_rows(calibration.target, index, calibration.num_samples), index).repeat(2)
+            scale = calibration.distances(_zeros(output), index.repeat(2))
+        except (RuntimeError, IndexError) as error:
+            raise ValueError(f"The model could not be run on its samples repeated: {error} {BATCH_FIRST}") from error
+        # A distance to itself need not be 0: an objective may add the likelihood of the data at the first timestep.
+        if not ((difference := (distances - own).abs().mean()) <= 1e-5 * scale.mean().clamp_min(1e-12)):
+            raise ValueError(f"The model gives other outputs for its samples repeated in one batch (distance {difference:.3g}, where "
+                             f"outputs reach {scale.mean():.3g}). {BATCH_FIRST}")  # fmt: skip
+
+    @contextmanager
+    def without_gates(self) -> Iterator[None]:
+        """Inside, the model is an ordinary one, to be copied."""
+        for gated in self.gates.gated_forwards:
+            gated.remove()
+        try:
+            yield
+        finally:
+            for gated in self.gates.gated_forwards:
+                gated.install()
+
+    @staticmethod
+    def _measured(calibration: Calibration, output: Any, index: Tensor, measure: str) -> Tensor:
+        return calibration.distances(output, index) if measure == "distance" else calibration.losses(output, index)
+
+
+@contextmanager
+def open_structures(model: nn.Module, space: Space, *, max_rows: int = MAX_ROWS) -> Iterator[Structures]:
+    """Gates on `model` that run any structure of `space`, taken off at the end; `model` is as it was then."""
+    whole = {path: f"{len(units)}:{len(units)}" for path, units in space.units.items()}
+    gates = DepthGates(model, whole, stacks=space.paths, units=space.units)
+    try:
+        yield Structures(model, space, gates, max_rows=max_rows)
+    finally:
+        remove_gates(model)
+
+
+def _zeros(output: Any) -> Any:
+    """`output` with zeros in it: how far nothing is from the target."""
+    return map_tree(lambda _, leaf: torch.zeros_like(leaf) if isinstance(leaf, Tensor) else leaf, output)
+
+
+def lexicographic(structures: Tensor) -> Tensor:
+    """Order in which neighbors share the longest prefixes."""
+    order = torch.arange(len(structures))
+    for column in reversed(range(structures.shape[1])):
+        order = order[structures[order, column].long().argsort(stable=True)]
+    return order

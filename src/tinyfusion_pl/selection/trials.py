@@ -1,0 +1,121 @@
+"""From a choice to the best of several: proposals scored without training, then short recoveries that halve their number."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tinyfusion_pl.pruning.surgery import remove_blocks
+from tinyfusion_pl.selection.calibration import Calibration
+from tinyfusion_pl.selection.candidates import distinct, sample_structures
+from tinyfusion_pl.selection.problem import CANDIDATES, TRIALS, Choice, Problem
+
+
+def propose(problem: Problem, choice: Choice, *, num_drawn: int, num_scored: int, keep: int, extra: Sequence[Tensor] = ()) -> Tensor:
+    """The best structures (<= `keep`, num_units) by distance to the dense model, of those that `choice` makes likely.
+
+    Drawn from its distribution, flattened (half of theta; of a criterion's scores, brought to a standard deviation of 2, where nothing was
+    learned), beside the choice itself, what it considered, and `extra`. At most `num_scored` distinct drawn ones are scored.
+    """
+    drawn = []
+    if num_drawn and (theta := _theta(choice)) is not None:
+        many = sample_structures(problem.space, 0.5 * theta, num_drawn, generator=problem.generator(CANDIDATES))
+        drawn = list(distinct(many)[:num_scored])
+    considered = [] if choice.considered is None else list(choice.considered[:num_scored])
+    structures = distinct([choice.structure, *considered, *extra, *drawn])
+    order = problem.structures.means(problem.fixed, structures).argsort()
+    return structures[order[:keep]]
+
+
+def _theta(choice: Choice) -> Tensor | None:
+    if choice.theta is not None or choice.scores is None:
+        return choice.theta
+    scores = choice.scores.double()
+    return 2 * (scores - scores.mean()) / scores.std().clamp_min(1e-12)
+
+
+@dataclass
+class Trials:
+    """Successive halving by recovery: all candidates learn from the original weights on the same samples, the better half goes on.
+
+    Each is trained by output distillation (0.9) and data (0.1; by distillation alone where there is no loss), AdamW at a constant rate, and
+    scored by the distance of its averaged weights to the dense model on fixed samples.
+
+    Args:
+        steps: Steps of each round; after it the better half stays, after the last round one.
+        batch_size: Samples of a step.
+        num_scored: Fixed samples that candidates are scored on.
+        lr: Learning rate of AdamW, > 0.
+        average_decay: Decay of the averaged weights, in [0, 1).
+    """
+
+    steps: Sequence[int] = (10, 20, 30)
+    batch_size: int = 128
+    num_scored: int = 512
+    lr: float = 1e-3
+    average_decay: float = 0.99
+    history: list[list[dict]] = field(default_factory=list, init=False)
+
+    def __post_init__(self) -> None:
+        if not self.steps or any(not isinstance(n, int) or n < 1 for n in self.steps):
+            raise ValueError(f"steps is {list(self.steps)}; give the number of steps of each round, each 1 or more.")
+        if self.batch_size < 1 or self.num_scored < 1:
+            raise ValueError(f"batch_size is {self.batch_size} and num_scored {self.num_scored}; give 1 or more.")
+        if not self.lr > 0 or not 0 <= self.average_decay < 1:
+            raise ValueError(f"lr is {self.lr} and average_decay {self.average_decay}; give lr > 0 and a decay in [0, 1).")
+
+    def __call__(self, problem: Problem, structures: Tensor) -> Tensor:
+        """The structure that recovers best; `history` has the distances of every round."""
+        runs = [_Recovery(problem, structure, lr=self.lr, average_decay=self.average_decay) for structure in structures]
+        samples, self.history = problem.stream(self.batch_size, TRIALS), []
+        scored = problem.structures.ask(problem.samples(self.num_scored))
+        for steps in self.steps:
+            for _ in range(steps if len(runs) > 1 else 0):
+                calibration = problem.structures.ask(next(samples))
+                for run in runs:
+                    run.step(calibration)
+            if len(runs) > 1:
+                distances = [run.distance(scored) for run in runs]
+                self.history.append([{"structure": run.structure, "distance": d} for run, d in zip(runs, distances)])
+                order = sorted(range(len(runs)), key=lambda i: distances[i])
+                last = len(self.history) == len(self.steps)
+                runs = [runs[i] for i in order[: 1 if last else (len(runs) + 1) // 2]]
+        return runs[0].structure
+
+
+class _Recovery:
+    """One candidate in training."""
+
+    def __init__(self, problem: Problem, structure: Tensor, *, lr: float, average_decay: float) -> None:
+        self.problem, self.structure = problem, structure
+        blocks = problem.space.kept_blocks(structure)
+        with problem.structures.without_gates():
+            self.student = remove_blocks(copy.deepcopy(problem.model), blocks).train().requires_grad_(True)
+        self.average = copy.deepcopy(self.student).eval().requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=lr, weight_decay=0.0)
+        self.decay, self.num_blocks = average_decay, sum(map(len, blocks.values()))
+
+    def step(self, calibration: Calibration) -> None:
+        index = torch.arange(calibration.num_samples)
+        output = self.student(*calibration.args, **calibration.kwargs)
+        loss = calibration.distances(output, index).mean()
+        if calibration.has_loss:
+            loss = 0.9 * loss + 0.1 * calibration.losses(output, index).mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        with torch.no_grad():
+            pairs = list(zip(self.average.parameters(), self.student.parameters()))
+            torch._foreach_lerp_([a for a, _ in pairs], [s.detach() for _, s in pairs], 1 - self.decay)
+        self.problem.structures.num_block_runs += 3 * self.num_blocks * calibration.num_samples
+
+    @torch.no_grad()
+    def distance(self, calibration: Calibration) -> float:
+        output = self.average(*calibration.args, **calibration.kwargs)
+        self.problem.structures.num_block_runs += self.num_blocks * calibration.num_samples
+        found = float(calibration.distances(output, torch.arange(calibration.num_samples)).mean())
+        return found if found == found else float("inf")  # a recovery that diverged loses

@@ -1,0 +1,79 @@
+"""A criterion in place of mask learning: chooses, cuts, and leaves the shallow model."""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule, Trainer
+from torch import Tensor
+
+from tinyfusion_pl.artifacts import write_json, write_text
+from tinyfusion_pl.models import save_shallow
+from tinyfusion_pl.pruning import remove_blocks
+from tinyfusion_pl.selection import Calibration, Selected, Selection
+from tinyfusion_pl.tasks.folder import Inputs, RunFolder, say
+
+DECISIONS, SELECTION = "learn_mask/decisions.jsonl", "learn_mask/selection.json"
+
+
+class Draws:
+    """Samples of a data module, noised by an objective, drawn with the global generator."""
+
+    def __init__(self, data: LightningDataModule, objective: Any, device: torch.device) -> None:
+        self.dataset, self.objective, self.device = data.train_set(), objective, device
+        self.takes_draws = getattr(self.dataset, "takes_draws", False)
+
+    def __call__(self, num_samples: int) -> Calibration:
+        indices = torch.randint(len(self.dataset), (num_samples,)).tolist()
+        draws = torch.randint(2**31, (num_samples,)).tolist()
+        keys = list(zip(draws, indices)) if self.takes_draws else indices
+        items = self.dataset.__getitems__(keys) if hasattr(self.dataset, "__getitems__") else [self.dataset[key] for key in keys]
+        x, y = (torch.stack([torch.as_tensor(part) for part in parts]) for parts in zip(*items))
+        return self._calibration(x, y)
+
+    def _calibration(self, x: Tensor, y: Tensor) -> Calibration:
+        return Calibration.of(self.objective, x.to(self.device), y.to(self.device))
+
+
+def choose(selection: Selection, folder: RunFolder, inputs: Inputs, trainer: Trainer) -> dict[str, Any]:
+    """Choose, cut a copy of the teacher, and leave it in ``shallow/``; returns what the stage is marked with.
+
+    Args:
+        selection: The criterion and its budget.
+        folder: Where it goes.
+        inputs: The teacher, objective and data.
+        trainer: States the device.
+    """
+    start = time.perf_counter()
+    device = trainer.strategy.root_device
+    name = selection.criterion.name
+    say(f"learn_mask: {name} chooses which blocks stay; the shallow model goes to {folder.shallow}")
+    model = copy.deepcopy(inputs.teacher).to(device).eval()
+    found = selection(model, Draws(inputs.data, inputs.objective, device), seed=inputs.seed)
+    kept = found.decision.kept_blocks
+    shallow = remove_blocks(copy.deepcopy(inputs.teacher), kept)
+    save_shallow(folder.shallow, shallow, {
+        "stacks": found.decision.as_dict(), "source": dict(getattr(inputs.teacher, "source", None) or {}), "model_factory": None,
+        "configuration": {"criterion": name, "num_block_runs": found.num_block_runs}, "seed": inputs.seed,
+    })  # fmt: skip
+    _write(folder, found, name)
+    say(f"learn_mask: {name} kept {kept}, for {found.num_block_runs:,} runs of a block on a sample")
+    return {"seconds": time.perf_counter() - start, "kept_blocks": kept, "criterion": name, "num_block_runs": found.num_block_runs}
+
+
+def _write(folder: RunFolder, found: Selected, name: str) -> None:
+    """What the report shows of the choice."""
+    (folder / DECISIONS).parent.mkdir(parents=True, exist_ok=True)
+    if found.history:
+        lines = [{"step": each["step"], "loss": each["loss"], "stacks": each["decision"].telemetry()} for each in found.history]
+        write_text(folder / DECISIONS, "".join(json.dumps(line) + "\n" for line in lines))
+    rounds = [[{"kept_units": each["structure"].nonzero().flatten().tolist(), "distance": each["distance"]} for each in of_round]
+              for of_round in found.rounds]  # fmt: skip
+    write_json(folder / SELECTION, {
+        "criterion": name, "kept_blocks": found.decision.kept_blocks, "num_block_runs": found.num_block_runs, "shortgpt": found.simple_rule,
+        "scores": {path: stack.scores for path, stack in found.decision.stacks.items()}, "rounds": rounds,
+    })  # fmt: skip
