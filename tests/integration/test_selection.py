@@ -10,7 +10,8 @@ from tinyfusion_pl.cli import main
 
 DEBUG = ["+debug=default", "data.batch_size=8", "pruning.num_samples=16", "evaluate.num_timing_rounds=1"]
 GLOBAL = ["pruning=global", "pruning.criterion.num_steps=3", "pruning.criterion.num_samples=4", "pruning.candidates=3",
-          "pruning.num_drawn=20", "pruning.trial_steps=[1,1]", "pruning.trials={batch_size: 4, num_scored: 8}", "pruning.num_samples=8"]  # fmt: skip
+          "pruning.num_drawn=20", "pruning.trial_steps=[1,1]", "pruning.trials={batch_size: 4, num_scored: 8}",
+          "pruning.num_samples=8"]  # fmt: skip
 
 
 def run(capfd, *arguments):

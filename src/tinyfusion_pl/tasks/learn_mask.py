@@ -55,7 +55,9 @@ class LearnMask:
         return None if self.selection is not None else self.fit.num_processes()
 
     def run(self, folder: RunFolder, inputs: Inputs) -> None:
-        made_from, asked = origin_of(folder, inputs), {"num_steps": self.fit.num_steps("learn_mask"), "seed": inputs.seed}
+        made_from, asked = origin_of(folder, inputs), {"seed": inputs.seed}
+        if self.selection is None:
+            asked["num_steps"] = self.fit.num_steps("learn_mask")
         if (done := folder.result("learn_mask")) is not None:
             check_origin(folder, "learn_mask", done, made_from)
             check_asked(folder, "learn_mask", done, asked)
@@ -69,7 +71,7 @@ class LearnMask:
                                  "in one process, then the other stages.")  # fmt: skip
             result = choose(self.selection, folder, inputs, self.fit._bare_trainer())
             left = [SELECTION, *([DECISIONS] if (folder / DECISIONS).exists() else [])]
-            folder.finish("learn_mask", {**result, "made_from": made_from, "files": files_left(folder.path, [folder.shallow.name]),
+            folder.finish("learn_mask", {**result, **asked, "made_from": made_from, "files": files_left(folder.path, [folder.shallow.name]),
                                          "logs": files_left(folder.path, left)})  # fmt: skip
             return
         say(f"learn_mask: learning which blocks can go; decisions go to {folder / 'learn_mask'}, the shallow model to {folder.shallow}")
