@@ -48,7 +48,7 @@ def main() -> None:
             results[name] = losses, (runner.num_block_runs - before) // args.samples, time.perf_counter() - start
     (shared, runs, seconds), (single, runs_single, seconds_single) = results.values()
     print(f"{len(structures)} structures of {args.model} depth {args.depth}: block runs {runs_single} -> {runs} ({runs_single / runs:.2f}x "
-          f"fewer); {seconds_single:.1f} -> {seconds:.1f} s ({seconds_single / seconds:.2f}x faster); largest relative difference of a loss "
+          f"fewer); {seconds_single:.1f} -> {seconds:.1f} s ({seconds_single / seconds:.2f}x faster); relative difference of losses "
           f"{((shared - single).abs() / single).max():.1e}")
 
 
