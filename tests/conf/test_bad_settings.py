@@ -153,7 +153,6 @@ WHOLE = [
     ("name=../x", "name"),
     ("data=null", "data"),
     ("sampler@evaluate.sampling=null", "sampler@evaluate.sampling"),
-    ("logger=[csv]", "logger"),
     ("distill=5", "distill"),
     ("recipe=5", "recipe"),
     ("task=5", "task"),
