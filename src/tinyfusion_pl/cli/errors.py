@@ -17,6 +17,8 @@ from omegaconf.errors import OmegaConfBaseException
 from tinyfusion_pl.cli.overrides import ambiguous
 from tinyfusion_pl.printable import printable_lines
 
+NO_GROUPS = ("name", "seed", "run_dir")
+
 
 class Told(Exception):
     """A job of a sweep failed, and the error was told."""
@@ -58,11 +60,19 @@ def _of_hydra(error: HydraException, arguments: Sequence[str]) -> str:
     merged = re.search(r"Error merging override \+*([^=\s]+)=(.*)", told)
     if merged and "Cannot merge DictConfig" in told:
         return f"{merged[1]} is {merged[2]}; give a mapping, or one setting inside it: {merged[1]}.NAME=VALUE."
-    if "Config group override must be" in told:
-        given = [each.lstrip("+").partition("=") for each in arguments]
-        names = [key for key, _, value in given if value and (value == "null" or not re.fullmatch(r"[\w./-]+", value))]
-        return f"{' or '.join(names) or 'A group'}: a group of the configuration is chosen by name, as --help lists them. {told}."
+    if unknown := re.match(r"Could not override '(.*)'\.\nTo append to your config use \+(.*)\n", told):
+        return (f"Could not override '{unknown[1]}': the configuration has no such setting; --cfg job shows all that it has. To set an "
+                f"argument that it leaves at its default, write +{unknown[2]}.")  # fmt: skip
     return told
+
+
+def _of_group(error: ValueError, arguments: Sequence[str]) -> str:
+    """What to say where a group was given something else than names."""
+    given = [each.lstrip("+").partition("=") for each in arguments]
+    names = [key for key, _, value in given if value and "." not in key.partition("@")[0] and key not in NO_GROUPS
+             and (value == "null" or not re.fullmatch(r"[A-Za-z_][\w./-]*", value))]
+    return (f"{' or '.join(names) or 'A group'}: a group of the configuration is chosen by name, as --help lists them; a setting in it is "
+            f"given as {names[0].rpartition('@')[2] if names else 'GROUP'}.NAME=VALUE. {error}.")  # fmt: skip
 
 
 def sentence(error: Exception, arguments: Sequence[str] = ()) -> str | None:
@@ -77,6 +87,8 @@ def sentence(error: Exception, arguments: Sequence[str] = ()) -> str | None:
         return f"{missing[1]} has no value. Give one: {missing[1]}=VALUE."
     if sweep := re.match(r"Ambiguous value for argument '(.*?)'\n1\. ", str(cause), re.DOTALL):
         return ambiguous(sweep[1])
+    if isinstance(cause, ValueError) and str(cause).startswith("Config group override must be"):
+        return _of_group(cause, arguments)
     if isinstance(cause, HydraException):
         return _of_hydra(cause, arguments)
     if isinstance(cause, OSError) and cause.strerror and cause.filename:
