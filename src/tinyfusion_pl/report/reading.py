@@ -24,6 +24,7 @@ MODELS = ("teacher", "pruned", "recovered")
 STAGES = ("learn_mask", "recover", "evaluate")
 
 OTHER_SECTIONS = ("seconds", "speedup", "protocol")
+MAX_BLOCKS = 10_000  # of a stack
 METRICS, CONFIG, SAMPLES = "metrics.json", "config.yaml", "samples.safetensors"
 MEASURED = "measure.json"  # what task=measure leaves in place of METRICS, of the same form
 DECISIONS, RECORD, LOGS = "learn_mask/decisions.jsonl", "shallow/record.json", "logs"
@@ -135,7 +136,32 @@ def read_record(path: Path) -> dict[str, Any]:
         isinstance(stack, dict) and {"num_blocks", "kept_blocks"} <= stack.keys() for stack in stacks.values()
     ):
         raise ArtifactError(f"{path}: 'stacks' is {str(stacks)[:80]}, expected num_blocks and kept_blocks by stack.")
+    for name, stack in stacks.items():
+        if wrong := _wrong_in(stack):
+            raise ArtifactError(
+                f"{path}: '{wrong}' of stack {name} is {str(stack[wrong])[:80]}, which does not go with a decision over "
+                f"{str(stack['num_blocks'])[:80]} blocks. It was edited, or is damaged: copy the folder again."
+            )
     return record
+
+
+def _wrong_in(stack: dict[str, Any]) -> str:
+    """The first field of a stack that the page could not draw; empty where there is none."""
+
+    def are_below(limit: int, found: Any) -> bool:
+        return isinstance(found, list) and all(type(each) is int and 0 <= each < limit for each in found)
+
+    if not are_below(MAX_BLOCKS, [num_blocks := stack["num_blocks"]]):
+        return "num_blocks"
+    if not are_below(num_blocks, stack["kept_blocks"]):
+        return "kept_blocks"
+    units, groups = stack.get("units") or range(num_blocks), stack.get("groups") or []
+    if not isinstance(units, (list, range)) or not all(are_below(num_blocks, unit) for unit in stack.get("units") or []):
+        return "units"
+    if not isinstance(groups, list):
+        return "groups"
+    counts = [[group.get("start"), group.get("num_blocks")] if isinstance(group, dict) else None for group in groups]
+    return "" if all(are_below(MAX_BLOCKS, two) and 0 < two[1] <= len(units) - two[0] for two in counts) else "groups"
 
 
 def numbers(section: dict[str, Any] | None) -> dict[str, float]:
@@ -160,7 +186,7 @@ def read_decisions(path: Path) -> tuple[dict[str, StackHistory], int]:
             continue
         try:
             by_step[int(entry["step"])] = {printable(stack): each for stack, each in dict(entry["stacks"]).items()}
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             expected = "an object with 'step' and 'stacks'"
             raise ArtifactError(f"{path}, line {number}: expected {expected}, got {line[:80]!r}.") from error
     steps = sorted(by_step)
@@ -168,7 +194,7 @@ def read_decisions(path: Path) -> tuple[dict[str, StackHistory], int]:
     for stack in by_step[steps[-1]] if steps else ():
         try:
             stacks[stack] = _history(steps, [by_step[step][stack] for step in steps])
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
             raise ArtifactError(
                 f"{path}: the entries of stack {stack!r} do not fit together ({type(error).__name__}: {error}). "
                 "Each needs kept_blocks, block_probabilities of one length, and groups. Did two runs write here?"
@@ -199,6 +225,8 @@ def _numbers_of(group: dict[str, Any]) -> dict[str, Any]:
 def members(group: dict[str, Any], units: list[list[int]] | None) -> list[int]:
     """The blocks of a group, ascending; with `units`, its `start` and `num_blocks` count units of several blocks."""
     places = range(group["start"], group["start"] + group["num_blocks"])
+    if places.start < 0 or places.stop > MAX_BLOCKS or not places:
+        raise ValueError(f"a group has the blocks {places.start} to {places.stop - 1}")
     return sorted(block for place in places for block in units[place]) if units else list(places)
 
 
