@@ -1,10 +1,12 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 from tinyfusion_pl.artifacts import ArtifactError
+from tinyfusion_pl.report.page import render
 from tinyfusion_pl.report.reading import read_curves, read_decisions, read_run, read_samples
 
 
@@ -143,6 +145,40 @@ def test_record_without_kept_blocks_is_an_error(new_run, stacks):
     run = new_run()
     (run / "shallow/record.json").write_text(json.dumps({"stacks": stacks}))
     with pytest.raises(ArtifactError, match=r"record\.json"):
+        read_run(run)
+
+
+ODD = [None, {}, "<script>", -1, 10**9, True, [0.5], [[]], [None], {"a": 1}, float("nan"), [{"start": 0}], [99],
+       [{"start": 0, "num_blocks": 10**9}], [{"start": 11, "num_blocks": 2}], [{"start": 0, "num_blocks": 0}]]  # fmt: skip
+
+
+@pytest.mark.parametrize("field", ["num_blocks", "kept_blocks", "groups", "units"])
+def test_record_of_odd_content_is_drawn_or_an_error(new_run, field):
+    """And nothing is built as large as it says."""
+    run = new_run()
+    for name in ("learn_mask/decisions.jsonl", "samples.safetensors", "metrics.json"):
+        (run / name).unlink()
+    shutil.rmtree(run / "logs")
+    record = json.loads((run / "shallow/record.json").read_text())
+    for odd in ODD:
+        record["stacks"]["blocks"][field] = odd
+        (run / "shallow/record.json").write_text(json.dumps(record))
+        try:
+            assert "<script>" not in render(read_run(run), {})
+        except ArtifactError as error:
+            assert "record.json: '" in str(error) and "of stack blocks" in str(error)
+
+
+@pytest.mark.parametrize("change", [{"step": 1e999}, {"step": None}, {"stacks": [1]}, {"start": 10**9}, {"num_blocks": 10**9},
+                                    {"num_blocks": -1}, {"kept_blocks": "x"}, {"block_probabilities": [10**400]}], ids=str)
+def test_decisions_of_odd_content_are_an_error(new_run, change):
+    run = new_run()
+    lines = (run / "learn_mask/decisions.jsonl").read_text().splitlines()
+    entry, (name, value) = json.loads(lines[-1]), next(iter(change.items()))
+    stack = entry["stacks"]["blocks"]
+    next(part for part in (entry, stack, stack["groups"][0]) if name in part)[name] = value
+    (run / "learn_mask/decisions.jsonl").write_text("\n".join([*lines[:-1], json.dumps(entry)]) + "\n")
+    with pytest.raises(ArtifactError, match="decisions.jsonl"):
         read_run(run)
 
 

@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, MaxNLocator, StrMethodFormatter
 
-from .reading import Curves, StackHistory, models_in, numbers
+from .decisions import StackHistory
+from .reading import Curves, models_in, numbers
 from .words import CURVES, label, value
 
 COLORS = {"teacher": "#0072B2", "pruned": "#D55E00", "recovered": "#009E73"}

@@ -7,7 +7,6 @@ torn (it is skipped and counted), and whole parts may not exist yet (they read a
 from __future__ import annotations
 
 import csv
-import json
 import math
 import re
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import numpy as np
 
 from tinyfusion_pl.artifacts import ArtifactError, load_tensors, read_json
 
+from .decisions import StackHistory, read_decisions, read_text, wrong_in
 from .outside import printable, printable_content, printable_lines
 
 MODELS = ("teacher", "pruned", "recovered")
@@ -28,27 +28,6 @@ METRICS, CONFIG, SAMPLES = "metrics.json", "config.yaml", "samples.safetensors"
 MEASURED = "measure.json"  # what task=measure leaves in place of METRICS, of the same form
 DECISIONS, RECORD, LOGS = "learn_mask/decisions.jsonl", "shallow/record.json", "logs"
 SELECTION = "learn_mask/selection.json"  # what a criterion leaves in place of mask learning
-
-
-@dataclass(frozen=True)
-class StackHistory:
-    """What the gates of one stack decided, at T recorded steps for B blocks."""
-
-    steps: np.ndarray  # (T,) int, ascending
-    kept: np.ndarray  # (T, B) bool
-    probabilities: np.ndarray  # (T, B), probability that the block stays
-    confidence: np.ndarray  # (T, B), probability of the most probable candidate of the block's group
-    groups: tuple[dict[str, Any], ...]  # at the last step: members (blocks), num_kept, num_blocks, confidence, entropy
-
-    @property
-    def num_blocks(self) -> int:
-        return self.kept.shape[1]
-
-    @property
-    def settled_at(self) -> int:
-        """The recorded step since which the decision has not changed."""
-        changed = np.flatnonzero((self.kept[1:] != self.kept[:-1]).any(axis=1))
-        return int(self.steps[changed[-1] + 1] if len(changed) else self.steps[0])
 
 
 Curves = dict[str, tuple[np.ndarray, np.ndarray]]
@@ -100,15 +79,8 @@ def read_run(folder: str | Path) -> Run:
         samples=optional(SAMPLES, read_samples),
         record=optional(RECORD, read_record),
         selection=optional(SELECTION, _read_object),
-        config=optional(CONFIG, lambda path: printable_lines(_read_text(path))),
+        config=optional(CONFIG, lambda path: printable_lines(read_text(path))),
     )
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")  # a torn line may end within a character
-    except OSError as error:
-        raise ArtifactError(f"{path} cannot be read: {error}.") from error
 
 
 def _read_object(path: Path) -> dict[str, Any]:
@@ -138,71 +110,18 @@ def read_record(path: Path) -> dict[str, Any]:
         isinstance(stack, dict) and {"num_blocks", "kept_blocks"} <= stack.keys() for stack in stacks.values()
     ):
         raise ArtifactError(f"{path}: 'stacks' is {str(stacks)[:80]}, expected num_blocks and kept_blocks by stack.")
+    for name, stack in stacks.items():
+        if wrong := wrong_in(stack):
+            raise ArtifactError(
+                f"{path}: '{wrong}' of stack {name} is {str(stack[wrong])[:80]}, which does not go with a decision over "
+                f"{str(stack['num_blocks'])[:80]} blocks. It was edited, or is damaged: copy the folder again."
+            )
     return record
 
 
 def numbers(section: dict[str, Any] | None) -> dict[str, float]:
     """The numeric entries of a section, in its order: the ones that can stand in a table."""
     return {k: v for k, v in (section or {}).items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
-
-
-def read_decisions(path: Path) -> tuple[dict[str, StackHistory], int]:
-    """`decisions.jsonl` by stack path, and how many torn lines were skipped.
-
-    A killed process tears its last line; where the resumed run appended to that, the torn line stands in the middle.
-    """
-    by_step: dict[int, dict] = {}
-    num_torn = 0
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            num_torn += 1
-            continue
-        try:
-            by_step[int(entry["step"])] = {printable(stack): each for stack, each in dict(entry["stacks"]).items()}
-        except (KeyError, TypeError, ValueError) as error:
-            expected = "an object with 'step' and 'stacks'"
-            raise ArtifactError(f"{path}, line {number}: expected {expected}, got {line[:80]!r}.") from error
-    steps = sorted(by_step)
-    stacks = {}
-    for stack in by_step[steps[-1]] if steps else ():
-        try:
-            stacks[stack] = _history(steps, [by_step[step][stack] for step in steps])
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise ArtifactError(
-                f"{path}: the entries of stack {stack!r} do not fit together ({type(error).__name__}: {error}). "
-                "Each needs kept_blocks, block_probabilities of one length, and groups. Did two runs write here?"
-            ) from error
-    return stacks, num_torn
-
-
-def _history(steps: list[int], entries: list[dict]) -> StackHistory:
-    probabilities = np.array([entry["block_probabilities"] for entry in entries], dtype=float)  # (T, B)
-    kept = np.zeros(probabilities.shape, dtype=bool)
-    confidence = np.ones(probabilities.shape)  # a block outside all groups is not up for decision
-    for row, entry in enumerate(entries):
-        kept[row, entry["kept_blocks"]] = True
-        for group in entry["groups"]:
-            confidence[row, members(group, entry.get("units"))] = group["confidence"]
-    last = entries[-1]
-    groups = tuple({**group, **_numbers_of(group), "members": members(group, last.get("units"))} for group in last["groups"])
-    return StackHistory(np.array(steps), kept, probabilities, confidence, groups)
-
-
-def _numbers_of(group: dict[str, Any]) -> dict[str, Any]:
-    """What the page writes of a group, as numbers, whatever the file gave."""
-    entropy = group.get("entropy")
-    return {"num_kept": int(group["num_kept"]), "num_blocks": int(group["num_blocks"]), "confidence": float(group["confidence"]),
-            "entropy": None if entropy is None else float(entropy)}
-
-
-def members(group: dict[str, Any], units: list[list[int]] | None) -> list[int]:
-    """The blocks of a group, ascending; with `units`, its `start` and `num_blocks` count units of several blocks."""
-    places = range(group["start"], group["start"] + group["num_blocks"])
-    return sorted(block for place in places for block in units[place]) if units else list(places)
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:
@@ -228,7 +147,7 @@ def _sorted(column: dict[int, float]) -> tuple[np.ndarray, np.ndarray]:
 
 def _read_csv(path: Path) -> dict[str, dict[int, float]]:
     """Column name -> {step: value}, without empty and non-numeric cells and without a torn last line (no line end)."""
-    lines = _read_text(path).splitlines(keepends=True)
+    lines = read_text(path).splitlines(keepends=True)
     if lines and not lines[-1].endswith("\n"):
         lines.pop()
     rows = csv.DictReader(lines)

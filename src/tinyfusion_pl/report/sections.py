@@ -6,9 +6,10 @@ import json
 import re
 from typing import Any
 
+from .decisions import members
 from .markup import about, code, fold, image, lines, listing, missing, table
 from .outside import Html, html
-from .reading import CONFIG, DECISIONS, LOGS, METRICS, RECORD, SAMPLES, Run, members, models_in, numbers
+from .reading import CONFIG, DECISIONS, LOGS, METRICS, RECORD, SAMPLES, Run, models_in, numbers
 from .words import METRICS as EXPLAINED
 from .words import STAGES, duration, label, metric_keys, stage_label, student_of, value
 
