@@ -8,9 +8,10 @@ from torch import nn
 
 from callbacks.test_lifecycle import fit
 from callbacks.toy_module import Base
-from pruning.toys import TwoStreamToy
+from pruning.toys import TwoStreamBlock, TwoStreamToy
 from tinyfusion_pl.callbacks import DepthPruningCallback
 from tinyfusion_pl.pruning import DepthGates, remove_gates, verify
+from tinyfusion_pl.pruning.pruner import DepthPruner
 
 
 def batch(n=5, seed=0):
@@ -102,6 +103,52 @@ def test_other_batch_sizes_in_a_step_neither_change_masks_nor_the_random_state()
     assert torch.equal(model(x, temb), first) and torch.equal(torch.get_rng_state(), state)
     gates.redraw()
     assert not torch.equal(model(x, temb), first)
+
+
+class PassesOn(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block = TwoStreamBlock()
+
+    def forward(self, *args, **kwargs):
+        return self.block(*args, **kwargs)
+
+
+class Renames(PassesOn):
+    def forward(self, image, encoder_hidden_states, temb, image_rotary_emb):
+        return self.block(image, encoder_hidden_states, temb=temb, image_rotary_emb=image_rotary_emb)
+
+
+@pytest.mark.parametrize(("wrapper", "names"), [
+    (PassesOn, ["encoder_hidden_states", "args[0]"]), (Renames, ["encoder_hidden_states", "image"]),
+])  # fmt: skip
+def test_a_block_that_returns_what_another_returns_is_read_as_that_one(wrapper, names):
+    torch.manual_seed(0)
+    model = TwoStreamToy()
+    model.transformer_blocks = nn.ModuleList(wrapper() for _ in range(4))
+    gates = DepthGates(model, "1:2")
+    verify(model, gates, batch(), {})
+    assert all(plan.streams.names == names for gated in gates.gated_forwards for plan in gated.plans.values())
+
+
+def test_streams_that_cannot_be_told_are_refused_with_the_stack_and_arguments_to_name():
+    class Unnamed(TwoStreamBlock):
+        def forward(self, hidden_states, encoder_hidden_states, temb=None, image_rotary_emb=None):
+            both = super().forward(hidden_states, encoder_hidden_states, temb, image_rotary_emb)
+            return both
+
+    model = TwoStreamToy()
+    model.transformer_blocks = nn.ModuleList(Unnamed() for _ in range(4))
+    remedy = r"streams=\{'transformer_blocks': \['hidden_states', 'encoder_hidden_states'\]\}"
+    with pytest.raises(ValueError, match=f"transformer_blocks.0: cannot tell which outputs .* {remedy}"):
+        verify(model, DepthGates(model, "1:2"), batch(), {})
+
+
+def test_one_block_run_several_times_is_refused():
+    model = TwoStreamToy()
+    model.transformer_blocks = nn.ModuleList([model.transformer_blocks[0]] * 4)
+    with pytest.raises(ValueError, match="'transformer_blocks' runs one block several times"):
+        DepthPruner("1:2").start(model)
 
 
 class Step(Base):
