@@ -89,6 +89,12 @@ def test_passes_of_a_step_share_masks_by_size(tmp_path):
         assert "error" not in rank and len(rank["equal"]) == 3 and all(rank["equal"])
 
 
+def test_two_streams_draw_by_rank_and_learn_alike(tmp_path):
+    first, second = train("two_streams", tmp_path)
+    assert len(first["masks"]) == 3 and not same(first["masks"], second["masks"])
+    assert same(first["logits"], second["logits"]) and not torch.equal(first["logits"][0], first["logits"][-1])
+
+
 def test_reentrant_checkpointing_is_refused_with_the_remedy(tmp_path):
     for rank in train("reentrant", tmp_path):
         assert "Reentrant activation checkpointing" in rank["error"] and "use_reentrant=False" in rank["error"]

@@ -8,6 +8,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from pruning.toys import TwoStreamToy
 from tinyfusion_pl import DepthPruningCallback, MaskLearning, Recovery, create_model
 from tinyfusion_pl.callbacks import NonFiniteGuard
 from tinyfusion_pl.distill import Distillation
@@ -36,6 +38,28 @@ class Direct(LightningModule):
         first, second = self.net(batch[0]), self.net(batch[0])  # of equal size: they share their masks
         self.equal.append(bool(torch.equal(first, second)))
         return first.sum() + second.sum() + self.net(batch[0][:1]).sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class TwoStreams(LightningModule):
+    """A block as diffusers writes it, called on whole and on part batches; keeps what was drawn and the logits after each step."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.model, self.seen = TwoStreamToy(mode="checkpoint"), {"masks": [], "logits": []}
+
+    def training_step(self, batch, batch_idx):
+        x, c = batch[0].view(-1, 3, 6), batch[0][:, :6]
+        y = self.model(x, c)
+        gates = self.depth_gates
+        self.seen["masks"].append(torch.stack([gates.masks.column(gates.stacks[0], i, len(x)).detach() for i in range(4)], 1))
+        return y.square().mean() + self.model(x[:2], c[:2]).square().mean()
+
+    def on_train_batch_end(self, *args):
+        self.seen["logits"].append(torch.cat([p.detach().clone() for p in self.depth_gates.logits()]))
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
@@ -103,8 +127,20 @@ def direct(case, folder):
     torch.save({**left, "equal": module.equal}, folder / f"rank{trainer.global_rank}.pt")
 
 
+def two_streams(folder):
+    """Leaves masks and logits of every step."""
+    module = TwoStreams()
+    trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", max_steps=NUM_STEPS, logger=False, enable_checkpointing=False,
+                      callbacks=[DepthPruningCallback("1:2", weight_update="full", save_dir=folder / "shallow", init=0.0)],
+                      enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=1, default_root_dir=folder)
+    trainer.fit(module, DataLoader(TensorDataset(torch.ones(24, 18)), batch_size=4))  # alike on both ranks
+    torch.save(module.seen, folder / f"rank{trainer.global_rank}.pt")
+
+
 def main(case, folder):
     seed_everything(7)
+    if case == "two_streams":
+        return two_streams(folder)
     if case in ("direct", "reentrant"):
         return direct(case, folder)
     objective = GaussianDiffusion()

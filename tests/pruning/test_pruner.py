@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from pruning.toys import Toy
+from pruning.toys import Block, Toy
 from tinyfusion_pl.pruning import DepthGates, remove_gates, verify
 from tinyfusion_pl.pruning.gate_optimizer import GateOptimizer
 from tinyfusion_pl.pruning.pruner import DepthPruner
@@ -107,3 +107,40 @@ def test_batch_statistics_keep_the_plain_formula_after_verification():
     torch.testing.assert_close(got, expected)
     assert all(block.norm.num_batches_tracked == 2 for block in model.blocks)
     assert "4 by the plain formula (blocks.0: batch normalization" in gates.describe_batches()
+
+
+class InTurn(nn.Module):
+    """Blocks of two lists run in turn, as spatial and temporal ones of video models do."""
+
+    def __init__(self):
+        super().__init__()
+        self.spatial, self.temporal = (nn.ModuleList(Block() for _ in range(4)) for _ in range(2))
+
+    def forward(self, x, c):
+        for spatial, temporal in zip(self.spatial, self.temporal):
+            x = temporal(spatial(x, c), -c)
+        return x
+
+
+def test_stacks_that_run_in_turn_are_refused_each_by_itself_and_accepted_joined():
+    torch.manual_seed(0)
+    model, call = InTurn(), (torch.randn(3, 3, 6), torch.randn(3, 6))
+    gates = DepthGates(model, "1:2")
+    assert [g.path for g in gates.stacks] == ["spatial", "temporal"]
+    with pytest.raises(ValueError, match=r"'spatial' and 'temporal' cannot .* another order.*stacks='spatial\+temporal', units=\[\[0, 4\]"):
+        verify(model, gates, call, {})
+    remove_gates(model)
+    verify(model, DepthGates(model, "1:2", stacks="spatial+temporal", units=[[i, i + 4] for i in range(4)]), call, {})
+
+
+def test_a_last_block_that_is_called_unlike_the_others_is_found():
+    class Model(Toy):
+        def forward(self, x, c):
+            for i, block in enumerate(self.blocks):
+                x = block(x, c if i < len(self.blocks) - 1 else torch.ones_like(c))
+            return x
+
+    torch.manual_seed(0)
+    model = Model()
+    with pytest.raises(ValueError, match="block 3 dropped by gates .* the argument 'c' of block blocks.2 depends"):
+        verify(model, DepthGates(model, "1:2"), (torch.randn(3, 3, 6), torch.randn(3, 6)), {})

@@ -90,6 +90,39 @@ class ExtraBlock(nn.Module):
         return x + h, h.mean((1, 2))
 
 
+class TwoStreamBlock(nn.Module):
+    """Image and text as diffusers writes it: text comes second and is returned first."""
+
+    def __init__(self, dim=6, dropout=0.0):
+        super().__init__()
+        self.a, self.b, self.mod, self.drop = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Dropout(dropout)
+
+    def forward(self, hidden_states, encoder_hidden_states, temb=None, image_rotary_emb=None):
+        joint = torch.cat([self.a(hidden_states) * image_rotary_emb, self.b(encoder_hidden_states)], 1).tanh().mean(1, keepdim=True)
+        shift = self.mod(temb)[:, None]
+        hidden_states = hidden_states + self.drop(self.a(joint + shift))
+        encoder_hidden_states = encoder_hidden_states + self.drop(self.b(joint - shift))
+        return encoder_hidden_states, hidden_states
+
+
+class TwoStreamToy(nn.Module):
+    """Text is as long as the image. `mode`: "plain", "checkpoint" or "checkpoint-reentrant"."""
+
+    def __init__(self, depth=4, dim=6, mode="plain", dropout=0.0):
+        super().__init__()
+        self.mode, self.inp, self.head = mode, nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.transformer_blocks = nn.ModuleList(TwoStreamBlock(dim, dropout) for _ in range(depth))
+
+    def forward(self, x, temb):
+        image, text, rotary = self.inp(x), self.inp(x.flip(1)), torch.linspace(0.5, 1.5, x.shape[1])[:, None]
+        for block in self.transformer_blocks:
+            if self.mode == "plain":
+                text, image = block(image, encoder_hidden_states=text, temb=temb, image_rotary_emb=rotary)
+            else:
+                text, image = checkpoint(block, image, text, temb, rotary, use_reentrant="reentrant" in self.mode)
+        return self.head(image + 0.5 * text.mean(1, keepdim=True))
+
+
 def plain_formula(model, x, c, masks, blocks_call=None):
     """The three-line formula on the same model, written without any gate: masks (N, depth)."""
     h = model.embed(x)

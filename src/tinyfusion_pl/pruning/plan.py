@@ -48,7 +48,11 @@ def make_plan(
     """
     owners: dict[int, str] = {}
     for path in paths:
-        for block in get_stack(module, path):
+        blocks = list(get_stack(module, path))
+        if again := [i for i, block in enumerate(blocks) if any(block is other for other in blocks[:i])]:
+            raise ValueError(f"The stack {path!r} runs one block several times (block {again[0]} is one before it), so that no block of it "
+                             "can go alone. Prune a list of different blocks.")  # fmt: skip
+        for block in blocks:
             if (owner := owners.setdefault(id(block), path)) != path or list(paths).count(path) > 1:
                 raise ValueError(f"The stacks {owner!r} and {path!r} hold the same blocks, which only one pattern can be for. Name each "
                                  "block list once.")  # fmt: skip

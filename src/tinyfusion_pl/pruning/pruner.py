@@ -35,8 +35,8 @@ from tinyfusion_pl.pruning.gates import DepthGates, remove_gates
 from tinyfusion_pl.pruning.library_configs import check_library_config
 from tinyfusion_pl.pruning.patterns import Pattern
 from tinyfusion_pl.pruning.plan import Plan, find_paths, make_plan
+from tinyfusion_pl.pruning.structures import earliest_drops
 from tinyfusion_pl.pruning.surgery import remove_blocks
-from tinyfusion_pl.pruning.verification import earliest_drops
 
 
 class DepthPruner:

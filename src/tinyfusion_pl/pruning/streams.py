@@ -8,9 +8,6 @@ the names in the block's return statement; one tensor in and its like out. Anyth
 
 from __future__ import annotations
 
-import ast
-import inspect
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyfusion_pl.pruning.calls import Call, unwrapped
+from tinyfusion_pl.pruning.return_statements import returned_names
 
 Key = int | str | None  # place of a tensor in a block's output; None where the output is the tensor
 
@@ -88,7 +86,7 @@ def find_streams(
     bare = None in items
     readings = [("streams=", _given(call, items, given, name))] if given else [
         ("diffusers' registry of transformer blocks", _registered(inner, items)),
-        *((f"the return statement of {type(inner).__name__}", each) for each in _returned(inner, items)),
+        *((f"the return statement of {type(inner).__name__}", each) for each in returned_names(inner, list(items), call.tensors)),
     ]  # fmt: skip
     fitting = [
         (source, fit) for source, reading in readings if reading and (fit := _fit(reading, call, items))
@@ -137,34 +135,6 @@ def _registered(block: nn.Module, items: Mapping) -> dict[Key, str] | None:
     return places if places.keys() <= items.keys() else None
 
 
-def _returned(block: nn.Module, items: Mapping) -> list[dict[Key, str]]:
-    """A reading for each return statement of the forward with as many values as there are items."""
-    try:
-        source = textwrap.dedent(inspect.getsource(type(block).forward))
-        (function,) = ast.parse(source).body
-    except (OSError, TypeError, SyntaxError, ValueError):
-        return []
-    readings = []
-    for node in _own_nodes(function):
-        if not isinstance(node, ast.Return) or node.value is None:
-            continue
-        values = node.value.elts if isinstance(node.value, ast.Tuple) else [node.value]
-        if isinstance(node.value, ast.Tuple) == (None in items) or len(values) != len(items):
-            continue
-        names = {k: v.id for k, v in zip(items, values) if isinstance(v, ast.Name)}
-        if names and names not in readings:
-            readings.append(names)
-    return readings
-
-
-def _own_nodes(function: ast.AST):
-    """The nodes of a function without those of functions inside it."""
-    for node in ast.iter_child_nodes(function):
-        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)):
-            yield node
-            yield from _own_nodes(node)
-
-
 def _fit(reading: Mapping[Key, str], call: Call, items: Mapping) -> dict[Key, str]:
     """The part of `reading` that this call has; nothing where a tensor's like does not come out."""
     pairs = {
@@ -206,11 +176,13 @@ def _refusal(name: str, call: Call, items: Mapping, what: str) -> str:
         f"{'output' if k is None else f'output[{k!r}]'} {tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__}"
         for k, v in items.items()
     )
-    return (
-        f"{name}: cannot tell which outputs carry on which inputs. {what}It takes {call.describe()}; it returns {outs}. "
-        "Name the arguments that are hidden states, in the order in which the block returns them, e.g. "
-        "streams={'transformer_blocks': ['encoder_hidden_states', 'hidden_states']}."
-    )
+    start = f"{name}: cannot tell which outputs carry on which inputs. {what}It takes {call.describe()}; it returns {outs}. "
+    alike = [n for n, tensor in call.tensors.items() if any(_like(tensor, out) for out in items.values())]
+    if not alike:
+        return f"{start}A block that can be dropped returns hidden states of the shapes that it takes; prune a list of such blocks."
+    stack = name.rpartition(".")[0] or "blocks"
+    return (f"{start}Name the arguments that are hidden states, in the order in which the block returns them, e.g. "
+            f"streams={{{stack!r}: {alike}}}.")  # fmt: skip
 
 
 def _blank(output: Any, inputs: Mapping) -> Any:

@@ -1,7 +1,7 @@
 """One check before the first optimizer step: does dropping blocks by gates give what cutting them out gives?
 
 The first call that the training step makes to the gated model is replayed, quietly (without
-dropout or a graph), under one structure in which every group drops something: with gates, and
+dropout or a graph), under few structures in which every group drops something: with gates, and
 with the lists of blocks shortened in place. Equal outputs mean that nothing beside the blocks
 depends on their number or place. Then the gradients of one block of each stack are compared,
 gathered against plain. It costs a few forward passes and no copy of the weights.
@@ -22,6 +22,7 @@ from tinyfusion_pl.pruning.gates import DepthGates
 from tinyfusion_pl.pruning.gating import GatedForward
 from tinyfusion_pl.pruning.masks import Split
 from tinyfusion_pl.pruning.stack_gates import StackGates
+from tinyfusion_pl.pruning.structures import Structure, earliest_drops, joint_structures, mixed_structures
 from tinyfusion_pl.pruning.surgery import blocks_removed
 
 SWITCH_OFF = "If this is intended, pass verify=False."
@@ -55,8 +56,12 @@ def verify(module: nn.Module, owner: DepthGates, args: tuple, kwargs: dict[str, 
         raise ValueError(f"{type(module).__name__} returned no tensor that could be compared. {SWITCH_OFF}")
     for stack in gates:
         _check_batch(stack, [call for call in recorded.values() if call[0].gates is stack])
-    if problem := replay.differs({g.path: earliest_drops(g) for g in gates}):
-        raise ValueError(_localize(replay, gates, problem))
+    for structure in joint_structures(gates):
+        if problem := replay.differs(structure):
+            raise ValueError(_localize(replay, gates, structure, problem))
+    for structure in mixed_structures(gates):
+        if problem := replay.differs(structure):
+            raise ValueError(_of_both(replay, structure, problem))
     if not all(x.isfinite().all() for x in _tensors(output)):
         return False
     for stack in gates:
@@ -64,18 +69,6 @@ def verify(module: nn.Module, owner: DepthGates, args: tuple, kwargs: dict[str, 
         if first is not None:
             _check_gradients(*first)
     return True
-
-
-def earliest_drops(gates: StackGates) -> list[int]:
-    """Units of a structure in which every group drops something, as early in the stack as it can."""
-    kept = []
-    for group, distribution in zip(gates.groups, gates.distributions):
-        noise = distribution.noise(32, generator=torch.Generator().manual_seed(0))
-        with torch.no_grad():
-            logits = torch.zeros(distribution.num_logits, dtype=torch.float32)
-            masks = copy.deepcopy(distribution).cpu().sample(logits, 1.0, noise).tolist()
-        kept += [group.start + i for i, keep in enumerate(min(masks)) if keep]
-    return kept
 
 
 class _Replay:
@@ -158,13 +151,13 @@ def _first_difference(mine: Recorded, theirs: Recorded) -> str:
     return ""
 
 
-def _localize(replay: _Replay, gates: list[StackGates], problem: str) -> str:
+def _localize(replay: _Replay, gates: list[StackGates], structure: Structure, problem: str) -> str:
     guilty, unit = gates[0], None
     for stack in gates:
-        if found := replay.differs({stack.path: earliest_drops(stack)}):
+        if found := replay.differs({stack.path: structure[stack.path]}):
             guilty, problem = stack, found
             break
-    dropped = [u for u in range(len(guilty.units)) if u not in earliest_drops(guilty)]
+    dropped = [u for u in range(len(guilty.units)) if u not in structure[guilty.path]]
     for each in dropped:
         if found := replay.differs({guilty.path: [u for u in range(len(guilty.units)) if u != each]}):
             unit, problem = each, found
@@ -177,6 +170,22 @@ def _localize(replay: _Replay, gates: list[StackGates], problem: str) -> str:
         f"{type(replay.module).__name__}, {problem}.{inputs} So the shallow model would not compute what the search measured. Name "
         "other stacks (stacks=), blocks that only go together (units=), the hidden states (streams=), or leave out the input that goes "
         f"to blocks by their place. {SWITCH_OFF}"
+    )
+
+
+def _of_both(replay: _Replay, structure: Structure, problem: str) -> str:
+    """For stacks that may drop the blocks of equal places, but not of different ones."""
+    stacks = [replay.blocks[path] for path in structure]
+    dropped = ", ".join(f"{g.path} {[i for u, unit in enumerate(g.units) if u not in structure[g.path] for i in unit]}" for g in stacks)
+    owners, depth = {g.path.rpartition(".")[0] for g in stacks}, stacks[0].num_blocks
+    remedy = "Name one of them: stacks=PATH."
+    if len(stacks) == 2 and len(owners) == 1 and stacks[1].num_blocks == depth:
+        joined = f"{stacks[0].path}+{stacks[1].path.rpartition('.')[2]}"
+        remedy += f" Or join them, blocks of one place as a unit: stacks={joined!r}, units=[[0, {depth}], [1, {depth + 1}], ...]."
+    return (
+        f"The stacks {' and '.join(repr(g.path) for g in stacks)} cannot be pruned each by its own pattern: where they drop blocks of "
+        f"different places ({dropped}), by gates and cut out of {type(replay.module).__name__}, {problem}. Their blocks run in turn, so "
+        f"that what stays would run in another order. {remedy} {SWITCH_OFF}"
     )
 
 
