@@ -22,6 +22,11 @@ def printable_lines(text: str) -> str:
     return "\n".join(printable(line.replace("\t", "    ")) for line in text.split("\n"))
 
 
+def for_terminal(text: str) -> str:
+    """`text` as it is printed: lines and tabs stay, all else is `printable`."""
+    return "\t".join(map(printable_lines, text.split("\t")))
+
+
 def printable_content(content: Any) -> Any:
     """What a JSON file holds, with all its texts `printable`, names too."""
     if isinstance(content, dict):

@@ -15,7 +15,7 @@ from hydra.errors import HydraException, InstantiationException
 from omegaconf.errors import OmegaConfBaseException
 
 from tinyfusion_pl.cli.overrides import ambiguous
-from tinyfusion_pl.printable import printable_lines
+from tinyfusion_pl.printable import for_terminal
 
 NO_GROUPS = ("name", "seed", "run_dir")
 
@@ -28,7 +28,7 @@ class Told(Exception):
 def printable_warnings() -> Iterator[None]:
     """Warnings that are shown inside the block have no control characters, whichever names they quote."""
     before = warnings.formatwarning
-    warnings.formatwarning = lambda *args, **kwargs: printable_lines(before(*args, **kwargs))
+    warnings.formatwarning = lambda *args, **kwargs: for_terminal(before(*args, **kwargs))
     try:
         yield
     finally:
@@ -44,7 +44,7 @@ def tell(error: Exception, arguments: Sequence[str] = ()) -> int:
     if told is None or verbose or os.environ.get("TINYFUSION_TRACEBACK") == "1":
         traceback.print_exception(error)
     exit_code = getattr(error, "exit_code", None)  # an outcome that is no error, as an unfinished stage
-    print(printable_lines(told if exit_code else f"error: {told or repr(error)}"), file=sys.stderr)
+    print(for_terminal(told if exit_code else f"error: {told or repr(error)}"), file=sys.stderr)
     return exit_code or 1
 
 

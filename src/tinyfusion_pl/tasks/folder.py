@@ -14,7 +14,7 @@ from torch import nn
 
 from tinyfusion_pl.artifacts import ArtifactError
 from tinyfusion_pl.checksums import Damaged, read_sealed, write_sealed
-from tinyfusion_pl.printable import printable_lines
+from tinyfusion_pl.printable import for_terminal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,4 +93,4 @@ def read_configuration(file: Path) -> str | None:
 @rank_zero_only
 def say(line: str) -> None:
     """One line for the person who watches."""
-    print(printable_lines(line), flush=True)
+    print(for_terminal(line), flush=True)
