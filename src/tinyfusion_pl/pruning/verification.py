@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tinyfusion_pl.pruning.batch_axes import SAMPLES_MIX
 from tinyfusion_pl.pruning.calls import Call, map_tree, quiet, unwrapped
 from tinyfusion_pl.pruning.gates import DepthGates
 from tinyfusion_pl.pruning.gating import GatedForward
-from tinyfusion_pl.pruning.masks import Split
+from tinyfusion_pl.pruning.gradient_check import check_gradients
 from tinyfusion_pl.pruning.stack_gates import StackGates
 from tinyfusion_pl.pruning.structures import Structure, earliest_drops, joint_structures, mixed_structures
 from tinyfusion_pl.pruning.surgery import blocks_removed
@@ -52,7 +53,7 @@ def verify(module: nn.Module, owner: DepthGates, args: tuple, kwargs: dict[str, 
     if next(_tensors(output), None) is None:
         raise ValueError(f"{type(module).__name__} returned no tensor that could be compared. {SWITCH_OFF}")
     for stack in gates:
-        _check_batch(stack, [call for call in recorded.values() if call[0].gates is stack])
+        _check_batch(owner, stack, [pair for pair in recorded.values() if pair[0].gates is stack], Call(None, args, kwargs))
     for structure in joint_structures(gates):
         if problem := replay.differs(structure):
             raise ValueError(_localize(replay, gates, structure, problem))
@@ -62,7 +63,7 @@ def verify(module: nn.Module, owner: DepthGates, args: tuple, kwargs: dict[str, 
     for stack in gates:
         first = next((pair for pair in recorded.values() if pair[0].gates is stack), None)
         if first is not None:
-            _check_gradients(*first)
+            check_gradients(*first)
 
 
 class _Replay:
@@ -181,7 +182,7 @@ def _of_both(replay: _Replay, structure: Structure, problem: str) -> str:
     )
 
 
-def _check_batch(stack: StackGates, recorded: list[tuple[GatedForward, Call]]) -> None:
+def _check_batch(owner: DepthGates, stack: StackGates, recorded: list[tuple[GatedForward, Call]], whole: Call) -> None:
     """All blocks of a stack must see the same batch: a sample's mask is one for the whole stack."""
     sizes = {}
     for gated, call in recorded:
@@ -191,47 +192,13 @@ def _check_batch(stack: StackGates, recorded: list[tuple[GatedForward, Call]]) -
         seen = ", ".join(f"{size} in block {name}" for size, name in sizes.items())
         raise ValueError(f"The blocks of '{stack.path}' see batches of different sizes ({seen}), so that a sample has no one mask. Prune a "
                          "list of blocks that all run on the same batch.")  # fmt: skip
-
-
-def _check_gradients(gated: GatedForward, call: Call) -> None:
-    """The gradients of one block, half of the samples dropped: gathered against the plain formula."""
-    plan = gated.plan(call)
-    num_samples = call.tensors[plan.streams.names[0]].shape[plan.axis]
-    if plan.plain_because or num_samples < 2:
-        return
-    first = call.tensors[plan.streams.names[0]]
-    bits = torch.arange(num_samples, device=first.device) % 2 == 0
-    split = Split(int(bits.sum()), bits.nonzero().flatten(), (~bits).nonzero().flatten())
-    results = []
-    with quiet(gated.block, seed=0), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
-        leaves = {n: call.tensors[n].detach().clone().requires_grad_() for n in plan.streams.names}
-        args, kwargs = call.replace(leaves)
-        mask = bits.to(torch.float32).requires_grad_()
-        parameters = [p for p in gated.block.parameters() if p.requires_grad]
-        for way in (split, None):
-            # Streams as they come out of another block: no leaves, which a block could not write into.
-            copies = {n: leaf.view_as(leaf) for n, leaf in leaves.items()}
-            again = Call(gated.signature, *call.replace(copies)) if plan.writes_streams else Call(gated.signature, args, kwargs)
-            y = plan.streams.take(gated.gate(again, plan, mask, way))
-            loss = sum(_weighted_sum(each) for each in y.values())
-            wanted = [mask, *leaves.values(), *parameters]
-            grads = torch.autograd.grad(loss, wanted, allow_unused=True)
-            results.append([torch.zeros_like(w) if g is None else g for w, g in zip(wanted, grads)])
-    device = first.device.type
-    computed = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float64
-    sizes = [plain.float().abs().max().item() if plain.numel() else 0.0 for plain in results[1]]
-    for ours, plain, size in zip(*results, sizes):
-        eps = max(torch.finfo(dtype).eps for dtype in (plain.dtype, computed))  # the coarser one rounds
-        # A gradient that is zero but for rounding (a bias of attention's keys) is as exact as the others are large.
-        allowed = max(size * max(1e-2, 100 * eps), max(sizes) * max(1e-4, 10 * eps), 1e-8)
-        if plain.numel() and (ours.float() - plain.float()).abs().max().item() > allowed:
-            raise ValueError(f"Block {gated.name}: gradients with its samples gathered differ from those of the plain formula. Pass "
-                             "gather=False, which computes the plain formula throughout.")  # fmt: skip
-
-
-def _weighted_sum(tensor: Tensor) -> Tensor:
-    """A scalar whose gradient differs at every place."""
-    return (tensor.float().flatten() * torch.arange(tensor.numel(), device=tensor.device).sin()).sum()
+    num_rows = next(iter(sizes), None)
+    if num_rows is not None and whole.tensors and not any(num_rows in t.shape[:2] for t in whole.tensors.values()):
+        owner.rows[stack.path] = num_rows
+        if any(SAMPLES_MIX in plan.plain_because for gated, _ in recorded for plan in gated.plans.values()):
+            raise ValueError(f"The blocks of '{stack.path}' see {num_rows} rows that mix, which are no samples of the call "
+                             f"({whole.describe()}): samples packed into one row of tokens have no masks of their own. Pass them as a "
+                             "padded batch.")  # fmt: skip
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:
