@@ -1,6 +1,7 @@
 """`DepthPruner` and `verify` without Lightning."""
 
 import threading
+import types
 
 import pytest
 import torch
@@ -144,3 +145,34 @@ def test_a_last_block_that_is_called_unlike_the_others_is_found():
     model = Model()
     with pytest.raises(ValueError, match="block 3 dropped by gates .* the argument 'c' of block blocks.2 depends"):
         verify(model, DepthGates(model, "1:2"), (torch.randn(3, 3, 6), torch.randn(3, 6)), {})
+
+
+class Rows(nn.Module):
+    """Runs its blocks on another batch than it is given: samples packed into one, or each frame as a sample."""
+
+    def __init__(self, *, mix):
+        super().__init__()
+        self.mix, self.blocks = mix, nn.ModuleList(nn.ModuleList([nn.Linear(6, 6)]) for _ in range(4))
+        for block in self.blocks:
+            block.forward = types.MethodType(Rows.run, block)
+
+    @staticmethod
+    def run(block, x, whole):
+        return x + block[0](x).tanh() + (x.mean(0, keepdim=True) if whole else 0)
+
+    def forward(self, x):
+        n, rows = len(x), x.flatten(0, 1)
+        for block in self.blocks:
+            rows = block(rows, self.mix)
+        return rows.view(n, -1, 6)
+
+
+def test_packed_samples_are_refused_and_rows_that_are_no_samples_are_reported():
+    torch.manual_seed(0)
+    call = (torch.randn(3, 5, 6),)
+    with pytest.raises(ValueError, match=r"'blocks' see 15 rows that mix, which are no samples of the call .*padded batch"):
+        verify(model := Rows(mix=True), DepthGates(model, "1:2", stacks="blocks"), call, {})
+    model = Rows(mix=False)
+    gates = DepthGates(model, "1:2", stacks="blocks")
+    verify(model, gates, call, {})
+    assert "4 blocks gathered (a mask for each of the 15 rows that they see" in gates.describe_batches()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tinyfusion_pl.pruning.calls import Call, quiet
 from tinyfusion_pl.pruning.streams import Key, Streams, find_streams
 
+SAMPLES_MIX = "its samples are not independent of one another"
 Run = Callable[[Mapping[str, Tensor]], Mapping[Key, Tensor]]
 
 
@@ -160,7 +161,7 @@ def _stream_axis(block, call: Call, streams: Streams, run: Run, reference, name:
             f"{name}: its hidden states {call.describe()} have no batch axis in common; axis 0 (or 1, with batch_first=False) must be "
             "the batch."
         )
-    return first, "its samples are not independent of one another"
+    return first, SAMPLES_MIX
 
 
 def _only_touches(index: int, axis: int, names: Iterable[str], stream_axis: int, call: Call, run: Run, reference) -> bool | None:

@@ -68,6 +68,7 @@ class DepthGates(nn.Module):
         self.masks, self.gather, self.bypassed = Masks(tau=tau, rank=rank), gather, False
         self.recorder: Callable[[GatedForward, Call], Any] | None = None  # sees each call of a gated block
         self._kept: dict[str, set[int]] | None = None
+        self.rows: dict[str, int] = {}  # of stacks whose blocks see another batch than the model (frames, patches)
         self._without_graph: set[str] = set()  # blocks of which reentrant checkpointing ran a forward in this batch
         self.opened: Opened = []  # compiled modules that run eagerly while gates are on their blocks
         self._install(model)
@@ -165,6 +166,8 @@ class DepthGates(nn.Module):
             if reasons:
                 name, reason = next(iter(reasons.items()))
                 text += f", {len(reasons)} by the plain formula ({name}: {reason})"
+            if gates.path in self.rows:
+                text += f" (a mask for each of the {self.rows[gates.path]} rows that they see, which are not the samples of the call)"
             streams = {tuple(plan.streams.names) for gated in mine for plan in gated.plans.values()}
             parts.append(f"{text}; hidden states: {' | '.join(', '.join(names) for names in sorted(streams))}")
         return "; ".join(parts)

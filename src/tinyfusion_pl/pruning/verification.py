@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tinyfusion_pl.pruning.batch_axes import SAMPLES_MIX
 from tinyfusion_pl.pruning.calls import Call, map_tree, quiet, unwrapped
 from tinyfusion_pl.pruning.gates import DepthGates
 from tinyfusion_pl.pruning.gating import GatedForward
-from tinyfusion_pl.pruning.masks import Split
+from tinyfusion_pl.pruning.gradient_check import check_gradients
 from tinyfusion_pl.pruning.stack_gates import StackGates
 from tinyfusion_pl.pruning.structures import Structure, earliest_drops, joint_structures, mixed_structures
 from tinyfusion_pl.pruning.surgery import blocks_removed
@@ -55,7 +56,7 @@ def verify(module: nn.Module, owner: DepthGates, args: tuple, kwargs: dict[str, 
     if next(_tensors(output), None) is None:
         raise ValueError(f"{type(module).__name__} returned no tensor that could be compared. {SWITCH_OFF}")
     for stack in gates:
-        _check_batch(stack, [call for call in recorded.values() if call[0].gates is stack])
+        _check_batch(owner, stack, [pair for pair in recorded.values() if pair[0].gates is stack], Call(None, args, kwargs))
     for structure in joint_structures(gates):
         if problem := replay.differs(structure):
             raise ValueError(_localize(replay, gates, structure, problem))
@@ -67,8 +68,12 @@ def verify(module: nn.Module, owner: DepthGates, args: tuple, kwargs: dict[str, 
     for stack in gates:
         first = next((pair for pair in recorded.values() if pair[0].gates is stack), None)
         if first is not None:
+<<<<<<< HEAD
             _check_gradients(*first)
     return True
+=======
+            check_gradients(*first)
+>>>>>>> models
 
 
 class _Replay:
@@ -189,7 +194,7 @@ def _of_both(replay: _Replay, structure: Structure, problem: str) -> str:
     )
 
 
-def _check_batch(stack: StackGates, recorded: list[tuple[GatedForward, Call]]) -> None:
+def _check_batch(owner: DepthGates, stack: StackGates, recorded: list[tuple[GatedForward, Call]], whole: Call) -> None:
     """All blocks of a stack must see the same batch: a sample's mask is one for the whole stack."""
     sizes = {}
     for gated, call in recorded:
@@ -199,6 +204,7 @@ def _check_batch(stack: StackGates, recorded: list[tuple[GatedForward, Call]]) -
         seen = ", ".join(f"{size} in block {name}" for size, name in sizes.items())
         raise ValueError(f"The blocks of '{stack.path}' see batches of different sizes ({seen}), so that a sample has no one mask. Prune a "
                          "list of blocks that all run on the same batch.")  # fmt: skip
+<<<<<<< HEAD
 
 
 def _check_gradients(gated: GatedForward, call: Call) -> None:
@@ -244,6 +250,15 @@ def _largest(tensor: Tensor) -> float:
 def _weighted_sum(tensor: Tensor) -> Tensor:
     """A scalar whose gradient differs at every place."""
     return (tensor.float().flatten() * torch.arange(tensor.numel(), device=tensor.device).sin()).sum()
+=======
+    num_rows = next(iter(sizes), None)
+    if num_rows is not None and whole.tensors and not any(num_rows in t.shape[:2] for t in whole.tensors.values()):
+        owner.rows[stack.path] = num_rows
+        if any(SAMPLES_MIX in plan.plain_because for gated, _ in recorded for plan in gated.plans.values()):
+            raise ValueError(f"The blocks of '{stack.path}' see {num_rows} rows that mix, which are no samples of the call "
+                             f"({whole.describe()}): samples packed into one row of tokens have no masks of their own. Pass them as a "
+                             "padded batch.")  # fmt: skip
+>>>>>>> models
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:
