@@ -68,12 +68,8 @@ def verify(module: nn.Module, owner: DepthGates, args: tuple, kwargs: dict[str, 
     for stack in gates:
         first = next((pair for pair in recorded.values() if pair[0].gates is stack), None)
         if first is not None:
-<<<<<<< HEAD
-            _check_gradients(*first)
-    return True
-=======
             check_gradients(*first)
->>>>>>> models
+    return True
 
 
 class _Replay:
@@ -204,53 +200,6 @@ def _check_batch(owner: DepthGates, stack: StackGates, recorded: list[tuple[Gate
         seen = ", ".join(f"{size} in block {name}" for size, name in sizes.items())
         raise ValueError(f"The blocks of '{stack.path}' see batches of different sizes ({seen}), so that a sample has no one mask. Prune a "
                          "list of blocks that all run on the same batch.")  # fmt: skip
-<<<<<<< HEAD
-
-
-def _check_gradients(gated: GatedForward, call: Call) -> None:
-    """The gradients of one block, half of the samples dropped: gathered against the plain formula."""
-    plan = gated.plan(call)
-    num_samples = call.tensors[plan.streams.names[0]].shape[plan.axis]
-    if plan.plain_because or num_samples < 2:
-        return
-    first = call.tensors[plan.streams.names[0]]
-    bits = torch.arange(num_samples, device=first.device) % 2 == 0
-    split = Split(int(bits.sum()), bits.nonzero().flatten(), (~bits).nonzero().flatten())
-    results = []
-    with quiet(gated.block, seed=0), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
-        leaves = {n: call.tensors[n].detach().clone().requires_grad_() for n in plan.streams.names}
-        args, kwargs = call.replace(leaves)
-        mask = bits.to(torch.float32).requires_grad_()
-        parameters = [p for p in gated.block.parameters() if p.requires_grad]
-        for way in (split, None):
-            # Streams as they come out of another block: no leaves, which a block could not write into.
-            copies = {n: leaf.view_as(leaf) for n, leaf in leaves.items()}
-            again = Call(gated.signature, *call.replace(copies)) if plan.writes_streams else Call(gated.signature, args, kwargs)
-            y = plan.streams.take(gated.gate(again, plan, mask, way))
-            loss = sum(_weighted_sum(each) for each in y.values())
-            wanted = [mask, *leaves.values(), *parameters]
-            grads = torch.autograd.grad(loss, wanted, allow_unused=True)
-            results.append([torch.zeros_like(w) if g is None else g for w, g in zip(wanted, grads)])
-    device = first.device.type
-    computed = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float64
-    sizes = [plain.float().abs().max().item() if plain.numel() else 0.0 for plain in results[1]]
-    for ours, plain, size in zip(*results, sizes):
-        eps = max(torch.finfo(dtype).eps for dtype in (plain.dtype, computed))  # the coarser one rounds
-        # A gradient that is zero but for rounding (a bias of attention's keys) is as exact as the others are large.
-        allowed = max(size * max(1e-2, 100 * eps), max(sizes) * max(1e-4, 10 * eps), 1e-8)
-        if plain.numel() and (ours.float() - plain.float()).abs().max().item() > allowed:
-            raise ValueError(f"Block {gated.name}: gradients with its samples gathered differ from those of the plain formula. Pass "
-                             "gather=False, which computes the plain formula throughout.")  # fmt: skip
-
-
-def _largest(tensor: Tensor) -> float:
-    return tensor.abs().max().item() if tensor.numel() else 0.0
-
-
-def _weighted_sum(tensor: Tensor) -> Tensor:
-    """A scalar whose gradient differs at every place."""
-    return (tensor.float().flatten() * torch.arange(tensor.numel(), device=tensor.device).sin()).sum()
-=======
     num_rows = next(iter(sizes), None)
     if num_rows is not None and whole.tensors and not any(num_rows in t.shape[:2] for t in whole.tensors.values()):
         owner.rows[stack.path] = num_rows
@@ -258,7 +207,10 @@ def _weighted_sum(tensor: Tensor) -> Tensor:
             raise ValueError(f"The blocks of '{stack.path}' see {num_rows} rows that mix, which are no samples of the call "
                              f"({whole.describe()}): samples packed into one row of tokens have no masks of their own. Pass them as a "
                              "padded batch.")  # fmt: skip
->>>>>>> models
+
+
+def _largest(tensor: Tensor) -> float:
+    return tensor.abs().max().item() if tensor.numel() else 0.0
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:
