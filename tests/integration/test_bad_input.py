@@ -76,7 +76,7 @@ def test_a_wrong_pattern(tell, pattern, expected):
     ("model.name=dit_xxl_2", "dit_xl_2"),
     ("stages=[learn]", "stages"),
     ("task.stages=[learn]", "learn_mask"),
-    ("recover.module.optimizer.lr=-1", "learning rate"),
+    ("recover.module.optimizer.lr=-1", "recover.module.optimizer.lr is -1"),
     ("recover.module.scheduler.final_ratio=3", "final_ratio"),
     ("learn_mask.fit.trainer.precision=64-half", "precision"),
     ("evaluate.sampling.steps=5", "steps"),
