@@ -66,6 +66,7 @@ FOREIGN_BOUNDS: dict[str, dict[str, tuple[float | None, float | None]]] = {
     "lightning.pytorch.trainer.trainer.Trainer": {"devices": (-1, 4096), "num_nodes": (1, 10**5)},
 }
 CHOICES: dict[str, Any] = {"weights": Literal["ema", "raw"]}
+LOADERS = "tinyfusion_pl.models."  # whose weights may also be an entry of a file
 UNTYPED = ("pattern",)  # an unquoted 1:2 is a number to YAML: the class says what happened
 
 
@@ -108,6 +109,8 @@ def kind_of(name: str, hint: Any, *, target: str) -> Kind:
         return Kind(Any)
     if not target.startswith("tinyfusion_pl."):
         return Kind(hint, **_bounds(FOREIGN_BOUNDS.get(target, {}).get(name)))
+    if target.startswith(LOADERS):
+        return Kind(hint, **_bounds(BOUNDS.get(name)))
     return Kind(CHOICES.get(name, hint), **_bounds(BOUNDS.get(name)))
 
 
