@@ -292,3 +292,9 @@ def test_entries_inside_entries_without_end_are_refused(tmp_path):
     content["self"] = content
     with pytest.raises(ArtifactError, match="more than 100000 entries inside entries"):
         load_pretrained(file_of(tmp_path, content), **OPTIONS)
+
+
+@pytest.mark.parametrize("place", ["shipped", "random", "folder"])
+def test_an_entry_by_name_of_no_file_is_refused(tmp_path, place):
+    with pytest.raises(ValueError, match="weights is 'best'; give 'ema' or 'raw' .model.weights.*is none"):
+        load_pretrained(tmp_path if place == "folder" else place, name="dit_digits", weights="best")

@@ -41,7 +41,8 @@ def under_prefix(state: Mapping[str, Tensor], expected: Iterable[str], where: st
     found = prefixes_with(plain, expected)
     if len(found) > 1:
         named = " and ".join(repr(prefix) if prefix else "no prefix" for prefix in found)
-        raise ValueError(f"{where} holds weights that fit under each of {named}. Give the one that is meant: prefix={found[-1]!r}.")
+        raise ValueError(f"{where} holds weights that fit under each of {named}. Give the one that is meant: prefix={found[-1]!r} "
+                         "(model.prefix).")
     if not found or (not found[0] and plain.keys() == state.keys()):
         return dict(state)
     prefix = found[0]

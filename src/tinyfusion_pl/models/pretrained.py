@@ -25,6 +25,7 @@ from tinyfusion_pl.models.registry import create_model, list_models, model_famil
 from tinyfusion_pl.models.shallow import check_weights, load_shallow
 from tinyfusion_pl.models.sit import SiT
 from tinyfusion_pl.models.weight_files import weights_sha256
+from tinyfusion_pl.models.weight_sets import WEIGHTS
 
 SHIPPED = {"dit_digits": "digits_teacher"}
 RANDOM = "random"
@@ -75,6 +76,9 @@ def load_pretrained(name_or_path: str | Path, *, name: str | None = None, weight
         ArtifactError: for a missing or broken file, or one that cannot be downloaded.
     """
     own = None if name is None else registered_name(name)
+    if weights not in WEIGHTS and not Path(name_or_path).is_file() and (name_or_path in ("shipped", RANDOM) or Path(name_or_path).is_dir()):
+        raise ValueError(f"weights is {weights!r}; give 'ema' or 'raw' (model.weights). Entries by name are of checkpoint files, and "
+                         f"{name_or_path} is none.")
     if name_or_path == "shipped":
         return _shipped(own or next(iter(SHIPPED)), overrides)
     path, options = Path(name_or_path), {"weights": weights, "prefix": prefix, "variant": variant}
