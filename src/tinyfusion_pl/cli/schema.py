@@ -94,6 +94,7 @@ FOREIGN_BOUNDS: dict[str, dict[str, tuple[float | None, float | None]]] = {
 CHOICES: dict[str, Any] = {"weights": Literal["ema", "raw"]}
 OBJECTS = {("tinyfusion_pl.objectives.gaussian_diffusion.GaussianDiffusion", "scheduler")}  # settings that are one, or null
 LOADERS = "tinyfusion_pl.models."  # whose weights may also be an entry of a file
+BLANK = ("prefix",)  # texts that may be empty
 UNTYPED = ("pattern",)  # an unquoted 1:2 is a number to YAML: the class says what happened
 
 
@@ -140,7 +141,7 @@ def kind_of(name: str, hint: Any, *, target: str) -> Kind:
         return Kind(hint, **_bounds(FOREIGN_BOUNDS.get(target, {}).get(name)))
     if (target, name) in OBJECTS:
         return Kind(Built | None)
-    return Kind(hint if target.startswith(LOADERS) else CHOICES.get(name, hint), **_bounds(BOUNDS.get(name)), blank=False)
+    return Kind(hint if target.startswith(LOADERS) else CHOICES.get(name, hint), **_bounds(BOUNDS.get(name)), blank=name in BLANK)
 
 
 def _bounds(pair: tuple[float | None, float | None] | None) -> dict[str, Any]:
