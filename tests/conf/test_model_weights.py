@@ -29,7 +29,7 @@ def files(tmp_path_factory):
 @pytest.mark.filterwarnings("ignore:.*(raw weights only|does not say):UserWarning")
 def test_an_entry_and_a_prefix_are_settings(files, file, setting, is_twice):
     with initialize_config_module("tinyfusion_pl.conf", version_base="1.3"):
-        cfg = compose("main", overrides=["task=learn_mask", f"model.checkpoint={files / file}", setting, "run_dir=x"])
+        cfg = compose("main", overrides=["task=learn_mask", f"model.checkpoint={files / file}", setting, "run_dir=x", "paths.output_dir=x"])
     found = instantiate(checked(cfg).model).state_dict()
     expected = load_denoiser("dit_digits", checkpoint="shipped").state_dict()
     assert all(torch.equal(found[key], (2 if is_twice else 1) * value) for key, value in expected.items())

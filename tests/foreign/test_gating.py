@@ -31,6 +31,7 @@ def cut_copy(model, gates, kept):
     return remove_blocks(bare, {g.path: g.blocks_of(kept[g.path]) for g in gates.stacks})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ZOO)
 def test_dropping_by_gates_equals_cutting_out(name):
     model, make_inputs, gates = gated(name)
@@ -89,6 +90,7 @@ def test_gathered_gradients_equal_the_plain_formula(name):
     assert not any(plan.plain_because for gated in gates.gated_forwards for plan in gated.plans.values())
 
 
+@pytest.mark.slow  # the rows of the page on any transformer check the same
 @pytest.mark.parametrize("name", ZOO)
 def test_verification_accepts_it(name):
     model, make_inputs, gates = gated(name)

@@ -42,6 +42,7 @@ def saved(name, folder):
     return shallow, lambda m: sample_of(m(*args, **kwargs))
 
 
+@pytest.mark.slow  # the rows of the page on any transformer check the same
 @pytest.mark.parametrize("name", LIBRARY)
 def test_plain_from_pretrained_opens_it(name, tmp_path):
     shallow, call = saved(name, tmp_path)
@@ -58,6 +59,7 @@ def test_plain_from_pretrained_opens_it(name, tmp_path):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_model_without_config_needs_a_dense_one(name, tmp_path):
     shallow, call = saved(name, tmp_path)

@@ -70,6 +70,7 @@ def test_lora_runs_and_the_original_weights_come_back(tmp_path):
     assert not any("lora" in key for key in first["shallow"])
 
 
+@pytest.mark.slow
 def test_a_nan_on_one_rank_skips_the_step_on_both(tmp_path):
     first, second = train("nan", tmp_path)
     assert first["num_skipped"] == second["num_skipped"] == 1
@@ -77,6 +78,7 @@ def test_a_nan_on_one_rank_skips_the_step_on_both(tmp_path):
     assert same(first["logits"][-1], second["logits"][-1]) and all(torch.isfinite(x).all() for x in first["logits"][-1])
 
 
+@pytest.mark.slow
 def test_recovery_draws_by_rank_and_keeps_the_teacher_out(tmp_path):
     first, second = train("recovery", tmp_path)
     assert not same(first["noise"], second["noise"])
@@ -84,6 +86,7 @@ def test_recovery_draws_by_rank_and_keeps_the_teacher_out(tmp_path):
     assert not first["teacher_in_state_dict"]
 
 
+@pytest.mark.slow
 def test_passes_of_a_step_share_masks_by_size(tmp_path):
     for rank in train("direct", tmp_path):
         assert "error" not in rank and len(rank["equal"]) == 3 and all(rank["equal"])
@@ -95,6 +98,7 @@ def test_two_streams_draw_by_rank_and_learn_alike(tmp_path):
     assert same(first["logits"], second["logits"]) and not torch.equal(first["logits"][0], first["logits"][-1])
 
 
+@pytest.mark.slow
 def test_reentrant_checkpointing_is_refused_with_the_remedy(tmp_path):
     for rank in train("reentrant", tmp_path):
         assert "Reentrant activation checkpointing" in rank["error"] and "use_reentrant=False" in rank["error"]

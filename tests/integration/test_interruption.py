@@ -75,11 +75,11 @@ def uninterrupted(tmp_path_factory):
 
 
 CASES = [
-    pytest.param("learn_mask", "SIGINT"),
+    pytest.param("learn_mask", "SIGINT", marks=pytest.mark.slow),
     pytest.param("learn_mask", "SIGKILL", marks=pytest.mark.slow),
     pytest.param("recover", "SIGINT", marks=pytest.mark.slow),
     pytest.param("recover", "SIGKILL"),
-    pytest.param("evaluate", "SIGINT"),
+    pytest.param("evaluate", "SIGINT", marks=pytest.mark.slow),
     pytest.param("evaluate", "SIGKILL", marks=pytest.mark.slow),
     pytest.param("report", "SIGKILL", marks=pytest.mark.slow),
     pytest.param("report", "SIGINT", marks=pytest.mark.slow),

@@ -88,7 +88,10 @@ class RoundedTimes:
         return self.oracle(x, t.round().long(), y)
 
 
-@pytest.mark.parametrize("name", ["dpm_solver", "unipc", "sde_dpm_solver", "ddpm_learned", "euler_ancestral"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("sde_dpm_solver", "ddpm_learned", "euler_ancestral")]
+
+
+@pytest.mark.parametrize("name", ["dpm_solver", "unipc", *SLOW])
 def test_normal_data_is_sampled_with_its_mean_and_spread(name):
     n = 4000
     x = GaussianDiffusion().sample(RoundedTimes(Oracle(spread=0.5)), torch.randn(n, 1, 1, 1), torch.full((n,), 3),

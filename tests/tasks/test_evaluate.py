@@ -183,7 +183,7 @@ def test_a_killed_evaluation_goes_on_to_the_identical_numbers_and_pictures(tmp_p
     assert np.array_equal(pictures(tmp_path / "killed"), pictures(tmp_path / "never"))
 
 
-@pytest.mark.parametrize("num_processes", [2, 3])
+@pytest.mark.parametrize("num_processes", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_processes_that_share_the_work_unevenly_give_the_numbers_of_one(whole, num_processes, tmp_path):
     done = start(num_processes, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
