@@ -27,6 +27,8 @@ BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "num_timing_rounds": (1, 10**5),
     "num_timesteps": (1, 10**6),
     "num_noised": (1, 10**4),
+    "mask_ratio_min": (0, 1 - 1e-9),
+    "subset_size": (2, 10**7),
     "num_features": (1, 2**13),
     "num_spatial": (1, 2**13),
     "num_subsets": (1, 10**6),
@@ -88,6 +90,8 @@ FOREIGN_BOUNDS: dict[str, dict[str, tuple[float | None, float | None]]] = {
         "devices": (-1, 4096), "num_nodes": (1, 10**5), "max_steps": (-1, 10**12), "max_epochs": (-1, 10**12),
         "accumulate_grad_batches": (1, 2**20), "log_every_n_steps": (0, 10**12), "gradient_clip_val": (0, 10**9),
     },
+    **{f"diffusers.schedulers.scheduling_{name}": {"solver_order": (1, 3)}
+       for name in ("dpmsolver_multistep.DPMSolverMultistepScheduler", "unipc_multistep.UniPCMultistepScheduler")},
     **{f"torch.optim.{name}": {"lr": (0, 100), "weight_decay": (0, 100)}
        for name in ("adamw.AdamW", "adam.Adam", "sgd.SGD", "rmsprop.RMSprop", "adagrad.Adagrad", "nadam.NAdam", "radam.RAdam")},
 }
