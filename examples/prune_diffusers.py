@@ -3,7 +3,7 @@
     python examples/prune_diffusers.py [--output-dir outputs/flux]
     python examples/prune_diffusers.py --model FLUX_FOLDER --data cached.safetensors --precision bf16-true
 
-Without --model a tiny FLUX is made and trained first, on synthetic latents with one prompt a class: about two minutes on 2 cores.
+Without --model a tiny FLUX is made and trained first, on synthetic latents with one prompt a class: several minutes on 2 cores.
 
 `--model` is a folder that `FluxTransformer2DModel.from_pretrained` opens, or a pipeline's folder with that model in `transformer/`.
 `--data` is a safetensors file of N samples, which the text encoders and the VAE made beforehand:
