@@ -10,8 +10,8 @@ from foreign.zoo import of, randomize, sample_of
 from tinyfusion_pl.models import load_shallow, save_shallow
 from tinyfusion_pl.pruning import find_stacks, verify
 from tinyfusion_pl.pruning.calls import quiet
+from tinyfusion_pl.pruning.drops import earliest_drops
 from tinyfusion_pl.pruning.pruner import DepthPruner
-from tinyfusion_pl.pruning.structures import earliest_drops
 
 pytestmark = pytest.mark.slow
 

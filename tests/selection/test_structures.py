@@ -5,12 +5,12 @@ import itertools
 import pytest
 import torch
 
-from foreign.zoo import ZOO, randomize
+from foreign.zoo import COUPLED, ZOO, randomize
 from pruning.toys import PairToy, Toy
 from small_dit_model import small_batch
 from tinyfusion_pl.models import create_model
 from tinyfusion_pl.pruning.surgery import blocks_removed
-from tinyfusion_pl.selection import Calibration, Space
+from tinyfusion_pl.selection import Calibration, Space, select_blocks
 from tinyfusion_pl.selection.candidates import all_structures, distinct, most_probable_structures, num_structures, sample_structures
 from tinyfusion_pl.selection.structures import lexicographic, open_structures
 
@@ -161,3 +161,24 @@ def test_no_stack_loses_all_its_blocks():
 def test_a_budget_that_cannot_be_met_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         Space(Toy(depth=6), **{"stacks": None if isinstance(options.get("keep"), dict) else "blocks", **options})
+
+
+@pytest.mark.parametrize("name", ["flux_controlnet", "chroma"])
+def test_models_whose_blocks_are_tied_to_their_place_are_refused(name):
+    model, make_inputs, stacks = COUPLED[name]()
+    torch.manual_seed(0)
+    args, kwargs = make_inputs(2)
+    with pytest.raises(ValueError, match="goes to blocks by their place"):
+        select_blocks(model.eval(), lambda n: Calibration(args, kwargs, num_samples=2), criterion="first", keep=0.5, stacks=stacks,
+                      num_samples=2)  # fmt: skip
+
+
+def test_rows_of_a_search_are_run_in_parts_of_max_rows():
+    model = Toy(depth=5).eval()
+    space, calibration = Space(model, keep=2, stacks="blocks"), toy_calibration(4)
+    structures, index = sample_structures(space, torch.zeros(5), 12), torch.arange(4).repeat_interleave(3)
+    found = []
+    for max_rows in (100, 5):
+        with open_structures(model, space, max_rows=max_rows) as runner:
+            found.append(runner.per_sample(runner.ask(calibration), structures, index))
+    torch.testing.assert_close(*found)

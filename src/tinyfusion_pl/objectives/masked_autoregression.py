@@ -37,7 +37,7 @@ class MaskedDraw(Draw):
 
     def rows(self, index: Tensor) -> MaskedDraw:
         """The draw of the samples at `index`, which may repeat."""
-        per_sample = len(self.flat.t) // len(self.x0)
+        index, per_sample = index.to(self.x0.device), len(self.flat.t) // len(self.x0)
         flat_index = (index[:, None] * per_sample + torch.arange(per_sample, device=index.device)).flatten()
         parts = {name: getattr(self, name).index_select(0, index) for name in ("x0", "t", "noise")}
         flat = Draw(*(getattr(self.flat, name).index_select(0, flat_index) for name in ("x0", "x_t", "t", "noise")))

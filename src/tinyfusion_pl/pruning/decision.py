@@ -45,7 +45,7 @@ class StackDecision:
         The last kept block of each group, at its place in the shallow stack, goes with the last block of that group in the teacher. Units
         of several blocks give a pair for each place in the unit: of mirrored pairs, the in blocks one and the out blocks one.
 
-        Where the choice was not one of groups (`criterion`), pairs are spaced evenly: block i of n' with block (i + 1) n / n' - 1 of n,
+        Where a `criterion` chose, pairs are spaced evenly, the same for every criterion: block i of k with block (i + 1) n / k - 1 of n,
         rounded down.
         """
         if self.criterion is not None:

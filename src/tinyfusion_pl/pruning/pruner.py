@@ -31,11 +31,11 @@ from tinyfusion_pl.pruning.compiled import Compiler, Opened, close_compiled, on_
 from tinyfusion_pl.pruning.copies import copy_of, outline_of
 from tinyfusion_pl.pruning.decision import Decision
 from tinyfusion_pl.pruning.discovery import Discovery, discover
+from tinyfusion_pl.pruning.drops import earliest_drops
 from tinyfusion_pl.pruning.gates import DepthGates, remove_gates
 from tinyfusion_pl.pruning.library_configs import check_library_config
 from tinyfusion_pl.pruning.patterns import Pattern
 from tinyfusion_pl.pruning.plan import Plan, find_paths, make_plan
-from tinyfusion_pl.pruning.structures import earliest_drops
 from tinyfusion_pl.pruning.surgery import remove_blocks
 
 

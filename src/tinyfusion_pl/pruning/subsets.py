@@ -77,10 +77,6 @@ class SubsetDistribution:
         others = before[:-1, :k] + self._after[1:, :k].flip(-1)  # j of the units before, k - 1 - j of those after
         return (self.theta + others.logsumexp(-1) - self._after[0, k]).exp().clamp(0, 1)
 
-    def score(self, subsets: Tensor) -> Tensor:
-        """Gradient of `log_prob` in theta: subset minus marginals. (N, n)"""
-        return subsets.double() - self.marginals()
-
     def entropy(self) -> float:
         """Entropy in nats: log of the normalizer minus the expected sum of theta."""
         return max(float(self._after[0, self.num_kept] - self.marginals() @ self.theta), 0.0)

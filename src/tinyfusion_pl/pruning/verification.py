@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from tinyfusion_pl.pruning.batch_axes import SAMPLES_MIX
 from tinyfusion_pl.pruning.calls import Call, map_tree, quiet, unwrapped
+from tinyfusion_pl.pruning.drops import Structure, earliest_drops, joint_structures, mixed_structures
 from tinyfusion_pl.pruning.gates import DepthGates
 from tinyfusion_pl.pruning.gating import GatedForward
 from tinyfusion_pl.pruning.gradient_check import check_gradients
 from tinyfusion_pl.pruning.stack_gates import StackGates
-from tinyfusion_pl.pruning.structures import Structure, earliest_drops, joint_structures, mixed_structures
 from tinyfusion_pl.pruning.surgery import blocks_removed
 
 SWITCH_OFF = "If this is intended, pass verify=False."

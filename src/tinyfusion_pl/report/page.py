@@ -123,8 +123,8 @@ PAGE = """<!DOCTYPE html>
 </head>
 <body>
 <header>
-<p class="soft">Run <strong>{name}</strong> · a trained diffusion transformer made shallow: training finds the
-blocks that it can spare, they are taken out, and the rest is trained to make up for them
+<p class="soft">Run <strong>{name}</strong> · a trained diffusion transformer made shallow: the blocks that it can
+spare are found and taken out, and the rest is trained to make up for them
 (TinyFusion, arXiv 2412.01199).</p>
 <h1>{heading}</h1>
 {note}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -77,12 +77,14 @@ class Choice:
         scores: Its value of each unit, higher where the unit should stay (num_units,); None where it values structures only.
         theta: Log-odds of a learned distribution (num_units,); None where nothing was learned.
         considered: Structures that it found good, best first, for trials; the choice itself need not be among them.
+        history: Of each step of a search: "step", mean "loss", the "structure" then, and its "theta".
     """
 
     structure: Tensor
     scores: Tensor | None = None
     theta: Tensor | None = None
     considered: Tensor | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Criterion(Protocol):

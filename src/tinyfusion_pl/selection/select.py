@@ -125,7 +125,7 @@ class Selection:
         space = self.space(model)
         with torch.random.fork_rng(devices_of(model)), open_structures(model, space, max_rows=self.max_rows) as structures:
             problem = Problem(structures, draw, num_samples=self.num_samples, seed=seed)
-            structures.check(problem.fixed)
+            structures.ask(problem.fixed)  # checks that structures can be run side by side
             simple = self._simple_rule(problem) if self.with_simple_rule else None
             before = structures.num_block_runs  # that the report asks costs nothing here
             choice = self.criterion(problem)
@@ -141,7 +141,7 @@ class Selection:
                         else self._decision(space, structure, choice.theta, how, choice.scores))  # fmt: skip
             cost = structures.num_block_runs - before
         history = [{"step": each["step"], "loss": each["loss"], "decision": self._decision(space, each["structure"], each["theta"])}
-                   for each in getattr(self.criterion, "history", [])]  # fmt: skip
+                   for each in choice.history]  # fmt: skip
         return Selected(decision, cost, None if simple is None else space.kept_blocks(simple), history, rounds)
 
     def _simple_rule(self, problem: Problem) -> Tensor:

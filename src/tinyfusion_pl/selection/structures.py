@@ -9,10 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tinyfusion_pl.distill import predictions
 from tinyfusion_pl.pruning.assignment import Assignment
-from tinyfusion_pl.pruning.calls import map_tree, quiet
+from tinyfusion_pl.pruning.calls import quiet
 from tinyfusion_pl.pruning.gates import DepthGates, remove_gates
-from tinyfusion_pl.selection.calibration import Calibration, take_rows
+from tinyfusion_pl.pruning.surgery import blocks_removed
+from tinyfusion_pl.selection.calibration import Calibration, mean_square, take_rows
+from tinyfusion_pl.selection.candidates import distinct
 from tinyfusion_pl.selection.space import Space
 
 MAX_ROWS = 1024
@@ -32,6 +35,7 @@ class Structures:
     def __init__(self, model: nn.Module, space: Space, gates: DepthGates, *, max_rows: int = MAX_ROWS) -> None:
         self.model, self.space, self.gates, self.max_rows = model, space, gates, max_rows
         self.num_block_runs = 0
+        self._checked: set[int] = set()  # numbers of samples
 
     def ask(self, calibration: Calibration) -> Calibration:
         """Let the dense model answer, once."""
@@ -39,6 +43,11 @@ class Structures:
             with self.gates.bypass():
                 calibration.ask(self.model)
             self.num_block_runs += sum(self.space.num_blocks.values()) * calibration.num_samples
+        if calibration.num_samples not in self._checked:  # another number may equal another size
+            self._checked.add(calibration.num_samples)
+            before = self.num_block_runs
+            self.check(calibration)
+            self.num_block_runs = before  # no part of a choice
         return calibration
 
     @torch.no_grad()
@@ -55,8 +64,9 @@ class Structures:
         return output
 
     def per_sample(self, calibration: Calibration, structures: Tensor, index: Tensor, measure: str = "distance") -> Tensor:
-        """Measure of each sample at `index` (len(index),), divided evenly over `structures`."""
-        return self._measured(calibration, self.outputs(calibration, structures, index, shared=False), index, measure)
+        """Measure of each row (R,): `structures` (R, num_units), row r for the sample ``index[r]``."""
+        parts = zip(structures.split(self.max_rows), index.split(self.max_rows))
+        return torch.cat([self._measured(calibration, self.outputs(calibration, s, i, shared=False), i, measure) for s, i in parts])
 
     def means(self, calibration: Calibration, structures: Tensor, measure: str = "distance") -> Tensor:
         """Mean over the calibration's samples for each structure: (S,) float64.
@@ -76,26 +86,38 @@ class Structures:
             found[part] = self._measured(calibration, output, index.repeat(len(part)), measure).view(len(part), -1).double().mean(1).cpu()
         return found
 
+    @torch.no_grad()
     def check(self, calibration: Calibration) -> None:
-        """Find out whether a batch of repeated samples gives the dense model's outputs, repeated.
+        """Find out whether structures run side by side give what cutting the blocks out gives, one with early and one with late drops.
 
         Raises:
-            ValueError: when it does not: then samples cannot be told apart in the inputs, or influence one another.
+            ValueError: when they do not: then samples cannot be told apart in the inputs or influence one another, or what is around the
+                blocks depends on their number or place.
         """
         self.ask(calibration)
-        index = torch.arange(min(calibration.num_samples, max(self.max_rows // 2, 1)))
-        whole = torch.ones(2, self.space.num_units, dtype=torch.bool)
+        places = torch.arange(self.space.num_units)
+        structures = distinct([torch.ones_like(places, dtype=torch.bool), self.space.top(places), self.space.top(-places)])
+        index = torch.arange(min(calibration.num_samples, max(self.max_rows // len(structures), 1)))
+        args, kwargs = calibration.rows(index)
+        expected = []
+        for structure in structures:
+            with quiet(self.model), self.gates.bypass(), blocks_removed(self.model, self.space.kept_blocks(structure)):
+                expected.append(self.model(*args, **kwargs))
         try:
-            output = self.outputs(calibration, whole, index, shared=True)
-            distances = calibration.distances(output, index.repeat(2))
-            own = calibration.distances(take_rows(calibration.target, index, calibration.num_samples), index).repeat(2)
-            scale = calibration.distances(_zeros(output), index.repeat(2))
+            output = self.outputs(calibration, structures, index, shared=True)
         except (RuntimeError, IndexError) as error:
             raise ValueError(f"The model could not be run on its samples repeated: {error} {BATCH_FIRST}") from error
-        # A distance to itself need not be 0: an objective may add the likelihood of the data at the first timestep.
-        if not ((difference := (distances - own).abs().mean()) <= 1e-5 * scale.mean().clamp_min(1e-12)):
-            raise ValueError(f"The model gives other outputs for its samples repeated in one batch (distance {difference:.3g}, where "
-                             f"outputs reach {scale.mean():.3g}). {BATCH_FIRST}")  # fmt: skip
+        for at, (structure, alone) in enumerate(zip(structures, expected)):
+            rows = take_rows(output, at * len(index) + torch.arange(len(index)), len(structures) * len(index))
+            difference, scale = float(mean_square(rows, alone).mean()), _mean_size(alone)
+            if not difference <= 1e-7 * max(scale, 1e-12):
+                kept = self.space.kept_blocks(structure)
+                raise ValueError(
+                    f"{type(self.model).__name__} gives other outputs for several structures in one batch (mean squared difference "
+                    f"{difference:.3g}, where outputs have {scale:.3g}) than "
+                    + (f"with all but {kept} cut out: an input or setting goes to blocks by their place. Leave it out or name other stacks."
+                       if at else f"for one alone. {BATCH_FIRST}")
+                )
 
     @contextmanager
     def without_gates(self) -> Iterator[None]:
@@ -124,9 +146,9 @@ def open_structures(model: nn.Module, space: Space, *, max_rows: int = MAX_ROWS)
         remove_gates(model)
 
 
-def _zeros(output: Any) -> Any:
-    """`output` with zeros in it: how far nothing is from the target."""
-    return map_tree(lambda _, leaf: torch.zeros_like(leaf) if isinstance(leaf, Tensor) else leaf, output)
+def _mean_size(output: Any) -> float:
+    """Mean square of an output, averaged over its tensors."""
+    return sum(float(each.float().square().mean()) for each in predictions(output)) / len(predictions(output))
 
 
 def lexicographic(structures: Tensor) -> Tensor:

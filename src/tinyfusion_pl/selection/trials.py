@@ -115,6 +115,8 @@ class _Recovery:
 
     @torch.no_grad()
     def distance(self, calibration: Calibration) -> float:
+        for average, own in zip(self.average.buffers(), self.student.buffers()):  # batch statistics
+            average.copy_(own)
         output = self.average(*calibration.args, **calibration.kwargs)
         self.problem.structures.num_block_runs += self.num_blocks * calibration.num_samples
         found = float(calibration.distances(output, torch.arange(calibration.num_samples)).mean())

@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from tinyfusion_pl.artifacts import write_json, write_text
@@ -39,17 +39,16 @@ class Draws:
         return Calibration.of(self.objective, x.to(self.device), y.to(self.device))
 
 
-def choose(selection: Selection, folder: RunFolder, inputs: Inputs, trainer: Trainer) -> dict[str, Any]:
+def choose(selection: Selection, folder: RunFolder, inputs: Inputs, device: torch.device) -> dict[str, Any]:
     """Choose, cut a copy of the teacher, and leave it in ``shallow/``; returns what the stage is marked with.
 
     Args:
         selection: The criterion and its budget.
         folder: Where it goes.
         inputs: The teacher, objective and data.
-        trainer: States the device.
+        device: Where it computes.
     """
     start = time.perf_counter()
-    device = trainer.strategy.root_device
     name = selection.criterion.name
     say(f"learn_mask: {name} chooses which blocks stay; the shallow model goes to {folder.shallow}")
     model = copy.deepcopy(inputs.teacher).to(device).eval()

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.loggers import Logger
@@ -97,6 +98,10 @@ class Fit:
     def num_processes(self) -> int:
         """Processes that it trains on."""
         return num_processes(self._bare_trainer())
+
+    def device(self) -> torch.device:
+        """Where its first process computes."""
+        return self._bare_trainer().strategy.root_device
 
     def _bare_trainer(self) -> Trainer:
         return self.trainer(callbacks=list(self.callbacks.values()), logger=False)

@@ -39,7 +39,6 @@ class GlobalSearch:
             raise ValueError(f"lr is {lr} and average_decay {average_decay}; give lr > 0 and a decay in [0, 1).")
         self.num_steps, self.num_samples, self.num_subsets, self.lr = num_steps, num_samples, num_subsets, lr
         self.average_decay, self.num_considered = average_decay, num_considered
-        self.history: list[dict] = []
 
     def __call__(self, problem: Problem) -> Choice:
         space, generator = problem.space, problem.generator(CANDIDATES)
@@ -47,7 +46,7 @@ class GlobalSearch:
         average, optimizer = theta.clone(), torch.optim.Adam([theta], lr=self.lr, betas=(0.9, 0.99))
         calibrations = problem.stream(self.num_samples, SEARCH)
         index = torch.arange(self.num_samples).repeat_interleave(self.num_subsets)
-        self.history = []
+        history = []
         for step in range(self.num_steps):
             calibration = problem.structures.ask(next(calibrations))
             structures = sample_structures(space, theta, len(index), generator=generator)
@@ -58,10 +57,10 @@ class GlobalSearch:
             theta.grad = estimate_gradient(losses, structures, marginals(problem.space, theta))
             optimizer.step()
             average.lerp_(theta, 1 - self.average_decay)
-            self.history.append({"step": step + 1, "loss": float(losses.mean()), "structure": space.top(average),
-                                 "theta": average.clone()})  # fmt: skip
+            history.append({"step": step + 1, "loss": float(losses.mean()), "structure": space.top(average),
+                            "theta": average.clone()})  # fmt: skip
         considered = most_probable_structures(space, average, self.num_considered)
-        return Choice(space.top(average), scores=average.clone(), theta=average, considered=considered)
+        return Choice(space.top(average), scores=average.clone(), theta=average, considered=considered, history=history)
 
 
 def estimate_gradient(losses: Tensor, structures: Tensor, mu: Tensor) -> Tensor:
