@@ -3,7 +3,7 @@
     python examples/prune_diffusers.py [--output-dir outputs/flux]
     python examples/prune_diffusers.py --model FLUX_FOLDER --data cached.safetensors --precision bf16-true
 
-Without --model a tiny FLUX is made and trained first, on synthetic latents with one prompt a class: several minutes on 2 cores.
+Without --model a tiny FLUX is made and trained first, on synthetic latents with one prompt a class: about two minutes on 2 cores.
 
 `--model` is a folder that `FluxTransformer2DModel.from_pretrained` opens, or a pipeline's folder with that model in `transformer/`.
 `--data` is a safetensors file of N samples, which the text encoders and the VAE made beforehand:
@@ -211,10 +211,10 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", help="folder of a FLUX in diffusers' format; default: a tiny one, trained first")
     parser.add_argument("--data", help="safetensors file of cached samples; default: synthetic ones of the model's widths")
     parser.add_argument("--pattern", nargs=2, default=["1:2", "2:4"], metavar="N:M", help="of the double- and single-stream blocks")
-    parser.add_argument("--pretrain-steps", type=int, default=400, help="of the tiny model")
-    parser.add_argument("--search-steps", type=int, default=200)
-    parser.add_argument("--recovery-steps", type=int, default=300)
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--pretrain-steps", type=int, default=180, help="of the tiny model")
+    parser.add_argument("--search-steps", type=int, default=60)
+    parser.add_argument("--recovery-steps", type=int, default=120)
+    parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1e-3, help="of search and recovery; far lower for a real model")
     parser.add_argument("--accelerator", default="auto")
     parser.add_argument("--precision", default="32-true", help="as the Trainer takes it")
