@@ -71,7 +71,7 @@ def test_a_word_goes_to_its_function(capsys, monkeypatch):
 
 
 def test_compare_prints_the_report_rooms_comparison(capsys, monkeypatch):
-    monkeypatch.setattr("tinyfusion_pl.report.compare", lambda run_dir_a, run_dir_b: f"{run_dir_a} against {run_dir_b}")
+    monkeypatch.setattr("tinyfusion_pl.report.compare", lambda run_dir, other_run_dir: f"{run_dir} against {other_run_dir}")
     assert cli.main(["compare", "A", "B"]) == 0
     assert capsys.readouterr().out == "A against B\n"
 
@@ -88,8 +88,8 @@ def test_an_unknown_word_lists_the_known_ones(capsys):
 
 
 def test_a_word_with_too_few_arguments_says_what_it_takes(capsys):
-    assert cli.main(["compare", "A"]) == 2
-    assert capsys.readouterr().err == "error: Usage: tinyfusion compare RUN_DIR_A RUN_DIR_B\n"
+    assert cli.main(["compare"]) == 2
+    assert capsys.readouterr().err == "error: Usage: tinyfusion compare RUN_DIR [OTHER_RUN_DIR]\n"
 
 
 @pytest.mark.parametrize("argument", ["+experiment=x", "~seed", "seed=1", "-m", "--help"])

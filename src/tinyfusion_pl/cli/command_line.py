@@ -23,13 +23,15 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from tinyfusion_pl.cli.errors import Told, printable_warnings, tell
+from tinyfusion_pl.cli.arms import record_arm
+from tinyfusion_pl.cli.errors import Told, printable_warnings, sentence, tell
 from tinyfusion_pl.cli.naming import named
 from tinyfusion_pl.cli.overrides import check_added, expand_home, keep_escaped, readable
 from tinyfusion_pl.cli.processes import as_single_run, is_first_process, process
-from tinyfusion_pl.cli.run_identity import CONFIG, check_folder, config_hash, forget_config, write_config
+from tinyfusion_pl.cli.run_identity import CONFIG, check_folder, config_hash, forget_config, hash_of, write_config
 from tinyfusion_pl.cli.settings import check_complete, checked
-from tinyfusion_pl.cli.sweeps import check_single, check_sweep
+from tinyfusion_pl.cli.sweeps import check_single, check_sweep, in_sweep
+from tinyfusion_pl.printable import for_terminal
 
 # word -> function of strings; the text that it returns is printed
 COMMANDS = {
@@ -99,10 +101,15 @@ def _run_task(cfg: DictConfig) -> Any:
             check_single(job.sweeper)
             return run(cfg, run_dir)
         print(f"job {job.job.num}: {' '.join(job.overrides.task)} -> {run_dir}", flush=True)
+        arm = partial(record_arm, cfg, sweep_dir=Path(job.sweep.dir), run_dir=run_dir, overrides=job.overrides.task)
         with process([sys.argv[0], *as_single_run(sys.argv[1:], job)]):
-            return run(cfg, run_dir)
+            result = run(cfg, run_dir)
+        arm()
+        return result
     except Exception as error:
         exit_code = tell(error)
+        if sweeping:
+            arm(error=for_terminal(sentence(error) or repr(error)))
         _remove_empty(run_dir)
         _remove_empty(Path.cwd() / str(job.run.dir))  # as written: a/../b makes both
         if sweeping:
@@ -197,6 +204,8 @@ def _build(node: DictConfig) -> Any:
 
 
 OmegaConf.register_new_resolver("config_hash", lambda *, _root_: config_hash(_root_), replace=True)
+OmegaConf.register_new_resolver("hash_of", lambda *names, _root_: hash_of(_root_, *names), replace=True)
+OmegaConf.register_new_resolver("in_sweep", in_sweep, replace=True)
 OmegaConf.register_new_resolver("absolute_path", lambda path: os.path.abspath(os.path.expanduser(str(path))), replace=True)
 OmegaConf.register_new_resolver("expand_user", lambda path: os.path.expanduser(str(path)), replace=True)
 OmegaConf.register_new_resolver("words", lambda: ", ".join(COMMANDS), replace=True)

@@ -16,6 +16,7 @@ from tinyfusion_pl.cli.processes import is_first_process
 
 # Where a run writes and which of its stages run: no part of what is computed, so no part of the folder's name.
 NOT_IDENTITY = ("hydra", "run_dir", "paths", "task")
+SHARED = "shared"  # entry of a stage: which of its results other runs use again
 CONFIG, LOCK = "config.yaml", ".lock"
 PUT_BACK = (
     "Put back the one that was there; or delete it, and it is written anew from this command's configuration, unless what the folder "
@@ -38,6 +39,21 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
 def config_hash(cfg: DictConfig) -> str:
     """8 hexadecimal digits of the SHA-256 over the `identity` of `cfg`."""
     return hashlib.sha256(_canonical(identity(cfg)).encode()).hexdigest()[:8]
+
+
+def hash_of(cfg: DictConfig, *names: str) -> str:
+    """The same of the parts `names` of the configuration alone, without what they say of shared results."""
+    raw = _without(OmegaConf.to_container(cfg, resolve=False), SHARED)
+    kept = OmegaConf.create({key: value for key, value in raw.items() if key not in NOT_IDENTITY})
+    _settle(kept)
+    parts = OmegaConf.to_container(kept, resolve=False)
+    return hashlib.sha256(_canonical({name: parts[name] for name in names}).encode()).hexdigest()[:8]
+
+
+def _without(node: Any, name: str) -> Any:
+    if isinstance(node, dict):
+        return {key: _without(value, name) for key, value in node.items() if key != name}
+    return [_without(value, name) for value in node] if isinstance(node, list) else node
 
 
 def _sha256(content: bytes) -> str:

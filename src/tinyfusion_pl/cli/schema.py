@@ -24,7 +24,8 @@ BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "num_channels": (1, 4),
     "num_samples": (2, 10**8),
     "num_shown": (0, 10**5),
-    "num_timing_rounds": (1, 10**5),
+    "num_timing_rounds": (0, 10**5),
+    "num_draws": (0, 10**8),
     "num_timesteps": (1, 10**6),
     "num_noised": (1, 10**4),
     "mask_ratio_min": (0, 1 - 1e-9),
@@ -113,7 +114,7 @@ PICTURES = Kind(str | Built, blank=False)
 TRAINER = Kind(Built)
 MAIN = Plain({
     "name": Kind(str), "seed": Kind(int, least=0, most=MAX_SEED), "recipe": Kind(str | None), "run_dir": Kind(str),
-    "paths": Plain({"output_dir": Kind(str, blank=False)}),
+    "paths": Plain({"output_dir": Kind(str, blank=False), "results": Kind(str | None, blank=False)}),
     "averaging": Plain({name: Kind(float, least=0, most=1 - 1e-12) for name in ("decay", "gates")}),
     "dry_run": Plain({"num_iterations": Kind(int, least=1, most=10**6)}),
     "adapter": Plain({"weight_update": Kind(Literal["lora", "full", "frozen"] | Built)}),

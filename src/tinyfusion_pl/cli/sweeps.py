@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 
@@ -27,3 +30,10 @@ def check_single(sweeper: DictConfig) -> None:
         raise ValueError(f"+sweep gives several values ({', '.join(f'{key}={value}' for key, value in params.items())}), but "
                          "without -m one run "
                          "is made, with none of them. Add -m.")
+
+
+def in_sweep(name: str) -> str | None:
+    """Path of `name` in the folder of the sweep that this run is of; None where it is of none."""
+    if not HydraConfig.initialized() or (job := HydraConfig.get()).mode != RunMode.MULTIRUN:
+        return None
+    return os.path.join(os.path.abspath(job.sweep.dir), name)

@@ -3,9 +3,17 @@
 Reads only files of the folder, so it works on a finished, an interrupted and a copied run.
 """
 
-from .compare import compare
+from pathlib import Path
+
+from .compare import compare_runs
 from .grid import write_grid
 from .page import write_report
+from .sweep import compare_sweep
 from .words import headline
 
-__all__ = ["compare", "headline", "write_grid", "write_report"]
+__all__ = ["compare", "compare_runs", "compare_sweep", "headline", "write_grid", "write_report"]
+
+
+def compare(run_dir: str | Path, other_run_dir: str | Path | None = None) -> str:
+    """Two runs side by side; or, of the folder of a sweep alone, the table of its arms."""
+    return compare_sweep(run_dir) if other_run_dir is None else compare_runs(run_dir, other_run_dir)

@@ -16,7 +16,7 @@ from .words import difference, duration, label, metric_keys, stage_label, value
 WITHOUT_PROTOCOL = ("depth", "num_params")  # what a model is, however it was measured
 
 
-def compare(run_dir_a: str | Path, run_dir_b: str | Path) -> str:
+def compare_runs(run_dir_a: str | Path, run_dir_b: str | Path) -> str:
     """A plain-text table of two runs' metrics, and whether their protocols are equal, entry by entry.
 
     Only then is there a difference, B - A, of what was measured: figures of unequal or unknown protocols stand side by side without one.

@@ -22,6 +22,8 @@ METRICS = {
         "accuracy",
         "share of samples in which the classifier sees the class that was asked for; higher is better",
     ),
+    "calibration_loss": ("loss on fixed draws", "the objective's loss on fixed draws of the training data; lower is better"),
+    "teacher_distance": ("distance to the teacher", "mean squared difference to the teacher's output on fixed draws; lower is better"),
     "images_per_second": (
         "images/s",
         "pictures sampled per second, the models timed in turn in this run; higher is better",

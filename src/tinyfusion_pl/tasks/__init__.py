@@ -10,11 +10,13 @@ from tinyfusion_pl.tasks.loggers import csv_logger, wandb_logger
 from tinyfusion_pl.tasks.measure import PictureFiles, make_reference, measure
 from tinyfusion_pl.tasks.recover import Recover
 from tinyfusion_pl.tasks.report import Report
+from tinyfusion_pl.tasks.shared_results import SharedResults
 from tinyfusion_pl.tasks.stages import Pipeline
 from tinyfusion_pl.tasks.steps import Unfinished
 from tinyfusion_pl.tasks.train import Train, train_denoiser
 
 __all__ = [
-    "Budget", "Evaluate", "Extract", "Fit", "Inputs", "LearnMask", "PictureFiles", "Pipeline", "Recover", "Report", "RunFolder", "Train",
-    "Unfinished", "csv_logger", "extract_latents", "make_reference", "measure", "train_denoiser", "wandb_logger",
+    "Budget", "Evaluate", "Extract", "Fit", "Inputs", "LearnMask", "PictureFiles", "Pipeline", "Recover", "Report", "RunFolder",
+    "SharedResults", "Train", "Unfinished", "csv_logger", "extract_latents", "make_reference", "measure", "train_denoiser",
+    "wandb_logger",
 ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import resource
-import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -26,15 +25,18 @@ from tinyfusion_pl.models.records import RECORD
 from tinyfusion_pl.modules import Generation
 from tinyfusion_pl.objectives import PictureSampler, labels_of
 from tinyfusion_pl.report import write_grid
+from tinyfusion_pl.tasks.closeness import closeness
 from tinyfusion_pl.tasks.fitting import ctrl_c, num_processes
 from tinyfusion_pl.tasks.folder import Inputs, RunFolder, say
 from tinyfusion_pl.tasks.kept import KeptBatches
 from tinyfusion_pl.tasks.origins import check_own_models, files_left
 from tinyfusion_pl.tasks.results import METRICS, describe, is_whole, kept_result, mark_of, numbers_of, plain
+from tinyfusion_pl.tasks.shared_results import SharedResults
+from tinyfusion_pl.tasks.timing import images_per_second, on_device
 from tinyfusion_pl.tasks.trainer_checks import check_sampling_trainer
 
 ROLES = ("teacher", "pruned", "recovered")
-TAKEN = (*ROLES, "labels", "name", "reference", "seconds", "speedup", "peak_memory_mib", "protocol")
+TAKEN = (*ROLES, "labels", "name", "reference", "seconds", "block_runs", "speedup", "peak_memory_mib", "protocol")
 """Keys of ``metrics.json`` and of ``samples.safetensors`` that no model of one's own can have for a name."""
 SAMPLES = "samples.safetensors"
 
@@ -55,7 +57,9 @@ class Evaluate:
         num_samples: Pictures measured for each model, >= 2: exactly so many, whatever the devices.
         batch_size: Pictures sampled at once on each device, >= 1.
         num_shown: Pictures of each model kept for the report.
-        num_timing_rounds: Batches of each model timed in turn for images/s, >= 1.
+        num_timing_rounds: Batches of each model timed in turn for images/s, >= 0; 0: speed is not measured.
+        num_draws: Fixed draws of the training data on which the loss and the distance to the teacher's output are taken, >= 0; 0: none.
+        shared: Results of other runs: a model that was measured there in the same way is not measured again.
         write_npz: Leave ``samples_<model>.npz`` as the ADM evaluator takes it.
         write_grid: Leave ``samples_<model>.png``, the pictures shown.
     """
@@ -72,11 +76,13 @@ class Evaluate:
     batch_size: int = 128
     num_shown: int = 40
     num_timing_rounds: int = 3
+    num_draws: int = 2048
+    shared: SharedResults = field(default_factory=SharedResults)
     write_npz: bool = False
     write_grid: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in {"num_samples": 2, "batch_size": 1, "num_shown": 0, "num_timing_rounds": 1}.items():
+        for name, least in {"num_samples": 2, "batch_size": 1, "num_shown": 0, "num_timing_rounds": 0, "num_draws": 0}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"evaluate.{name} is {getattr(self, name)}; give a count >= {least}.")
         if self.num_shown > self.num_samples:
@@ -124,22 +130,39 @@ class Evaluate:
         samplers = {role: self.sampler(model, inputs) for role, model in models.items()}
         for role, sampler in samplers.items():
             if before[role] is None:
-                say(f"evaluate: {role}")
-                results, seconds = self.measure(sampler, folder, inputs, role=role, made_from=origins[role])
-                folder.finish(mark_of(role), {
-                    **describe(models[role]), **results, "seconds": seconds, "made_from": origins[role],
-                    "files": files_left(folder.path, [f"samples_{role}.npz"] * self.write_npz)})
-        results = self.write(folder, inputs, models=models, speed=self.images_per_second(samplers, inputs),
+                folder.finish(mark_of(role), self.shared_or_measured(sampler, folder, inputs, role=role, made_from=origins[role]))
+        results = self.write(folder, inputs, models=models, speed=self.speed(samplers, inputs),
                              shown=self.shown(samplers, inputs), protocol=protocol)
         left = [METRICS, SAMPLES, *([f"samples_{role}.png" for role in models] if self.write_grid else [])]
         folder.finish("evaluate", {"seconds": sum(folder.result(mark_of(role))["seconds"] for role in models), "models": [*models],
                                    "results": results, "files": files_left(folder.path, left)})
 
+    def shared_or_measured(self, sampler: PictureSampler, folder: RunFolder, inputs: Inputs, *, role: str,
+                           made_from: Origin) -> dict[str, Any]:
+        """What is known of a model: as another run measured it, where one did; else measured now."""
+        if not self.write_npz and (found := self.shared.find(made_from)) is not None:
+            say(f"evaluate: {role} was measured in {found['run_dir']} (evaluate.shared.reuse=false measures it again)")
+            return {**found, "made_from": made_from}
+        say(f"evaluate: {role}")
+        results, seconds = self.measure(sampler, folder, inputs, role=role, made_from=made_from)
+        if self.num_draws:
+            results |= closeness(sampler.denoiser, inputs, self.num_draws, device=self.device)
+        result = {**describe(sampler.denoiser), **results, "seconds": seconds}
+        self.shared.keep(made_from, result, run_dir=folder.path)
+        return {**result, "made_from": made_from, "files": files_left(folder.path, [f"samples_{role}.npz"] * self.write_npz)}
+
     def made_from(self, model: nn.Module, folder: RunFolder, inputs: Inputs, *, protocol: dict[str, Any]) -> Origin:
         """What decides the numbers of `model`: its weights, what they are held against and how, the configuration."""
         parts = {"weights": model_sha256(model), "reference": protocol["reference_sha256"], "feature network": protocol["feature_network"],
-                 "decoder": inputs.data.decoder_sha256(), "protocol": content_sha256(protocol), "configuration": folder.configuration}
+                 "draws": self._draws_sha256(inputs), "decoder": inputs.data.decoder_sha256(),
+                 "protocol": content_sha256(protocol), "configuration": folder.configuration}
         return {name: checksum for name, checksum in parts.items() if checksum is not None}
+
+    def _draws_sha256(self, inputs: Inputs) -> str | None:
+        """What decides loss and distance to the teacher."""
+        if not self.num_draws:
+            return None
+        return content_sha256([self.num_draws, model_sha256(inputs.teacher), inputs.data.samples_sha256()])
 
     def names(self, folder: RunFolder) -> list[str]:
         """Of the models given, or of the run's own as far as they are there: a stage that ran since may have left another one."""
@@ -236,21 +259,13 @@ class Evaluate:
     def shown(self, samplers: dict[str, PictureSampler], inputs: Inputs) -> dict[str, torch.Tensor]:
         indices = torch.arange(self.num_shown)
         labels = self.labels_of(next(iter(samplers.values())), inputs)[: self.num_shown]
-        return {"labels": labels, **{role: sampler(indices, labels, device=_on(sampler, self.device)).cpu()
+        return {"labels": labels, **{role: sampler(indices, labels, device=on_device(sampler, self.device)).cpu()
                                      for role, sampler in samplers.items() if self.num_shown}}
 
-    def images_per_second(self, samplers: dict[str, PictureSampler], inputs: Inputs) -> dict[str, float]:
-        """Images per second of each model, sampled in turn in the same run, so that whatever slows the machine slows all of them."""
+    def speed(self, samplers: dict[str, PictureSampler], inputs: Inputs) -> dict[str, float]:
         size = min(self.batch_size, self.num_samples)
-        indices, labels = torch.arange(size), self.labels_of(next(iter(samplers.values())), inputs)[:size]
-        seconds: dict[str, list[float]] = {role: [] for role in samplers}
-        for _ in range(self.num_timing_rounds):
-            for role, sampler in samplers.items():
-                device = _on(sampler, self.device)
-                start = time.perf_counter()
-                sampler(indices, labels, device=device).cpu()
-                seconds[role].append(time.perf_counter() - start)
-        return {role: size / statistics.median(each) for role, each in seconds.items()}
+        labels = self.labels_of(next(iter(samplers.values())), inputs)[:size]
+        return images_per_second(samplers, labels, num_rounds=self.num_timing_rounds, device=self.device)
 
     @cached_property
     def device(self) -> torch.device:
@@ -267,14 +282,20 @@ class Evaluate:
                 write_grid(folder / f"samples_{role}.png", shown[role])
         results: dict[str, Any] = {"name": inputs.name, "reference": self.reference or type(inputs.data).__name__}
         for role in models:
-            results[role] = numbers_of(folder.result(mark_of(role))) | {"images_per_second": speed[role]}
-        seconds = {stage: done["seconds"] for stage in ("learn_mask", "recover") if (done := folder.result(stage)) is not None}
+            results[role] = numbers_of(folder.result(mark_of(role)))
+            if role in speed:
+                results[role]["images_per_second"] = speed[role]
+        trained = {stage: done for stage in ("learn_mask", "recover") if (done := folder.result(stage)) is not None}
+        seconds = {stage: done["seconds"] for stage, done in trained.items()}
+        if runs := {stage: done["num_block_runs"] for stage, done in trained.items() if "num_block_runs" in done}:
+            results["block_runs"] = runs
         seconds["evaluate"] = sum(folder.result(mark_of(role))["seconds"] for role in models)
         results["seconds"] = seconds
         last = "recovered" if "recovered" in models else "pruned" if "pruned" in models else None
         if last is not None and "teacher" in models:
             depth = {role: results[role]["depth"] for role in ("teacher", last)}
-            results["speedup"] = {"measured": speed[last] / speed["teacher"], "ideal": depth["teacher"] / depth[last]}
+            measured = {"measured": speed[last] / speed["teacher"]} if speed else {}
+            results["speedup"] = {**measured, "ideal": depth["teacher"] / depth[last]}
         results["peak_memory_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         results["protocol"] = protocol
         write_json(folder / METRICS, results)
@@ -293,7 +314,3 @@ class Evaluate:
         classes = self.classes(inputs, inputs.teacher.num_classes)
         return {} if classes is None or len(classes) == inputs.teacher.num_classes else {"classes": classes}
 
-
-def _on(sampler: PictureSampler, device: torch.device) -> torch.device:
-    sampler.denoiser.to(device)
-    return device

@@ -95,6 +95,12 @@ class Fit:
         """Optimizer steps that it trains."""
         return self._num_steps(stage, self._bare_trainer())
 
+    def num_images(self, stage: str, data: LightningDataModule) -> int:
+        """Images of all steps, devices and accumulated batches."""
+        probe = self._bare_trainer()
+        size = data.batch_size * probe.accumulate_grad_batches * num_processes(probe)
+        return self._num_steps(stage, probe) * (size if self.budget is None else self.budget.global_batch_size)
+
     def num_processes(self) -> int:
         """Processes that it trains on."""
         return num_processes(self._bare_trainer())

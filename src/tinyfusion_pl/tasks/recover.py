@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-from lightning.pytorch import seed_everything
+from lightning.pytorch import LightningDataModule, seed_everything
 from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
 
 from tinyfusion_pl.artifacts import ArtifactError
 from tinyfusion_pl.callbacks import NonFiniteGuard
+from tinyfusion_pl.checksums import Origin, content_sha256, files_sha256
 from tinyfusion_pl.models import load_checkpoint, load_decision, load_shallow, load_weights, save_shallow
 from tinyfusion_pl.models.records import RECORD, read_record
 from tinyfusion_pl.modules import Recovery
-from tinyfusion_pl.pruning import Decision
+from tinyfusion_pl.pruning import Decision, find_stacks
 from tinyfusion_pl.tasks.checkpoint_io import verify
 from tinyfusion_pl.tasks.fitting import Fit
 from tinyfusion_pl.tasks.folder import Inputs, RunFolder, say
@@ -32,6 +35,7 @@ from tinyfusion_pl.tasks.origins import (
     origin_of,
     shallow_sha256,
 )
+from tinyfusion_pl.tasks.shared_results import SharedResults, copy_files
 
 
 @dataclass(kw_only=True)
@@ -42,11 +46,13 @@ class Recover:
         module: Makes `Recovery` from a student and ``teacher=``, ``decision=``, ``objective=``.
         fit: How it trains; weight averaging is among its callbacks where averaged weights are wanted.
         weights: ``"ema"`` or ``"raw"``: which weights the recovered model gets.
+        shared: Results of other runs: a shallow model that was recovered there in the same way is not trained again.
     """
 
     module: Callable[..., Recovery]
     fit: Fit
     weights: str = "ema"
+    shared: SharedResults = field(default_factory=SharedResults)
 
     def __post_init__(self) -> None:
         self.fit.check_weights("recover", self.weights)
@@ -86,6 +92,9 @@ class Recover:
         if learned is not None and missing:
             raise ArtifactError(f"{', '.join(missing[:3])} gone from {folder.path}, which recovery starts from. Put it back; or rerun "
                                 "task=learn_mask, which makes it again.")
+        if done is None and (found := self._from_other_run(folder, self._shared(folder, made_from))) is not None:
+            folder.finish("recover", {**found, "made_from": made_from, **asked})
+            return
         say(f"recover: the shallow model learns from the teacher; checkpoints go to {folder / 'recover'}, the model to {folder.recovered}")
         seed_everything(inputs.seed + 1, workers=True)
         student = load_shallow(folder.shallow).train()
@@ -94,20 +103,50 @@ class Recover:
                              objective=inputs.objective)
         guard = NonFiniteGuard()
         seconds = self.fit.run("recover", folder, module, inputs.data, first=[guard], made_from=made_from)
-        self.save(folder)
-        folder.finish("recover", {
+        self.save(folder, self.trained(folder))
+        result: dict[str, Any] = {
             "seconds": seconds if done is None else done["seconds"], "num_skipped_steps": guard.num_skipped,
-            "made_from": made_from, **asked, "files": files_left(folder.path, [folder.recovered.name]),
-            "logs": files_left(folder.path, [logs_of("recover")]),
-        })
+            "num_block_runs": self._num_block_runs(module, inputs.data),
+            "files": files_left(folder.path, [folder.recovered.name]), "logs": files_left(folder.path, [logs_of("recover")]),
+        }
+        self.shared.keep(self._shared(folder, made_from), result, run_dir=folder.path)
+        folder.finish("recover", {**result, "made_from": made_from, **asked})
+
+    @staticmethod
+    def _shared(folder: RunFolder, made_from: Origin) -> Origin:
+        """What decides the recovered weights: of the choice its weights and layer pairs alone, not who made it."""
+        pairs = {path: stack.layer_pairs() for path, stack in load_decision(folder.shallow).stacks.items()}
+        return {**made_from, SHALLOW: content_sha256([read_record(folder.shallow)["weights"]["sha256"], pairs])}
+
+    def _from_other_run(self, folder: RunFolder, made_from: Origin) -> dict[str, Any] | None:
+        """The recovered model of a run that trained the same; None where there is none, or it has changed since."""
+        if (found := self.shared.find(made_from)) is None:
+            return None
+        files, other = {**found["files"], **found["logs"]}, RunFolder(found["run_dir"])
+        if files_sha256(other.path, list(files)) != files:
+            say(f"recover: what {other.path} recovered has changed since; it is trained again")
+            return None
+        say(f"recover: the same was recovered in {other.path} (recover.shared.reuse=false trains it again)")
+        rank_zero_only(copy_files)(other.path, folder.path, found["logs"])
+        self.save(folder, load_shallow(other.recovered).state_dict())
+        return {**found, "files": files_left(folder.path, [folder.recovered.name])}
+
+    def _num_block_runs(self, module: Recovery, data: LightningDataModule) -> int:
+        """Cost in runs of a block on a sample, a backward pass counted as two."""
+        models = [(3, module.denoiser)] + [(1, module.teacher)] * module.distillation.needs_teacher
+        return self.fit.num_images("recover", data) * sum(n * len(stack) for n, model in models for stack in find_stacks(model).values())
 
     @rank_zero_only
-    def save(self, folder: RunFolder) -> None:
-        """Leave the student of the last checkpoint in ``recovered/``."""
+    def save(self, folder: RunFolder, weights: Mapping[str, Tensor]) -> None:
+        """Leave the student with these weights in ``recovered/``."""
         student = load_shallow(folder.shallow)
-        verify(checkpoint := folder.checkpoint("recover"))
-        load_weights(student, load_checkpoint(checkpoint, weights=self.weights))
+        load_weights(student, weights)
         record = {k: v for k, v in read_record(folder.shallow).items() if k in ("stacks", "configuration", "seed")}
         save_shallow(folder.recovered, student, {
             **record, "source": {"path": str(folder.shallow.name), "weights": self.weights},
         })
+
+    def trained(self, folder: RunFolder) -> Mapping[str, Tensor]:
+        """The student's weights in the last checkpoint."""
+        verify(checkpoint := folder.checkpoint("recover"))
+        return load_checkpoint(checkpoint, weights=self.weights)

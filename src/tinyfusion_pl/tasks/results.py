@@ -16,7 +16,7 @@ from tinyfusion_pl.tasks.folder import RunFolder, say
 from tinyfusion_pl.tasks.origins import changed_files
 
 METRICS = "metrics.json"
-OF_THE_MARK = ("made_from", "files", "seconds")  # what a model's mark holds beside its numbers
+OF_THE_MARK = ("made_from", "files", "seconds", "run_dir")  # what a model's mark holds beside its numbers
 
 
 def mark_of(role: str) -> str:

@@ -1,8 +1,8 @@
-"""Training a denoiser from scratch: how the shipped digits teacher was made."""
+"""Training a denoiser, from scratch or from another one: how the digits teachers were made."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,32 +12,72 @@ from torch import nn
 
 from tinyfusion_pl.artifacts import save_tensors, sha256, write_json
 from tinyfusion_pl.callbacks import NonFiniteGuard
-from tinyfusion_pl.models import create_model, library_versions, load_checkpoint, load_weights
+from tinyfusion_pl.checksums import model_sha256
+from tinyfusion_pl.models import create_model, library_versions, load_checkpoint, load_pretrained, load_weights
 from tinyfusion_pl.modules import Denoising
+from tinyfusion_pl.pruning import find_stacks
 from tinyfusion_pl.tasks.checkpoint_io import verify
 from tinyfusion_pl.tasks.evaluate import Evaluate
 from tinyfusion_pl.tasks.fitting import Fit
 from tinyfusion_pl.tasks.folder import Inputs, RunFolder, say
-from tinyfusion_pl.tasks.origins import SAMPLES, check_asked, check_logs, check_origin, files_left, logs_of, needs_remaking
+from tinyfusion_pl.tasks.origins import CONFIGURATION, SAMPLES, check_asked, check_logs, check_origin, files_left, logs_of, needs_remaking
 from tinyfusion_pl.tasks.results import describe
 
 
 @dataclass(kw_only=True)
 class Train:
-    """Training of a new model.
+    """Training of a model.
 
     Args:
         module: Makes `Denoising` from a denoiser and ``objective=``.
         fit: How it trains.
         weights: ``"ema"`` or ``"raw"``: which weights the model gets.
+        start_from: Weights that training starts from, as `load_pretrained` takes them; None: random.
+        block_order: With `start_from`, for each block the number of the one whose weights it starts from, through all stacks: a
+            permutation leaves what every block does, and moves it. None: as they are.
     """
 
     module: Callable[..., Denoising]
     fit: Fit
     weights: str = "ema"
+    start_from: str | None = None
+    block_order: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         self.fit.check_weights("train", self.weights)
+        if self.block_order is not None and self.start_from is None:
+            raise ValueError("train.block_order is given, but train.start_from is not: there are no blocks to order.")
+
+    def create(self, model: str, **arguments: Any) -> nn.Module:
+        """The model that training starts with.
+
+        Raises:
+            ValueError: for an unknown model, or weights or an order that do not fit it.
+        """
+        if self.start_from is None:
+            return create_model(model, **arguments)
+        denoiser = load_pretrained(self.start_from, name=model, **arguments).train()
+        if self.block_order is not None:
+            reorder_blocks(denoiser, self.block_order)
+        return denoiser
+
+
+def reorder_blocks(model: nn.Module, order: Sequence[int]) -> None:
+    """Put block ``order[i]`` in the place of block i, counted through all stacks, in place.
+
+    Raises:
+        ValueError: unless `order` is a permutation of the blocks, and blocks that change places are of one kind.
+    """
+    stacks = list(find_stacks(model).values())
+    blocks = [block for stack in stacks for block in stack]
+    if sorted(order) != list(range(len(blocks))):
+        raise ValueError(f"train.block_order is {list(order)}; give each of 0..{len(blocks) - 1} once, the model has {len(blocks)} blocks.")
+    states = [{name: tensor.clone() for name, tensor in block.state_dict().items()} for block in blocks]
+    try:
+        for block, source in zip(blocks, order):
+            block.load_state_dict(states[source])
+    except RuntimeError as error:
+        raise ValueError(f"train.block_order moves blocks to places of another kind: {error}") from error
 
 
 def train_denoiser(*, run_dir: str | Path, name: str, seed: int, model: str, objective: Any, data: LightningDataModule, train: Train,
@@ -49,7 +89,7 @@ def train_denoiser(*, run_dir: str | Path, name: str, seed: int, model: str, obj
     anything is written.
     """
     seed_everything(seed, workers=True)
-    denoiser: nn.Module = create_model(model, **(overrides or {}))
+    denoiser = train.create(model, **(overrides or {}))
     inputs = Inputs(name=name, seed=seed, teacher=denoiser, objective=objective, data=data)
     data.check_fits(denoiser)
     objective.check_fits(denoiser)
@@ -59,8 +99,9 @@ def train_denoiser(*, run_dir: str | Path, name: str, seed: int, model: str, obj
     if begin is not None:
         begin()
     folder = RunFolder(run_dir)
-    made_from = {name: checksum for name, checksum in (("configuration", folder.configuration), (SAMPLES, data.samples_sha256()))
-                 if checksum is not None}
+    started_from = None if train.start_from is None else model_sha256(denoiser)
+    parts = {CONFIGURATION: folder.configuration, SAMPLES: data.samples_sha256(), "first weights": started_from}
+    made_from = {name: checksum for name, checksum in parts.items() if checksum is not None}
     asked = {"num_steps": train.fit.num_steps("train"), "seed": seed}
     if (done := folder.result("train")) is not None:
         check_origin(folder, "train", done, made_from)

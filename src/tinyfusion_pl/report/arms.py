@@ -1,0 +1,176 @@
+"""The arms of a sweep as rows: what was set, what came out, averaged over seeds."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tinyfusion_pl.artifacts import ArtifactError, read_json
+
+from .outside import printable, printable_content
+from .reading import METRICS, RECORD, SELECTION, numbers, read_metrics
+from .words import METRICS as MEASURED
+from .words import label, student_of, value
+
+ARMS = "arms"  # folder in that of a sweep, with a file for each arm
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One run of a sweep.
+
+    Attributes:
+        settings: What the sweep set, name -> value, without the seed.
+        seed: The seed that was set; None where it was left at its default.
+        metrics: Content of ``metrics.json``; empty where the arm failed or has not ended.
+        kept: Blocks kept, by stack path.
+        choice: What a criterion left of its choice.
+        error: Why it failed; None where it did not.
+    """
+
+    settings: dict[str, str]
+    seed: str | None
+    metrics: dict[str, Any] = field(default_factory=dict)
+    kept: dict[str, list[int]] = field(default_factory=dict)
+    choice: dict[str, Any] = field(default_factory=dict)
+    error: str | None = None
+
+    @property
+    def student(self) -> dict[str, float]:
+        """Measurements of the model that the arm ended with."""
+        role = student_of(self.metrics)
+        return numbers(self.metrics.get(role)) if role else {}
+
+
+def read_arms(folder: str | Path) -> list[Arm]:
+    """The arms recorded in the folder of a sweep, in the order of their names.
+
+    Raises:
+        ArtifactError: there are none, or a file is broken.
+    """
+    files = sorted((Path(folder) / ARMS).glob("*.json"))
+    if not files:
+        raise ArtifactError(f"{folder} is not the folder of a sweep: it has no {ARMS}/*.json. Give the folder that -m wrote into, "
+                            "such as runs/table3.")
+    arms = [_read_arm(file) for file in files]
+    if not any(arm.metrics or arm.error for arm in arms):
+        raise ArtifactError(f"No arm of {folder} has been evaluated. Finish the sweep (rerun the same command to resume it), then compare.")
+    return arms
+
+
+def _read_arm(file: Path) -> Arm:
+    content = printable_content(read_json(file))
+    if not isinstance(content, dict) or not isinstance(content.get("settings"), dict) or "run_dir" not in content:
+        raise ArtifactError(f"{file} is not the record of an arm. Delete it, and run the sweep again.")
+    settings = {key: str(each) for key, each in content["settings"].items()}
+    seed, run_dir = settings.pop("seed", None), file.parent.parent / content["run_dir"]
+    metrics = read_metrics(run_dir / METRICS) if (run_dir / METRICS).exists() else {}
+    stacks = read_json(run_dir / RECORD).get("stacks", {}) if (run_dir / RECORD).exists() else {}
+    choice = read_json(run_dir / SELECTION) if (run_dir / SELECTION).exists() else {}
+    return Arm(settings, seed, metrics, {printable(p): s["kept_blocks"] for p, s in stacks.items()}, choice, content.get("error"))
+
+
+# -- rows
+@dataclass(frozen=True)
+class Row:
+    """The arms of equal settings: one for each seed."""
+
+    settings: dict[str, str]
+    arms: list[Arm]
+
+    @property
+    def errors(self) -> list[str]:
+        return [arm.error for arm in self.arms if arm.error]
+
+    def values(self, take: Callable[[Arm], float | None]) -> list[float]:
+        """A measurement of each arm that has it."""
+        return [each for arm in self.arms if (each := take(arm)) is not None]
+
+    def mean(self, take: Callable[[Arm], float | None]) -> float:
+        """NaN where an arm has none, or a NaN."""
+        values = self.values(take)
+        return statistics.fmean(values) if values else math.nan
+
+    @property
+    def kept(self) -> str:
+        """The blocks kept; where seeds differ, the most frequent choice and how many made it."""
+        shown = [_blocks(arm.kept) for arm in self.arms if arm.kept]
+        if not shown:
+            return ""
+        most = statistics.mode(shown)
+        return most if len(set(shown)) == 1 else f"{most} ({shown.count(most)} of {len(shown)} seeds)"
+
+
+def _blocks(kept: dict[str, list[int]]) -> str:
+    if len(kept) == 1:
+        return " ".join(map(str, *kept.values()))
+    return "; ".join(f"{path}: {' '.join(map(str, blocks))}" for path, blocks in kept.items())
+
+
+def rows_of(arms: Sequence[Arm]) -> tuple[list[Row], dict[str, str]]:
+    """Rows of the settings that differ, and the settings that all arms share.
+
+    Rows of one teacher and depth stand together, the best first: by FID, else by the distance to the teacher.
+    """
+    names = list(dict.fromkeys(name for arm in arms for name in arm.settings))
+    shared = {name: arms[0].settings[name] for name in names
+              if all(arm.settings.get(name) == arms[0].settings.get(name) for arm in arms)}
+    rows: dict[str, Row] = {}
+    for arm in arms:
+        own = {name: arm.settings.get(name, "") for name in names if name not in shared}
+        rows.setdefault(json.dumps(own), Row(own, [])).arms.append(arm)
+    return sorted(rows.values(), key=_place), shared
+
+
+def _place(row: Row) -> tuple:
+    done = next((arm for arm in row.arms if arm.metrics), None)
+    if done is None:
+        return (1, "", 0, math.inf)
+    teacher = str((done.metrics.get("teacher") or {}).get("weights_sha256"))
+    quality = row.mean(lambda arm: arm.student.get("fid", arm.student.get("teacher_distance")))
+    return (0, teacher, -done.student.get("depth", 0), math.inf if math.isnan(quality) else quality)
+
+
+# -- columns
+Take = Callable[[Arm], "float | None"]
+
+
+def columns_of(rows: Sequence[Row]) -> list[tuple[str, str, Take]]:
+    """Heading, key (for the format), and how to take the number from an arm; those that at least one arm has."""
+    return [column for column in _columns(rows) if any(row.values(column[2]) for row in rows)]
+
+
+def _columns(rows: Sequence[Row]) -> Iterator[tuple[str, str, Take]]:
+    yield label("depth"), "depth", lambda arm: arm.student.get("depth")
+    yield label("num_params"), "num_params", lambda arm: arm.student.get("num_params")
+    yield "choice (block runs)", "block_runs", lambda arm: numbers(arm.metrics.get("block_runs")).get("learn_mask")
+    yield "recovery (block runs)", "block_runs", lambda arm: numbers(arm.metrics.get("block_runs")).get("recover")
+    for key in ("calibration_loss", "teacher_distance", "fid"):
+        yield f"{label(key)}, pruned", key, lambda arm, key=key: _pruned(arm).get(key)
+    measured = dict.fromkeys(key for row in rows for arm in row.arms for key in arm.student)
+    for key in [*(key for key in MEASURED if key in measured), *(key for key in measured if key not in MEASURED)]:
+        if key not in ("depth", "num_params"):
+            yield label(key), key, lambda arm, key=key: arm.student.get(key)
+    yield "speed-up", "speedup", lambda arm: numbers(arm.metrics.get("speedup")).get("measured")
+
+
+def _pruned(arm: Arm) -> dict[str, float]:
+    return numbers(arm.metrics.get("pruned")) if student_of(arm.metrics) != "pruned" else {}
+
+
+def cell(row: Row, key: str, take: Take) -> str:
+    """Mean and, of several seeds that differ, the standard deviation: ``3.52 ± 0.08``."""
+    values = row.values(take)
+    if not values:
+        return ""
+    mean = statistics.fmean(values)
+    text = value(key, round(mean) if all(isinstance(each, int) for each in values) else mean)
+    if len(values) < 2 or max(values) == min(values) or not math.isfinite(mean):
+        return text
+    spread = statistics.stdev(values)
+    return f"{text} ± {100 * spread:.1f}" if key == "accuracy" else f"{text} ± {value(key, float(f'{spread:.2g}'))}"

@@ -1,0 +1,116 @@
+"""The table of a sweep: Markdown, CSV and a page, each with the protocol once."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tinyfusion_pl.artifacts import write_text
+
+from .arms import Arm, Row, Take, cell, columns_of, read_arms, rows_of
+from .markup import code, table
+from .outside import Html, html
+from .style import CSS
+
+FILES = ("table.md", "table.csv", "table.html")
+
+
+def compare_sweep(folder: str | Path) -> str:
+    """Write the table of a sweep's arms into its folder, and return it as Markdown.
+
+    Arms of equal settings but for the seed are one row: mean, and standard deviation where there are several. Rows of one teacher and
+    depth stand together, the best first. The CSV has a line for each arm.
+
+    Raises:
+        ArtifactError: the folder is not that of a sweep, or a file in it is broken.
+    """
+    folder = Path(folder)
+    arms = read_arms(folder)
+    rows, shared = rows_of(arms)
+    columns = columns_of(rows)
+    about = _about(arms, shared)
+    markdown = _markdown(folder.resolve().name, rows, columns, about)
+    write_text(folder / "table.md", markdown)
+    write_text(folder / "table.csv", _csv(arms, columns))
+    write_text(folder / "table.html", _page(folder.resolve().name, rows, columns, about))
+    return f"{markdown}\nIn {folder}: {', '.join(FILES)}\n"
+
+
+def _about(arms: Sequence[Arm], shared: dict[str, str]) -> dict[str, str]:
+    """What all rows share: settings, seeds, and the protocol, where it is one."""
+    seeds = sorted({arm.seed for arm in arms if arm.seed is not None})
+    about = {"settings": ", ".join(f"{name}={each}" for name, each in shared.items()) or "none",
+             "seeds": ", ".join(seeds) or "one, the default"}
+    protocols = [{k: v for k, v in (arm.metrics.get("protocol") or {}).items() if k != "seed"} for arm in arms if arm.metrics]
+    if protocols:
+        common = {k: v for k, v in protocols[0].items() if all(p.get(k) == v for p in protocols)}
+        about["protocol"] = json.dumps(common)
+        if different := sorted({k for p in protocols for k in p if k not in common}):
+            about["NOT comparable"] = f"the rows differ in {', '.join(different)}"
+    return about
+
+
+def _lines(rows: Sequence[Row], columns: Sequence[tuple[str, str, Take]]) -> tuple[list[str], list[list[str]]]:
+    names = list(rows[0].settings)
+    header = [*names, "seeds", "kept blocks", *(heading for heading, _, _ in columns)]
+    lines = []
+    for row in rows:
+        done = sum(bool(arm.metrics) for arm in row.arms)
+        seeds = str(done) if done == len(row.arms) else f"{done} of {len(row.arms)}"
+        kept = row.kept or (f"failed: {row.errors[0]}" if row.errors else "not finished")
+        lines.append([*row.settings.values(), seeds, kept, *(cell(row, key, take) for _, key, take in columns)])
+    return header, lines
+
+
+def _markdown(name: str, rows: Sequence[Row], columns: Sequence[tuple[str, str, Take]], about: dict[str, str]) -> str:
+    header, lines = _lines(rows, columns)
+    escaped = [[each.replace("|", "\\|").replace("\n", " ") for each in line] for line in [header, *lines]]
+    table_ = [f"| {' | '.join(line)} |" for line in escaped]
+    rule = "|" + "|".join(["---"] * len(header)) + "|"
+    notes = [f"- {key}: {text}" for key, text in about.items()]
+    return "\n".join([f"# {name}", "", *notes, "", table_[0], rule, *table_[1:], ""])
+
+
+def _csv(arms: Sequence[Arm], columns: Sequence[tuple[str, str, Take]]) -> str:
+    names = list(dict.fromkeys(name for arm in arms for name in arm.settings))
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow([*names, "seed", "kept_blocks", "error", *(heading for heading, _, _ in columns)])
+    for arm in arms:
+        measured = [take(arm) for _, _, take in columns]
+        writer.writerow([*(arm.settings.get(name, "") for name in names), arm.seed or "", json.dumps(arm.kept) if arm.kept else "",
+                         arm.error or "", *("" if each is None else repr(each) for each in measured)])
+    return out.getvalue()
+
+
+def _page(name: str, rows: Sequence[Row], columns: Sequence[tuple[str, str, Take]], about: dict[str, Any]) -> str:
+    header, lines = _lines(rows, columns)
+    first = len(rows[0].settings) + 2
+    notes = Html("").join(html("<p><strong>{}</strong>: {}</p>", key, code(text) if key == "protocol" else text)
+                          for key, text in about.items())
+    body = table(header, lines, numeric=range(first, len(header)))
+    note = "Mean and standard deviation over seeds; rows of one teacher and depth stand together, the best first."
+    return html(_PAGE, name=name, css=Html(CSS), notes=notes, table=body, note=note)
+
+
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{name}</title>
+<style>{css}
+body {{ max-width: 110rem; }}</style>
+</head>
+<body>
+<h1>{name}</h1>
+{notes}
+<p class="soft">{note}</p>
+{table}
+</body>
+</html>
+"""

@@ -1,0 +1,37 @@
+"""Sampling speed of several models, compared in one run."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from tinyfusion_pl.objectives.pictures import PictureSampler
+
+
+def images_per_second(samplers: Mapping[str, PictureSampler], labels: Tensor, *, num_rounds: int, device: torch.device) -> dict[str, float]:
+    """Images per second of each model, sampled in turn in the same run, so that whatever slows the machine slows all of them.
+
+    Args:
+        samplers: By the name of their model.
+        labels: Of one batch (N,).
+        num_rounds: Batches of each model; 0: none, and nothing is returned.
+        device: Where they run.
+    """
+    indices, seconds = torch.arange(len(labels)), {role: [] for role in samplers}
+    for _ in range(num_rounds):
+        for role, sampler in samplers.items():
+            on_device(sampler, device)
+            start = time.perf_counter()
+            sampler(indices, labels, device=device).cpu()
+            seconds[role].append(time.perf_counter() - start)
+    return {role: len(labels) / statistics.median(each) for role, each in seconds.items() if each}
+
+
+def on_device(sampler: PictureSampler, device: torch.device) -> torch.device:
+    """`device`, with the model on it."""
+    sampler.denoiser.to(device)
+    return device
