@@ -43,7 +43,7 @@ def hostile(new_run):
 
 @pytest.mark.parametrize("name", [TAG, ATTRIBUTE, TERMINAL], ids=["tag", "attribute", "terminal"])
 def test_a_hostile_name_is_text_wherever_it_stands_on_the_page(hostile, monkeypatch, name):
-    monkeypatch.setattr(page_module, "_save", lambda figure, path: b"")
+    monkeypatch.setattr(page_module.figures, "save_figure", lambda figure, path: b"")
     page = Page(write_report(hostile(name)))
     assert page.all("script") == [] and not any("onmouseover" in attributes for _, attributes in page.tags)
     assert page.source.isascii() or not {"\x1b", "\x9b", "\u202e", "\x07"} & set(page.source)

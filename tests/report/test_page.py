@@ -46,14 +46,14 @@ class Page(HTMLParser):
 
 @pytest.fixture(autouse=True)
 def coarse(monkeypatch):
-    monkeypatch.setattr(page_module, "DPI", 40)
+    monkeypatch.setattr(page_module.figures, "DPI", 40)
 
 
 @pytest.fixture
 def undrawn(monkeypatch):
     """Figures are made but not rendered, which takes most of the time: the names of those that would be saved."""
     names = []
-    monkeypatch.setattr(page_module, "_save", lambda figure, path: names.append(path.stem) or b"")
+    monkeypatch.setattr(page_module.figures, "save_figure", lambda figure, path: names.append(path.stem) or b"")
     return names
 
 

@@ -6,6 +6,7 @@ transparency. Colours are Okabe's and Ito's, told apart by colour-blind readers 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,15 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, MaxNLocator, StrMethodFormatter
 
+from tinyfusion_pl.artifacts import atomic_path
+
 from .decisions import StackHistory
 from .reading import Curves, models_in, numbers
 from .words import CURVES, label, value
 
 COLORS = {"teacher": "#0072B2", "pruned": "#D55E00", "recovered": "#009E73"}
 KEPT, DROPPED, INK, FAINT = "#3B2E8C", "#C9CCD6", "#22252E", "#6B7080"
+DPI = 160
 WIDTH = 10.0  # inches; the page shows a figure about as wide as its text
 MAX_STEPS_DRAWN = 600  # more columns than this are not told apart on 10 inches
 MIN_COLUMNS, MAX_COLUMNS = 6, 10  # of sample pictures
@@ -46,7 +50,7 @@ def plot_decisions(stacks: dict[str, StackHistory]) -> Figure:
         _raster(axes, history, chosen, shade)
         kept, since = int(history.kept[-1].sum()), history.settled_at
         stack = f"{path}: " if len(stacks) > 1 else ""
-        _title(axes, f"{stack}{kept} of {history.num_blocks} blocks stay; unchanged since step {since:,}")
+        title(axes, f"{stack}{kept} of {history.num_blocks} blocks stay; unchanged since step {since:,}")
         ramp = np.empty((256, 1, 4))
         ramp[..., :3] = to_rgb(KEPT)
         ramp[..., 0, 3] = opacity(np.linspace(0, 1, 256))
@@ -54,7 +58,7 @@ def plot_decisions(stacks: dict[str, StackHistory]) -> Figure:
         key.set(xticks=[], yticks=[0, 0.5, 1], ylabel="confidence of the group")
         key.yaxis.tick_right()
         key.yaxis.set_label_position("right")
-        _dress(key)
+        dress(key)
     return figure
 
 
@@ -65,16 +69,16 @@ def plot_block_probabilities(stacks: dict[str, StackHistory]) -> Figure:
         chosen = _thin(len(history.steps))
         _raster(heat, history, chosen, _PROBABILITY(np.clip(history.probabilities[chosen], 0, 1).T))
         stack = f"{path}: " if len(stacks) > 1 else ""
-        _title(heat, f"{stack}probability that a block stays, from white (0) to dark (1)")
+        title(heat, f"{stack}probability that a block stays, from white (0) to dark (1)")
         colors = [KEPT if kept else DROPPED for kept in history.kept[-1]]
         bars.barh(range(history.num_blocks), history.probabilities[-1], height=0.72, color=colors)
         for group in history.groups:
             blocks, share = np.array(group["members"]), group["num_kept"] / group["num_blocks"]
             bars.vlines([share] * len(blocks), blocks - 0.5, blocks + 0.5, color=FAINT, linewidth=1, linestyle="dotted")
-        _title(bars, "at the last step")
+        title(bars, "at the last step")
         bars.set(xlim=(0, 1.005), ylim=heat.get_ylim(), xlabel="probability of staying (dotted: all equal)", yticks=[])
         _group_borders(bars, history)
-        _dress(bars)
+        dress(bars)
     swatches = [Patch(color=KEPT, label="stays"), Patch(color=DROPPED, label="leaves")]
     figure.legend(handles=swatches, loc="outside upper right", ncols=2, frameon=False, fontsize=10)
     return figure
@@ -85,16 +89,16 @@ def plot_scores(stacks: dict[str, dict[str, Any]]) -> Figure | None:
     scored = {path: stack for path, stack in stacks.items() if stack.get("scores")}
     if not scored:
         return None
-    figure = _figure(WIDTH, 2.3 * len(scored))
+    figure = new_figure(WIDTH, 2.3 * len(scored))
     for axes, (path, stack) in zip(figure.subplots(len(scored), 1, squeeze=False)[:, 0], scored.items(), strict=True):
         units = stack.get("units") or [[block] for block in range(stack["num_blocks"])]
         blocks = [(block, score) for unit, score in zip(units, stack["scores"]) for block in unit]
         kept = set(stack["kept_blocks"])
         axes.bar([b for b, _ in blocks], [s for _, s in blocks], width=0.72, color=[KEPT if b in kept else DROPPED for b, _ in blocks])
         prefix = f"{path}: " if len(scored) > 1 else ""
-        _title(axes, f"{prefix}value of each block by {stack.get('criterion') or 'the criterion'}")
+        title(axes, f"{prefix}value of each block by {stack.get('criterion') or 'the criterion'}")
         axes.set(xlabel="block", ylabel="value", xticks=sorted(b for b, _ in blocks))
-        _dress(axes)
+        dress(axes)
     swatches = [Patch(color=KEPT, label="stays"), Patch(color=DROPPED, label="leaves")]
     figure.legend(handles=swatches, loc="outside upper right", ncols=2, frameon=False, fontsize=10)
     return figure
@@ -112,7 +116,7 @@ def plot_samples(samples: dict[str, np.ndarray], *, depths: dict[str, float] | N
     num_columns = max(MIN_COLUMNS, *map(len, bands))  # few pictures are not blown up
     aspect, gap = np.divide(*samples[models[0]].shape[2:]), 0.45  # sizes in picture widths
     band_height = len(models) * aspect + gap
-    figure = _figure(WIDTH, max(1.6, WIDTH * 0.88 / num_columns * len(bands) * band_height))
+    figure = new_figure(WIDTH, max(1.6, WIDTH * 0.88 / num_columns * len(bands) * band_height))
     axes = figure.add_subplot()
     for band, indices in enumerate(bands):
         top = band * band_height + gap
@@ -158,7 +162,7 @@ def plot_curves(curves: Curves) -> Figure | None:
     wide = len(names) == 4 or max(len(CURVES.get(name, name)) for name in names) > 22  # more does not fit into a third
     num_columns = min(2 if wide else 3, len(names))
     num_rows = -(-len(names) // num_columns)
-    figure = _figure(WIDTH, 2.7 * num_rows)
+    figure = new_figure(WIDTH, 2.7 * num_rows)
     for number, name in enumerate(names, start=1):
         axes = figure.add_subplot(num_rows, num_columns, number)
         steps, values = curves[name]
@@ -171,11 +175,11 @@ def plot_curves(curves: Curves) -> Figure | None:
         axes.plot(steps, smooth, color=KEPT, linewidth=1.8, label="smoothed", marker="." if len(values) < 15 else None)
         shown, ends = CURVES.get(name, name), smooth[np.isfinite(smooth)]
         course = f"{_short(ends[0])} → {_short(ends[-1])}" if len(ends) else "never finite"
-        _title(axes, f"{shown}: {course}", size=10)
+        title(axes, f"{shown}: {course}", size=10)
         axes.set(xlabel="training step", ylabel=name)
         _step_axis(axes, num_ticks=4)
         axes.grid(axis="y", color="#E6E8EE", linewidth=0.8)
-        _dress(axes)
+        dress(axes)
         if number == 1 and noisy:
             axes.legend(frameon=False, fontsize=9)
     return figure
@@ -188,7 +192,7 @@ def plot_overview(metrics: dict[str, Any]) -> Figure | None:
     keys = [key for key in better if any(np.isfinite(section.get(key, np.nan)) for section in models.values())]
     if not keys:
         return None
-    figure = _figure(WIDTH, 0.9 + 0.36 * len(models))
+    figure = new_figure(WIDTH, 0.9 + 0.36 * len(models))
     for number, key in enumerate(keys, start=1):
         axes = figure.add_subplot(1, len(keys), number)
         heights = {model: section[key] for model, section in models.items() if np.isfinite(section.get(key, np.nan))}
@@ -198,17 +202,24 @@ def plot_overview(metrics: dict[str, Any]) -> Figure | None:
                 axes.barh(row, heights[model], height=0.7, color=COLORS.get(model, INK))
                 written = value(key, heights[model])
                 axes.text(heights[model] + largest * 0.03, row, written, va="center", fontsize=10, color=INK)
-        _title(axes, f"{label(key)} ({better[key]})")
+        title(axes, f"{label(key)} ({better[key]})")
         axes.set(ylim=(len(models) - 0.5, -0.5), xlim=(0, largest * 1.3), xticks=[])
         axes.set_yticks(range(len(models)), models if number == 1 else [""] * len(models))
-        _dress(axes)
+        dress(axes)
         axes.spines["bottom"].set_visible(False)
         for tick, model in zip(axes.get_yticklabels(), models, strict=True):
             tick.set(color=COLORS.get(model, INK), fontweight="bold", fontsize=10)
     return figure
 
 
-def _figure(width: float, height: float) -> Figure:
+def save_figure(figure: Figure, path: Path) -> bytes:
+    """Write `figure` as PNG; returns what was written."""
+    with atomic_path(path) as temporary:  # without the software's version in it: equal data, equal bytes
+        figure.savefig(temporary, format="png", dpi=DPI, metadata={"Software": None})
+    return path.read_bytes()
+
+
+def new_figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
@@ -218,7 +229,7 @@ def _figure(width: float, height: float) -> Figure:
 def _stack_figure(stacks: dict[str, StackHistory], *, width_ratios: tuple[int, ...]) -> tuple[Figure, np.ndarray]:
     """A row of panels for each stack, as high as its blocks need."""
     heights = [max(1.3, 0.2 * history.num_blocks) for history in stacks.values()]
-    figure = _figure(WIDTH, sum(heights) + 0.95 * len(heights))
+    figure = new_figure(WIDTH, sum(heights) + 0.95 * len(heights))
     figure.get_layout_engine().set(wspace=0.04)  # room for a tick label at the edge
     ratios = {"height_ratios": heights, "width_ratios": width_ratios}
     return figure, figure.subplots(len(stacks), len(width_ratios), squeeze=False, **ratios)
@@ -236,7 +247,7 @@ def _raster(axes: Axes, history: StackHistory, chosen: np.ndarray, colors: np.nd
     axes.set(xlabel="training step", ylabel="block (0 comes first)")
     axes.yaxis.set_major_locator(FixedLocator(range(history.num_blocks)))
     _step_axis(axes, num_ticks=8)
-    _dress(axes)
+    dress(axes)
 
 
 def _group_borders(axes: Axes, history: StackHistory) -> None:
@@ -269,11 +280,11 @@ def _short(number: float) -> str:
     return f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.3g}"
 
 
-def _title(axes: Axes, text: str, *, size: float = 11) -> None:
+def title(axes: Axes, text: str, *, size: float = 11) -> None:
     axes.set_title(text, loc="left", fontsize=size, color=INK)
 
 
-def _dress(axes: Axes) -> None:
+def dress(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(FAINT)
     axes.tick_params(labelsize=9, colors=INK, length=3)

@@ -8,7 +8,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-from tinyfusion_pl.artifacts import atomic_path, write_text
+from tinyfusion_pl.artifacts import write_text
 
 from . import figures, sections
 from .markup import lines
@@ -16,8 +16,6 @@ from .outside import Html, html
 from .reading import Run, models_in, numbers, read_run
 from .style import CSS
 from .words import feature_note, headline
-
-DPI = 160
 
 SECTIONS = {
     "samples": ("Samples", "Pictures that the models draw when asked for each label.", sections.samples),
@@ -65,7 +63,7 @@ def write_report(run_dir: str | Path) -> Path:
     """
     run = read_run(run_dir)
     with matplotlib.rc_context({"text.parse_math": False}):  # a "$" in a name is no formula
-        pictures = {name: _save(figure, run.folder / "figures" / f"{name}.png") for name, figure in _figures(run)}
+        pictures = {name: figures.save_figure(figure, run.folder / "figures" / f"{name}.png") for name, figure in _figures(run)}
     target = run.folder / "report.html"
     write_text(target, render(run, pictures))
     return target
@@ -86,12 +84,6 @@ def _figures(run: Run) -> Iterator[tuple[str, Figure]]:
     for stage, curves in run.curves.items():
         if figure := figures.plot_curves(curves):
             yield f"curves_{stage}", figure
-
-
-def _save(figure: Figure, path: Path) -> bytes:
-    with atomic_path(path) as temporary:  # without the software's version in it: equal data, equal bytes
-        figure.savefig(temporary, format="png", dpi=DPI, metadata={"Software": None})
-    return path.read_bytes()
 
 
 def render(run: Run, pictures: dict[str, bytes]) -> str:

@@ -60,6 +60,13 @@ def most_probable_structures(space: Space, theta: Tensor, count: int) -> Tensor:
     return structures[[space.is_valid(structure) for structure in structures]][:count]
 
 
+def candidates_of(space: Space, limit: int, generator: torch.Generator) -> Tensor:
+    """All structures where they are no more than `limit`, else the distinct ones of so many draws: (S, num_units) bool."""
+    if num_structures(space) <= limit:
+        return all_structures(space)
+    return distinct(sample_structures(space, torch.zeros(space.num_units), limit, generator=generator))
+
+
 def distinct(structures: Sequence[Tensor] | Tensor) -> Tensor:
     """`structures` without repetitions, in the order of their first."""
     found = {tuple(structure.tolist()): structure for structure in structures}

@@ -1,6 +1,7 @@
 """What the CLI runs: callables made of instantiated objects, resumable, each in a run folder."""
 
 from tinyfusion_pl.tasks.budget import Budget
+from tinyfusion_pl.tasks.candidate_losses import CandidateLosses, score_candidates
 from tinyfusion_pl.tasks.evaluate import Evaluate
 from tinyfusion_pl.tasks.extract import Extract, extract_latents
 from tinyfusion_pl.tasks.fitting import Fit
@@ -16,7 +17,7 @@ from tinyfusion_pl.tasks.steps import Unfinished
 from tinyfusion_pl.tasks.train import Train, train_denoiser
 
 __all__ = [
-    "Budget", "Evaluate", "Extract", "Fit", "Inputs", "LearnMask", "PictureFiles", "Pipeline", "Recover", "Report", "RunFolder",
-    "SharedResults", "Train", "Unfinished", "csv_logger", "extract_latents", "make_reference", "measure", "train_denoiser",
-    "wandb_logger",
+    "Budget", "CandidateLosses", "Evaluate", "Extract", "Fit", "Inputs", "LearnMask", "PictureFiles", "Pipeline", "Recover",
+    "Report", "RunFolder", "SharedResults", "Train", "Unfinished", "csv_logger", "extract_latents", "make_reference", "measure",
+    "score_candidates", "train_denoiser", "wandb_logger",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import resource
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -58,6 +58,7 @@ class Evaluate:
         batch_size: Pictures sampled at once on each device, >= 1.
         num_shown: Pictures of each model kept for the report.
         num_timing_rounds: Batches of each model timed in turn for images/s, >= 0; 0: speed is not measured.
+        sampled: Of the run's own models (`ROLES`), those that samples are taken from; of others depth and distance alone are measured.
         num_draws: Fixed draws of the training data on which the loss and the distance to the teacher's output are taken, >= 0; 0: none.
         shared: Results of other runs: a model that was measured there in the same way is not measured again.
         write_npz: Leave ``samples_<model>.npz`` as the ADM evaluator takes it.
@@ -76,7 +77,8 @@ class Evaluate:
     batch_size: int = 128
     num_shown: int = 40
     num_timing_rounds: int = 3
-    num_draws: int = 2048
+    sampled: Sequence[str] = ROLES
+    num_draws: int = 0
     shared: SharedResults = field(default_factory=SharedResults)
     write_npz: bool = False
     write_grid: bool = False
@@ -87,6 +89,8 @@ class Evaluate:
                 raise ValueError(f"evaluate.{name} is {getattr(self, name)}; give a count >= {least}.")
         if self.num_shown > self.num_samples:
             raise ValueError(f"evaluate.num_shown={self.num_shown} is more than num_samples={self.num_samples}.")
+        if wrong := [role for role in self.sampled if role not in ROLES]:
+            raise ValueError(f"evaluate.sampled names {wrong}; give some of {', '.join(ROLES)}.")
         self.models = {name: path for name, path in self.models.items() if path is not None}
         if wrong := [name for name in self.models if not name.isidentifier()]:
             raise ValueError(f"evaluate.models.{wrong[0]}: {wrong} are no names; give letters, digits and underscores, they "
@@ -131,9 +135,10 @@ class Evaluate:
         for role, sampler in samplers.items():
             if before[role] is None:
                 folder.finish(mark_of(role), self.shared_or_measured(sampler, folder, inputs, role=role, made_from=origins[role]))
+        samplers = {role: sampler for role, sampler in samplers.items() if self.is_sampled(role)}
         results = self.write(folder, inputs, models=models, speed=self.speed(samplers, inputs),
                              shown=self.shown(samplers, inputs), protocol=protocol)
-        left = [METRICS, SAMPLES, *([f"samples_{role}.png" for role in models] if self.write_grid else [])]
+        left = [METRICS, SAMPLES, *([f"samples_{role}.png" for role in samplers] if self.write_grid else [])]
         folder.finish("evaluate", {"seconds": sum(folder.result(mark_of(role))["seconds"] for role in models), "models": [*models],
                                    "results": results, "files": files_left(folder.path, left)})
 
@@ -144,16 +149,22 @@ class Evaluate:
             say(f"evaluate: {role} was measured in {found['run_dir']} (evaluate.shared.reuse=false measures it again)")
             return {**found, "made_from": made_from}
         say(f"evaluate: {role}")
-        results, seconds = self.measure(sampler, folder, inputs, role=role, made_from=made_from)
+        results, seconds = {}, 0.0
+        if self.is_sampled(role):
+            results, seconds = self.measure(sampler, folder, inputs, role=role, made_from=made_from)
         if self.num_draws:
             results |= closeness(sampler.denoiser, inputs, self.num_draws, device=self.device)
         result = {**describe(sampler.denoiser), **results, "seconds": seconds}
         self.shared.keep(made_from, result, run_dir=folder.path)
         return {**result, "made_from": made_from, "files": files_left(folder.path, [f"samples_{role}.npz"] * self.write_npz)}
 
+    def is_sampled(self, role: str) -> bool:
+        return bool(self.models) or role in self.sampled
+
     def made_from(self, model: nn.Module, folder: RunFolder, inputs: Inputs, *, protocol: dict[str, Any]) -> Origin:
         """What decides the numbers of `model`: its weights, what they are held against and how, the configuration."""
-        parts = {"weights": model_sha256(model), "reference": protocol["reference_sha256"], "feature network": protocol["feature_network"],
+        sampled = content_sha256(list(self.sampled)) if tuple(self.sampled) != ROLES else None
+        parts = {"weights": model_sha256(model), "sampled": sampled, "reference": protocol["reference_sha256"], "feature network": protocol["feature_network"],
                  "draws": self._draws_sha256(inputs), "decoder": inputs.data.decoder_sha256(),
                  "protocol": content_sha256(protocol), "configuration": folder.configuration}
         return {name: checksum for name, checksum in parts.items() if checksum is not None}
@@ -278,7 +289,7 @@ class Evaluate:
         """Write ``metrics.json``, whose content is returned, and the pictures shown."""
         save_tensors(folder / SAMPLES, shown)
         if self.write_grid:
-            for role in models:
+            for role in shown.keys() - {"labels"}:
                 write_grid(folder / f"samples_{role}.png", shown[role])
         results: dict[str, Any] = {"name": inputs.name, "reference": self.reference or type(inputs.data).__name__}
         for role in models:
@@ -294,7 +305,7 @@ class Evaluate:
         last = "recovered" if "recovered" in models else "pruned" if "pruned" in models else None
         if last is not None and "teacher" in models:
             depth = {role: results[role]["depth"] for role in ("teacher", last)}
-            measured = {"measured": speed[last] / speed["teacher"]} if speed else {}
+            measured = {"measured": speed[last] / speed["teacher"]} if {last, "teacher"} <= speed.keys() else {}
             results["speedup"] = {**measured, "ideal": depth["teacher"] / depth[last]}
         results["peak_memory_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         results["protocol"] = protocol

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-
-from tinyfusion_pl.selection.candidates import all_structures, distinct, num_structures, sample_structures
+from tinyfusion_pl.selection.candidates import candidates_of
 from tinyfusion_pl.selection.criteria.sensitivity import check_measure
 from tinyfusion_pl.selection.problem import CANDIDATES, Choice, Problem
 
@@ -27,12 +25,7 @@ class CandidateLoss:
         self.name = f"{rank}_loss"
 
     def __call__(self, problem: Problem) -> Choice:
-        space = problem.space
-        if num_structures(space) <= self.num_candidates:
-            structures = all_structures(space)
-        else:
-            generator = problem.generator(CANDIDATES)
-            structures = distinct(sample_structures(space, torch.zeros(space.num_units), self.num_candidates, generator=generator))
+        structures = candidates_of(problem.space, self.num_candidates, problem.generator(CANDIDATES))
         order = problem.structures.means(problem.fixed, structures, self.measure).argsort()
         at = {"min": 0, "median": (len(order) - 1) // 2, "max": len(order) - 1}[self.rank]
         ranked = structures[order] if self.rank == "min" else None

@@ -1,0 +1,62 @@
+"""Figures over many structures or runs: losses of candidates (TinyFusion, figure 5) and speed against depth (figure 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from .figures import FAINT, INK, KEPT, WIDTH, dress, new_figure, save_figure, title
+
+NUM_BINS = 60
+
+
+def write_candidate_losses(path: Path, losses: np.ndarray, marks: Mapping[str, float], *, measure: str) -> Path:
+    """Draw `plot_candidate_losses` into a PNG file; returns its path."""
+    with matplotlib.rc_context({"text.parse_math": False}):
+        save_figure(plot_candidate_losses(losses, marks, measure=measure), path)
+    return path
+
+
+def plot_candidate_losses(losses: np.ndarray, marks: Mapping[str, float], *, measure: str = "loss") -> Figure:
+    """The histogram of the losses of all candidates (S,), with a line for the choice of each criterion (name -> its loss)."""
+    order = sorted(marks, key=lambda name: marks[name])
+    figure = new_figure(WIDTH, 3.2 + 0.24 * len(order))
+    axes = figure.add_subplot()
+    finite = losses[np.isfinite(losses)]
+    positive = finite.min() > 0 and finite.max() / finite.min() > 20
+    bins = np.geomspace(finite.min(), finite.max(), NUM_BINS + 1) if positive else NUM_BINS
+    counts, _, _ = axes.hist(finite, bins=bins, color=FAINT, alpha=0.45)
+    if positive:
+        axes.set_xscale("log")
+    top = counts.max() or 1
+    for row, name in enumerate(order):
+        height = top * (1.08 + 0.11 * (len(order) - row))
+        below = np.mean(finite < marks[name])
+        axes.vlines(marks[name], 0, height, color=KEPT, linewidth=1.1)
+        axes.text(marks[name], height, f" {name} ({100 * below:.2g}% lose less)", va="center", fontsize=9, color=INK)
+    axes.set(ylim=(0, top * (1.2 + 0.11 * (len(order) + 1))), ylabel="structures",
+             xlabel="calibration loss before recovery" if measure == "loss" else "distance to the teacher before recovery")
+    title(axes, f"{len(losses):,} structures; lines mark the choices of criteria")
+    dress(axes)
+    return figure
+
+
+def plot_speedup(points: Sequence[tuple[str, float, float]]) -> Figure:
+    """Measured speed-up over the compression in depth, with the ideal line: one point (name, compression, speed-up) a model."""
+    figure = new_figure(6.0, 4.6)
+    axes = figure.add_subplot()
+    most = max(max(compression, speed) for _, compression, speed in points) * 1.08
+    axes.plot([1, most], [1, most], color=FAINT, linestyle="dashed", linewidth=1.2, label="ideal: as much faster as there are fewer blocks")
+    for name, compression, speed in points:
+        axes.plot(compression, speed, "o", color=KEPT)
+        axes.annotate(f" {name}: {speed:.2f}x", (compression, speed), fontsize=9, color=INK, va="top")
+    axes.set(xlabel="blocks of the teacher / blocks of the model", ylabel="measured speed-up of sampling")
+    axes.set(xlim=(0.95, most), ylim=(0.95, most))
+    axes.legend(frameon=False, fontsize=9, loc="upper left")
+    title(axes, "Speed-up against compression")
+    dress(axes)
+    return figure
