@@ -124,6 +124,8 @@ pruning.delta_w=keep | pruning.delta_w
 pruning._target_=5 | pruning._target_
 pruning._partial_=false | pruning
 pruning=null | pruning
+pruning=cka pruning.criterion.num_rows=3 | pruning.criterion.num_rows
+pruning=cka pruning.criterion.num_rows=2.5 | pruning.criterion.num_rows
 adapter.weight_update=half | adapter.weight_update
 adapter.weight_update=5 | adapter.weight_update
 adapter.weight_update.r=0 | adapter.weight_update.r

@@ -32,6 +32,7 @@ BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "num_features": (1, 2**13),
     "num_spatial": (1, 2**13),
     "num_subsets": (1, 10**6),
+    "num_rows": (4, 2**14),
     "block_size": (1, 10**9),
     "max_block_mib": (1, 2**20),
     "k": (1, 10**4),

@@ -16,6 +16,7 @@ from tinyfusion_pl.selection.calibration import Calibration
 from tinyfusion_pl.selection.candidates import distributions
 from tinyfusion_pl.selection.criteria.block_influence import FluxLite, ShortGPT
 from tinyfusion_pl.selection.criteria.candidate_loss import CandidateLoss
+from tinyfusion_pl.selection.criteria.cka import CKA
 from tinyfusion_pl.selection.criteria.global_search import GlobalSearch, marginals
 from tinyfusion_pl.selection.criteria.greedy import Greedy
 from tinyfusion_pl.selection.criteria.rules import First, Oracle, Random, Uniform
@@ -29,6 +30,7 @@ from tinyfusion_pl.selection.trials import Trials, propose
 CRITERIA: dict[str, Callable[[], Criterion]] = {
     "global": GlobalSearch, "shortgpt": ShortGPT, "flux_lite": FluxLite, "sensitivity": Sensitivity, "taylor": Taylor,
     "magnitude": Magnitude, "oracle": Oracle, "uniform": Uniform, "first": First, "random": Random, "greedy": Greedy,
+    "cka": CKA,
     "min_loss": CandidateLoss, "median_loss": lambda: CandidateLoss("median"), "max_loss": lambda: CandidateLoss("max"),
 }  # fmt: skip
 """Criteria that need no argument, by name."""
