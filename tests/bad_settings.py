@@ -126,6 +126,11 @@ pruning._partial_=false | pruning
 pruning=null | pruning
 pruning=cka pruning.criterion.num_rows=3 | pruning.criterion.num_rows
 pruning=cka pruning.criterion.num_rows=2.5 | pruning.criterion.num_rows
+pruning=greedy pruning.criterion.healing_steps=-1 | pruning.criterion.healing_steps
+pruning=greedy pruning.criterion.healing_steps=1.5 | pruning.criterion.healing_steps
+pruning=greedy pruning.criterion.healing_batch_size=0 | pruning.criterion.healing_batch_size
+pruning=greedy pruning.criterion.healing_lr=0 | pruning.criterion.healing_lr
+pruning=greedy pruning.criterion.healing_lr=1e20 | pruning.criterion.healing_lr
 adapter.weight_update=half | adapter.weight_update
 adapter.weight_update=5 | adapter.weight_update
 adapter.weight_update.r=0 | adapter.weight_update.r
