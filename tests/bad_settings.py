@@ -91,6 +91,14 @@ task.stages=[report,evaluate] | task.stages
 # -- pruning
 pruning.pattern=62 | pruning.pattern
 pruning.pattern=null | pruning.pattern
+pruning.keep=6 | pruning.pattern
+pruning.pattern=null pruning.keep=12 | pruning.keep
+pruning.pattern=null pruning.keep=0 | pruning.keep
+pruning.pattern=null pruning.keep=half | pruning.keep
+pruning.pattern=null pruning.keep=true | pruning.keep
+pruning.pattern=null pruning.keep=0.01 | pruning.keep
+pruning.pattern=null pruning.keep=[1] | pruning.keep
+pruning.pattern=null 'pruning.keep={nowhere: 3}' | pruning.keep
 pruning.pattern=[1] | pruning.pattern
 pruning.pattern='"1:1"' | pruning.pattern
 pruning.pattern='"12:12"' | pruning.pattern

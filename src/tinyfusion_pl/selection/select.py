@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tinyfusion_pl.pruning.budget import both_or_neither
 from tinyfusion_pl.pruning.decision import Decision
 from tinyfusion_pl.selection.calibration import Calibration
 from tinyfusion_pl.selection.candidates import distributions
@@ -23,7 +24,7 @@ from tinyfusion_pl.selection.criteria.rules import First, Oracle, Random, Unifor
 from tinyfusion_pl.selection.criteria.sensitivity import Sensitivity
 from tinyfusion_pl.selection.criteria.weights import Magnitude, Taylor
 from tinyfusion_pl.selection.problem import Criterion, Problem, devices_of
-from tinyfusion_pl.selection.space import Space, both_or_neither
+from tinyfusion_pl.selection.space import Space
 from tinyfusion_pl.selection.structures import MAX_ROWS, open_structures
 from tinyfusion_pl.selection.trials import Trials, propose
 
