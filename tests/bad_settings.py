@@ -91,6 +91,14 @@ task.stages=[report,evaluate] | task.stages
 # -- pruning
 pruning.pattern=62 | pruning.pattern
 pruning.pattern=null | pruning.pattern
+pruning.keep=6 | pruning.pattern
+pruning.pattern=null pruning.keep=12 | pruning.keep
+pruning.pattern=null pruning.keep=0 | pruning.keep
+pruning.pattern=null pruning.keep=half | pruning.keep
+pruning.pattern=null pruning.keep=true | pruning.keep
+pruning.pattern=null pruning.keep=0.01 | pruning.keep
+pruning.pattern=null pruning.keep=[1] | pruning.keep
+pruning.pattern=null 'pruning.keep={nowhere: 3}' | pruning.keep
 pruning.pattern=[1] | pruning.pattern
 pruning.pattern='"1:1"' | pruning.pattern
 pruning.pattern='"12:12"' | pruning.pattern
@@ -124,6 +132,13 @@ pruning.delta_w=keep | pruning.delta_w
 pruning._target_=5 | pruning._target_
 pruning._partial_=false | pruning
 pruning=null | pruning
+pruning=cka pruning.criterion.num_rows=3 | pruning.criterion.num_rows
+pruning=cka pruning.criterion.num_rows=2.5 | pruning.criterion.num_rows
+pruning=greedy pruning.criterion.healing_steps=-1 | pruning.criterion.healing_steps
+pruning=greedy pruning.criterion.healing_steps=1.5 | pruning.criterion.healing_steps
+pruning=greedy pruning.criterion.healing_batch_size=0 | pruning.criterion.healing_batch_size
+pruning=greedy pruning.criterion.healing_lr=0 | pruning.criterion.healing_lr
+pruning=greedy pruning.criterion.healing_lr=1e20 | pruning.criterion.healing_lr
 adapter.weight_update=half | adapter.weight_update
 adapter.weight_update=5 | adapter.weight_update
 adapter.weight_update.r=0 | adapter.weight_update.r

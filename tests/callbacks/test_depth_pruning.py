@@ -39,6 +39,14 @@ def test_works_on_a_foreign_module_wherever_its_model_is_built(kind, stacks, tmp
     assert torch.equal(loaded(x), callback.shallow_model.eval()(x))
 
 
+def test_a_budget_in_place_of_a_pattern(tmp_path):
+    callback = DepthPruningCallback(keep=3)
+    trainer(tmp_path, callback).fit(InInit())
+    stack = callback.decision.stacks["blocks"]
+    assert len(callback.shallow_model.blocks) == 3 == len(stack.kept_blocks)
+    assert stack.pattern == "3:4" and len(stack.groups) == 1 and len(stack.groups[0].probabilities) == 4
+
+
 @pytest.mark.parametrize("update", ["lora", "full", "frozen"])
 @pytest.mark.parametrize("delta_w", ["discard", "merge"])
 def test_freezing_discards_or_merges_the_weight_update(update, delta_w, tmp_path):

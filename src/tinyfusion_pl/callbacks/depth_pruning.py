@@ -40,6 +40,7 @@ class DepthPruningCallback(Callback):
 
     Args:
         pattern: ``"N:M"``, N kept of every M blocks, e.g. ``"1:2"``, mixed with a plus sign ``"3:4+2:4"``; or a mapping from stack path.
+        keep: In place of `pattern`, how many of all units of a stack stay: a count, a share in (0, 1), or a mapping from stack path.
         stacks: Path or paths of the block lists in the LightningModule, e.g. ``"model.blocks"``; default: found.
         weight_update: What trains beside the gates: ``"lora"`` (rank 8, alpha 16), ``"full"``, ``"frozen"``, or a peft config.
         delta_w: ``"discard"``: kept blocks get their original weights back (published); ``"merge"``: they keep what they learned.
@@ -73,17 +74,18 @@ class DepthPruningCallback(Callback):
     """
 
     def __init__(
-        self, pattern: str | Mapping[str, str], *, stacks: str | Sequence[str] | None = None, weight_update: Any = "lora",
-        delta_w: str = "discard", tau_start: float = 4.0, tau_end: float = 0.1, anneal_steps: int | None = None, scaling: float = 100.0,
+        self, pattern: str | Mapping[str, str] | None = None, *, keep: Any = None, stacks: str | Sequence[str] | None = None,
+        weight_update: Any = "lora", delta_w: str = "discard", tau_start: float = 4.0, tau_end: float = 0.1, anneal_steps: int | None = None, scaling: float = 100.0,
         init: float = 0.02, average_decay: float = 0.999, logits_lr: float = 1e-3, logits_clip: float = 1.0, max_nonfinite: int = 10,
         units: Any = None, streams: Mapping[str, Sequence[str]] | None = None, gather: bool = True, verify: bool = True,
         save_dir: str | Path | None = None, decisions_path: str | Path | None = None, model_factory: Mapping[str, Any] | None = None,
         source: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         self.optimizer = GateOptimizer(lr=logits_lr, clip=logits_clip, tau_start=tau_start, tau_end=tau_end)
-        self.pruner = DepthPruner(pattern, stacks=stacks, weight_update=weight_update, delta_w=delta_w, units=units, streams=streams,
-                                  held=True, gather=gather, scaling=scaling, init=init, average_decay=average_decay,
-                                  tau=tau_start)  # fmt: skip
+        self.pruner = DepthPruner(
+            pattern, keep=keep, stacks=stacks, weight_update=weight_update, delta_w=delta_w, units=units, streams=streams, held=True,
+            gather=gather, scaling=scaling, init=init, average_decay=average_decay, tau=tau_start,
+        )  # fmt: skip
         if anneal_steps is not None and not (isinstance(anneal_steps, int) and anneal_steps >= 1):
             raise ValueError(f"anneal_steps is {anneal_steps}; give a count of optimizer steps >= 1, or leave it out for the whole fit.")
         self.anneal_steps, self.verify, self.save_dir = anneal_steps, verify, save_dir

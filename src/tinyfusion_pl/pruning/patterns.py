@@ -58,8 +58,12 @@ class Pattern:
     terms: tuple[tuple[int, int], ...]
 
     @classmethod
-    def parse(cls, pattern: str | Pattern) -> Pattern:
+    def parse(cls, pattern: str | Pattern, *, enumerated: bool = True) -> Pattern:
         """Read ``"N:M"`` or ``"N:M+N:M+..."``, N kept of M.
+
+        Args:
+            pattern: The text, or a parsed pattern, which is returned.
+            enumerated: Whether each group's candidates will be enumerated, so that their number is bounded.
 
         Raises:
             ValueError: for anything but such a string; a number is refused with the reason (YAML reads an unquoted 1:2 as 62).
@@ -85,25 +89,14 @@ class Pattern:
                 )
             if num_blocks > MAX_BLOCKS:
                 raise ValueError(f"Pattern {pattern!r} has a group of {num_blocks} blocks; give {MAX_BLOCKS} at most, e.g. '2:4'.")
-            if (count := math.comb(num_blocks, num_kept)) > MAX_CANDIDATES:
+            if enumerated and (count := math.comb(num_blocks, num_kept)) > MAX_CANDIDATES:
                 raise ValueError(
                     f"Pattern {pattern!r} has a group {num_kept}:{num_blocks} with {count} candidates, more than the {MAX_CANDIDATES} "
-                    f"that are enumerated. Use smaller groups, e.g. {cls._split(num_kept, num_blocks)!r} (7:14 has 3432 candidates)."
+                    f"that are enumerated. Use smaller groups, e.g. {smaller_groups(num_kept, num_blocks)!r} (7:14 has 3432 candidates), "
+                    "or relaxation='hard_concrete', which enumerates none."
                 )
             terms.append((num_kept, num_blocks))
         return cls(tuple(terms))
-
-    @classmethod
-    def _split(cls, num_kept: int, num_blocks: int) -> str:
-        """The same share in as few equal-sized groups as the bound allows."""
-        for parts in range(2, num_blocks + 1):
-            terms = [
-                (num_kept * (i + 1) // parts - num_kept * i // parts, num_blocks * (i + 1) // parts - num_blocks * i // parts)
-                for i in range(parts)
-            ]
-            if all(1 <= n <= m and math.comb(m, n) <= MAX_CANDIDATES for n, m in terms):
-                return str(cls(tuple(terms)))
-        return "1:2"
 
     @property
     def span(self) -> int:
@@ -135,3 +128,15 @@ class Pattern:
 
     def __str__(self) -> str:
         return "+".join(f"{n}:{m}" for n, m in self.terms)
+
+
+def smaller_groups(num_kept: int, num_blocks: int) -> str:
+    """A pattern of the same share in as few equal-sized groups as the bound on candidates allows."""
+    for parts in range(2, num_blocks + 1):
+        terms = [
+            (num_kept * (i + 1) // parts - num_kept * i // parts, num_blocks * (i + 1) // parts - num_blocks * i // parts)
+            for i in range(parts)
+        ]
+        if all(1 <= n <= m and math.comb(m, n) <= MAX_CANDIDATES for n, m in terms):
+            return str(Pattern(tuple(terms)))
+    return "1:2"

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from tinyfusion_pl.pruning.blocks import by_path, get_module, get_stack, units_of
+from tinyfusion_pl.pruning.budget import Budget
 from tinyfusion_pl.pruning.discovery import resolve_stacks
 from tinyfusion_pl.pruning.library_configs import library_root
 from tinyfusion_pl.pruning.patterns import Pattern
@@ -28,19 +29,19 @@ class Plan:
         return f"{self.root}.{inside}" if self.root else inside
 
 
-def find_paths(module: nn.Module, stacks: str | Sequence[str] | None, *, pattern: Any) -> list[str]:
-    """Paths of the stacks to prune in `module`: those named, those that `pattern` names, or those found.
+def find_paths(module: nn.Module, stacks: str | Sequence[str] | None, *, budget: Budget) -> list[str]:
+    """Paths of the stacks to prune in `module`: those named, those that `budget` names, or those found.
 
     Raises:
         ValueError: when there are none.
     """
-    return [p for p in resolve_stacks(module, stacks, pattern=pattern) if not p.startswith("depth_gates")]
+    return [p for p in resolve_stacks(module, stacks, pattern=budget.stated) if not p.startswith("depth_gates")]
 
 
 def make_plan(
-    module: nn.Module, paths: Sequence[str], *, pattern: Any, units: Any, streams: Mapping[str, Sequence[str]] | None, held: bool = False,
+    module: nn.Module, paths: Sequence[str], *, budget: Budget, units: Any, streams: Mapping[str, Sequence[str]] | None, held: bool = False,
 ) -> Plan:  # fmt: skip
-    """The `Plan` for the stacks at `paths`; changes nothing. `pattern`, `units` and `streams` as `DepthPruningCallback` takes them, `held`
+    """The `Plan` for the stacks at `paths`; changes nothing. `units` and `streams` as `DepthPruningCallback` takes them, `held`
     as `DepthPruner`.
 
     Raises:
@@ -63,13 +64,15 @@ def make_plan(
         renamed = {inside.get(path, path): each for path, each in given.items()} if isinstance(given, Mapping) else given
         return by_path(renamed, list(inside.values()), what)
 
-    patterns = {path: Pattern.parse(each) for path, each in of(pattern, "pattern").items()}
+    budget.check_stacks(list(inside.values()))
+    stated, patterns = of(budget.stated, budget.what), {}
     unit_lists = of(units, "units")
     named = {inside.get(path, path): list(names) for path, names in (streams or {}).items()}
-    if unknown := [path for path in named if path not in patterns]:
+    if unknown := [path for path in named if path not in stated]:
         raise ValueError(f"streams is given for {unknown}, where there is no stack; the stacks are {list(inside)}.")
     for path, short in inside.items():
         counted = units_of(module, path, unit_lists[short])
+        patterns[short] = budget.pattern(stated[short], len(counted), path=path)
         try:
             patterns[short].groups(len(counted))
         except ValueError as error:

@@ -26,6 +26,7 @@ from torch import nn
 
 from tinyfusion_pl.pruning.adapters import WeightUpdate, check_delta_w
 from tinyfusion_pl.pruning.blocks import get_module, get_stack, unwrap
+from tinyfusion_pl.pruning.budget import Budget
 from tinyfusion_pl.pruning.caches import restore_caches, turn_off_caches
 from tinyfusion_pl.pruning.compiled import Compiler, Opened, close_compiled, on_the_way, open_compiled, uncompiled
 from tinyfusion_pl.pruning.copies import copy_of, outline_of
@@ -34,7 +35,6 @@ from tinyfusion_pl.pruning.discovery import Discovery, discover
 from tinyfusion_pl.pruning.drops import earliest_drops
 from tinyfusion_pl.pruning.gates import DepthGates, remove_gates
 from tinyfusion_pl.pruning.library_configs import check_library_config
-from tinyfusion_pl.pruning.patterns import Pattern
 from tinyfusion_pl.pruning.plan import Plan, find_paths, make_plan
 from tinyfusion_pl.pruning.surgery import remove_blocks
 
@@ -49,15 +49,12 @@ class DepthPruner:
     """
 
     def __init__(
-        self, pattern: str | Mapping[str, str], *, stacks: str | Sequence[str] | None = None, weight_update: Any = "lora",
-        delta_w: str = "discard", units: Any = None, streams: Mapping[str, Sequence[str]] | None = None, gather: bool = True,
-        scaling: float = 100.0, init: float = 0.02, average_decay: float = 0.999, tau: float = 4.0, distribution: Any = None,
-        held: bool = False,
+        self, pattern: str | Mapping[str, str] | None = None, *, keep: Any = None, stacks: str | Sequence[str] | None = None,
+        weight_update: Any = "lora", delta_w: str = "discard", units: Any = None, streams: Mapping[str, Sequence[str]] | None = None,
+        gather: bool = True, scaling: float = 100.0, init: float = 0.02, average_decay: float = 0.999, tau: float = 4.0,
+        distribution: Any = None, held: bool = False,
     ) -> None:  # fmt: skip
-        parsed = [Pattern.parse(each) for each in (pattern.values() if isinstance(pattern, Mapping) else [pattern])]
-        if parsed and all(num_kept == num_blocks for each in parsed for num_kept, num_blocks in each.terms):
-            raise ValueError(f"The pattern {pattern!r} keeps every block, so that there is nothing to learn. Give N:M with N < M in one "
-                             "place at least, e.g. '1:2', or '4:4+2:4', which leaves each first group whole.")
+        self.budget = Budget(pattern, keep)
         if not (_is_number(scaling) and scaling > 0):
             raise ValueError(f"These must be numbers > 0: scaling={scaling} (published: 100).")
         if not (_is_number(average_decay) and 0 <= average_decay < 1):
@@ -65,7 +62,7 @@ class DepthPruner:
         if not _is_number(init):
             raise ValueError(f"init is {init}; give the number that every logit starts with (published: 0.02).")
         check_delta_w(delta_w)
-        self.stacks, self.pattern, self.delta_w, self.units, self.streams, self.tau = stacks, pattern, delta_w, units, streams, tau
+        self.stacks, self.delta_w, self.units, self.streams, self.tau = stacks, delta_w, units, streams, tau
         self.weight_update = WeightUpdate(weight_update)
         self.options = {"scaling": scaling, "init": init, "average_decay": average_decay, "gather": gather}
         self.distribution, self.held = distribution, held
@@ -83,7 +80,7 @@ class DepthPruner:
         Raises:
             ValueError: when there are none.
         """
-        return find_paths(module, self.stacks, pattern=self.pattern)
+        return find_paths(module, self.stacks, budget=self.budget)
 
     def finds(self, module: nn.Module) -> bool:
         """Whether the blocks that are meant are in `module`."""
@@ -99,7 +96,7 @@ class DepthPruner:
         Raises:
             ValueError: when they do not; says what would.
         """
-        return make_plan(module, self.find(module), pattern=self.pattern, units=self.units, streams=self.streams, held=self.held)
+        return make_plan(module, self.find(module), budget=self.budget, units=self.units, streams=self.streams, held=self.held)
 
     def check(self, module: nn.Module) -> None:
         """As `plan`; and find out whether the adapters go onto the model.
@@ -123,7 +120,7 @@ class DepthPruner:
         plan = self.plan(module)
         model = get_module(module, plan.root)
         # Before the weight update freezes what would then look left out.
-        self.found = discover(module) if self.stacks is None and not isinstance(self.pattern, Mapping) else None
+        self.found = discover(module) if self.stacks is None and not self.budget.is_by_path else None
         remarks = [self.found.describe()] if self.found is not None else []
         outline_of(model)  # which `freeze` must be able to copy
         self.weight_update.start(model)

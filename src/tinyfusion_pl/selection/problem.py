@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -14,7 +15,7 @@ from tinyfusion_pl.selection.calibration import Calibration
 from tinyfusion_pl.selection.space import Space
 from tinyfusion_pl.selection.structures import Structures
 
-FIXED, SEARCH, TRIALS, CANDIDATES = range(4)  # samples and random numbers of one purpose are independent of those of another
+FIXED, SEARCH, TRIALS, CANDIDATES, HEALING = range(5)  # samples and random numbers of one purpose are independent of those of another
 
 
 class Problem:
@@ -54,14 +55,20 @@ class Problem:
         """Fresh samples without end; every stream of one number gives the same."""
         step = 0
         while True:
-            with torch.random.fork_rng(devices_of(self.model)):
-                torch.manual_seed(_seed(self.seed, which, num_samples, step))
+            with self.seeded(which, num_samples, step):
                 calibration = self._draw(num_samples)
             if calibration.num_samples != num_samples:
                 raise ValueError(f"{num_samples} samples were asked for, and draw gave {calibration.num_samples}. It must give as many as "
                                  "it is called with.")  # fmt: skip
             yield calibration
             step += 1
+
+    @contextmanager
+    def seeded(self, which: int, *numbers: int) -> Iterator[None]:
+        """Inside, the global generators give the random numbers of a purpose; afterwards they are as they were."""
+        with torch.random.fork_rng(devices_of(self.model)):
+            torch.manual_seed(_seed(self.seed, which, *numbers))
+            yield
 
     def generator(self, which: int) -> torch.Generator:
         """Random numbers of a purpose."""

@@ -11,24 +11,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tinyfusion_pl.pruning.budget import both_or_neither
 from tinyfusion_pl.pruning.decision import Decision
 from tinyfusion_pl.selection.calibration import Calibration
 from tinyfusion_pl.selection.candidates import distributions
 from tinyfusion_pl.selection.criteria.block_influence import FluxLite, ShortGPT
 from tinyfusion_pl.selection.criteria.candidate_loss import CandidateLoss
+from tinyfusion_pl.selection.criteria.cka import CKA
 from tinyfusion_pl.selection.criteria.global_search import GlobalSearch, marginals
 from tinyfusion_pl.selection.criteria.greedy import Greedy
 from tinyfusion_pl.selection.criteria.rules import First, Oracle, Random, Uniform
 from tinyfusion_pl.selection.criteria.sensitivity import Sensitivity
 from tinyfusion_pl.selection.criteria.weights import Magnitude, Taylor
 from tinyfusion_pl.selection.problem import Criterion, Problem, devices_of
-from tinyfusion_pl.selection.space import Space, both_or_neither
+from tinyfusion_pl.selection.space import Space
 from tinyfusion_pl.selection.structures import MAX_ROWS, open_structures
 from tinyfusion_pl.selection.trials import Trials, propose
 
 CRITERIA: dict[str, Callable[[], Criterion]] = {
     "global": GlobalSearch, "shortgpt": ShortGPT, "flux_lite": FluxLite, "sensitivity": Sensitivity, "taylor": Taylor,
     "magnitude": Magnitude, "oracle": Oracle, "uniform": Uniform, "first": First, "random": Random, "greedy": Greedy,
+    "cka": CKA,
     "min_loss": CandidateLoss, "median_loss": lambda: CandidateLoss("median"), "max_loss": lambda: CandidateLoss("max"),
 }  # fmt: skip
 """Criteria that need no argument, by name."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyfusion_pl.pruning.blocks import Units, by_path, get_stack, units_of
+from tinyfusion_pl.pruning.budget import both_or_neither, count_of
 from tinyfusion_pl.pruning.decision import Decision, GroupDecision, StackDecision
 from tinyfusion_pl.pruning.discovery import resolve_stacks
 from tinyfusion_pl.pruning.library_configs import fixed_blocks
@@ -56,21 +57,23 @@ class Space:
         stays = {path: fixed_blocks(model, path) for path in self.paths}
         self.fixed = frozenset(self._start[path] + i for path in self.paths for i, unit in enumerate(self.units[path])
                                if set(unit) & set(stays[path]))  # fmt: skip
-        self.pattern = {path: str(Pattern.parse(each)) for path, each in by_path(pattern, self.paths, "pattern").items()} if pattern else {}
+        patterns = by_path(pattern, self.paths, "pattern") if pattern else {}
+        self.pattern = {path: str(Pattern.parse(each, enumerated=False)) for path, each in patterns.items()}
         self.parts = self._by_pattern() if pattern else self._by_count(keep)
 
     def _by_pattern(self) -> list[Part]:
         parts = []
         for path in self.paths:
-            for group in Pattern.parse(self.pattern[path]).groups(len(self.units[path])):
+            for group in Pattern.parse(self.pattern[path], enumerated=False).groups(len(self.units[path])):
                 parts.append(self._part([self._start[path] + i for i in group.members], group.num_kept))
         return self._checked(parts)
 
     def _by_count(self, keep: Any) -> list[Part]:
         if isinstance(keep, Mapping):
             keeps = by_path(keep, self.paths, "keep")
-            return self._checked([self._part(self.members(path), _count(keeps[path], len(self.units[path]), path)) for path in self.paths])
-        return self._checked([self._part(range(self.num_units), _count(keep, self.num_units, ", ".join(self.paths)))])
+            counts = {path: count_of(keeps[path], len(self.units[path]), path) for path in self.paths}
+            return self._checked([self._part(self.members(path), count) for path, count in counts.items()])
+        return self._checked([self._part(range(self.num_units), count_of(keep, self.num_units, ", ".join(self.paths)))])
 
     def _part(self, members: Iterable[int], num_kept: int) -> Part:
         members = tuple(members)
@@ -184,19 +187,3 @@ class Space:
                 scores=None if scores is None else [float(s) for s in scores[members.start : members.stop]],
             )  # fmt: skip
         return Decision(stacks)
-
-
-def both_or_neither(keep: Any, pattern: Any) -> str:
-    """What is wrong with a budget that is stated twice or not at all."""
-    stated = "neither is given" if keep is None else f"both are given, keep={keep} and pattern={pattern!r}: set the other one to null"
-    return f"keep (how many units stay, or their share) or pattern ('N:M', N kept of every M) states what stays; {stated}."
-
-
-def _count(keep: Any, num_units: int, where: str) -> int:
-    if isinstance(keep, bool) or not isinstance(keep, (int, float)):
-        raise ValueError(f"keep is {keep!r}; give a count of units, or their share in (0, 1).")
-    count = round(keep * num_units) if 0 < keep < 1 else keep
-    if count != int(count) or not 1 <= count < num_units:
-        raise ValueError(f"keep is {keep} of the {num_units} units of {where}; give a count from 1 to {num_units - 1}, or a share in "
-                         "(0, 1) that leaves one at least.")  # fmt: skip
-    return int(count)

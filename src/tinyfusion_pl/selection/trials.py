@@ -12,6 +12,7 @@ from torch import Tensor
 from tinyfusion_pl.pruning.surgery import remove_blocks
 from tinyfusion_pl.selection.calibration import Calibration
 from tinyfusion_pl.selection.candidates import distinct, sample_structures
+from tinyfusion_pl.selection.distilling import Distilling
 from tinyfusion_pl.selection.problem import CANDIDATES, TRIALS, Choice, Problem
 
 
@@ -94,24 +95,16 @@ class _Recovery:
         self.problem, self.structure = problem, structure
         blocks = problem.space.kept_blocks(structure)
         with problem.structures.without_gates():
-            self.student = remove_blocks(copy.deepcopy(problem.model), blocks).train().requires_grad_(True)
+            self.student = remove_blocks(copy.deepcopy(problem.model), blocks)
         self.average = copy.deepcopy(self.student).eval().requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=lr, weight_decay=0.0)
+        self.distilling = Distilling(problem, self.student, lr=lr, which=TRIALS)
         self.decay, self.num_blocks = average_decay, sum(map(len, blocks.values()))
 
     def step(self, calibration: Calibration) -> None:
-        index = torch.arange(calibration.num_samples)
-        output = self.student(*calibration.args, **calibration.kwargs)
-        loss = calibration.distances(output, index).mean()
-        if calibration.has_loss:
-            loss = 0.9 * loss + 0.1 * calibration.losses(output, index).mean()
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
+        self.distilling.step(calibration, num_blocks=self.num_blocks)
         with torch.no_grad():
             pairs = list(zip(self.average.parameters(), self.student.parameters()))
             torch._foreach_lerp_([a for a, _ in pairs], [s.detach() for _, s in pairs], 1 - self.decay)
-        self.problem.structures.num_block_runs += 3 * self.num_blocks * calibration.num_samples
 
     @torch.no_grad()
     def distance(self, calibration: Calibration) -> float:

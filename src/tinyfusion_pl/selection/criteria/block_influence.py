@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-from tinyfusion_pl.pruning.calls import Call, quiet
 from tinyfusion_pl.pruning.gating import GatedForward
+from tinyfusion_pl.pruning.streams import Key
 from tinyfusion_pl.selection.problem import Choice, Problem
+from tinyfusion_pl.selection.watching import watch_blocks
 
 Change = Callable[[Tensor, Tensor], Tensor]
 
@@ -54,30 +55,14 @@ def _one_minus_cosine(x: Tensor, y: Tensor) -> Tensor:
     return 1 - torch.nn.functional.cosine_similarity(x, y, dim=-1).mean()
 
 
-@torch.no_grad()
 def unit_changes(problem: Problem, change: Change) -> Tensor:
     """`change` of input and output of each unit on the fixed samples, averaged over its blocks and their streams. (num_units,)"""
-    structures, space, found, handles = problem.structures, problem.space, {}, []
-    calibration = problem.fixed
+    found: dict[int, list[Tensor]] = {}
 
-    def hook(gated: GatedForward):
-        def after(block, args, kwargs, output) -> None:
-            call = Call(gated.signature, args, kwargs)
-            streams = gated.plan(call).streams
-            y = streams.take(output)
-            values = [change(call.tensors[name].float(), y[key].float()) for key, name in streams.inputs.items()]
-            found.setdefault(space.members(gated.gates.path)[gated.unit], []).append(torch.stack(values).mean().double().cpu())
-        return after  # fmt: skip
+    def watch(gated: GatedForward, inputs: Mapping[Key, Tensor], outputs: Mapping[Key, Tensor]) -> None:
+        values = [change(x.float(), outputs[key].float()) for key, x in inputs.items()]
+        unit = problem.space.members(gated.gates.path)[gated.unit]
+        found.setdefault(unit, []).append(torch.stack(values).mean().double().cpu())
 
-    try:
-        for gated in structures.gates.gated_forwards:
-            handles.append(gated.block.register_forward_hook(hook(gated), with_kwargs=True))
-        with quiet(problem.model), structures.gates.bypass():
-            calibration.target = problem.model(*calibration.args, **calibration.kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    structures.num_block_runs += sum(space.num_blocks.values()) * calibration.num_samples
-    if missing := [i for i in range(space.num_units) if i not in found]:
-        raise ValueError(f"The units {missing} did not run in a call of {type(problem.model).__name__}, so they have no score.")
-    return torch.stack([torch.stack(found[i]).mean() for i in range(space.num_units)])
+    watch_blocks(problem, watch)
+    return torch.stack([torch.stack(found[i]).mean() for i in range(problem.space.num_units)])
