@@ -163,10 +163,12 @@ class Evaluate:
 
     def made_from(self, model: nn.Module, folder: RunFolder, inputs: Inputs, *, protocol: dict[str, Any]) -> Origin:
         """What decides the numbers of `model`: its weights, what they are held against and how, the configuration."""
-        sampled = content_sha256(list(self.sampled)) if tuple(self.sampled) != ROLES else None
-        parts = {"weights": model_sha256(model), "sampled": sampled, "reference": protocol["reference_sha256"], "feature network": protocol["feature_network"],
-                 "draws": self._draws_sha256(inputs), "decoder": inputs.data.decoder_sha256(),
-                 "protocol": content_sha256(protocol), "configuration": folder.configuration}
+        parts = {
+            "weights": model_sha256(model), "reference": protocol["reference_sha256"], "feature network": protocol["feature_network"],
+            "sampled": content_sha256(list(self.sampled)) if tuple(self.sampled) != ROLES else None,
+            "draws": self._draws_sha256(inputs), "decoder": inputs.data.decoder_sha256(), "protocol": content_sha256(protocol),
+            "configuration": folder.configuration,
+        }
         return {name: checksum for name, checksum in parts.items() if checksum is not None}
 
     def _draws_sha256(self, inputs: Inputs) -> str | None:
