@@ -9,10 +9,13 @@ from .compare import compare_runs
 from .grid import write_grid
 from .page import write_report
 from .sweep import compare_sweep
-from .sweep_figures import write_candidate_losses
+from .sweep_figures import write_activations, write_candidate_losses
 from .words import headline
 
-__all__ = ["compare", "compare_runs", "compare_sweep", "headline", "write_candidate_losses", "write_grid", "write_report"]
+__all__ = [
+    "compare", "compare_runs", "compare_sweep", "headline", "write_activations", "write_candidate_losses", "write_grid",
+    "write_report",
+]
 
 
 def compare(run_dir: str | Path, other_run_dir: str | Path | None = None) -> str:

@@ -1,17 +1,19 @@
-"""Figures over many structures or runs: losses of candidates (TinyFusion, figure 5) and speed against depth (figure 4)."""
+"""Figures beside those of a run: losses of candidates, speed against depth, activations (TinyFusion, figures 5, 4 and 8)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from .figures import FAINT, INK, KEPT, WIDTH, dress, new_figure, save_figure, title
+from .figures import COLORS, FAINT, INK, KEPT, WIDTH, dress, new_figure, save_figure, title
 
 NUM_BINS = 60
+LINES = ("dotted", "dashed", "dashdot")
 
 
 def write_candidate_losses(path: Path, losses: np.ndarray, marks: Mapping[str, float], *, measure: str) -> Path:
@@ -59,4 +61,38 @@ def plot_speedup(points: Sequence[tuple[str, float, float]]) -> Figure:
     axes.legend(frameon=False, fontsize=9, loc="upper left")
     title(axes, "Speed-up against compression")
     dress(axes)
+    return figure
+
+
+def write_activations(path: Path, histograms: Mapping[str, Mapping[str, Any]], statistics: Mapping[str, Mapping[str, Any]], *,
+                      num_sigma: Sequence[float]) -> Path:
+    """Draw `plot_activations` into a PNG file; returns its path."""
+    with matplotlib.rc_context({"text.parse_math": False}):
+        save_figure(plot_activations(histograms, statistics, num_sigma=num_sigma), path)
+    return path
+
+
+def plot_activations(histograms: Mapping[str, Mapping[str, Any]], statistics: Mapping[str, Mapping[str, Any]], *,
+                     num_sigma: Sequence[float]) -> Figure:
+    """A row for each layer pair: the values of the teacher's and of the student's hidden states, counts on a log scale.
+
+    Args:
+        histograms: Pair -> side -> (counts, edges).
+        statistics: Pair -> side -> its "mean" and "sigma", for the lines at k sigma.
+        num_sigma: The k.
+    """
+    figure = new_figure(WIDTH, 1.9 * len(histograms))
+    rows = figure.subplots(len(histograms), 2, squeeze=False)
+    for row, (pair, sides) in zip(rows, histograms.items(), strict=True):
+        for axes, (side, (counts, edges)) in zip(row, sides.items(), strict=True):
+            axes.stairs(counts, edges, fill=True, color=COLORS["teacher" if side == "teacher" else "recovered"], alpha=0.7)
+            of_side = statistics[pair][side]
+            for number, k in enumerate(num_sigma):
+                for place in (of_side["mean"] - k * of_side["sigma"], of_side["mean"] + k * of_side["sigma"]):
+                    axes.axvline(place, color=INK, linewidth=0.9, linestyle=LINES[number % len(LINES)])
+            axes.set(yscale="log", ylim=(0.5, None))
+            title(axes, f"{side}; largest {of_side['largest_in_sigma']:.0f} sigma", size=9)
+            dress(axes)
+        row[0].set_ylabel(pair.replace(", ", ",\n"), rotation=0, ha="right", va="center", fontsize=8)
+    rows[-1][0].set_xlabel("value of the hidden states; lines at " + ", ".join(f"{k:g}" for k in num_sigma) + " sigma")
     return figure

@@ -1,5 +1,6 @@
 """What the CLI runs: callables made of instantiated objects, resumable, each in a run folder."""
 
+from tinyfusion_pl.tasks.activations import Activations, draw_activations
 from tinyfusion_pl.tasks.budget import Budget
 from tinyfusion_pl.tasks.candidate_losses import CandidateLosses, score_candidates
 from tinyfusion_pl.tasks.evaluate import Evaluate
@@ -17,7 +18,7 @@ from tinyfusion_pl.tasks.steps import Unfinished
 from tinyfusion_pl.tasks.train import Train, train_denoiser
 
 __all__ = [
-    "Budget", "CandidateLosses", "Evaluate", "Extract", "Fit", "Inputs", "LearnMask", "PictureFiles", "Pipeline", "Recover",
-    "Report", "RunFolder", "SharedResults", "Train", "Unfinished", "csv_logger", "extract_latents", "make_reference", "measure",
-    "score_candidates", "train_denoiser", "wandb_logger",
+    "Activations", "Budget", "CandidateLosses", "Evaluate", "Extract", "Fit", "Inputs", "LearnMask", "PictureFiles", "Pipeline",
+    "Recover", "Report", "RunFolder", "SharedResults", "Train", "Unfinished", "csv_logger", "draw_activations", "extract_latents",
+    "make_reference", "measure", "score_candidates", "train_denoiser", "wandb_logger",
 ]
