@@ -102,3 +102,11 @@ def test_compare_takes_a_sweep_or_two_runs(sweep):
 def test_a_folder_of_no_sweep_is_refused(tmp_path):
     with pytest.raises(ArtifactError, match="not the folder of a sweep"):
         compare_sweep(tmp_path)
+
+
+def test_timed_arms_get_a_figure_of_speed_against_depth(sweep):
+    compare_sweep(sweep)
+    assert not (sweep / "speedup.png").exists()
+    file = sweep / "f0" / "metrics.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "speedup": {"measured": 1.9, "ideal": 2.0}}))
+    assert "speedup.png" in compare_sweep(sweep) and (sweep / "speedup.png").stat().st_size > 1000

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,12 @@ from tinyfusion_pl.artifacts import write_text
 from .arms import Arm, Row, Take, cell, columns_of, read_arms, rows_of
 from .markup import code, table
 from .outside import Html, html
+from .reading import numbers
 from .style import CSS
+from .sweep_figures import write_speedup
 
 FILES = ("table.md", "table.csv", "table.html")
+SPEEDUP = "speedup.png"  # where speed was measured
 
 
 def compare_sweep(folder: str | Path) -> str:
@@ -37,7 +41,21 @@ def compare_sweep(folder: str | Path) -> str:
     write_text(folder / "table.md", markdown)
     write_text(folder / "table.csv", _csv(arms, columns))
     write_text(folder / "table.html", _page(folder.resolve().name, rows, columns, about))
-    return f"{markdown}\nIn {folder}: {', '.join(FILES)}\n"
+    files = [*FILES]
+    if points := _speedups(rows):
+        write_speedup(folder / SPEEDUP, points)
+        files.append(SPEEDUP)
+    return f"{markdown}\nIn {folder}: {', '.join(files)}\n"
+
+
+def _speedups(rows: Sequence[Row]) -> list[tuple[str, float, float]]:
+    """Name, compression in depth and measured speed-up of each row that was timed."""
+    points = []
+    for row in rows:
+        compression, speed = (row.mean(lambda arm, key=key: numbers(arm.metrics.get("speedup")).get(key)) for key in ("ideal", "measured"))
+        if math.isfinite(compression) and math.isfinite(speed):
+            points.append((" ".join(row.settings.values()), compression, speed))
+    return points
 
 
 def _about(arms: Sequence[Arm], shared: dict[str, str]) -> dict[str, str]:
