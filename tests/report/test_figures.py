@@ -19,6 +19,7 @@ from tinyfusion_pl.report.figures import (
     plot_samples,
 )
 from tinyfusion_pl.report.reading import StackHistory, read_run
+from tinyfusion_pl.report.sweep_figures import plot_activations, plot_candidate_losses, plot_speedup
 
 
 def history(num_steps=3, num_blocks=4, *, group_size=2, every=10):
@@ -244,3 +245,38 @@ def test_no_text_covers_another_in_a_whole_run(new_run):
     assert overlaps(plot_overview(run.metrics)) == []
     for curves in run.curves.values():
         assert overlaps(plot_curves(curves)) == []
+
+
+def test_ticks_on_a_log_scale_are_numbers():
+    import matplotlib
+
+    with matplotlib.rc_context({"text.parse_math": False}):
+        figure = plot_curves({"train/loss": (np.arange(40), np.geomspace(100, 0.01, 40))})
+        figure.draw_without_rendering()
+    labels = [tick.get_text() for tick in figure.axes[0].get_yticklabels()]
+    assert "1" in labels and not any("$" in label for label in labels)
+
+
+def test_every_choice_is_marked_at_its_loss():
+    losses = np.linspace(1, 2, 100)
+    figure = plot_candidate_losses(losses, {"uniform": 1.5, "first": 1.1})
+    texts = [text.get_text().strip() for text in figure.axes[0].texts]
+    assert texts == ["first (10% lose less)", "uniform (50% lose less)"]
+    lines = [c.get_segments()[0][0][0] for c in figure.axes[0].collections if isinstance(c, LineCollection)]
+    assert lines == [1.1, 1.5] and overlaps(figure) == []
+
+
+def test_the_ideal_line_and_the_measured_points_are_drawn():
+    axes = plot_speedup([("shortgpt 0.5", 2.0, 1.9), ("shortgpt 0.25", 4.0, 3.5)]).axes[0]
+    points = {(line.get_xdata()[0], line.get_ydata()[0]) for line in axes.lines if len(line.get_xdata()) == 1}
+    assert points == {(2.0, 1.9), (4.0, 3.5)}
+    (ideal,) = [line for line in axes.lines if len(line.get_xdata()) == 2]
+    assert list(ideal.get_xdata()) == list(ideal.get_ydata())
+
+
+def test_sigma_lines_stand_where_the_statistics_say():
+    counts, edges = np.histogram(np.random.default_rng(0).normal(size=1000), bins=20)
+    sides = {side: {"mean": 1.0, "sigma": 2.0, "largest_in_sigma": 3.0} for side in ("teacher", "student")}
+    figure = plot_activations({"pair": dict.fromkeys(sides, (counts, edges))}, {"pair": sides}, num_sigma=(1.0, 2.0))
+    for axes in figure.axes:
+        assert sorted(line.get_xdata()[0] for line in axes.lines) == [-3.0, -1.0, 3.0, 5.0]

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import FixedLocator, MaxNLocator, StrMethodFormatter
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 from tinyfusion_pl.artifacts import atomic_path
 
@@ -172,6 +173,7 @@ def plot_curves(curves: Curves) -> Figure | None:
             axes.plot(steps, values, color=KEPT, linewidth=0.7, alpha=0.35, label="logged")
             if len(finite := values[np.isfinite(values)]) and 0 < 15 * finite.min() < finite.max():
                 axes.set_yscale("log")
+                plain_ticks(axes.yaxis)
         axes.plot(steps, smooth, color=KEPT, linewidth=1.8, label="smoothed", marker="." if len(values) < 15 else None)
         shown, ends = CURVES.get(name, name), smooth[np.isfinite(smooth)]
         course = f"{_short(ends[0])} → {_short(ends[-1])}" if len(ends) else "never finite"
@@ -282,6 +284,12 @@ def _short(number: float) -> str:
 
 def title(axes: Axes, text: str, *, size: float = 11) -> None:
     axes.set_title(text, loc="left", fontsize=size, color=INK)
+
+
+def plain_ticks(axis: Axis) -> None:
+    """Numbers as they are written: powers on a log scale would be formulas, which names with a dollar sign must not become."""
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def dress(axes: Axes) -> None:

@@ -8,11 +8,10 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullFormatter, StrMethodFormatter
+from matplotlib.ticker import MaxNLocator
 
-from .figures import COLORS, FAINT, INK, KEPT, WIDTH, dress, new_figure, save_figure, title
+from .figures import COLORS, FAINT, INK, KEPT, WIDTH, dress, new_figure, plain_ticks, save_figure, title
 
 NUM_BINS = 60
 LINES = ("dotted", "dashed", "dashdot")
@@ -36,7 +35,7 @@ def plot_candidate_losses(losses: np.ndarray, marks: Mapping[str, float], *, mea
     counts, _, _ = axes.hist(finite, bins=bins, color=FAINT, alpha=0.45)
     if positive:
         axes.set_xscale("log")
-        _plain_ticks(axes.xaxis)
+        plain_ticks(axes.xaxis)
     axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     top = counts.max() or 1
     for row, name in enumerate(order):
@@ -102,15 +101,9 @@ def plot_activations(histograms: Mapping[str, Mapping[str, Any]], statistics: Ma
                 for place in (of_side["mean"] - k * of_side["sigma"], of_side["mean"] + k * of_side["sigma"]):
                     axes.axvline(place, color=INK, linewidth=0.9, linestyle=LINES[number % len(LINES)])
             axes.set(yscale="log", ylim=(0.5, None))
-            _plain_ticks(axes.yaxis)
+            plain_ticks(axes.yaxis)
             title(axes, f"{side}; largest {of_side['largest_in_sigma']:.0f} sigma", size=9)
             dress(axes)
         row[0].set_ylabel(pair.replace(", ", ",\n"), rotation=0, ha="right", va="center", fontsize=8)
     rows[-1][0].set_xlabel("value of the hidden states; lines at " + ", ".join(f"{k:g}" for k in num_sigma) + " sigma")
     return figure
-
-
-def _plain_ticks(axis: Axis) -> None:
-    """Numbers as they are written: powers on a log scale would be formulas, which names with a dollar sign must not become."""
-    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axis.set_minor_formatter(NullFormatter())
