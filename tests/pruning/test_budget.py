@@ -40,7 +40,8 @@ def test_each_stack_has_its_own_count_or_share():
 
 @pytest.mark.parametrize("options, message", [
     ({}, "neither is given"), ({"pattern": "1:2", "keep": 3}, "both are given, keep=3 and pattern='1:2'"),
-    ({"keep": "half"}, "a count of units"), ({"keep": True}, "a count of units"), ({"keep": float("nan")}, "a count of units"), ({"keep": {"blocks": "3"}}, "a count of units"),
+    ({"keep": "half"}, "a count of units"), ({"keep": True}, "a count of units"), ({"keep": float("nan")}, "a count of units"),
+    ({"keep": {"blocks": "3"}}, "a count of units"),
     ({"pattern": "2:2"}, "keeps every block"),
 ])  # fmt: skip
 def test_a_budget_that_says_nothing_is_refused_when_it_is_made(options, message):

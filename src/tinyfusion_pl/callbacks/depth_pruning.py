@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
-from tinyfusion_pl.callbacks import gate_setup
+from tinyfusion_pl.callbacks import gate_setup, search_losses
 from tinyfusion_pl.callbacks.gate_checkpoint import learned_state, load_learned_state
 from tinyfusion_pl.callbacks.gate_monitor import GateMonitor
 from tinyfusion_pl.callbacks.gate_setup import GATES
@@ -22,6 +22,7 @@ from tinyfusion_pl.pruning.compiled import Compiler
 from tinyfusion_pl.pruning.first_call import FirstCallCheck
 from tinyfusion_pl.pruning.gate_optimizer import GateOptimizer
 from tinyfusion_pl.pruning.pruner import DepthPruner
+from tinyfusion_pl.pruning.relaxations import Relaxation
 from tinyfusion_pl.pruning.target import check_target
 
 
@@ -44,6 +45,9 @@ class DepthPruningCallback(Callback):
         stacks: Path or paths of the block lists in the LightningModule, e.g. ``"model.blocks"``; default: found.
         weight_update: What trains beside the gates: ``"lora"`` (rank 8, alpha 16), ``"full"``, ``"frozen"``, or a peft config.
         delta_w: ``"discard"``: kept blocks get their original weights back (published); ``"merge"``: they keep what they learned.
+        search_loss: ``"data"``: the module's own loss (published); ``"teacher"``: the distance to the output of the model's original
+            weights, for `MaskLearning` only, whose loss is the project's.
+        relaxation, straight_through, multiplier_lr: What is drawn for a group, and how gradients reach the logits, see `Relaxation`.
         tau_start, tau_end: Temperature at the first and the last step, > 0 (published: 4, 0.1).
         anneal_steps: Optimizer steps from one to the other; default: all of the fit.
         scaling: Factor on the logits, > 0 (published: 100).
@@ -75,17 +79,21 @@ class DepthPruningCallback(Callback):
 
     def __init__(
         self, pattern: str | Mapping[str, str] | None = None, *, keep: Any = None, stacks: str | Sequence[str] | None = None,
-        weight_update: Any = "lora", delta_w: str = "discard", tau_start: float = 4.0, tau_end: float = 0.1, anneal_steps: int | None = None, scaling: float = 100.0,
-        init: float = 0.02, average_decay: float = 0.999, logits_lr: float = 1e-3, logits_clip: float = 1.0, max_nonfinite: int = 10,
-        units: Any = None, streams: Mapping[str, Sequence[str]] | None = None, gather: bool = True, verify: bool = True,
-        save_dir: str | Path | None = None, decisions_path: str | Path | None = None, model_factory: Mapping[str, Any] | None = None,
-        source: Mapping[str, Any] | None = None,
+        weight_update: Any = "lora", delta_w: str = "discard", search_loss: str = "data", relaxation: str = "gumbel",
+        straight_through: str = "all", multiplier_lr: float = 1e-2, tau_start: float = 4.0, tau_end: float = 0.1,
+        anneal_steps: int | None = None, scaling: float = 100.0, init: float = 0.02, average_decay: float = 0.999,
+        logits_lr: float = 1e-3, logits_clip: float = 1.0, max_nonfinite: int = 10, units: Any = None,
+        streams: Mapping[str, Sequence[str]] | None = None, gather: bool = True, verify: bool = True, save_dir: str | Path | None = None,
+        decisions_path: str | Path | None = None, model_factory: Mapping[str, Any] | None = None, source: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
+        drawn = Relaxation(relaxation, straight_through=straight_through, multiplier_lr=multiplier_lr)
+        tau_start, tau_end = drawn.taus(tau_start, tau_end, anneal_steps)
         self.optimizer = GateOptimizer(lr=logits_lr, clip=logits_clip, tau_start=tau_start, tau_end=tau_end)
         self.pruner = DepthPruner(
             pattern, keep=keep, stacks=stacks, weight_update=weight_update, delta_w=delta_w, units=units, streams=streams, held=True,
-            gather=gather, scaling=scaling, init=init, average_decay=average_decay, tau=tau_start,
+            gather=gather, scaling=scaling, init=init, average_decay=average_decay, tau=tau_start, relaxation=drawn,
         )  # fmt: skip
+        self.search_loss = search_losses.check_name(search_loss)
         if anneal_steps is not None and not (isinstance(anneal_steps, int) and anneal_steps >= 1):
             raise ValueError(f"anneal_steps is {anneal_steps}; give a count of optimizer steps >= 1, or leave it out for the whole fit.")
         self.anneal_steps, self.verify, self.save_dir = anneal_steps, verify, save_dir
@@ -112,6 +120,7 @@ class DepthPruningCallback(Callback):
             return
         gate_setup.check_strategy(trainer)
         gate_setup.check_callbacks(trainer, self, pl_module, self.check)
+        search_losses.check(pl_module, self.search_loss)
         if self.pruner.finds(pl_module):
             self.attach(trainer, pl_module)
         else:
@@ -136,11 +145,12 @@ class DepthPruningCallback(Callback):
         self._remembered = False
 
     def check(self, pl_module: LightningModule) -> None:
-        """Find out whether pattern, stacks, units and adapters fit the model of `pl_module`, and change nothing.
+        """Find out whether budget, stacks, units, adapters and search loss fit `pl_module`, and change nothing.
 
         Raises:
             ValueError: when they do not; says what would.
         """
+        search_losses.check(pl_module, self.search_loss)
         self.pruner.check(pl_module)
 
     def _model(self, pl_module: LightningModule) -> nn.Module:
@@ -157,6 +167,7 @@ class DepthPruningCallback(Callback):
         if not self._remembered:  # again, now that the module's setup has run and a checkpoint of dense weights may be restored
             self.pruner.weight_update.remember(self._model(pl_module))
             self._remembered = True
+        search_losses.start(pl_module, self.search_loss, self.pruner)
         self.decision, self.monitor.logged_step = None, -1
         gate_setup.keep_out(trainer.optimizers, self.gates.logits())  # they have an optimizer of their own
         self.optimizer.start(self.gates)
@@ -237,17 +248,12 @@ class DepthPruningCallback(Callback):
 
     def record(self) -> dict[str, Any]:
         """What goes beside the shallow weights: decision, source, configuration, seed."""
-        steps = self.optimizer
         return {
-            "stacks": self.decision.as_dict(),
-            "source": dict(self._sources),
+            "stacks": self.decision.as_dict(), "source": dict(self._sources), "seed": torch.initial_seed(),
             "model_factory": None if self.model_factory is None else dict(self.model_factory),
-            "configuration": {
-                **self.pruner.configuration(), "tau_start": steps.tau_start, "tau_end": steps.tau_end, "num_steps": self._num_steps,
-                "logits_lr": steps.lr, "logits_clip": steps.clip,
-            },
+            "configuration": {**self.pruner.configuration(), "search_loss": self.search_loss, **self.optimizer.configuration(),
+                              "num_steps": self._num_steps},
             "num_skipped_steps": self.guard.num_skipped,
-            "seed": torch.initial_seed(),
         }  # fmt: skip
 
     # -- checkpoints ----------------------------------------------------------------------------

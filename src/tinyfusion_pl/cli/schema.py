@@ -63,6 +63,7 @@ BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "init": (-100, 100),
     "logits_lr": (None, 100),
     "logits_clip": (None, 10**6),
+    "multiplier_lr": (None, 10**3),
     "num_sigma": (None, 10**6),
     "scaling_factor": (1e-6, 10**6),
     "guidance_scale": (0, 1000),

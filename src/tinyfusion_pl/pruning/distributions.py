@@ -33,7 +33,13 @@ class Certainty:
 
 
 class MaskDistribution(Protocol):
-    """What gates need of a distribution over the masks of a group."""
+    """What gates need of a distribution over the masks of a group.
+
+    A distribution whose number of kept members is not fixed holds it to the budget by a penalty: it
+    has ``penalty(logits)``, a scalar whose gradient is added to that of the loss when the logits
+    step, ``ascend(logits)``, called then, and its state in the buffer ``multipliers``
+    (`HardConcreteDistribution`).
+    """
 
     num_logits: int
     num_members: int
@@ -61,12 +67,22 @@ class CandidateDistribution(nn.Module):
         group: The group whose candidates are enumerated.
         fixed: Units of the stack that always stay.
         scaling: Factor on the logits, > 0 (published: 100).
+        straight_through: Which members of a sample's mask have the gradient of the soft choice:
+            ``"all"`` (published), or ``"kept"``, those that it keeps, hard + (soft - soft.detach())
+            * hard. At a member that was dropped the straight-through gradient extrapolates, and may
+            have the wrong sign.
     """
 
     def __init__(
-        self, group: Group, *, scaling: float = 100.0, fixed: Collection[int] = ()
+        self,
+        group: Group,
+        *,
+        scaling: float = 100.0,
+        fixed: Collection[int] = (),
+        straight_through: str = "all",
     ) -> None:
         super().__init__()
+        self.straight_through = check_straight_through(straight_through)
         if not scaling > 0:
             raise ValueError(f"scaling is {scaling}; give a number > 0 (published: 100).")
         self.scaling = float(scaling)
@@ -88,6 +104,9 @@ class CandidateDistribution(nn.Module):
     def sample(self, logits: Tensor, tau: float, noise: Tensor) -> Tensor:
         soft = ((self.scaling * logits + noise) / tau).softmax(-1)  # (N, C)
         hard = torch.zeros_like(soft).scatter_(-1, soft.argmax(-1, keepdim=True), 1.0)
+        if self.straight_through == "kept":
+            soft, hard = soft @ self.candidates, hard @ self.candidates  # (N, M)
+            return hard + (soft - soft.detach()) * hard
         # In this order the value is exactly 0 or 1: soft - soft is zero, while hard - soft + soft rounds.
         return (hard + (soft - soft.detach())) @ self.candidates  # (N, M)
 
@@ -105,3 +124,13 @@ class CandidateDistribution(nn.Module):
         p = self.probabilities(logits).double().cpu()
         entropy = -(p * p.clamp_min(1e-300).log()).sum().item()
         return Certainty(p.max().item(), max(entropy, 0.0), p.tolist())
+
+
+def check_straight_through(straight_through: str) -> str:
+    """`ValueError` for another word."""
+    if straight_through not in ("all", "kept"):
+        raise ValueError(
+            f"straight_through is {straight_through!r}; give 'all' (published) or 'kept' (gradients "
+            "of the members that a sample keeps)."
+        )
+    return straight_through

@@ -38,9 +38,8 @@ def mixed_structures(stacks: Sequence[StackGates]) -> list[Structure]:
 def _kept(gates: StackGates, *, latest: bool) -> list[int]:
     kept = []
     for group, distribution in zip(gates.groups, gates.distributions):
-        noise = distribution.noise(32, generator=torch.Generator().manual_seed(0))
-        with torch.no_grad():
-            logits = torch.zeros(distribution.num_logits, dtype=torch.float32)
-            masks = copy.deepcopy(distribution).cpu().sample(logits, 1.0, noise).tolist()
+        own, generator = copy.deepcopy(distribution).cpu(), torch.Generator().manual_seed(0)
+        outcomes = [own.decide(torch.randn(own.num_logits, generator=generator)) for _ in range(32)]
+        masks = [[i in outcome for i in range(own.num_members)] for outcome in outcomes]
         kept += [group.start + i for i, keep in enumerate(max(masks) if latest else min(masks)) if keep]
     return kept

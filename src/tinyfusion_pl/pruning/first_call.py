@@ -30,13 +30,13 @@ class FirstCallCheck:
         self._handles: list[Any] = []
         for owner in sorted({outer for path in paths.values() for outer in _outer_paths(path)}):
             called = _submodule(module, owner)
-            hook = torch.compiler.disable(self._hook(owner))
+            hook = torch.compiler.disable(self._hook(owner, called))
             self._handles.append(called.register_forward_pre_hook(hook, with_kwargs=True))
 
-    def _hook(self, owner: str):
+    def _hook(self, owner: str, own: nn.Module):
         def before_call(called: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            if _is_redirected(called):
-                return  # a strategy has routed a whole training step through it
+            if called is not own or _is_redirected(called):
+                return  # a copy, on which the hook is too; or a strategy has routed a whole training step through it
             start = f"{owner}." if owner else ""
             inside = {own: path.removeprefix(start) for own, path in self.paths.items()
                       if own in self.unverified and path.startswith(start)}  # fmt: skip

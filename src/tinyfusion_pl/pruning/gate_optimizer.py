@@ -1,4 +1,4 @@
-"""Steps of the gate logits: gradients set aside, clipped, AdamW, the average that decides, and the temperature."""
+"""Steps of the gate logits: gradients set aside, penalties added, clipped, AdamW, the average that decides, and the temperature."""
 
 from __future__ import annotations
 
@@ -64,6 +64,8 @@ class GateOptimizer:
             return False
         for p, grad in zip(self._logits, self._pending):
             p.grad = grad
+        for gates in self._gates.stacks:
+            gates.add_penalties()
         torch.nn.utils.clip_grad_norm_(self._logits, self.clip)
         self._optimizer.step()
         self._optimizer.zero_grad()
@@ -75,6 +77,10 @@ class GateOptimizer:
     @property
     def _logits(self) -> list[nn.Parameter]:
         return self._gates.logits()
+
+    def configuration(self) -> dict[str, Any]:
+        """The settings, for a record."""
+        return {"tau_start": self.tau_start, "tau_end": self.tau_end, "logits_lr": self.lr, "logits_clip": self.clip}
 
     def state_dict(self) -> dict[str, Any] | None:
         """State of AdamW; None before `start`."""

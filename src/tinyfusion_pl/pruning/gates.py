@@ -188,25 +188,15 @@ class DepthGates(nn.Module):
         return Decision({gates.path: gates.decide() for gates in self.stacks})
 
     def gate_state(self) -> dict[str, Any]:
-        """Logits, averages and temperature, on CPU, for a checkpoint."""
-        return {
-            "tau": self.tau,
-            "stacks": {
-                g.path: {
-                    "pattern": str(g.pattern),
-                    "logits": [x.detach().cpu().clone() for x in g.logits],
-                    "averages": [x.cpu().clone() for x in g.averages],
-                }
-                for g in self.stacks
-            },
-        }
+        """Logits, averages, multipliers and temperature, on CPU, for a checkpoint."""
+        return {"tau": self.tau, "stacks": {g.path: g.state() for g in self.stacks}}
 
     @torch.no_grad()
     def load_gate_state(self, state: dict[str, Any]) -> None:
         """Take back what `gate_state` gave.
 
         Raises:
-            ValueError: when stacks or patterns differ.
+            ValueError: when stacks, patterns or distributions differ.
         """
         mine = {g.path: str(g.pattern) for g in self.stacks}
         theirs = {path: stack["pattern"] for path, stack in state["stacks"].items()}
@@ -214,9 +204,7 @@ class DepthGates(nn.Module):
             raise ValueError(f"The checkpoint's gates are for {theirs}, these are for {mine}; resume with the pattern it was made with.")
         self.tau, self._kept = state["tau"], None
         for gates in self.stacks:
-            saved = state["stacks"][gates.path]
-            for own, stored in zip([*gates.logits, *gates.averages], [*saved["logits"], *saved["averages"]]):
-                own.copy_(stored)
+            gates.load_state(state["stacks"][gates.path])
 
 
 def gated_forwards(model: nn.Module) -> Iterator[GatedForward]:

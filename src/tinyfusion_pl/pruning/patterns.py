@@ -32,6 +32,19 @@ class Group:
     def members(self) -> range:
         return range(self.start, self.start + self.num_blocks)
 
+    def always(self, fixed: Collection[int]) -> list[int]:
+        """Members of the group (0-based in it, ascending) that are among `fixed`, members of the stack.
+
+        Raises:
+            ValueError: when they are more than the group keeps.
+        """
+        always = sorted({member - self.start for member in fixed if member in self.members})
+        if len(always) > self.num_kept:
+            raise ValueError(f"The pattern keeps {self.num_kept} of the units {self.start}..{self.members[-1]}, but "
+                             f"{', '.join(str(i + self.start) for i in always)} have to stay. "
+                             "Give a pattern that keeps more of them.")
+        return always
+
     def candidates(self, *, fixed: Collection[int] = ()) -> Tensor:
         """All ways to keep `num_kept` of `num_blocks`, in lexicographic order: float32 (num_candidates, M) of zeros and ones.
 
@@ -39,13 +52,10 @@ class Group:
             fixed: Members of the stack, in this group or not, that every candidate keeps.
 
         Raises:
-            ValueError: when more members of the group are fixed than it keeps.
+            ValueError: when more members of the group are fixed than it keeps, and for too many candidates.
         """
-        always = {member - self.start for member in fixed if member in self.members}
-        if len(always) > self.num_kept:
-            raise ValueError(f"The pattern keeps {self.num_kept} of the units {self.start}..{self.members[-1]}, but "
-                             f"{', '.join(str(i + self.start) for i in sorted(always))} have to stay. "
-                             "Give a pattern that keeps more of them.")
+        always = set(self.always(fixed))
+        _check_candidates(self.num_kept, self.num_blocks, of=f"The stack from unit {self.start} on")
         rows = [row for row in itertools.combinations(range(self.num_blocks), self.num_kept) if always <= set(row)]
         onehot = torch.zeros(len(rows), self.num_blocks, dtype=torch.float32)
         return onehot.scatter_(1, torch.tensor(rows), 1.0)
@@ -89,12 +99,8 @@ class Pattern:
                 )
             if num_blocks > MAX_BLOCKS:
                 raise ValueError(f"Pattern {pattern!r} has a group of {num_blocks} blocks; give {MAX_BLOCKS} at most, e.g. '2:4'.")
-            if enumerated and (count := math.comb(num_blocks, num_kept)) > MAX_CANDIDATES:
-                raise ValueError(
-                    f"Pattern {pattern!r} has a group {num_kept}:{num_blocks} with {count} candidates, more than the {MAX_CANDIDATES} "
-                    f"that are enumerated. Use smaller groups, e.g. {smaller_groups(num_kept, num_blocks)!r} (7:14 has 3432 candidates), "
-                    "or relaxation='hard_concrete', which enumerates none."
-                )
+            if enumerated:
+                _check_candidates(num_kept, num_blocks, of=f"Pattern {pattern!r}")
             terms.append((num_kept, num_blocks))
         return cls(tuple(terms))
 
@@ -140,3 +146,13 @@ def smaller_groups(num_kept: int, num_blocks: int) -> str:
         if all(1 <= n <= m and math.comb(m, n) <= MAX_CANDIDATES for n, m in terms):
             return str(Pattern(tuple(terms)))
     return "1:2"
+
+
+def _check_candidates(num_kept: int, num_blocks: int, *, of: str) -> None:
+    """`ValueError` for a group with more candidates than are enumerated."""
+    if (count := math.comb(num_blocks, num_kept)) > MAX_CANDIDATES:
+        raise ValueError(
+            f"{of} has a group {num_kept}:{num_blocks} with {count} candidates, more than the {MAX_CANDIDATES} "
+            f"that are enumerated. Use smaller groups, e.g. {smaller_groups(num_kept, num_blocks)!r} (7:14 has 3432 candidates), "
+            "or relaxation='hard_concrete', which enumerates none."
+        )

@@ -36,6 +36,7 @@ from tinyfusion_pl.pruning.drops import earliest_drops
 from tinyfusion_pl.pruning.gates import DepthGates, remove_gates
 from tinyfusion_pl.pruning.library_configs import check_library_config
 from tinyfusion_pl.pruning.plan import Plan, find_paths, make_plan
+from tinyfusion_pl.pruning.relaxations import Relaxation
 from tinyfusion_pl.pruning.surgery import remove_blocks
 
 
@@ -45,6 +46,8 @@ class DepthPruner:
     Args:
         held: Whether the model is a part of the module that is given (of a LightningModule), and the shallow model is to be of that part:
             the child that holds all stacks.
+        relaxation: Default: the published one.
+        distribution: In place of `relaxation`, see `StackGates`.
         pattern and the others: See `DepthPruningCallback`.
     """
 
@@ -52,9 +55,10 @@ class DepthPruner:
         self, pattern: str | Mapping[str, str] | None = None, *, keep: Any = None, stacks: str | Sequence[str] | None = None,
         weight_update: Any = "lora", delta_w: str = "discard", units: Any = None, streams: Mapping[str, Sequence[str]] | None = None,
         gather: bool = True, scaling: float = 100.0, init: float = 0.02, average_decay: float = 0.999, tau: float = 4.0,
-        distribution: Any = None, held: bool = False,
+        relaxation: Relaxation | None = None, distribution: Any = None, held: bool = False,
     ) -> None:  # fmt: skip
-        self.budget = Budget(pattern, keep)
+        self.relaxation = relaxation or Relaxation()
+        self.budget = Budget(pattern, keep, enumerated=distribution is None and self.relaxation.enumerates)
         if not (_is_number(scaling) and scaling > 0):
             raise ValueError(f"These must be numbers > 0: scaling={scaling} (published: 100).")
         if not (_is_number(average_decay) and 0 <= average_decay < 1):
@@ -65,7 +69,7 @@ class DepthPruner:
         self.stacks, self.delta_w, self.units, self.streams, self.tau = stacks, delta_w, units, streams, tau
         self.weight_update = WeightUpdate(weight_update)
         self.options = {"scaling": scaling, "init": init, "average_decay": average_decay, "gather": gather}
-        self.distribution, self.held = distribution, held
+        self.distribution, self.held = distribution or self.relaxation.factory(scaling=scaling), held
         self.root = ""
         self.remarks: list[str] = []  # on what was found and left out, and on a model whose library will not open it
         self.gates: DepthGates | None = None
@@ -173,28 +177,35 @@ class DepthPruner:
     # -- ending ---------------------------------------------------------------------------------
     def stop(self, module: nn.Module) -> None:
         """Take gates and adapters off `module`, which gets its original weights back or keeps what it learned (`delta_w`)."""
-        self._restore(self.model(module))
+        self._restore(self.model(module), delta_w=self.delta_w)
         close_compiled(self._opened)
         self.gates = None
 
     def freeze(self, module: nn.Module, decision: Decision | None = None) -> nn.Module:
         """A copy of the model without gates, adapters and dropped blocks; `module` itself stays as it is."""
-        shallow = copy_of(self.model(module))
-        for name, child in list(shallow.named_children()):
-            if isinstance(child, DepthGates):  # the module that holds the stacks holds the gates too
-                delattr(shallow, name)
-        self._restore(shallow)
-        shallow = uncompiled(shallow)
+        shallow = self._copy(module, delta_w=self.delta_w)
         return remove_blocks(shallow, (decision or self.gates.decide()).kept_blocks)
 
-    def _restore(self, model: nn.Module) -> None:
+    def dense(self, module: nn.Module) -> nn.Module:
+        """A copy of the model with its original weights, without gates and adapters; `module` itself stays as it is."""
+        return self._copy(module, delta_w="discard")
+
+    def _copy(self, module: nn.Module, *, delta_w: str) -> nn.Module:
+        copied = copy_of(self.model(module))
+        for name, child in list(copied.named_children()):
+            if isinstance(child, DepthGates):  # the module that holds the stacks holds the gates too
+                delattr(copied, name)
+        self._restore(copied, delta_w=delta_w)
+        return uncompiled(copied)
+
+    def _restore(self, model: nn.Module, *, delta_w: str) -> None:
         remove_gates(model)
-        self.weight_update.finish(model, delta_w=self.delta_w)
+        self.weight_update.finish(model, delta_w=delta_w)
         restore_caches(model, self._caches)
 
     def configuration(self) -> dict[str, Any]:
         """The settings, for a record."""
-        return {"weight_update": self.weight_update.describe(), "delta_w": self.delta_w, **self.options}
+        return {"weight_update": self.weight_update.describe(), "delta_w": self.delta_w, **self.options, **self.relaxation.configuration()}
 
 
 def _is_number(value: Any) -> bool:

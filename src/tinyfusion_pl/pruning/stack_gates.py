@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +54,7 @@ class StackGates(nn.Module):
         if not 0 <= average_decay < 1:
             raise ValueError(f"average_decay is {average_decay}; give a number in [0, 1) (published: 0.999).")
         self.path, self.num_blocks, self.index, self.average_decay = path, num_blocks, index, average_decay
-        self.pattern = Pattern.parse(pattern)
+        self.pattern = Pattern.parse(pattern, enumerated=distribution is None)
         self.units = single_units(num_blocks) if units is None else check_units(units, num_blocks, path)
         self.groups = self.pattern.groups(len(self.units))
         make = distribution or partial(CandidateDistribution, scaling=scaling)
@@ -74,6 +75,11 @@ class StackGates(nn.Module):
         return [getattr(self, f"average_{i}") for i in range(len(self.groups))]
 
     @property
+    def multipliers(self) -> list[Tensor]:
+        """Those of the distributions that have a penalty."""
+        return [d.multipliers for d in self.distributions if hasattr(d, "multipliers")]
+
+    @property
     def device(self) -> torch.device:
         return self.logits_0.device
 
@@ -90,6 +96,42 @@ class StackGates(nn.Module):
         """One step of the exponential average; call after each change of the logits."""
         for average, logits in zip(self.averages, self.logits):
             average.lerp_(logits, 1 - self.average_decay)
+
+    def add_penalties(self) -> None:
+        """Add the gradients of the distributions' penalties to the logits', and step their multipliers."""
+        for logits, distribution in zip(self.logits, self.distributions):
+            if hasattr(distribution, "penalty"):
+                with torch.enable_grad():
+                    (grad,) = torch.autograd.grad(distribution.penalty(logits), logits)
+                logits.grad = grad if logits.grad is None else logits.grad + grad
+                distribution.ascend(logits)
+
+    def state(self) -> dict[str, Any]:
+        """Logits, averages and multipliers, on CPU, for a checkpoint."""
+        return {
+            "pattern": str(self.pattern),
+            "distribution": type(self.distributions[0]).__name__,
+            "logits": [x.detach().cpu().clone() for x in self.logits],
+            "averages": [x.cpu().clone() for x in self.averages],
+            "multipliers": [x.cpu().clone() for x in self.multipliers],
+        }
+
+    @torch.no_grad()
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take back what `state` gave.
+
+        Raises:
+            ValueError: for the logits of another distribution.
+        """
+        mine = type(self.distributions[0]).__name__
+        if (theirs := state.get("distribution", mine)) != mine:
+            raise ValueError(
+                f"The checkpoint's gates of '{self.path}' are logits of a {theirs}, these of a {mine}; "
+                "resume with the relaxation it was made with."
+            )
+        own = [*self.logits, *self.averages, *self.multipliers]
+        for mine, stored in zip(own, [*state["logits"], *state["averages"], *state.get("multipliers", [])]):
+            mine.copy_(stored)
 
     def kept_units(self) -> list[int]:
         """The units of the most probable outcomes by the averaged logits."""
