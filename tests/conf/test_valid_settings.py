@@ -101,6 +101,8 @@ VALID = {
     "adapter=frozen": None,
     "logger=none": None,
     "distill=finetune": None,
+    "distill=lift": None,
+    "distill.output_loss=lift": "lift",
     "+learn_mask.fit.callbacks.lr='{_target_: lightning.pytorch.callbacks.LearningRateMonitor}'":
         {"_target_": "lightning.pytorch.callbacks.LearningRateMonitor"},
     "+recover.fit.trainer.strategy='{_target_: lightning.pytorch.strategies.DDPStrategy, find_unused_parameters: true}'":

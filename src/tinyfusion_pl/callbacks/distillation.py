@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tinyfusion_pl.callbacks.student_calls import StudentCall, StudentCalls
 from tinyfusion_pl.distill import Distillation, Teacher, needs_grad, output_loss, resolve_pairs
+from tinyfusion_pl.distill.lift import GROUP_SIZE
 from tinyfusion_pl.pruning import Decision
 
 
@@ -29,6 +30,9 @@ class DistillationCallback(Callback):
         module: Path of the student in the LightningModule.
         weight_kd, weight_data, weight_feature, num_sigma, feature_mask: See `Distillation`.
         pairs: For each stack path, (student block, teacher block) pairs; default: from `decision`.
+        output_loss, group_size: See `Distillation`.
+        channel_axis: For ``output_loss="lift"``, the axis of the channels in the tensors that the model returns, batch first: 1 for
+            (N, C, ...), -1 for (N, T, C).
         decision: The decision the student came from (`DepthPruningCallback.decision`).
         anneal_steps: Optimizer steps in which the feature weight falls to 0; default: all of the fit.
         streams: For a stack path, the names of the block's arguments that are hidden states; default: found.
@@ -46,9 +50,14 @@ class DistillationCallback(Callback):
         weight_feature: float = 1e-2, num_sigma: float = 2.0, feature_mask: str = "reference",
         pairs: Mapping[str, Sequence[Sequence[int]]] | None = None, decision: Decision | None = None, anneal_steps: int | None = None,
         streams: Mapping[str, Sequence[str]] | None = None, device: Any = None, offload: bool = False,
+        output_loss: str = "mse", group_size: int = GROUP_SIZE, channel_axis: int = 1,
     ) -> None:  # fmt: skip
         self.distillation = Distillation(weight_kd=weight_kd, weight_data=weight_data, weight_feature=weight_feature,
-                                         num_sigma=num_sigma, feature_mask=feature_mask, pairs=pairs)  # fmt: skip
+                                         num_sigma=num_sigma, feature_mask=feature_mask, pairs=pairs,
+                                         output_loss=output_loss, group_size=group_size)  # fmt: skip
+        if isinstance(channel_axis, bool) or not isinstance(channel_axis, int) or channel_axis == 0:
+            raise ValueError(f"channel_axis is {channel_axis!r}; give 1 for outputs (N, C, ...), -1 for (N, T, C): axis 0 is the batch.")
+        self._distance = self.distillation.distance(channel_axis=channel_axis)
         if anneal_steps is not None and not (isinstance(anneal_steps, int) and anneal_steps >= 1):
             raise ValueError(f"anneal_steps is {anneal_steps}; give a count of optimizer steps >= 1, or leave it out for the whole fit.")
         if pairs is None and decision is None and weight_feature:
@@ -152,7 +161,7 @@ class DistillationCallback(Callback):
             return user_loss
         distillation, kd, feature = self.distillation, None, None
         if distillation.weight_kd:
-            kd = torch.stack([output_loss(call.output, call.teacher_output) for call in calls]).mean()
+            kd = torch.stack([output_loss(call.output, call.teacher_output, distance=self._distance) for call in calls]).mean()
         if with_states := [call for call in calls if call.hidden]:
             feature = torch.stack([self._feature_loss(call) for call in with_states]).mean()
         terms = distillation.total(user_loss, kd=kd, feature=feature, feature_weight=self._feature_weight(pl_module.trainer))

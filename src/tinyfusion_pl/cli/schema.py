@@ -59,6 +59,7 @@ BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "logits_lr": (None, 100),
     "logits_clip": (None, 10**6),
     "num_sigma": (None, 10**6),
+    "group_size": (2, 10**9),
     "scaling_factor": (1e-6, 10**6),
     "guidance_scale": (0, 1000),
     "guidance_channels": (1, 2**12),

@@ -1,4 +1,4 @@
-"""Recovery losses: fine-tuning, output distillation, representation distillation, masked or not (TinyFusion, section 3.4).
+"""Recovery losses: fine-tuning, output distillation, representation distillation, masked or not (TinyFusion, section 3.4), LIFT.
 
 loss = weight_kd * kd + weight_data * data + weight_feature(step) * feature, where kd compares the student's prediction with the teacher's,
 data with the data itself, and feature the hidden states of paired layers. Published: 0.9, 0.1, and 1e-2 falling to 0.
@@ -6,8 +6,9 @@ data with the data itself, and feature the hidden states of paired layers. Publi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,10 +16,12 @@ from torch import Tensor, nn
 
 from tinyfusion_pl.distill.features import check_feature_mask, feature_loss
 from tinyfusion_pl.distill.hidden_states import BlockOutputs, HiddenStates, Layout, float_tensors
+from tinyfusion_pl.distill.lift import GROUP_SIZE, check_group_size, lift_loss
 from tinyfusion_pl.distill.pairs import Pairs
 from tinyfusion_pl.pruning import linear_anneal
 
 Outputs = Mapping[str, Mapping[int, Any]]  # what blocks returned, by stack path and block
+OUTPUT_LOSSES = ("mse", "lift")
 Hidden = Mapping[str, Mapping[int, tuple[Layout, Mapping[Any, Tensor]]]]  # hidden states, and where a block's output has them
 
 
@@ -33,19 +36,27 @@ class Distillation:
         feature_mask, num_sigma: See `feature_loss` (published: "reference", 2).
         pairs: For each stack path, (student block, teacher block) pairs; default: from the decision, the last kept block of each group
             with the last block of that group.
+        output_loss: How output distillation compares the predictions: ``"mse"`` (published), or ``"lift"``, see `lift_loss`.
+        group_size: Elements of a group of ``"lift"``, >= 2 (published: 16).
 
     Raises:
-        ValueError: for negative weights, all weights zero, or an unknown mask.
+        ValueError: for negative weights, all weights zero, an unknown mask or output loss, or groups that are too small.
     """
 
     def __init__(self, *, weight_kd: float = 0.9, weight_data: float = 0.1, weight_feature: float = 1e-2, feature_mask: str = "reference",
-                 num_sigma: float = 2.0, pairs: Pairs | None = None) -> None:
+                 num_sigma: float = 2.0, pairs: Pairs | None = None, output_loss: str = "mse", group_size: int = GROUP_SIZE) -> None:
         weights = {"weight_kd": weight_kd, "weight_data": weight_data, "weight_feature": weight_feature}
         if wrong := {name: w for name, w in weights.items() if not w >= 0}:
             raise ValueError(f"Distillation weights must be >= 0, got {wrong}.")
         if not any(weights.values()):
             raise ValueError("All distillation weights are 0: nothing would be learned. Give at least weight_data > 0.")
         check_feature_mask(feature_mask, num_sigma)
+        if output_loss not in OUTPUT_LOSSES:
+            raise ValueError(f"output_loss is {output_loss!r}; give one of {', '.join(map(repr, OUTPUT_LOSSES))}.")
+        if output_loss != "mse" and not weight_kd:
+            raise ValueError(f"output_loss is {output_loss!r}, but weight_kd is 0: outputs would not be compared. Give weight_kd > 0.")
+        check_group_size(group_size)
+        self.output_loss, self.group_size = output_loss, group_size
         self.weight_kd, self.weight_data, self.weight_feature = weight_kd, weight_data, weight_feature
         self.feature_mask, self.num_sigma = feature_mask, num_sigma
         self.pairs = None if pairs is None else {path: [tuple(pair) for pair in of_path] for path, of_path in pairs.items()}
@@ -73,10 +84,15 @@ class Distillation:
             with torch.no_grad(), TeacherStates(teacher, pairs) as hidden:
                 teacher_output = teacher(draw.x_t, draw.t, y)
             if self.weight_kd:
-                kd = objective.distillation_losses(output, teacher_output, draw)["loss_kd"]
+                given = {} if (distance := self.distance()) is None else {"distance": distance}
+                kd = objective.distillation_losses(output, teacher_output, draw, **given)["loss_kd"]
             if pairs:
                 feature = self.feature_losses(outputs.take(), hidden.take(), pairs)
         return self.total(data, kd=kd, feature=feature, feature_weight=feature_weight)
+
+    def distance(self, *, channel_axis: int = 1) -> Callable[[Tensor, Tensor], Tensor] | None:
+        """What compares two predictions, per sample (N,); None for the mean square, which objectives and `output_loss` know."""
+        return partial(lift_loss, group_size=self.group_size, channel_axis=channel_axis) if self.output_loss == "lift" else None
 
     def feature_losses(self, outputs: Outputs, hidden: Hidden, pairs: Pairs) -> Tensor:
         """Representation distillation of one call, averaged over the streams of a pair and the pairs of all stacks. (N,)
@@ -171,10 +187,11 @@ _BY_THE_WAY = ("loss", "hidden_states", "attentions", "cross_attentions", "past_
 """What models of transformers return beside their prediction, where they are asked to."""
 
 
-def output_loss(output: Any, teacher_output: Any) -> Tensor:
+def output_loss(output: Any, teacher_output: Any, *, distance: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
     """Mean squared error of what two models return, in float32, averaged over its tensors; of tensors, tuples, lists, `ModelOutput`.
 
-    Losses that the models computed themselves (tensors without axes) and `ModelOutput`'s records of single layers do not count.
+    With `distance`, the mean of that in place of the squared error: tensors must then be batch first. Losses that the models
+    computed themselves (tensors without axes) and `ModelOutput`'s records of single layers do not count.
 
     Raises:
         ValueError: when the outputs do not hold equal numbers of tensors of equal shapes.
@@ -184,7 +201,8 @@ def output_loss(output: Any, teacher_output: Any) -> Tensor:
     if not ours or shapes[0] != shapes[1]:
         raise ValueError(f"The student returns floating-point tensors of shapes {shapes[0]}, the teacher {shapes[1]}. They must be equal "
                          "and at least one: give a teacher of the student's class and widths.")
-    return torch.stack([(s.float() - t.to(s.device).float()).square().mean() for s, t in zip(ours, theirs)]).mean()
+    distance = distance or (lambda s, t: (s - t).square())
+    return torch.stack([distance(s.float(), t.to(s.device).float()).mean() for s, t in zip(ours, theirs)]).mean()
 
 
 def predictions(output: Any) -> list[Tensor]:
