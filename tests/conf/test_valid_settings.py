@@ -102,6 +102,8 @@ VALID = {
     "logger=none": None,
     "distill=finetune": None,
     "distill=lift": None,
+    "distill=interval": None,
+    "distill=interval distill.interval_share=null": None,
     "distill.output_loss=lift": "lift",
     "+learn_mask.fit.callbacks.lr='{_target_: lightning.pytorch.callbacks.LearningRateMonitor}'":
         {"_target_": "lightning.pytorch.callbacks.LearningRateMonitor"},

@@ -49,7 +49,7 @@ def test_loss_and_gradient_are_those_of_the_loop(num_elements, noise):
     ours, expected = lift_loss(student, teacher), by_hand(student, teacher)
     torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-6)
     grads = [torch.autograd.grad(loss.sum(), student)[0] for loss in (ours, expected)]
-    torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-4)  # of up to 0.04; 1e-6 beside a small variance
 
 
 def test_the_gradient_is_that_of_finite_differences():

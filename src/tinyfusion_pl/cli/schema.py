@@ -51,6 +51,8 @@ BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "weight_kd": (0, 10**6),
     "weight_data": (0, 10**6),
     "weight_feature": (0, 10**6),
+    "weight_interval": (0, 10**6),
+    "interval_share": (0, 1),
     # > 0 too, which the classes say
     "tau_start": (None, 10**6),
     "tau_end": (None, 10**6),
