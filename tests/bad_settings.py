@@ -42,6 +42,13 @@ distill.weight_feature=nan | distill.weight_feature
 distill.weight_data=1e30 | distill.weight_data
 distill.num_sigma=0 | distill.num_sigma
 distill.feature_mask=round | distill.feature_mask
+distill.output_loss=l1 | distill.output_loss
+distill=interval distill.interval_share=0 | distill.interval_share
+distill=interval distill.interval_share=1.5 | distill.interval_share
+distill=interval distill.weight_interval=0 | distill.weight_interval
+distill=interval distill.weight_interval=-1 | distill.weight_interval
+distill=lift distill.weight_kd=0 | distill.weight_kd
+distill=lift distill.group_size=1 | distill.group_size
 metrics.metrics=5 | metrics.metrics
 metrics.metrics=[a] | metrics.metrics
 metrics.feature_network=null | metrics.feature_network

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from tinyfusion_pl import DistillationCallback
 from tinyfusion_pl.distill import HiddenStates, feature_loss
+from tinyfusion_pl.pruning import Decision, GroupDecision, StackDecision
 
 PAIRS = {"blocks": [(0, 1), (1, 3)]}
 
@@ -199,3 +200,64 @@ def test_a_compiled_module_gives_the_same_gradients(nets):
     fit(module, DistillationCallback(teacher, pairs=PAIRS), steps=2)
     for ours, theirs in zip(module.grads[0], expected_grads(before, teacher, list(data())[:1]), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+HALF = Decision({"blocks": StackDecision("2:4", 4, [0, 2], [], [GroupDecision(0, 2, 4, [0, 2])])})
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return x + self.linear(x).tanh()
+
+
+class ResidualNet(Net):
+    def __init__(self, depth):
+        super().__init__(0)
+        self.blocks = nn.ModuleList(Residual() for _ in range(depth))
+
+    def forward(self, x, *, scale=1.0):
+        for block in self.blocks:
+            x = block(x)
+        return {"sample": x * scale}
+
+
+def interval_by_hand(student, teacher, x):
+    """Blocks 0 and 2 stand for 0, 1 and 2, 3."""
+    errors = []
+    for i in (0, 1):
+        target = teacher.blocks[2 * i + 1](teacher.blocks[2 * i](x)).detach()
+        errors.append((student.blocks[i](x) - target).square().mean((1, 2)) / target.square().mean((1, 2)))
+        x = target
+    return torch.stack(errors).mean()
+
+
+@pytest.mark.parametrize("manual", [False, True], ids=["automatic", "manual"])
+@pytest.mark.parametrize("share", [0.5, None], ids=["first", "beside"])
+def test_intervals_come_first_or_beside_the_other_terms(share, manual):
+    torch.manual_seed(0)
+    student, teacher = ResidualNet(2), ResidualNet(4)
+    before, batch = copy.deepcopy(student), next(iter(data()))
+    module = Module(student, manual=manual)
+    callback = DistillationCallback(teacher, decision=HALF, weight_feature=0.0, weight_interval=2.0, interval_share=share)
+    trainer = fit(module, callback, steps=2)
+    ours, theirs = before(batch, scale=2.0)["sample"], teacher(batch, scale=2.0)["sample"]
+    expected = 2 * interval_by_hand(before, teacher, batch)
+    if share is None:
+        expected = expected + 0.1 * ours.square().mean() + 0.9 * (ours - theirs.detach()).square().mean()
+    for mine, by_hand in zip(module.grads[0], torch.autograd.grad(expected, list(before.parameters())), strict=True):
+        torch.testing.assert_close(mine, by_hand)
+    assert "train/loss_kd" in trainer.logged_metrics and not any(block._forward_pre_hooks for block in teacher.blocks)
+
+
+def test_intervals_need_a_decision_an_end_and_blocks_in_a_row(nets):
+    with pytest.raises(ValueError, match="needs the decision"):
+        DistillationCallback(nets[1], pairs=PAIRS, weight_interval=1.0)
+    settings = {"decision": HALF, "weight_feature": 0.0, "weight_interval": 1.0}
+    with pytest.raises(ValueError, match="no end"):
+        fit(Module(nets[0]), DistillationCallback(nets[1], **settings, interval_share=0.5), steps=-1)
+    with pytest.raises(ValueError, match="What block 1 of the teacher's 'blocks' returns is not what block 2 takes"):
+        fit(Module(nets[0]), DistillationCallback(nets[1], **settings))

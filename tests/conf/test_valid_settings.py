@@ -105,6 +105,10 @@ VALID = {
     "adapter=frozen": None,
     "logger=none": None,
     "distill=finetune": None,
+    "distill=lift": None,
+    "distill=interval": None,
+    "distill=interval distill.interval_share=null": None,
+    "distill.output_loss=lift": "lift",
     "+learn_mask.fit.callbacks.lr='{_target_: lightning.pytorch.callbacks.LearningRateMonitor}'":
         {"_target_": "lightning.pytorch.callbacks.LearningRateMonitor"},
     "+recover.fit.trainer.strategy='{_target_: lightning.pytorch.strategies.DDPStrategy, find_unused_parameters: true}'":

@@ -12,12 +12,14 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from tinyfusion_pl.callbacks.student_calls import StudentCall, StudentCalls
-from tinyfusion_pl.distill import Distillation, Teacher, needs_grad, output_loss, resolve_pairs
+from tinyfusion_pl.callbacks.student_checks import check_student
+from tinyfusion_pl.distill import Distillation, Teacher, interval_loss, needs_grad, output_loss, resolve_intervals, resolve_pairs
+from tinyfusion_pl.distill.lift import GROUP_SIZE
 from tinyfusion_pl.pruning import Decision
 
 
 class DistillationCallback(Callback):
-    """Adds output and masked representation distillation to the loss of a LightningModule.
+    """Adds output, masked representation and interval distillation to the loss of a LightningModule.
 
     Each call that `training_step` makes to `module` is made to the teacher too, with the same inputs and no graph. Then
     ``loss = weight_data * user_loss + weight_kd * kd + weight_feature(step) * feature``; the terms of several calls are averaged. It
@@ -29,6 +31,10 @@ class DistillationCallback(Callback):
         module: Path of the student in the LightningModule.
         weight_kd, weight_data, weight_feature, num_sigma, feature_mask: See `Distillation`.
         pairs: For each stack path, (student block, teacher block) pairs; default: from `decision`.
+        output_loss, group_size, weight_interval: See `Distillation`. Intervals need `decision`.
+        interval_share: The same, of the fit (or of `anneal_steps`); the model runs in these steps too, and its loss counts nothing.
+        channel_axis: For ``output_loss="lift"``, the axis of the channels in the tensors that the model returns, batch first: 1 for
+            (N, C, ...), -1 for (N, T, C).
         decision: The decision the student came from (`DepthPruningCallback.decision`).
         anneal_steps: Optimizer steps in which the feature weight falls to 0; default: all of the fit.
         streams: For a stack path, the names of the block's arguments that are hidden states; default: found.
@@ -46,9 +52,18 @@ class DistillationCallback(Callback):
         weight_feature: float = 1e-2, num_sigma: float = 2.0, feature_mask: str = "reference",
         pairs: Mapping[str, Sequence[Sequence[int]]] | None = None, decision: Decision | None = None, anneal_steps: int | None = None,
         streams: Mapping[str, Sequence[str]] | None = None, device: Any = None, offload: bool = False,
+        output_loss: str = "mse", group_size: int = GROUP_SIZE, channel_axis: int = 1, weight_interval: float = 0.0,
+        interval_share: float | None = None,
     ) -> None:  # fmt: skip
         self.distillation = Distillation(weight_kd=weight_kd, weight_data=weight_data, weight_feature=weight_feature,
-                                         num_sigma=num_sigma, feature_mask=feature_mask, pairs=pairs)  # fmt: skip
+                                         num_sigma=num_sigma, feature_mask=feature_mask, pairs=pairs,
+                                         output_loss=output_loss, group_size=group_size, weight_interval=weight_interval,
+                                         interval_share=interval_share)  # fmt: skip
+        if decision is None and weight_interval:
+            raise ValueError("Interval distillation needs the decision that the student came from: give decision=, or weight_interval=0.")
+        if isinstance(channel_axis, bool) or not isinstance(channel_axis, int) or channel_axis == 0:
+            raise ValueError(f"channel_axis is {channel_axis!r}; give 1 for outputs (N, C, ...), -1 for (N, T, C): axis 0 is the batch.")
+        self._distance = self.distillation.distance(channel_axis=channel_axis)
         if anneal_steps is not None and not (isinstance(anneal_steps, int) and anneal_steps >= 1):
             raise ValueError(f"anneal_steps is {anneal_steps}; give a count of optimizer steps >= 1, or leave it out for the whole fit.")
         if pairs is None and decision is None and weight_feature:
@@ -69,24 +84,31 @@ class DistillationCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         called = self._called(pl_module)
         student = getattr(called, "_orig_mod", called)
-        self._check(student, pl_module)
+        check_student(student, self.teacher, pl_module, module=self.module)
         if not self._restored:
             self._num_batches_stepped = 0
         self._restored = False
         total = trainer.estimated_stepping_batches
-        if self.anneal_steps is None and self.distillation.weight_feature and total == float("inf"):
-            raise ValueError("The fit has no end, so weight_feature cannot fall to 0. Give anneal_steps, or max_steps to the Trainer.")
+        ends = self.distillation.weight_feature or self.distillation.interval_share is not None
+        if self.anneal_steps is None and ends and total == float("inf"):
+            raise ValueError("The fit has no end, so weight_feature cannot fall to 0, and there is no share of its steps. Give "
+                             "anneal_steps, or max_steps to the Trainer.")  # fmt: skip
         # max_steps counts the steps of all optimizers, an epoch's length the batches.
         self._count_all = self.anneal_steps is None and total == trainer.max_steps
-        pairs = {}
+        pairs, intervals, bare = {}, {}, getattr(self.teacher, "_orig_mod", self.teacher)
+        if self.distillation.weight_interval:
+            intervals = resolve_intervals(self.decision, student, bare, module=self.module, owner=pl_module)
         if self.distillation.weight_feature:
-            bare = getattr(self.teacher, "_orig_mod", self.teacher)
             pairs = resolve_pairs(self.pairs or self.decision, student, bare, module=self.module, owner=pl_module)
         self._student = StudentCalls(
             called, student, self._teacher, pairs, streams=self.streams, is_training=lambda: trainer.training,
-            asks=lambda: (bool(self.distillation.weight_kd), bool(self._feature_weight(trainer))), device=lambda: pl_module.device,
+            asks=lambda: self._asks(trainer), device=lambda: pl_module.device, intervals=intervals,
         )  # fmt: skip
         self._install(pl_module)
+
+    def _asks(self, trainer: Trainer) -> tuple[bool, bool, bool]:
+        with_intervals, alone = self.distillation.interval_phase(*self._progress(trainer))
+        return bool(self.distillation.weight_kd) and not alone, bool(self._feature_weight(trainer)) and not alone, with_intervals
 
     def _called(self, pl_module: LightningModule) -> nn.Module:
         try:
@@ -94,20 +116,6 @@ class DistillationCallback(Callback):
         except AttributeError:
             names = ", ".join(name for name, _ in pl_module.named_children()) or "none"
             raise ValueError(f"{type(pl_module).__name__} has no submodule '{self.module}'. It has: {names}. Give module=.") from None
-
-    def _check(self, student: nn.Module, pl_module: LightningModule) -> None:
-        mine = {id(p) for p in student.parameters()}
-        if any(id(p) in mine for p in self.teacher.parameters()):
-            raise ValueError(f"The teacher shares parameters with '{self.module}', the model that trains. Give the dense model, or a copy.")
-        if any(module is self.teacher for module in pl_module.modules()):
-            raise ValueError(f"The teacher is a submodule of {type(pl_module).__name__}, so it would go into checkpoints. Keep it outside.")
-        for name, each in student.named_modules():
-            rate = getattr(each, "dropout_prob", 0)
-            if "label" in type(each).__name__.lower() and isinstance(rate, (int, float)) and rate > 0:
-                raise ValueError(f"'{self.module}.{name}' drops labels at random inside forward (dropout_prob={rate}), which the teacher "
-                                 "cannot repeat. Set its dropout_prob to 0 and drop labels in training_step.")  # fmt: skip
-        if dropping := [name for name, each in student.named_modules() if _drops_at_random(each)]:
-            rank_zero_warn(f"'{self.module}' has dropout ('{dropping[0]}', ...); the teacher runs without it.")
 
     def _install(self, pl_module: LightningModule) -> None:
         self._student.install()
@@ -150,12 +158,19 @@ class DistillationCallback(Callback):
     def _whole_loss(self, user_loss: Tensor, calls: list[StudentCall], pl_module: LightningModule) -> Tensor:
         if not calls:
             return user_loss
-        distillation, kd, feature = self.distillation, None, None
+        distillation, kd, feature, interval = self.distillation, None, None, None
+        if with_runs := [call for call in calls if call.runs is not None]:
+            found = [interval_loss(self._student.student, call.runs, self._student.intervals).mean() for call in with_runs]
+            interval = torch.stack(found).mean()
+        if distillation.interval_phase(*self._progress(pl_module.trainer))[1]:
+            pl_module.log_dict({"train/loss_interval": interval.detach()})
+            return 0.0 * user_loss + distillation.weight_interval * interval  # of the user's loss: gradients, as DDP needs, all zero
         if distillation.weight_kd:
-            kd = torch.stack([output_loss(call.output, call.teacher_output) for call in calls]).mean()
+            kd = torch.stack([output_loss(call.output, call.teacher_output, distance=self._distance) for call in calls]).mean()
         if with_states := [call for call in calls if call.hidden]:
             feature = torch.stack([self._feature_loss(call) for call in with_states]).mean()
-        terms = distillation.total(user_loss, kd=kd, feature=feature, feature_weight=self._feature_weight(pl_module.trainer))
+        terms = distillation.total(user_loss, kd=kd, feature=feature, feature_weight=self._feature_weight(pl_module.trainer),
+                                   interval=interval)  # fmt: skip
         total = terms.pop("loss")
         pl_module.log_dict({f"train/{name}": value.detach() for name, value in terms.items()})
         return total
@@ -179,9 +194,14 @@ class DistillationCallback(Callback):
     def _feature_weight(self, trainer: Trainer) -> float:
         if not self.distillation.weight_feature:
             return 0.0
-        num_steps = self.anneal_steps or int(trainer.estimated_stepping_batches)
-        step = trainer.global_step if self._count_all else self._num_batches_stepped
+        step, num_steps = self._progress(trainer)
         return self.distillation.feature_weight(min(step, num_steps - 1), num_steps)
+
+    def _progress(self, trainer: Trainer) -> tuple[int, int]:
+        """Steps done, and those of the whole fit (1 where it has no end, and nothing depends on it)."""
+        total = trainer.estimated_stepping_batches
+        num_steps = self.anneal_steps or (1 if total == float("inf") else int(total))
+        return (trainer.global_step if self._count_all else self._num_batches_stepped), num_steps
 
     # -- batches --------------------------------------------------------------------------------
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -229,10 +249,3 @@ class DistillationCallback(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._num_batches_stepped, self._restored = state_dict["num_batches_stepped"], True
-
-
-def _drops_at_random(module: nn.Module) -> bool:
-    """Whether it is a dropout or drop path with a rate above 0."""
-    rates = (getattr(module, name, None) for name in ("p", "drop_prob", "dropout"))
-    named = "drop" in type(module).__name__.lower() or isinstance(module, nn.MultiheadAttention)
-    return named and any(isinstance(rate, (int, float)) and rate > 0 for rate in rates)

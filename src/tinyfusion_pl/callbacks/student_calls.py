@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from tinyfusion_pl.distill import StudentOutputs, Teacher, TeacherStates, float_tensors, in_backward, needs_grad
 from tinyfusion_pl.distill.checkpointing import CheckpointedOutputs, LeafGradients
+from tinyfusion_pl.distill.interval_losses import Runs, TeacherRuns
+from tinyfusion_pl.distill.intervals import Intervals
 from tinyfusion_pl.distill.pairs import Pairs
 from tinyfusion_pl.distill.teacher import reset_compiled
 
@@ -21,12 +23,14 @@ class StudentCall:
     """One call: what both models returned, and with representation distillation what their paired blocks did.
 
     Attributes:
+        runs: What went into and came out of the intervals' runs of the teacher; None where no interval is trained.
         nodes: Where its outputs are in the graph; none where the call was checkpointed whole.
     """
 
     teacher_output: Any
     hidden: dict[str, dict[int, Any]]
     checkpointed: bool
+    runs: Runs | None = None
     output: Any = None
     outputs: dict[str, dict[int, Any]] = field(default_factory=dict)
     nodes: set[Any] = field(default_factory=set)
@@ -42,8 +46,9 @@ class StudentCalls:
         pairs: Layer pairs.
         streams: See `HiddenStates`, by stack path.
         is_training: Whether calls count now.
-        asks: What the teacher is asked for now: whether for its output, and whether for hidden states.
+        asks: What the teacher is asked for now: whether for its output, for hidden states, and for the intervals' runs.
         device: Where the student runs, once training has started.
+        intervals: By stack path.
 
     Attributes:
         calls: Those recorded since the last `take`.
@@ -51,12 +56,14 @@ class StudentCalls:
     """
 
     def __init__(self, called: nn.Module, student: nn.Module, teacher: Teacher, pairs: Pairs, *, streams: Any,
-                 is_training: Callable[[], bool], asks: Callable[[], tuple[bool, bool]], device: Callable[[], torch.device]) -> None:
+                 is_training: Callable[[], bool], asks: Callable[[], tuple[bool, bool, bool]], device: Callable[[], torch.device],
+                 intervals: Intervals | None = None) -> None:
         self.teacher, self.student, self.called, self.pairs = teacher, student, called, pairs
         self.is_training, self.asks, self.device = is_training, asks, device
         self.gradients = LeafGradients()
         self.outputs = StudentOutputs(student, pairs, functools.partial(CheckpointedOutputs, gradients=self.gradients))
-        self.hidden = TeacherStates(getattr(teacher.model, "_orig_mod", teacher.model), pairs, streams)
+        self.intervals, bare = intervals or {}, getattr(teacher.model, "_orig_mod", teacher.model)
+        self.hidden, self.runs = TeacherStates(bare, pairs, streams), TeacherRuns(bare, self.intervals, streams)
         self.calls: list[StudentCall] = []
         self._taken: list[StudentCall] = []
         self._open: list[StudentCall | None] = []
@@ -65,7 +72,7 @@ class StudentCalls:
 
     def install(self) -> None:
         """Put the hooks on."""
-        for collector in (self.outputs, self.hidden):
+        for collector in (self.outputs, self.hidden, self.runs):
             collector.__enter__()
             collector.stop()
         self._handles = [self.called.register_forward_pre_hook(torch._dynamo.disable(self._before), with_kwargs=True),
@@ -74,7 +81,7 @@ class StudentCalls:
 
     def remove(self) -> None:
         """Take the hooks off, and forget the calls."""
-        for collector in (self.outputs, self.hidden):
+        for collector in (self.outputs, self.hidden, self.runs):
             collector.__exit__(None, None, None)
         for handle in self._handles:
             handle.remove()
@@ -96,24 +103,27 @@ class StudentCalls:
         if not self.student.training or not self.is_training() or not (torch.is_grad_enabled() or checkpointed):
             self._open.append(None)
             return
-        answer, of_blocks = self._ask(args, kwargs)  # before the student, which may write into what it is given
-        self._open.append(StudentCall(answer, of_blocks, checkpointed))
+        answer, of_blocks, runs = self._ask(args, kwargs)  # before the student, which may write into what it is given
+        self._open.append(StudentCall(answer, of_blocks, checkpointed, runs))
         if of_blocks:
             self.outputs.start()
             for collector in self.outputs.collectors.values():
                 collector.whole = checkpointed
 
-    def _ask(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, dict[str, dict[int, Any]]]:
-        output, states = self.asks()
-        if not (output or states):
-            return None, {}
+    def _ask(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, dict[str, dict[int, Any]], Runs | None]:
+        output, states, with_runs = self.asks()
+        if not (output or states or with_runs):
+            return None, {}, None
         self.teacher.wake(self.device())
         if states:
             self.hidden.start()
+        if with_runs:
+            self.runs.start()
         answer = self.teacher(args, kwargs)
-        of_blocks = self.hidden.take() if states else {}
+        of_blocks, runs = self.hidden.take() if states else {}, self.runs.take() if with_runs else None
         self.hidden.stop()
-        return answer, of_blocks
+        self.runs.stop()
+        return answer, of_blocks, runs
 
     def _after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         if module is not self.called:

@@ -56,6 +56,8 @@ BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "weight_kd": (0, 10**6),
     "weight_data": (0, 10**6),
     "weight_feature": (0, 10**6),
+    "weight_interval": (0, 10**6),
+    "interval_share": (0, 1),
     # > 0 too, which the classes say
     "tau_start": (None, 10**6),
     "tau_end": (None, 10**6),
@@ -65,6 +67,7 @@ BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "logits_clip": (None, 10**6),
     "multiplier_lr": (None, 10**3),
     "num_sigma": (None, 10**6),
+    "group_size": (2, 10**9),
     "scaling_factor": (1e-6, 10**6),
     "guidance_scale": (0, 1000),
     "guidance_channels": (1, 2**12),

@@ -1,12 +1,20 @@
 """Recovery losses: what the shallow student learns from the teacher."""
 
-from tinyfusion_pl.distill.distillation import Distillation, StudentOutputs, TeacherStates, output_loss, predictions
+from tinyfusion_pl.distill.collecting import StudentOutputs, TeacherStates
+from tinyfusion_pl.distill.depths import Depth, depths, interval_order, restore
+from tinyfusion_pl.distill.distillation import Distillation
 from tinyfusion_pl.distill.features import feature_loss, within_sigma
 from tinyfusion_pl.distill.hidden_states import HiddenStates, float_tensors, in_backward, needs_grad
+from tinyfusion_pl.distill.interval_losses import TeacherRuns, interval_loss, interval_losses
+from tinyfusion_pl.distill.intervals import Interval, check_single_blocks, intervals_of, resolve_intervals
+from tinyfusion_pl.distill.lift import lift_loss
+from tinyfusion_pl.distill.outputs import output_loss, predictions
 from tinyfusion_pl.distill.pairs import check_pairs, resolve_pairs
 from tinyfusion_pl.distill.teacher import Teacher
 
 __all__ = [
-    "Distillation", "HiddenStates", "StudentOutputs", "Teacher", "TeacherStates", "check_pairs", "feature_loss", "float_tensors",
-    "in_backward", "needs_grad", "output_loss", "predictions", "resolve_pairs", "within_sigma",
+    "Depth", "Distillation", "HiddenStates", "Interval", "StudentOutputs", "Teacher", "TeacherRuns", "TeacherStates", "check_pairs",
+    "check_single_blocks", "depths", "feature_loss", "float_tensors", "in_backward", "interval_loss", "interval_losses", "interval_order",
+    "intervals_of", "lift_loss", "needs_grad", "output_loss", "predictions", "resolve_intervals", "resolve_pairs", "restore",
+    "within_sigma",
 ]  # fmt: skip

@@ -1,4 +1,5 @@
-"""Recovery losses: fine-tuning, output distillation, representation distillation, masked or not (TinyFusion, section 3.4).
+"""Recovery losses: fine-tuning, output distillation, representation distillation, masked or not (TinyFusion, section 3.4); LIFT;
+interval distillation.
 
 loss = weight_kd * kd + weight_data * data + weight_feature(step) * feature, where kd compares the student's prediction with the teacher's,
 data with the data itself, and feature the hidden states of paired layers. Published: 0.9, 0.1, and 1e-2 falling to 0.
@@ -6,20 +7,22 @@ data with the data itself, and feature the hidden states of paired layers. Publi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tinyfusion_pl.distill.collecting import Hidden, Outputs, StudentOutputs, TeacherStates
 from tinyfusion_pl.distill.features import check_feature_mask, feature_loss
-from tinyfusion_pl.distill.hidden_states import BlockOutputs, HiddenStates, Layout, float_tensors
+from tinyfusion_pl.distill.interval_losses import TeacherRuns, interval_loss
+from tinyfusion_pl.distill.intervals import Intervals
+from tinyfusion_pl.distill.lift import GROUP_SIZE, check_group_size, lift_loss
 from tinyfusion_pl.distill.pairs import Pairs
-from tinyfusion_pl.pruning import linear_anneal
+from tinyfusion_pl.pruning import get_stack, linear_anneal
 
-Outputs = Mapping[str, Mapping[int, Any]]  # what blocks returned, by stack path and block
-Hidden = Mapping[str, Mapping[int, tuple[Layout, Mapping[Any, Tensor]]]]  # hidden states, and where a block's output has them
+OUTPUT_LOSSES = ("mse", "lift")
 
 
 class Distillation:
@@ -33,50 +36,93 @@ class Distillation:
         feature_mask, num_sigma: See `feature_loss` (published: "reference", 2).
         pairs: For each stack path, (student block, teacher block) pairs; default: from the decision, the last kept block of each group
             with the last block of that group.
+        output_loss: How output distillation compares the predictions: ``"mse"`` (published), or ``"lift"``, see `lift_loss`.
+        group_size: Elements of a group of ``"lift"``, >= 2 (published: 16).
+        weight_interval: Weight of interval distillation (see `tinyfusion_pl.distill.intervals`), >= 0.
+        interval_share: The share of the steps, in (0, 1], that come first and train on intervals alone; the steps after it have the other
+            terms alone. None: intervals beside the other terms in every step.
 
     Raises:
-        ValueError: for negative weights, all weights zero, or an unknown mask.
+        ValueError: for negative weights, all weights zero, an unknown mask or output loss, groups that are too small, or a share out of
+            range.
     """
 
     def __init__(self, *, weight_kd: float = 0.9, weight_data: float = 0.1, weight_feature: float = 1e-2, feature_mask: str = "reference",
-                 num_sigma: float = 2.0, pairs: Pairs | None = None) -> None:
-        weights = {"weight_kd": weight_kd, "weight_data": weight_data, "weight_feature": weight_feature}
+                 num_sigma: float = 2.0, pairs: Pairs | None = None, output_loss: str = "mse", group_size: int = GROUP_SIZE,
+                 weight_interval: float = 0.0, interval_share: float | None = None) -> None:
+        weights = {"weight_kd": weight_kd, "weight_data": weight_data, "weight_feature": weight_feature, "weight_interval": weight_interval}
         if wrong := {name: w for name, w in weights.items() if not w >= 0}:
             raise ValueError(f"Distillation weights must be >= 0, got {wrong}.")
         if not any(weights.values()):
             raise ValueError("All distillation weights are 0: nothing would be learned. Give at least weight_data > 0.")
         check_feature_mask(feature_mask, num_sigma)
+        if output_loss not in OUTPUT_LOSSES:
+            raise ValueError(f"output_loss is {output_loss!r}; give one of {', '.join(map(repr, OUTPUT_LOSSES))}.")
+        if output_loss != "mse" and not weight_kd:
+            raise ValueError(f"output_loss is {output_loss!r}, but weight_kd is 0: outputs would not be compared. Give weight_kd > 0.")
+        check_group_size(group_size)
+        if interval_share is not None and (isinstance(interval_share, bool) or not 0 < interval_share <= 1):
+            raise ValueError(f"interval_share is {interval_share!r}; give a share of the steps in (0, 1], or None for all of them, beside "
+                             "the other terms.")
+        if interval_share is not None and not weight_interval:
+            raise ValueError(f"interval_share is {interval_share}, but weight_interval is 0: nothing would be learned in that share. Give "
+                             "weight_interval > 0, or leave out interval_share.")
+        if interval_share != 1 and not (weight_kd or weight_data or weight_feature) and interval_share is not None:
+            raise ValueError(f"interval_share is {interval_share}, and all other weights are 0: the steps after it would learn nothing. "
+                             "Give interval_share=1, or another weight.")
+        self.weight_interval, self.interval_share = weight_interval, interval_share
+        self.output_loss, self.group_size = output_loss, group_size
         self.weight_kd, self.weight_data, self.weight_feature = weight_kd, weight_data, weight_feature
         self.feature_mask, self.num_sigma = feature_mask, num_sigma
         self.pairs = None if pairs is None else {path: [tuple(pair) for pair in of_path] for path, of_path in pairs.items()}
 
     @property
     def needs_teacher(self) -> bool:
-        return bool(self.weight_kd or self.weight_feature)
+        return bool(self.weight_kd or self.weight_feature or self.weight_interval)
 
     def feature_weight(self, step: int, num_steps: int) -> float:
         """Weight of the feature loss at `step` of `num_steps`, `weight_feature` at the first and 0 at the last."""
         return linear_anneal(step, num_steps, start=self.weight_feature, end=0.0)
 
+    def interval_phase(self, step: int, num_steps: int) -> tuple[bool, bool]:
+        """Whether intervals are trained at `step` of `num_steps`, and whether they alone are."""
+        if not self.weight_interval:
+            return False, False
+        alone = self.interval_share is not None and step < self.interval_share * num_steps
+        return alone or self.interval_share is None, alone
+
     def losses(self, student: nn.Module, teacher: nn.Module | None, objective: Any, draw: Any, y: Tensor, *, pairs: Pairs,
-               feature_weight: float) -> dict[str, Tensor]:
-        """Per-sample losses (N,): "loss" (the weighted sum), "loss_data", and where weighted "loss_kd" and "loss_feature".
+               feature_weight: float, intervals: Intervals | None = None, alone: bool = False) -> dict[str, Tensor]:
+        """Per-sample losses (N,): "loss" (the weighted sum), and where they count "loss_data", "loss_kd", "loss_feature", "loss_interval".
 
         Teacher and student see the same x_t, t and labels; the teacher runs without a graph. With a feature weight of 0 no hidden
-        states are collected.
+        states are collected, without `intervals` no interval is trained; with `alone` only intervals are, and the student as a whole does
+        not run.
         """
-        pairs = pairs if feature_weight else {}
+        pairs, intervals = pairs if feature_weight and not alone else {}, intervals or {}
+        if alone:
+            with torch.no_grad(), TeacherRuns(teacher, intervals) as runs:
+                teacher(draw.x_t, draw.t, y)
+            interval = interval_loss(student, runs.take(), intervals) + _nothing(student, intervals)
+            return {"loss": self.weight_interval * interval, "loss_interval": interval}
         with StudentOutputs(student, pairs) as outputs:
             output = student(draw.x_t, draw.t, y)
-        data, kd, feature = objective.losses(output, draw)["loss"], None, None
-        if self.weight_kd or pairs:
-            with torch.no_grad(), TeacherStates(teacher, pairs) as hidden:
+        data, kd, feature, interval = objective.losses(output, draw)["loss"], None, None, None
+        if self.weight_kd or pairs or intervals:
+            with torch.no_grad(), TeacherStates(teacher, pairs) as hidden, TeacherRuns(teacher, intervals) as runs:
                 teacher_output = teacher(draw.x_t, draw.t, y)
             if self.weight_kd:
-                kd = objective.distillation_losses(output, teacher_output, draw)["loss_kd"]
+                given = {} if (distance := self.distance()) is None else {"distance": distance}
+                kd = objective.distillation_losses(output, teacher_output, draw, **given)["loss_kd"]
             if pairs:
                 feature = self.feature_losses(outputs.take(), hidden.take(), pairs)
-        return self.total(data, kd=kd, feature=feature, feature_weight=feature_weight)
+            if intervals:
+                interval = interval_loss(student, runs.take(), intervals)
+        return self.total(data, kd=kd, feature=feature, feature_weight=feature_weight, interval=interval)
+
+    def distance(self, *, channel_axis: int = 1) -> Callable[[Tensor, Tensor], Tensor] | None:
+        """What compares two predictions, per sample (N,); None for the mean square, which objectives and `output_loss` know."""
+        return partial(lift_loss, group_size=self.group_size, channel_axis=channel_axis) if self.output_loss == "lift" else None
 
     def feature_losses(self, outputs: Outputs, hidden: Hidden, pairs: Pairs) -> Tensor:
         """Representation distillation of one call, averaged over the streams of a pair and the pairs of all stacks. (N,)
@@ -103,92 +149,21 @@ class Distillation:
     def _feature_loss(self, ours: Tensor, theirs: Tensor) -> Tensor:
         return feature_loss(ours, theirs.to(ours.device), mask=self.feature_mask, num_sigma=self.num_sigma)
 
-    def total(self, data: Tensor, *, kd: Tensor | None, feature: Tensor | None, feature_weight: float) -> dict[str, Tensor]:
+    def total(self, data: Tensor, *, kd: Tensor | None, feature: Tensor | None, feature_weight: float,
+              interval: Tensor | None = None) -> dict[str, Tensor]:
         """The weighted sum "loss" and its terms; terms that are None are left out."""
         terms, total = {"loss_data": data}, self.weight_data * data
         if kd is not None:
             terms["loss_kd"], total = kd, total + self.weight_kd * kd
         if feature is not None:
             terms["loss_feature"], total = feature, total + feature_weight * feature
+        if interval is not None:
+            terms["loss_interval"], total = interval, total + self.weight_interval * interval
         return {"loss": total, **terms}
 
 
-class _OfAllStacks(ExitStack):
-    """Collects from the blocks of several stacks while a model runs."""
-
-    def __init__(self, collectors: Mapping[str, BlockOutputs]) -> None:
-        super().__init__()
-        self.collectors = collectors
-
-    def __enter__(self):
-        super().__enter__()
-        for collector in self.collectors.values():
-            self.enter_context(collector)
-        return self
-
-    def start(self) -> None:
-        """Collect anew."""
-        for collector in self.collectors.values():
-            collector.found = {}
-
-    def stop(self) -> None:
-        """Collect nothing until the next `start`."""
-        for collector in self.collectors.values():
-            collector.found = None
-
-
-class StudentOutputs(_OfAllStacks):
-    """What the student's paired blocks return while it runs."""
-
-    def __init__(self, student: nn.Module, pairs: Pairs, collector: type[BlockOutputs] = BlockOutputs) -> None:
-        super().__init__({path: collector(student, path, [s for s, _ in of_path]) for path, of_path in pairs.items()})
-
-    def take(self) -> dict[str, dict[int, Any]]:
-        """What was collected since the start."""
-        return {path: dict(collector.found) for path, collector in self.collectors.items()}
-
-
-class TeacherStates(_OfAllStacks):
-    """The hidden states of the teacher's paired blocks while it runs."""
-
-    def __init__(self, teacher: nn.Module, pairs: Pairs, streams: Mapping[str, list[str]] | None = None) -> None:
-        given = streams or {}
-        super().__init__({path: HiddenStates(teacher, path, [t for _, t in of_path], streams=given.get(path))
-                          for path, of_path in pairs.items()})
-
-    def take(self) -> dict[str, dict[int, tuple[Layout, dict[Any, Tensor]]]]:
-        """What was collected since the start."""
-        taken: dict[str, dict[int, tuple[Layout, dict[Any, Tensor]]]] = {}
-        for path, collector in self.collectors.items():
-            taken[path] = {}
-            for block, states in collector.found.items():
-                layout = collector.layouts[block]
-                taken[path][block] = (layout, dict(zip(layout.keys, states if isinstance(states, tuple) else (states,))))
-        return taken
-
-
-_BY_THE_WAY = ("loss", "hidden_states", "attentions", "cross_attentions", "past_key_values")
-"""What models of transformers return beside their prediction, where they are asked to."""
-
-
-def output_loss(output: Any, teacher_output: Any) -> Tensor:
-    """Mean squared error of what two models return, in float32, averaged over its tensors; of tensors, tuples, lists, `ModelOutput`.
-
-    Losses that the models computed themselves (tensors without axes) and `ModelOutput`'s records of single layers do not count.
-
-    Raises:
-        ValueError: when the outputs do not hold equal numbers of tensors of equal shapes.
-    """
-    ours, theirs = predictions(output), predictions(teacher_output)
-    shapes = [[tuple(t.shape) for t in tensors] for tensors in (ours, theirs)]
-    if not ours or shapes[0] != shapes[1]:
-        raise ValueError(f"The student returns floating-point tensors of shapes {shapes[0]}, the teacher {shapes[1]}. They must be equal "
-                         "and at least one: give a teacher of the student's class and widths.")
-    return torch.stack([(s.float() - t.to(s.device).float()).square().mean() for s, t in zip(ours, theirs)]).mean()
-
-
-def predictions(output: Any) -> list[Tensor]:
-    """The floating-point tensors in what a model returned that say what it predicts."""
-    if isinstance(output, Mapping):
-        output = {key: value for key, value in output.items() if key not in _BY_THE_WAY}
-    return [tensor for tensor in float_tensors(output) if tensor.ndim]
+def _nothing(student: nn.Module, intervals: Intervals) -> Tensor:
+    """Zero, with zero gradients for what trains in `student` beside its blocks: data-parallel training waits for all of them."""
+    inside = {id(p) for path in intervals for block in get_stack(student, path) for p in block.parameters()}
+    others = [p for p in student.parameters() if p.requires_grad and id(p) not in inside]
+    return sum((0.0 * p.sum() for p in others), start=torch.zeros((), device=next(student.parameters()).device))

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from tinyfusion_pl.pruning import Decision, get_stack
+from tinyfusion_pl.pruning import Decision, StackDecision, get_stack
 from tinyfusion_pl.pruning.blocks import walk_modules
 
 Pairs = Mapping[str, Sequence[tuple[int, int]]]
@@ -38,23 +38,27 @@ def resolve_pairs(given: Pairs | Decision, student: nn.Module, teacher: nn.Modul
     """
     pairs = {}
     for path in given.stacks if isinstance(given, Decision) else given:
-        if (inside := _resolve(path, student, module, owner)) is None:
+        if (inside := resolve_path(path, student, module, owner)) is None:
             continue
         pairs[inside] = [tuple(pair) for pair in given[path]] if not isinstance(given, Decision) else given.stacks[path].layer_pairs()
         if isinstance(given, Decision):
-            stack = given.stacks[path]
-            depths = len(get_stack(student, inside)), len(get_stack(teacher, inside))
-            if depths != (len(stack.kept_blocks), stack.num_blocks):
-                raise ValueError(f"The decision keeps {len(stack.kept_blocks)} of {stack.num_blocks} blocks of '{path}', but there the "
-                                 f"student has {depths[0]} blocks and the teacher {depths[1]}. Give the dense model as teacher, the "
-                                 "shallow one as student, and their decision.")
+            check_decision(given.stacks[path], inside, student, teacher)
     if not pairs:
         raise ValueError(f"None of {list(given.stacks if isinstance(given, Decision) else given)} is a stack of '{module}', the student.")
     check_pairs(pairs, student, teacher)
     return pairs
 
 
-def _resolve(path: str, student: nn.Module, module: str, owner: nn.Module | None) -> str | None:
+def check_decision(stack: StackDecision, path: str, student: nn.Module, teacher: nn.Module) -> None:
+    """`ValueError` unless the stack at `path` is as deep in `teacher` and `student` as the decision on it says."""
+    depths = len(get_stack(student, path)), len(get_stack(teacher, path))
+    if depths != (len(stack.kept_blocks), stack.num_blocks):
+        raise ValueError(f"The decision keeps {len(stack.kept_blocks)} of {stack.num_blocks} blocks of '{path}', but there the "
+                         f"student has {depths[0]} blocks and the teacher {depths[1]}. Give the dense model as teacher, the "
+                         "shallow one as student, and their decision.")
+
+
+def resolve_path(path: str, student: nn.Module, module: str, owner: nn.Module | None) -> str | None:
     """The path of the stack in `student`; None for one in another part of `owner`."""
     parts = module.split(".") if module else []
     plain = ".".join(part for part in path.split(".") if part != "_orig_mod")

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tinyfusion_pl.distill import Distillation, Teacher, check_pairs
+from tinyfusion_pl.distill import Distillation, Teacher, check_pairs, check_single_blocks, resolve_intervals
 from tinyfusion_pl.modules.denoising import Denoising
-from tinyfusion_pl.pruning import Decision
+from tinyfusion_pl.pruning import Decision, find_stacks
 
 
 class Recovery(Denoising):
@@ -17,13 +17,14 @@ class Recovery(Denoising):
     Args:
         student: The shallow denoiser.
         teacher: The dense denoiser, frozen, in evaluation mode, not in checkpoints. May be None for fine-tuning alone.
-        decision: The decision the student came from, for the layer pairs; not needed where `distillation` gives pairs or no feature
-            weight.
+        decision: The decision the student came from, for the layer pairs and intervals; not needed where `distillation` gives pairs or no
+            feature weight, and no interval weight. An empty one, where it is not there yet, only has the rest checked.
         distillation: Weights and mask; default: the published ones.
         objective, optimizer, scheduler, label_dropout: See `Denoising` (published: AdamW 2e-4, cosine to 1e-4).
 
     Raises:
-        ValueError: when a teacher or the pairs are needed and missing, or pairs do not fit the stacks.
+        ValueError: when a teacher, the pairs or the decision are needed and missing, pairs do not fit the stacks, or intervals cannot be
+            trained.
     """
 
     default_lr = 2e-4
@@ -42,6 +43,14 @@ class Recovery(Denoising):
             raise ValueError("Representation distillation needs layer pairs: give the decision, or pairs in the distillation config.")
         if self.pairs and teacher is not None:
             check_pairs(self.pairs, student, teacher)
+        self.intervals = self._intervals(decision) if self.distillation.weight_interval else None
+
+    def _intervals(self, decision: Decision | None) -> Any:
+        if decision is None:
+            raise ValueError("Interval distillation needs the decision that the student came from: give it, or set weight_interval=0.")
+        for path in decision.stacks or find_stacks(self.teacher):
+            check_single_blocks(self.teacher, path)
+        return resolve_intervals(decision, self.denoiser, self.teacher)
 
     @property
     def teacher(self) -> nn.Module | None:
@@ -53,6 +62,8 @@ class Recovery(Denoising):
             self._teacher.wake(self.device)
 
     def losses(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-        weight = self.distillation.feature_weight(self.global_step, int(self.trainer.estimated_stepping_batches))
+        step, num_steps = self.global_step, int(self.trainer.estimated_stepping_batches)
+        with_intervals, alone = self.distillation.interval_phase(step, num_steps)
         return self.distillation.losses(self.denoiser, self.teacher, self.objective, self.objective.draw(x), y, pairs=self.pairs or {},
-                                        feature_weight=weight)
+                                        feature_weight=self.distillation.feature_weight(step, num_steps),
+                                        intervals=self.intervals if with_intervals else None, alone=alone)

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, nn
+
+Distance = Callable[[Tensor, Tensor], Tensor]
+"""Per-sample distance (N,) of two predictions (N, C, ...), the student's and the teacher's."""
+
+
+def mean_square(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean squared difference of each sample: (N, ...) -> (N,)."""
+    return (prediction - target).square().flatten(1).mean(1)
 
 
 @dataclass
@@ -30,8 +39,13 @@ class Objective(Protocol):
     def losses(self, output: Tensor, draw: Draw) -> dict[str, Tensor]:
         """Per-sample (N,) "loss" and its terms for the denoiser's `output` at ``(draw.x_t, draw.t)``."""
 
-    def distillation_losses(self, output: Tensor, teacher_output: Tensor, draw: Draw) -> dict[str, Tensor]:
-        """Per-sample (N,) "loss_kd" and its terms for the student's output against the teacher's."""
+    def distillation_losses(self, output: Tensor, teacher_output: Tensor, draw: Draw, *,
+                            distance: Distance = mean_square) -> dict[str, Tensor]:
+        """Per-sample (N,) "loss_kd" and its terms for the student's output against the teacher's.
+
+        `distance` compares the two predictions (N, C, ...), weighted as in `losses`. What an output says beside its prediction (a learned
+        variance) has a term of its own, whatever the distance.
+        """
 
     def check_fits(self, denoiser: nn.Module) -> None:
         """Raise ValueError for a denoiser whose prediction is of another kind; says which objective or model is meant."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinyfusion_pl.objectives.base import Draw, check_channels
+from tinyfusion_pl.objectives.base import Distance, Draw, check_channels, mean_square
 from tinyfusion_pl.objectives.likelihood import discretized_gaussian_log_likelihood, gaussian_kl
 from tinyfusion_pl.objectives.sampling import check_options, sample_chain
 from tinyfusion_pl.objectives.schedulers import check_scheduler, sample_with_scheduler
@@ -144,15 +144,17 @@ class GaussianDiffusion:
         terms["vb"] = self._vb(epsilon.detach(), fraction, draw, true_mean, true_log_variance, draw.x0)
         return {"loss": terms["mse"] + terms["vb"], **terms}
 
-    def distillation_losses(self, output: Tensor, teacher_output: Tensor, draw: Draw) -> dict[str, Tensor]:
-        """Per sample (N,): "mse_kd" of the student's epsilon to the teacher's, "vb_kd", the KL divergence in bits per dimension of the
-        student's step from the teacher's (the student's mean detached, so that it teaches the variance only), and their sum "loss_kd".
+    def distillation_losses(self, output: Tensor, teacher_output: Tensor, draw: Draw, *,
+                            distance: Distance = mean_square) -> dict[str, Tensor]:
+        """Per sample (N,): "mse_kd", the `distance` of the student's epsilon to the teacher's, "vb_kd", the KL divergence in bits
+        per dimension of the student's step from the teacher's (the student's mean detached, so that it teaches the variance only), and
+        their sum "loss_kd".
 
         At t = 0 "vb_kd" is the student's likelihood of the data, as "vb" is. Published recovery: 0.9 * "loss_kd" + 0.1 * the "loss" of
         `losses` + 0.01 * the feature loss of `tinyfusion_pl.distill`.
         """
         (epsilon, fraction), (teacher_epsilon, teacher_fraction) = (self.split(o, draw.x_t) for o in (output, teacher_output.detach()))
-        terms = {"mse_kd": _mean((teacher_epsilon - epsilon).square())}
+        terms = {"mse_kd": distance(epsilon, teacher_epsilon)}
         if fraction is None:
             return {"loss_kd": terms["mse_kd"], **terms}
         true_mean, true_log_variance = self._moments(teacher_epsilon, teacher_fraction, draw)

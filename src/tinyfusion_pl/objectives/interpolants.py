@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinyfusion_pl.objectives.base import Draw, check_channels
+from tinyfusion_pl.objectives.base import Distance, Draw, check_channels, mean_square
 from tinyfusion_pl.objectives.interpolant_sampling import SamplingOptions, sample_interpolant
 from tinyfusion_pl.objectives.paths import PATHS, PREDICTIONS, Coefficients, coefficients
 
@@ -88,20 +88,25 @@ class Interpolants:
         c = self.coefficients(draw.t, draw.x_t)
         return {"loss": self._loss(output, c.target(self.prediction, draw.x0, draw.noise), c, draw)}
 
-    def distillation_losses(self, output: Tensor, teacher_output: Tensor, draw: Draw) -> dict[str, Tensor]:
-        """Per sample (N,): "loss_kd", the same as the "loss" of `losses` with the teacher's output as the target."""
+    def distillation_losses(self, output: Tensor, teacher_output: Tensor, draw: Draw, *,
+                            distance: Distance = mean_square) -> dict[str, Tensor]:
+        """Per sample (N,): "loss_kd", the same as the "loss" of `losses` with the teacher's output as the target, by `distance`."""
         c = self.coefficients(draw.t, draw.x_t)
-        return {"loss_kd": self._loss(output, self.checked(teacher_output.detach(), draw.x_t), c, draw)}
+        return {"loss_kd": self._loss(output, self.checked(teacher_output.detach(), draw.x_t), c, draw, distance)}
 
-    def _loss(self, output: Tensor, target: Tensor, c: Coefficients, draw: Draw) -> Tensor:
-        error = self.checked(output, draw.x_t) - target
+    def _loss(self, output: Tensor, target: Tensor, c: Coefficients, draw: Draw, distance: Distance = mean_square) -> Tensor:
+        output = self.checked(output, draw.x_t)
+        return distance(self._weighted(output, c), self._weighted(target, c))
+
+    def _weighted(self, prediction: Tensor, c: Coefficients) -> Tensor:
+        """`prediction` times the square root of the weight of its squared error."""
         if self.prediction == "score":
-            error = error * c.sigma
+            prediction = prediction * c.sigma
         if self.loss_weighting == "velocity":
-            error = error * c.diffusion / c.sigma
+            prediction = prediction * c.diffusion / c.sigma
         elif self.loss_weighting == "likelihood":
-            error = error * c.diffusion.sqrt() / c.sigma
-        return error.square().flatten(1).mean(1)
+            prediction = prediction * c.diffusion.sqrt() / c.sigma
+        return prediction
 
     def checked(self, output: Tensor, like: Tensor) -> Tensor:
         """The denoiser's output in float32."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tinyfusion_pl.models import MaskedTokens
 from tinyfusion_pl.models.mar import take
-from tinyfusion_pl.objectives.base import Draw
+from tinyfusion_pl.objectives.base import Distance, Draw, mean_square
 from tinyfusion_pl.objectives.gaussian_diffusion import GaussianDiffusion
 from tinyfusion_pl.objectives.masked_sampling import check_options, sample_tokens, tokens_of
 
@@ -123,10 +123,18 @@ class MaskedAutoregression:
         this process's share: their mean over all samples of all processes is the mean over all masked tokens."""
         return self._per_sample(self.diffusion.losses(output.flatten(0, 2), draw.flat), draw)
 
-    def distillation_losses(self, output: Tensor, teacher_output: Tensor, draw: MaskedDraw) -> dict[str, Tensor]:
+    def distillation_losses(self, output: Tensor, teacher_output: Tensor, draw: MaskedDraw, *,
+                            distance: Distance = mean_square) -> dict[str, Tensor]:
         """Per sample (N,): "mse_kd", "vb_kd" and their sum "loss_kd" of the head's predictions, weighted as in `losses`; see
-        `GaussianDiffusion.distillation_losses`."""
-        terms = self.diffusion.distillation_losses(output.flatten(0, 2), teacher_output.flatten(0, 2), draw.flat)
+        `GaussianDiffusion.distillation_losses`. `distance` is given the epsilon of all noised tokens of a sample, (N, C, M*K)."""
+        n = len(draw.x0)
+
+        def of_samples(epsilon: Tensor, target: Tensor) -> Tensor:  # (N*M*K, C) -> a sample's distance at each of its tokens (N*M*K,)
+            pair = [x.view(n, -1, x.shape[-1]).transpose(1, 2) for x in (epsilon, target)]  # (N, C, M*K)
+            return distance(*pair).repeat_interleave(len(epsilon) // n)
+
+        terms = self.diffusion.distillation_losses(output.flatten(0, 2), teacher_output.flatten(0, 2), draw.flat,
+                                                   distance=mean_square if distance is mean_square else of_samples)
         return self._per_sample(terms, draw)
 
     def _per_sample(self, terms: dict[str, Tensor], draw: MaskedDraw) -> dict[str, Tensor]:
