@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from lightning.pytorch import seed_everything
 from lightning.pytorch.utilities import rank_zero_only
+from torch import nn
 
 from tinyfusion_pl.artifacts import ArtifactError
 from tinyfusion_pl.callbacks import NonFiniteGuard
@@ -32,6 +34,7 @@ from tinyfusion_pl.tasks.origins import (
     origin_of,
     shallow_sha256,
 )
+from tinyfusion_pl.tasks.replacing import check_replacing, fit_replacements, with_replacements
 
 
 @dataclass(kw_only=True)
@@ -42,14 +45,23 @@ class Recover:
         module: Makes `Recovery` from a student and ``teacher=``, ``decision=``, ``objective=``.
         fit: How it trains; weight averaging is among its callbacks where averaged weights are wanted.
         weights: ``"ema"`` or ``"raw"``: which weights the recovered model gets.
+        replace: ``"linear"``: each removed run of blocks leaves a linear map, fitted in closed form before training, which is trained with
+            the rest (see `tinyfusion_pl.pruning.run_fitting`). None: runs leave nothing.
+        num_replace_samples: Training samples that the maps are fitted on, >= 1.
     """
 
     module: Callable[..., Recovery]
     fit: Fit
     weights: str = "ema"
+    replace: Literal["linear"] | None = None
+    num_replace_samples: int = 256
 
     def __post_init__(self) -> None:
         self.fit.check_weights("recover", self.weights)
+        if self.replace not in (None, "linear"):
+            raise ValueError(f"recover.replace is {self.replace!r}; give 'linear', or null for none.")
+        if self.num_replace_samples < 1:
+            raise ValueError(f"recover.num_replace_samples is {self.num_replace_samples}; give a count >= 1.")
 
     def check(self, inputs: Inputs) -> None:
         """Find out whether the settings hold, before anything is trained; layer pairs that are given are held against the teacher.
@@ -61,6 +73,8 @@ class Recover:
         teacher = copy.deepcopy(inputs.teacher)
         module = self.module(teacher, teacher=teacher, decision=Decision({}), objective=inputs.objective)
         self.fit.check("recover", module)
+        if self.replace:
+            check_replacing(inputs)
 
     def num_processes(self) -> int:
         """Processes that it runs on."""
@@ -88,23 +102,30 @@ class Recover:
                                 "task=learn_mask, which makes it again.")
         say(f"recover: the shallow model learns from the teacher; checkpoints go to {folder / 'recover'}, the model to {folder.recovered}")
         seed_everything(inputs.seed + 1, workers=True)
-        student = load_shallow(folder.shallow).train()
+        student = self._student(folder, inputs).train()
+        if self.replace and not folder.checkpoint("recover").exists():
+            fit_replacements(student, folder, inputs, self.fit.device(), num_samples=self.num_replace_samples)
         student.activation_checkpointing = getattr(inputs.teacher, "activation_checkpointing", False)
         module = self.module(student, teacher=inputs.teacher, decision=load_decision(folder.shallow),
                              objective=inputs.objective)
         guard = NonFiniteGuard()
         seconds = self.fit.run("recover", folder, module, inputs.data, first=[guard], made_from=made_from)
-        self.save(folder)
+        self.save(folder, inputs)
         folder.finish("recover", {
             "seconds": seconds if done is None else done["seconds"], "num_skipped_steps": guard.num_skipped,
             "made_from": made_from, **asked, "files": files_left(folder.path, [folder.recovered.name]),
             "logs": files_left(folder.path, [logs_of("recover")]),
         })
 
-    @rank_zero_only
-    def save(self, folder: RunFolder) -> None:
-        """Leave the student of the last checkpoint in ``recovered/``."""
+    def _student(self, folder: RunFolder, inputs: Inputs) -> nn.Module:
+        """The model in ``shallow/``, with maps in place of its removed runs where they are asked for."""
         student = load_shallow(folder.shallow)
+        return with_replacements(student, folder, inputs) if self.replace else student
+
+    @rank_zero_only
+    def save(self, folder: RunFolder, inputs: Inputs) -> None:
+        """Leave the student of the last checkpoint in ``recovered/``."""
+        student = self._student(folder, inputs)
         verify(checkpoint := folder.checkpoint("recover"))
         load_weights(student, load_checkpoint(checkpoint, weights=self.weights))
         record = {k: v for k, v in read_record(folder.shallow).items() if k in ("stacks", "configuration", "seed")}
