@@ -214,6 +214,9 @@ recover.fit.callbacks.ema.decay=1 | recover.fit.callbacks.ema.decay
 recover.fit.callbacks.ema.decay=null | recover.fit.callbacks.ema.decay
 recover.fit.callbacks.ema=null | recover.weights
 ~recover.fit.callbacks.ema | recover.weights
+recover.replace=quadratic | recover.replace
+recover.replace=true | recover.replace
+recover.replace=linear recover.num_replace_samples=0 | recover.num_replace_samples
 recover.weights=best | recover.weights
 callbacks@recover.fit.callbacks=default recover.weights=ema | recover.weights
 # -- evaluation

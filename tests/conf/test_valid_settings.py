@@ -75,6 +75,7 @@ VALID = {
     "distill.weight_feature=0": 0,
     "recover.module.scheduler=null": None,
     "recover.weights=raw": "raw",
+    "recover.replace=linear": "linear",
     "model.weights=raw": "raw",
     "+model.activation_checkpointing=true": True,
     "model.checkpoint='\"epoch=0-step=1 (2).ckpt\"'": "epoch=0-step=1 (2).ckpt",

@@ -1,13 +1,12 @@
 """Interval distillation against block calls written out, and the models of other depths that it leaves."""
 
 import copy
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from pruning.toys import Block, TwoStreamToy
 from tinyfusion_pl import create_model
 from tinyfusion_pl.distill import (
     Distillation,
@@ -24,9 +23,6 @@ from tinyfusion_pl.models import load_decision, load_shallow, save_shallow
 from tinyfusion_pl.modules import Recovery
 from tinyfusion_pl.objectives import GaussianDiffusion
 from tinyfusion_pl.pruning import Decision, GroupDecision, StackDecision, remove_blocks
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "pruning"))
-from toys import Block, TwoStreamToy
 
 KEPT, NUM_BLOCKS = [1, 2, 5], 7
 

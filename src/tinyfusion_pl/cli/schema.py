@@ -23,6 +23,7 @@ BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "image_size": (1, 16384),
     "num_channels": (1, 4),
     "num_samples": (2, 10**8),
+    "num_replace_samples": (1, 10**7),
     "num_shown": (0, 10**5),
     "num_timing_rounds": (0, 10**5),
     "num_draws": (0, 10**8),

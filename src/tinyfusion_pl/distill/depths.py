@@ -21,6 +21,7 @@ from tinyfusion_pl.distill.pairs import resolve_path
 from tinyfusion_pl.pruning import Decision, GroupDecision, StackDecision, get_stack, remove_blocks
 from tinyfusion_pl.pruning.blocks import split_path
 from tinyfusion_pl.pruning.calls import quiet
+from tinyfusion_pl.pruning.run_maps import copy_maps
 
 CRITERION = "intervals"  # in the record of a model that took runs back
 Calls = Sequence[tuple[tuple, Mapping[str, Any]]]  # positional and keyword arguments of a model
@@ -111,6 +112,7 @@ def restore(
     for path, of_path in sources.items():
         for block, source in zip(get_stack(model, path), of_path):
             if source is not None:
+                copy_maps(get_stack(student, path)[source], block)
                 block.load_state_dict(get_stack(student, path)[source].state_dict())
     _copy_rest(student, model, kept)
     stacks = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +19,28 @@ from tinyfusion_pl.models.registry import create_model, model_arguments
 BUILD_ERRORS = (RuntimeError, OverflowError, ZeroDivisionError, MemoryError, IndexError, AttributeError, KeyError)
 
 
-def build_model(name: str, arguments: Mapping[str, Any], state: Mapping[str, Tensor], where: str | Path) -> nn.Module:
+def build_model(name: str, arguments: Mapping[str, Any], state: Mapping[str, Tensor], where: str | Path, *,
+                prepare: Callable[[nn.Module], nn.Module] | None = None) -> nn.Module:
     """The model `name` of `arguments`, with the weights `state` that came from `where`, in evaluation mode.
 
-    It is built without memory first: a depth or a width that the weights do not have is refused before it takes any.
+    `prepare` gives the model, before its weights, what its arguments do not say (linear maps). It is built without memory first: a depth
+    or a width that the weights do not have is refused before it takes any.
 
     Raises:
         ValueError: the weights do not fit, or are another family's, or the arguments are none.
         ArtifactError: there are more blocks stated than tensors, or the weights are all zero or not finite.
     """
     check_depths(arguments, state, where)
+    prepare = prepare or (lambda model: model)
     outline = _outline(name, arguments, where)
     if outline is not None:
+        outline = prepare(outline)
         found, expected = family_of(state), family_of(outline.state_dict())
         if found != expected and None not in (found, expected):
             raise ValueError(f"{where} holds weights of another family ({found}) than {name}'s ({expected}). Give that family's model as "
                              "name= (model.name=), or another checkpoint.")
         state = fitting_state(outline, state, where)
-    return fit_weights(create_model(name, **arguments), state, where, fresh=True).eval()
+    return fit_weights(prepare(create_model(name, **arguments)), state, where, fresh=True).eval()
 
 
 def check_depths(arguments: Mapping[str, Any], state: Mapping[str, Tensor], where: str | Path) -> None:

@@ -21,6 +21,7 @@ from tinyfusion_pl.models.dit import DiT
 from tinyfusion_pl.models.families import family_of
 from tinyfusion_pl.models.pretrained import load_pretrained
 from tinyfusion_pl.models.published import DIFFUSERS_WEIGHTS
+from tinyfusion_pl.pruning.run_maps import maps_of
 
 FORMATS = ("published", "safetensors", "diffusers")
 # The schedule that DiT was trained with (objectives.GaussianDiffusion); DDIM is what facebook/DiT-XL-2-256 comes with.
@@ -65,7 +66,8 @@ def export_model(model: nn.Module, path: str | Path, *, format: str | None = Non
         `path`.
 
     Raises:
-        ValueError: the format is unknown or does not go with the suffix, or the model is none that the format has.
+        ValueError: the format is unknown or does not go with the suffix, the model is none that the format has, or it has linear maps in
+            place of removed blocks.
         ArtifactError: it cannot be written, or `vae` holds no matching AutoencoderKL.
     """
     path = Path(path)
@@ -74,6 +76,10 @@ def export_model(model: nn.Module, path: str | Path, *, format: str | None = Non
         raise ValueError(f"Format {format!r} is unknown; give one of {', '.join(FORMATS)}.")
     if not hasattr(model, "model_name") or not hasattr(model, "config"):
         raise ValueError(f"A {type(model).__name__} is no model of this project (create_model, load_pretrained), whose layout is known.")
+    if maps := maps_of(model):
+        raise ValueError(f"The model has linear maps in place of removed runs of blocks ({maps[0].module}, {maps[0].position} it), which "
+                         "no other program knows of. load_shallow opens its folder as it is; export a model that was recovered without "
+                         "them (recover.replace=null).")
     if (format == "diffusers") != (path.suffix == "") or (format == "safetensors") != (path.suffix == ".safetensors"):
         raise ValueError(f"Format {format!r} does not go with {path}: 'published' writes a .pt file, 'safetensors' a .safetensors file, "
                          "'diffusers' a folder, whose name has no suffix.")

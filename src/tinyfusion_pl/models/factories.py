@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,11 @@ FOREIGN = ("checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_ov
 
 
 def from_factory(factory: Mapping[str, Any], kept_blocks: Mapping[str, Sequence[int]], state: Mapping[str, Tensor],
-                 record: Path) -> nn.Module:
+                 record: Path, *, prepare: Callable[[nn.Module], nn.Module]) -> nn.Module:
     """The cut of the dense model that ``{"name": "timm/<model>", "kwargs": {...}}`` states, randomly initialised.
 
-    It is cut without memory first, and held against `state`, the weights that it shall get.
+    `prepare` gives the cut model what the record states besides (linear maps). It is cut without memory first, and held against `state`,
+    the weights that it shall get.
 
     Raises:
         ValueError: for an unknown factory, or weights that do not fit.
@@ -40,7 +41,7 @@ def from_factory(factory: Mapping[str, Any], kept_blocks: Mapping[str, Sequence[
         raise ArtifactError(f"{record}: model_factory.kwargs.{deep[0]} is {kwargs[deep[0]]!r:.80}; up to {MAX_DEPTH} blocks are built.")
 
     def build() -> nn.Module:
-        return remove_blocks(timm.create_model(name.removeprefix("timm/"), pretrained=False, **kwargs), kept_blocks)
+        return prepare(remove_blocks(timm.create_model(name.removeprefix("timm/"), pretrained=False, **kwargs), kept_blocks))
 
     try:
         with torch.device("meta"):

@@ -23,6 +23,7 @@ from tinyfusion_pl.pruning.adapter_state import is_adapter_key
 from tinyfusion_pl.pruning.config_values import leaves
 from tinyfusion_pl.pruning.library_configs import config_mismatch
 from tinyfusion_pl.pruning.library_interface import is_library_model
+from tinyfusion_pl.pruning.run_maps import maps_of
 
 LIBRARIES = ("diffusers", "transformers")
 CONFIG_FILES = ("config.json", "generation_config.json")
@@ -39,6 +40,8 @@ def not_savable(model: nn.Module) -> str | None:
         return f"{name} is no model of {' or '.join(LIBRARIES)}."
     if any(map(is_adapter_key, model.state_dict())):
         return f"{name} carries adapters of its own, which are not part of its config; merge them to save a plain model."
+    if maps_of(model):
+        return f"{name} has linear maps in place of removed blocks, which its library does not know of."
     if (reason := config_mismatch(model)) is not None:
         return f"{name} cannot state its depth: {reason}."
     return None

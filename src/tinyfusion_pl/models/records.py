@@ -7,13 +7,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from tinyfusion_pl.artifacts import ArtifactError, read_json
 from tinyfusion_pl.checksums import SEAL, content_sha256
 from tinyfusion_pl.models.notices import first_line, warn
 from tinyfusion_pl.models.registry import registered_name
 from tinyfusion_pl.pruning import Decision, get_stack
+from tinyfusion_pl.pruning.run_maps import POSITIONS, RunMap
 
 RECORD = "record.json"
 MAX_BLOCKS = 10_000  # of a dense stack
@@ -110,6 +111,27 @@ def decision_of(record: Mapping[str, Any], where: str | Path) -> Decision:
         return Decision.from_dict(record["stacks"])
     except TypeError as error:  # a field of another version
         raise ArtifactError(f"{where}: 'stacks' does not hold a decision ({error}). Install the version that wrote it.") from error
+
+
+def maps_in(record: Mapping[str, Any], state: Mapping[str, Tensor], where: Path) -> list[RunMap]:
+    """The linear maps in place of removed runs that a record states, held against the weights beside it.
+
+    Raises:
+        ArtifactError: names the field.
+    """
+    found = []
+    for number, entry in enumerate(field(record, "run_maps", ROWS, where, optional=True) or []):
+        at = f"run_maps[{number}]"
+        _check_fields(entry, {"module": TEXT, "position": TEXT, "width": COUNT}, at, where)
+        if entry["position"] not in POSITIONS:
+            raise ArtifactError(f"{where}: '{at}.position' is {entry['position']!r:.80}; {' or '.join(map(repr, POSITIONS))} was expected. "
+                                "Copy the folder again.")
+        key, width = f"{entry['module']}.{POSITIONS[entry['position']]}.weight", entry["width"]
+        if key not in state or tuple(state[key].shape) != (width, width):
+            raise ArtifactError(f"{where}: '{at}' states a linear map of width {width}, which the weights do not have under {key:.120}. "
+                                "Copy the folder again.")
+        found.append(RunMap(entry["module"], entry["position"], width))
+    return found
 
 
 def _check_stacks(stacks: Mapping[str, Any], file: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,11 @@ from tinyfusion_pl.models.library_models import (
     remove_library_files,
     save_library_model,
 )
-from tinyfusion_pl.models.records import RECORD, check_depths, decision_of, read_record
+from tinyfusion_pl.models.records import RECORD, check_depths, decision_of, maps_in, read_record
 from tinyfusion_pl.pruning import Decision, remove_blocks
 from tinyfusion_pl.pruning.blocks import unwrap, without_compiling
 from tinyfusion_pl.pruning.compiled import uncompiled
+from tinyfusion_pl.pruning.run_maps import RunMap, attach_maps, maps_of
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ def save_shallow(folder: str | Path, model: nn.Module, record: Mapping[str, Any]
         model: The shallow model. One of this project's models (``model_name``, ``config``) states how to build it; one of diffusers or
             transformers is saved by its library besides, so that its plain ``from_pretrained`` opens the folder.
         record: ``stacks`` (see `Decision.as_dict`), ``source``, ``configuration``, ``seed``, ``model_factory``. How to build the model,
-            versions, size and the weights' checksum are added.
+            versions, size, the weights' checksum and the places of linear maps are added.
 
     Returns:
         The folder.
@@ -65,11 +66,13 @@ def save_shallow(folder: str | Path, model: nn.Module, record: Mapping[str, Any]
     with without_compiling(model):
         library = _save_weights(folder, model)
     own = {"name": model.model_name, "kwargs": model.config} if hasattr(model, "model_name") and hasattr(model, "config") else None
+    maps = [each.as_dict() for each in maps_of(model)]
     write_sealed(folder / RECORD, {
         "format": FORMAT,
         "model": own,
         "library": library,
         **record,
+        **({"run_maps": maps} if maps else {}),
         "num_params": sum(p.numel() for p in model.parameters()),
         "weights": {"file": WEIGHTS, "sha256": sha256(folder / WEIGHTS)},
         "versions": library_versions(),
@@ -123,13 +126,14 @@ def load_shallow(path: str | Path, *, model: nn.Module | None = None, **override
     if overrides and (model is not None or stated is None):
         raise ValueError(f"{', '.join(overrides)} is of this project's models, and the record in {folder} names none.")
     decision, state = decision_of(record, folder / RECORD), read_checkpoint(weights).state
-    shallow = _built(folder, record, decision.kept_blocks, state, weights, model, overrides)
+    maps = maps_in(record, state, folder / RECORD)
+    shallow = _built(folder, record, decision.kept_blocks, state, weights, model, overrides, lambda cut: _with_maps(cut, maps, folder))
     check_depths(shallow, decision, folder / RECORD)
     return shallow.eval()
 
 
 def _built(folder: Path, record: Mapping[str, Any], kept: Mapping[str, Sequence[int]], state: Mapping[str, Tensor], weights: Path,
-           model: nn.Module | None, overrides: Mapping[str, Any]) -> nn.Module:
+           model: nn.Module | None, overrides: Mapping[str, Any], prepare: Callable[[nn.Module], nn.Module]) -> nn.Module:
     stated = record.get("model")
     if (library := record.get("library")) is not None:
         shallow = load_library_model(folder, library, state)
@@ -140,11 +144,11 @@ def _built(folder: Path, record: Mapping[str, Any], kept: Mapping[str, Sequence[
         return shallow
     if model is None and stated is not None:
         check_arguments(stated["name"], stated["kwargs"], f"{folder / RECORD}: model.kwargs")
-        return build_model(stated["name"], {**stated["kwargs"], **overrides}, state, weights)
+        return build_model(stated["name"], {**stated["kwargs"], **overrides}, state, weights, prepare=prepare)
     if model is not None:
-        shallow = remove_blocks(uncompiled(copy.deepcopy(model)), kept)
+        shallow = prepare(remove_blocks(uncompiled(copy.deepcopy(model)), kept))
     elif record.get("model_factory"):
-        shallow = from_factory(record["model_factory"], kept, state, folder / RECORD)
+        shallow = from_factory(record["model_factory"], kept, state, folder / RECORD, prepare=prepare)
     else:
         raise ValueError(
             f"The record in {folder} does not say how to build its model, which is not one of this project nor one that its "
@@ -152,6 +156,13 @@ def _built(folder: Path, record: Mapping[str, Any], kept: Mapping[str, Sequence[
             "load_shallow(path, model=MyModel(...)), or state model_factory={'name': 'timm/...'} when pruning."
         )
     return fit_weights(shallow, state, weights)
+
+
+def _with_maps(model: nn.Module, maps: Sequence[RunMap], folder: Path) -> nn.Module:
+    try:
+        return attach_maps(model, maps)
+    except ValueError as error:
+        raise ArtifactError(f"{folder / RECORD}: 'run_maps' does not fit its model: {error} Copy the folder again.") from error
 
 
 def load_decision(path: str | Path) -> Decision:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule, seed_everything
 from lightning.pytorch.utilities import rank_zero_only
-from torch import Tensor
+from torch import Tensor, nn
 
 from tinyfusion_pl.artifacts import ArtifactError
 from tinyfusion_pl.callbacks import NonFiniteGuard
@@ -35,6 +35,7 @@ from tinyfusion_pl.tasks.origins import (
     origin_of,
     shallow_sha256,
 )
+from tinyfusion_pl.tasks.replacing import check_replacing, fit_replacements, with_replacements
 from tinyfusion_pl.tasks.shared_results import SharedResults, copy_files
 
 
@@ -46,16 +47,25 @@ class Recover:
         module: Makes `Recovery` from a student and ``teacher=``, ``decision=``, ``objective=``.
         fit: How it trains; weight averaging is among its callbacks where averaged weights are wanted.
         weights: ``"ema"`` or ``"raw"``: which weights the recovered model gets.
+        replace: ``"linear"``: each removed run of blocks leaves a linear map, fitted in closed form before training, which is trained with
+            the rest (see `tinyfusion_pl.pruning.run_fitting`). None: runs leave nothing.
+        num_replace_samples: Training samples that the maps are fitted on, >= 1.
         shared: Results of other runs: a shallow model that was recovered there in the same way is not trained again.
     """
 
     module: Callable[..., Recovery]
     fit: Fit
     weights: str = "ema"
+    replace: Literal["linear"] | None = None
+    num_replace_samples: int = 256
     shared: SharedResults = field(default_factory=SharedResults)
 
     def __post_init__(self) -> None:
         self.fit.check_weights("recover", self.weights)
+        if self.replace not in (None, "linear"):
+            raise ValueError(f"recover.replace is {self.replace!r}; give 'linear', or null for none.")
+        if self.num_replace_samples < 1:
+            raise ValueError(f"recover.num_replace_samples is {self.num_replace_samples}; give a count >= 1.")
 
     def check(self, inputs: Inputs) -> None:
         """Find out whether the settings hold, before anything is trained; layer pairs that are given are held against the teacher.
@@ -67,6 +77,8 @@ class Recover:
         teacher = copy.deepcopy(inputs.teacher)
         module = self.module(teacher, teacher=teacher, decision=Decision({}), objective=inputs.objective)
         self.fit.check("recover", module)
+        if self.replace:
+            check_replacing(inputs)
 
     def num_processes(self) -> int:
         """Processes that it runs on."""
@@ -92,18 +104,20 @@ class Recover:
         if learned is not None and missing:
             raise ArtifactError(f"{', '.join(missing[:3])} gone from {folder.path}, which recovery starts from. Put it back; or rerun "
                                 "task=learn_mask, which makes it again.")
-        if done is None and (found := self._from_other_run(folder, self._shared(folder, made_from))) is not None:
+        if done is None and (found := self._from_other_run(folder, inputs, self._shared(folder, made_from))) is not None:
             folder.finish("recover", {**found, "made_from": made_from, **asked})
             return
         say(f"recover: the shallow model learns from the teacher; checkpoints go to {folder / 'recover'}, the model to {folder.recovered}")
         seed_everything(inputs.seed + 1, workers=True)
-        student = load_shallow(folder.shallow).train()
+        student = self._student(folder, inputs).train()
+        if self.replace and not folder.checkpoint("recover").exists():
+            fit_replacements(student, folder, inputs, self.fit.device(), num_samples=self.num_replace_samples)
         student.activation_checkpointing = getattr(inputs.teacher, "activation_checkpointing", False)
         module = self.module(student, teacher=inputs.teacher, decision=load_decision(folder.shallow),
                              objective=inputs.objective)
         guard = NonFiniteGuard()
         seconds = self.fit.run("recover", folder, module, inputs.data, first=[guard], made_from=made_from)
-        self.save(folder, self.trained(folder))
+        self.save(folder, inputs, self.trained(folder))
         result: dict[str, Any] = {
             "seconds": seconds if done is None else done["seconds"], "num_skipped_steps": guard.num_skipped,
             "num_block_runs": self._num_block_runs(module, inputs.data),
@@ -118,7 +132,7 @@ class Recover:
         pairs = {path: stack.layer_pairs() for path, stack in load_decision(folder.shallow).stacks.items()}
         return {**made_from, SHALLOW: content_sha256([read_record(folder.shallow)["weights"]["sha256"], pairs])}
 
-    def _from_other_run(self, folder: RunFolder, made_from: Origin) -> dict[str, Any] | None:
+    def _from_other_run(self, folder: RunFolder, inputs: Inputs, made_from: Origin) -> dict[str, Any] | None:
         """The recovered model of a run that trained the same; None where there is none, or it has changed since."""
         if (found := self.shared.find(made_from)) is None:
             return None
@@ -128,7 +142,7 @@ class Recover:
             return None
         say(f"recover: the same was recovered in {other.path} (recover.shared.reuse=false trains it again)")
         rank_zero_only(copy_files)(other.path, folder.path, found["logs"])
-        self.save(folder, load_shallow(other.recovered).state_dict())
+        self.save(folder, inputs, load_shallow(other.recovered).state_dict())
         return {**found, "files": files_left(folder.path, [folder.recovered.name])}
 
     def _num_block_runs(self, module: Recovery, data: LightningDataModule) -> int:
@@ -136,10 +150,15 @@ class Recover:
         models = [(3, module.denoiser)] + [(1, module.teacher)] * module.distillation.needs_teacher
         return self.fit.num_images("recover", data) * sum(n * len(stack) for n, model in models for stack in find_stacks(model).values())
 
-    @rank_zero_only
-    def save(self, folder: RunFolder, weights: Mapping[str, Tensor]) -> None:
-        """Leave the student with these weights in ``recovered/``."""
+    def _student(self, folder: RunFolder, inputs: Inputs) -> nn.Module:
+        """The model in ``shallow/``, with maps in place of its removed runs where they are asked for."""
         student = load_shallow(folder.shallow)
+        return with_replacements(student, folder, inputs) if self.replace else student
+
+    @rank_zero_only
+    def save(self, folder: RunFolder, inputs: Inputs, weights: Mapping[str, Tensor]) -> None:
+        """Leave the student with these weights in ``recovered/``."""
+        student = self._student(folder, inputs)
         load_weights(student, weights)
         record = {k: v for k, v in read_record(folder.shallow).items() if k in ("stacks", "configuration", "seed")}
         save_shallow(folder.recovered, student, {
