@@ -66,7 +66,8 @@ def test_a_resumed_search_has_the_original_weights_too(tmp_path):
     original = copy.deepcopy(module().denoiser).eval()
     saving = ModelCheckpoint(dirpath=tmp_path, filename="last", every_n_train_steps=2)
     options = dict(weight_update="full", search_loss="teacher", anneal_steps=4)
-    trainer(tmp_path, DepthPruningCallback("1:2", **options), Stop(), saving, max_steps=4, enable_checkpointing=True).fit(module(), loader())
+    interrupted = trainer(tmp_path, DepthPruningCallback("1:2", **options), Stop(), saving, max_steps=4, enable_checkpointing=True)
+    interrupted.fit(module(), loader())
     compare = Compare(original)
     trainer(tmp_path, DepthPruningCallback("1:2", **options), compare, max_steps=4).fit(
         module(), loader(), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
