@@ -136,6 +136,14 @@ pruning.max_nonfinite=0 | pruning.max_nonfinite
 pruning.gather=nan | pruning.gather
 pruning.gather=1 | pruning.gather
 pruning.delta_w=keep | pruning.delta_w
+pruning.search_loss=dense | pruning.search_loss
+pruning.search_loss=5 | pruning.search_loss
+pruning.relaxation=softmax | pruning.relaxation
+pruning.straight_through=half | pruning.straight_through
+pruning.multiplier_lr=0 | pruning.multiplier_lr
+pruning.multiplier_lr=1e20 | pruning.multiplier_lr
+pruning.relaxation=hard_concrete pruning.tau_start=3 | pruning.tau_start
+pruning.relaxation=hard_concrete pruning.anneal_steps=5 | pruning.anneal_steps
 pruning._target_=5 | pruning._target_
 pruning._partial_=false | pruning
 pruning=null | pruning

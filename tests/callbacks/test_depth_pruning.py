@@ -129,6 +129,36 @@ def test_saved_checkpoints_keep_the_users_keys(tmp_path):
         InInit().load_state_dict(checkpoint["state_dict"])
 
 
+@pytest.mark.parametrize("options", [
+    {"relaxation": "hard_concrete"}, {"relaxation": "hard_concrete", "pattern": None, "keep": 3}, {"straight_through": "kept"},
+], ids=str)  # fmt: skip
+def test_an_interrupted_search_resumes_bit_by_bit(options, tmp_path):
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            trainer.should_stop = trainer.global_step == 4
+
+    class SameDraws(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            torch.manual_seed(100 + trainer.global_step)
+
+    def fit(folder, *extra, ckpt=None, **annealed):
+        seed_everything(1)
+        callback, module = DepthPruningCallback(**{"pattern": "1:2", **options, **annealed}), InInit()
+        trainer(folder, SameDraws(), callback, *extra, max_steps=8, enable_checkpointing=bool(extra)).fit(
+            module, ckpt_path=ckpt, weights_only=True)
+        return callback, module.depth_gates.stacks[0]
+
+    whole, expected = fit(tmp_path / "whole")
+    saving = ModelCheckpoint(dirpath=tmp_path / "cut", filename="last", every_n_train_steps=4)
+    fit(tmp_path / "cut", Stop(), saving)
+    resumed, found = fit(tmp_path / "cut", ckpt=tmp_path / "cut" / "last.ckpt")
+    for a, b in zip([*found.logits, *found.averages, *found.multipliers],
+                    [*expected.logits, *expected.averages, *expected.multipliers]):  # fmt: skip
+        assert torch.equal(a, b)
+    assert resumed.decision == whole.decision and len(found.multipliers) == (len(found.groups) if "relaxation" in options else 0)
+    assert all((m != 0).all() for m in found.multipliers)
+
+
 @pytest.mark.parametrize("kind", [InInit, InSetup, InConfigureModel])
 @pytest.mark.parametrize("update", ["lora", "full"])
 def test_an_interrupted_fit_resumes_to_the_same_result(kind, update, tmp_path):

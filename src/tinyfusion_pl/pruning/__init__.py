@@ -7,9 +7,11 @@ from tinyfusion_pl.pruning.discovery import Discovery, discover, find_stacks, re
 from tinyfusion_pl.pruning.distributions import CandidateDistribution, MaskDistribution
 from tinyfusion_pl.pruning.gate_optimizer import GateOptimizer
 from tinyfusion_pl.pruning.gates import DepthGates, find_gates, remove_gates
+from tinyfusion_pl.pruning.hard_concrete import HardConcreteDistribution
 from tinyfusion_pl.pruning.lora import remap_lora
 from tinyfusion_pl.pruning.patterns import Group, Pattern
 from tinyfusion_pl.pruning.pruner import DepthPruner
+from tinyfusion_pl.pruning.relaxations import Relaxation
 from tinyfusion_pl.pruning.schedule import linear_anneal
 from tinyfusion_pl.pruning.stack_gates import StackGates
 from tinyfusion_pl.pruning.surgery import remove_blocks
@@ -17,6 +19,6 @@ from tinyfusion_pl.pruning.verification import verify
 
 __all__ = [
     "CandidateDistribution", "Decision", "DepthGates", "DepthPruner", "Discovery", "GateOptimizer", "Group", "GroupDecision",
-    "MaskDistribution", "Pattern", "StackDecision", "StackGates", "WeightUpdate", "discover", "find_gates", "find_stacks", "get_stack",
-    "linear_anneal", "remap_lora", "remove_blocks", "remove_gates", "resolve_stacks", "verify",
+    "HardConcreteDistribution", "MaskDistribution", "Pattern", "Relaxation", "StackDecision", "StackGates", "WeightUpdate", "discover",
+    "find_gates", "find_stacks", "get_stack", "linear_anneal", "remap_lora", "remove_blocks", "remove_gates", "resolve_stacks", "verify",
 ]  # fmt: skip
