@@ -55,8 +55,8 @@ def save_shallow(folder: str | Path, model: nn.Module, record: Mapping[str, Any]
         folder: Made if missing.
         model: The shallow model. One of this project's models (``model_name``, ``config``) states how to build it; one of diffusers or
             transformers is saved by its library besides, so that its plain ``from_pretrained`` opens the folder.
-        record: ``stacks`` (see `Decision.as_dict`), ``source``, ``configuration``, ``seed``, ``model_factory``. How to build the model,
-            versions, size and the weights' checksum are added.
+        record: ``stacks`` (see `Decision.as_dict`), ``width`` where it is another, ``source``, ``configuration``, ``seed``,
+            ``model_factory``. How to build the model, versions, size and the weights' checksum are added.
 
     Returns:
         The folder.

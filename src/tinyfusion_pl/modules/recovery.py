@@ -10,6 +10,11 @@ from tinyfusion_pl.distill import Distillation, Teacher, check_pairs
 from tinyfusion_pl.modules.denoising import Denoising
 from tinyfusion_pl.pruning import Decision
 
+UNEQUAL_WIDTHS = (
+    "Representation distillation compares hidden states of equal width, and the student's have fewer channels than the teacher's. Give "
+    "distill=output, or set weight_feature to 0 (distill.weight_feature=0)."
+)
+
 
 class Recovery(Denoising):
     """Trains a shallow student with the recovery losses.
@@ -23,7 +28,8 @@ class Recovery(Denoising):
         objective, optimizer, scheduler, label_dropout: See `Denoising` (published: AdamW 2e-4, cosine to 1e-4).
 
     Raises:
-        ValueError: when a teacher or the pairs are needed and missing, or pairs do not fit the stacks.
+        ValueError: when a teacher or the pairs are needed and missing, pairs do not fit the stacks, or the student is narrower than a
+            teacher whose hidden states it is to learn from.
     """
 
     default_lr = 2e-4
@@ -42,6 +48,8 @@ class Recovery(Denoising):
             raise ValueError("Representation distillation needs layer pairs: give the decision, or pairs in the distillation config.")
         if self.pairs and teacher is not None:
             check_pairs(self.pairs, student, teacher)
+        if self.distillation.weight_feature and getattr(student, "width", None) != getattr(teacher, "width", None):
+            raise ValueError(UNEQUAL_WIDTHS)
 
     @property
     def teacher(self) -> nn.Module | None:

@@ -14,7 +14,7 @@ from tinyfusion_pl.selection.calibration import Calibration
 from tinyfusion_pl.selection.space import Space
 from tinyfusion_pl.selection.structures import Structures
 
-FIXED, SEARCH, TRIALS, CANDIDATES = range(4)  # samples and random numbers of one purpose are independent of those of another
+FIXED, SEARCH, TRIALS, CANDIDATES, WIDTH = range(5)  # samples and random numbers of one purpose are independent of those of another
 
 
 class Problem:
@@ -55,7 +55,7 @@ class Problem:
         step = 0
         while True:
             with torch.random.fork_rng(devices_of(self.model)):
-                torch.manual_seed(_seed(self.seed, which, num_samples, step))
+                torch.manual_seed(seed_of(self.seed, which, num_samples, step))
                 calibration = self._draw(num_samples)
             if calibration.num_samples != num_samples:
                 raise ValueError(f"{num_samples} samples were asked for, and draw gave {calibration.num_samples}. It must give as many as "
@@ -65,7 +65,7 @@ class Problem:
 
     def generator(self, which: int) -> torch.Generator:
         """Random numbers of a purpose."""
-        return torch.Generator().manual_seed(_seed(self.seed, which))
+        return torch.Generator().manual_seed(seed_of(self.seed, which))
 
 
 @dataclass
@@ -96,7 +96,8 @@ class Criterion(Protocol):
         """Choose; `problem.structures` counts what it costs."""
 
 
-def _seed(*numbers: int) -> int:
+def seed_of(*numbers: int) -> int:
+    """A seed for `torch.manual_seed` of several numbers: another one where any of them is another."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 

@@ -14,10 +14,12 @@ from tinyfusion_pl.callbacks import NonFiniteGuard
 from tinyfusion_pl.models import load_checkpoint, load_decision, load_shallow, load_weights, save_shallow
 from tinyfusion_pl.models.records import RECORD, read_record
 from tinyfusion_pl.modules import Recovery
+from tinyfusion_pl.modules.recovery import UNEQUAL_WIDTHS
 from tinyfusion_pl.pruning import Decision
 from tinyfusion_pl.tasks.checkpoint_io import verify
 from tinyfusion_pl.tasks.fitting import Fit
 from tinyfusion_pl.tasks.folder import Inputs, RunFolder, say
+from tinyfusion_pl.tasks.learn_mask import LearnMask
 from tinyfusion_pl.tasks.origins import (
     SAMPLES,
     SHALLOW,
@@ -61,6 +63,16 @@ class Recover:
         teacher = copy.deepcopy(inputs.teacher)
         module = self.module(teacher, teacher=teacher, decision=Decision({}), objective=inputs.objective)
         self.fit.check("recover", module)
+        self.compares_hidden_states = module.distillation.weight_feature > 0
+
+    def check_follows(self, learn_mask: LearnMask) -> None:
+        """After `check`: find out whether what `learn_mask` leaves can be recovered so.
+
+        Raises:
+            ValueError: hidden states are compared, and their widths will not be equal.
+        """
+        if learn_mask.changes_width and self.compares_hidden_states:
+            raise ValueError(UNEQUAL_WIDTHS)
 
     def num_processes(self) -> int:
         """Processes that it runs on."""
@@ -107,7 +119,7 @@ class Recover:
         student = load_shallow(folder.shallow)
         verify(checkpoint := folder.checkpoint("recover"))
         load_weights(student, load_checkpoint(checkpoint, weights=self.weights))
-        record = {k: v for k, v in read_record(folder.shallow).items() if k in ("stacks", "configuration", "seed")}
+        record = {k: v for k, v in read_record(folder.shallow).items() if k in ("stacks", "width", "configuration", "seed")}
         save_shallow(folder.recovered, student, {
             **record, "source": {"path": str(folder.shallow.name), "weights": self.weights},
         })
