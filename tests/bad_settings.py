@@ -124,6 +124,27 @@ pruning.delta_w=keep | pruning.delta_w
 pruning._target_=5 | pruning._target_
 pruning._partial_=false | pruning
 pruning=null | pruning
+pruning=diff_pruning distill=output pruning.removed=2 | pruning.removed
+pruning=diff_pruning distill=output pruning.removed=0 | pruning.removed
+pruning=diff_pruning distill=output pruning.removed=1 | pruning.removed
+pruning=diff_pruning distill=output pruning.removed=0.9999 | pruning.removed
+pruning=diff_pruning distill=output pruning.threshold=1 | pruning.threshold
+pruning=diff_pruning distill=output pruning.threshold=-0.1 | pruning.threshold
+pruning=diff_pruning distill=output pruning.num_intervals=0 | pruning.num_intervals
+pruning=diff_pruning distill=output pruning.num_intervals=2000 | pruning.num_intervals
+pruning=diff_pruning distill=output pruning.num_samples=1 | pruning.num_samples
+pruning=diff_pruning distill=output pruning.batch_size=0 | pruning.batch_size
+pruning=diff_pruning distill=output pruning.depth=6 | pruning.depth
+pruning=diff_pruning distill=output pruning.keep=6 | pruning.keep
+pruning=diff_pruning | distill
+pruning=diff_pruning distill=representation | distill
+pruning=ch distill=output pruning.depth.criterion=round | pruning.depth.criterion
+pruning=ch distill=output pruning.depth.keep=12 | pruning.depth.keep
+pruning=ch distill=output pruning.depth.keep=half | pruning.depth.keep
+pruning=ch distill=output pruning.depth.pattern='"1:2"' | pruning.depth.keep
+pruning=ch distill=output pruning.depth.keep=4 | pruning.removed
+pruning=ch distill=output pruning.depth=null pruning.removed=0.9999 | pruning.removed
+pruning=ch distill=output pruning.depth._partial_=true | pruning.depth
 adapter.weight_update=half | adapter.weight_update
 adapter.weight_update=5 | adapter.weight_update
 adapter.weight_update.r=0 | adapter.weight_update.r

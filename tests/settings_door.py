@@ -56,7 +56,7 @@ def is_group(word):
     return "@" in key or key in ("+experiment", "+debug") or (key in GROUPS and not word.endswith("=null"))
 
 
-GROUPS = ("task", "model", "data", "objective", "adapter", "distill", "metrics", "logger", "recipe")
+GROUPS = ("task", "model", "data", "objective", "pruning", "adapter", "distill", "metrics", "logger", "recipe")
 
 
 def refusal(line, run_dir, monkeypatch):

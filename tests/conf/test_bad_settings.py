@@ -20,7 +20,8 @@ from tinyfusion_pl.models import pretrained
 RAW = ("Traceback", "full_key", "object_type", "hydra.cc", "pydantic", "_target_ = ", "Error in call to target")
 OTHERS = ("digits_teacher", "dit_d14", "dit_d7", "mar_d16", "sit_d14")
 GROUPS = [(), *((f"+experiment={name}",) for name in OTHERS), ("callbacks@recover.fit.callbacks=evaluation",), ("logger=wandb",),
-          ("sampler@evaluate.sampling=dpm_solver",), ("metrics=kid",), ("metrics=fd_dinov2",), ("adapter=full",)]  # fmt: skip
+          ("sampler@evaluate.sampling=dpm_solver",), ("metrics=kid",), ("metrics=fd_dinov2",), ("adapter=full",),
+          ("pruning=diff_pruning", "distill=output")]  # fmt: skip
 
 
 def assert_clear(said, key):

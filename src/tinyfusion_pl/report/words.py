@@ -42,7 +42,7 @@ CURVES = {
 
 STAGES = {
     "learn_mask": ("mask learning", "learns which blocks can go, while the weights learn to do without them"),
-    "recover": ("recovery", "trains the blocks that stayed to make up for those that left, guided by the teacher"),
+    "recover": ("recovery", "trains what stayed to make up for what left, guided by the teacher"),
     "evaluate": ("evaluation", "samples pictures from each model, measures and times them"),
 }
 
