@@ -60,7 +60,7 @@ def planted():
 
 
 def layout():
-    """Parameter -> axis -> (which channels it has there, how many times in a row). Those of one axis that nothing is cut of are left out."""
+    """Parameter -> axis -> (which channels it has there, how many times in a row). Others are not cut."""
     names = {"x_embedder.proj.weight": {0: ("x", 1)}, "x_embedder.proj.bias": {0: ("x", 1)}, "pos_embed": {2: ("x", 1)},
              "t_embedder.mlp.0.weight": {0: ("t", 1)}, "t_embedder.mlp.0.bias": {0: ("t", 1)},
              "t_embedder.mlp.2.weight": {0: ("c", 1), 1: ("t", 1)}, "t_embedder.mlp.2.bias": {0: ("c", 1)},

@@ -1,7 +1,7 @@
 """Width in place of depth, or after it: Diff-Pruning (Fang et al., arXiv 2305.10924), through torch-pruning.
 
 Importance is Taylor's, |weight x gradient|, where the gradient is summed over the times whose loss is above a share of the largest one:
-L_t / L_max > threshold (section 4.2; published: 0.05). Noisier times say little and add the error of their approximation.
+L_t / L_max > threshold (published for CIFAR-10: 0.05). Times of small losses say little of the weights.
 """
 
 from __future__ import annotations
