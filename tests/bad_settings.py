@@ -154,6 +154,27 @@ pruning=greedy pruning.criterion.healing_steps=1.5 | pruning.criterion.healing_s
 pruning=greedy pruning.criterion.healing_batch_size=0 | pruning.criterion.healing_batch_size
 pruning=greedy pruning.criterion.healing_lr=0 | pruning.criterion.healing_lr
 pruning=greedy pruning.criterion.healing_lr=1e20 | pruning.criterion.healing_lr
+pruning=diff_pruning distill=output pruning.removed=2 | pruning.removed
+pruning=diff_pruning distill=output pruning.removed=0 | pruning.removed
+pruning=diff_pruning distill=output pruning.removed=1 | pruning.removed
+pruning=diff_pruning distill=output pruning.removed=0.9999 | pruning.removed
+pruning=diff_pruning distill=output pruning.threshold=1 | pruning.threshold
+pruning=diff_pruning distill=output pruning.threshold=-0.1 | pruning.threshold
+pruning=diff_pruning distill=output pruning.num_intervals=0 | pruning.num_intervals
+pruning=diff_pruning distill=output pruning.num_intervals=2000 | pruning.num_intervals
+pruning=diff_pruning distill=output pruning.num_samples=1 | pruning.num_samples
+pruning=diff_pruning distill=output pruning.batch_size=0 | pruning.batch_size
+pruning=diff_pruning distill=output pruning.depth=6 | pruning.depth
+pruning=diff_pruning distill=output pruning.keep=6 | pruning.keep
+pruning=diff_pruning | distill
+pruning=diff_pruning distill=representation | distill
+pruning=ch distill=output pruning.depth.criterion=round | pruning.depth.criterion
+pruning=ch distill=output pruning.depth.keep=12 | pruning.depth.keep
+pruning=ch distill=output pruning.depth.keep=half | pruning.depth.keep
+pruning=ch distill=output pruning.depth.pattern='"1:2"' | pruning.depth.keep
+pruning=ch distill=output pruning.depth.keep=4 | pruning.removed
+pruning=ch distill=output pruning.depth=null pruning.removed=0.9999 | pruning.removed
+pruning=ch distill=output pruning.depth._partial_=true | pruning.depth
 adapter.weight_update=half | adapter.weight_update
 adapter.weight_update=5 | adapter.weight_update
 adapter.weight_update.r=0 | adapter.weight_update.r

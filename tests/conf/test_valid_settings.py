@@ -71,6 +71,11 @@ VALID = {
     "pruning.stacks=denoiser.blocks": "denoiser.blocks",
     "pruning.stacks=[denoiser.blocks]": ["denoiser.blocks"],
     "pruning.init=-1.5": -1.5,
+    "pruning=diff_pruning pruning.removed=0.75": None,
+    "pruning=diff_pruning pruning.threshold=0": None,
+    "pruning=diff_pruning pruning.num_samples=2e3": None,
+    "pruning=ch pruning.depth.criterion=oracle pruning.depth.keep=6": None,
+    "pruning=ch pruning.depth.criterion='{_target_: tinyfusion_pl.selection.criteria.rules.First}'": None,
     "pruning.tau_start=8": 8,
     "pruning.delta_w=merge": "merge",
     "+pruning.verify=false": False,
@@ -124,7 +129,7 @@ VALID = {
 def test_a_valid_setting_has_its_value(line):
     cfg, expected = passed(line), VALID[line]
     key = line.split()[0].partition("=")[0].lstrip("+")
-    if expected is None and "@" in key or key in ("adapter", "logger", "distill", "metrics", "data", "task"):
+    if expected is None and "@" in key or key in ("adapter", "logger", "distill", "metrics", "data", "task", "pruning"):
         return  # choices of groups, which compose
     value = OmegaConf.select(cfg, key)
     value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value

@@ -60,6 +60,24 @@ def test_recovery_starts_from_any_shallow_model(chosen, tmp_path, capfd):
     assert (tmp_path / "run" / "recovered" / "model.safetensors").exists()
 
 
+def test_depth_and_width_end_in_one_record_and_report(tmp_path, capfd):
+    words = ["+debug=default", "data.batch_size=8", "evaluate.num_timing_rounds=1", "pruning=ch", "distill=output",
+             "pruning.num_samples=16", "pruning.num_intervals=4", "pruning.depth.num_samples=16"]
+    code, said = run(capfd, *words, f"run_dir={tmp_path}")
+    assert code == 0, said.err
+    records = [json.loads((tmp_path / name / "record.json").read_text()) for name in ("shallow", "recovered")]
+    for record in records:
+        stack = record["stacks"]["blocks"]
+        assert len(stack["kept_blocks"]) == 9 and stack["criterion"] == "shortgpt, then diff_pruning"
+        assert record["width"] == records[0]["width"] and record["width"]["hidden_size"] == record["model"]["kwargs"]["hidden_size"] < 64
+        assert record["num_params"] == pytest.approx(927_752 * (1 - record["width"]["removed"]))
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["recovered"]["width"] == records[0]["width"]["hidden_size"] and metrics["teacher"]["width"] == 64
+    assert set(metrics["speedup"]) == {"measured"}  # no ideal one by depth alone
+    page = (tmp_path / "report.html").read_text()
+    assert "9 of 12" in page and "of 64</strong> channels" in page and "12 → 9 blocks, 64 → " in page
+
+
 @pytest.mark.parametrize("name", ["sit-ode", "mar", "uvit", "udit"])
 @pytest.mark.filterwarnings("ignore:.*randomly initialised")
 def test_every_family_is_chosen_from(name, tmp_path, capfd):
@@ -86,6 +104,8 @@ def test_every_family_is_chosen_from(name, tmp_path, capfd):
     (["pruning=min_loss", "pruning.criterion.measure=fid"], "measure is 'fid'.*'distance'"),
     (["pruning=index"], "pruning.criterion.kept has no value"),
     (["pruning=index", "pruning.criterion.kept=[0,1]"], "keeps 2 of the units"),
+    (["pruning=diff_pruning"], "fewer channels.*distill=output"),
+    (["pruning=ch", "distill=output", "pruning.removed=0.1"], "pruning.removed asks for.*Keep more blocks"),
     (["pruning=nothing"], "nothing"),
     (["pruning=shortgpt", "pruning.tau_start=3"], "pruning.tau_start"),
 ])  # fmt: skip

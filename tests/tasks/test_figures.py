@@ -65,7 +65,8 @@ def test_activations_are_those_of_both_models(tmp_path):
     teacher = load_pretrained("shipped")
     student = remove_blocks(load_pretrained("shipped"), {"blocks": [0, 1, 2, 3, 4, 5]})
     stack = {"num_blocks": 12, "kept_blocks": [0, 1, 2, 3, 4, 5], "pattern": "6:12"}
-    save_shallow(tmp_path / "shallow", student, {"stacks": {"blocks": stack}, "source": {}, "model_factory": None, "configuration": {}, "seed": 0})
+    record = {"stacks": {"blocks": stack}, "source": {}, "model_factory": None, "configuration": {}, "seed": 0}
+    save_shallow(tmp_path / "shallow", student, record)
     arguments = [f"activations.student={tmp_path / 'shallow'}", "activations.num_samples=5", f"run_dir={tmp_path / 'run'}"]
     assert main(["task=activations", *arguments]) == 0
     (result,) = json.loads((tmp_path / "run" / "activations.json").read_text()).values()

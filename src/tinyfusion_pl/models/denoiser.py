@@ -41,6 +41,11 @@ class Denoiser(nn.Module):
         """Whether there is a null label, which label dropout and guidance need: where the table of labels has its row."""
         return self.config.get("class_dropout_prob", 1.0) > 0
 
+    @property
+    def width(self) -> int | None:
+        """Channels of its hidden states; None where they are not as many in all blocks."""
+        return self.config.get("hidden_size")
+
     def units(self, stack: str) -> tuple[tuple[int, ...], ...] | None:
         """The units of a stack (a key of ``STACKS``) that must stay or go whole, as indices of blocks; None: each block on its own."""
         return None

@@ -91,6 +91,13 @@ def read_record(folder: str | Path, *, decided: bool = False) -> dict[str, Any]:
             if name != "library":  # of which the library is asked
                 _check_name(name, field(record, f"{name}.name", TEXT, file), file)
                 field(record, f"{name}.kwargs", NAMES, file, optional=name != "model")
+    if field(record, "width", NAMES, file, optional=True) is not None:
+        for name in ("hidden_size", "dense_hidden_size"):
+            field(record, f"width.{name}", COUNT, file)
+        built, stated = (record.get("model") or {}).get("kwargs", {}).get("hidden_size"), record["width"]["hidden_size"]
+        if built != stated:
+            raise ArtifactError(f"{file}: 'width.hidden_size' is {stated}, and 'model.kwargs.hidden_size' is {built!r:.80}. It was "
+                                "edited, or is damaged: copy the folder again.")
     if decided or "stacks" in record:
         _check_stacks(field(record, "stacks", NAMES, file), file)
     return record

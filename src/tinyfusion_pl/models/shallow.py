@@ -56,8 +56,8 @@ def save_shallow(folder: str | Path, model: nn.Module, record: Mapping[str, Any]
         folder: Made if missing.
         model: The shallow model. One of this project's models (``model_name``, ``config``) states how to build it; one of diffusers or
             transformers is saved by its library besides, so that its plain ``from_pretrained`` opens the folder.
-        record: ``stacks`` (see `Decision.as_dict`), ``source``, ``configuration``, ``seed``, ``model_factory``. How to build the model,
-            versions, size, the weights' checksum and the places of linear maps are added.
+        record: ``stacks`` (see `Decision.as_dict`), ``width`` where it is another, ``source``, ``configuration``, ``seed``,
+            ``model_factory``. How to build the model, versions, size, the weights' checksum and the places of linear maps are added.
 
     Returns:
         The folder.

@@ -10,6 +10,11 @@ from tinyfusion_pl.distill import Distillation, Teacher, check_pairs, check_sing
 from tinyfusion_pl.modules.denoising import Denoising
 from tinyfusion_pl.pruning import Decision, find_stacks
 
+UNEQUAL_WIDTHS = (
+    "Representation distillation compares hidden states of equal width, and the student's have fewer channels than the teacher's. Give "
+    "distill=output, or set weight_feature to 0 (distill.weight_feature=0)."
+)
+
 
 class Recovery(Denoising):
     """Trains a shallow student with the recovery losses.
@@ -23,8 +28,8 @@ class Recovery(Denoising):
         objective, optimizer, scheduler, label_dropout: See `Denoising` (published: AdamW 2e-4, cosine to 1e-4).
 
     Raises:
-        ValueError: when a teacher, the pairs or the decision are needed and missing, pairs do not fit the stacks, or intervals cannot be
-            trained.
+        ValueError: when a teacher, the pairs or the decision are needed and missing, pairs do not fit the stacks, intervals cannot be
+            trained, or the student is narrower than a teacher whose hidden states it is to learn from.
     """
 
     default_lr = 2e-4
@@ -43,6 +48,8 @@ class Recovery(Denoising):
             raise ValueError("Representation distillation needs layer pairs: give the decision, or pairs in the distillation config.")
         if self.pairs and teacher is not None:
             check_pairs(self.pairs, student, teacher)
+        if self.distillation.weight_feature and getattr(student, "width", None) != getattr(teacher, "width", None):
+            raise ValueError(UNEQUAL_WIDTHS)
         self.intervals = self._intervals(decision) if self.distillation.weight_interval else None
 
     def _intervals(self, decision: Decision | None) -> Any:

@@ -13,7 +13,7 @@ from .outside import printable
 from .reading import MEASURED, METRICS, models_in, numbers, read_metrics, read_run
 from .words import difference, duration, label, metric_keys, stage_label, value
 
-WITHOUT_PROTOCOL = ("depth", "num_params")  # what a model is, however it was measured
+WITHOUT_PROTOCOL = ("depth", "width", "num_params")  # what a model is, however it was measured
 
 
 def compare_runs(run_dir_a: str | Path, run_dir_b: str | Path) -> str:

@@ -21,13 +21,13 @@ SECTIONS = {
     "samples": ("Samples", "Pictures that the models draw when asked for each label.", sections.samples),
     "results": (
         "Results",
-        "What was gained and lost: the teacher, the shallow model just after blocks left (pruned), and after recovery.",
+        "What was gained and lost: the teacher, the shallow model just after pruning (pruned), and after recovery.",
         sections.results,
     ),
     "cost": ("Cost", "Time and memory that this run took on this machine.", sections.cost),
     "blocks": (
         "Which blocks stay",
-        "Every block has a learned probability of staying; in each group the most probable choice is kept for good.",
+        "Learned masks give every block a probability of staying, a criterion a value; the best choice is kept for good.",
         sections.blocks,
     ),
     "curves": (
@@ -115,8 +115,8 @@ PAGE = """<!DOCTYPE html>
 </head>
 <body>
 <header>
-<p class="soft">Run <strong>{name}</strong> · a trained diffusion transformer made shallow: the blocks that it can
-spare are found and taken out, and the rest is trained to make up for them
+<p class="soft">Run <strong>{name}</strong> · a trained diffusion transformer made smaller: what it can spare is found
+and taken out, and the rest is trained to make up for it
 (TinyFusion, arXiv 2412.01199).</p>
 <h1>{heading}</h1>
 {note}

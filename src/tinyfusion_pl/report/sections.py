@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from typing import Any
 
@@ -112,6 +113,8 @@ def _selection(run: Run, pictures: Pictures) -> list[Html]:
     cost, chose = found.get("num_block_runs"), str(found.get("criterion"))
     parts = [html("<p>Chosen by <strong>{}</strong>{}.</p>", chose,
                   f", for {cost:,} runs of a block on a sample (a backward pass counts as two)" if isinstance(cost, int) else "")]
+    if isinstance(width := found.get("width"), dict):
+        parts.append(_width(width))
     if isinstance(simple := found.get("shortgpt"), dict):
         same = simple == found.get("kept_blocks")
         kept = "; ".join(f"{path}: {', '.join(map(str, blocks))}" for path, blocks in simple.items())
@@ -143,6 +146,18 @@ def _stored_stacks(run: Run) -> dict[str, dict[str, Any]]:
         path: {"kept_blocks": history.kept[-1].nonzero()[0], "groups": [group["members"] for group in history.groups]}
         for path, history in run.stacks.items()
     }
+
+
+def _width(width: dict[str, Any]) -> Html:
+    """How much narrower the model became, and from which times the importance of its channels was taken."""
+    shown = {key: value("width", numbers(width).get(key)) for key in ("dense_hidden_size", "hidden_size")}
+    intervals = [each for each in width.get("intervals") or [] if isinstance(each, dict)]
+    used = sum(each.get("used") is True for each in intervals)
+    return html(
+        "<p>Width: <strong>{} of {}</strong> channels of the hidden states stay, and of heads and MLPs the same share. Of all parameters "
+        "{:.1%} went. The importance of channels was taken from {} of {} intervals of time, whose loss is large enough.</p>",
+        shown["hidden_size"], shown["dense_hidden_size"], numbers(width).get("removed", math.nan), used, len(intervals),
+    )  # fmt: skip
 
 
 def _strip(path: str, stack: dict[str, Any]) -> Html:

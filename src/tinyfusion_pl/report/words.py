@@ -9,6 +9,7 @@ from .reading import models_in, numbers
 
 METRICS = {
     "depth": ("blocks", "transformer blocks that run one after another"),
+    "width": ("channels", "width of the hidden states that go from block to block"),
     "num_params": ("parameters", "learned numbers in the network"),
     "fid": ("FID", "distance between the statistics of generated and real pictures; lower is better, 0 is equal"),
     "sfid": ("sFID", "the same of spatial features, which see where things are; lower is better"),
@@ -43,7 +44,7 @@ CURVES = {
 
 STAGES = {
     "learn_mask": ("mask learning", "learns which blocks can go, while the weights learn to do without them"),
-    "recover": ("recovery", "trains the blocks that stayed to make up for those that left, guided by the teacher"),
+    "recover": ("recovery", "trains what stayed to make up for what left, guided by the teacher"),
     "evaluate": ("evaluation", "samples pictures from each model, measures and times them"),
 }
 
@@ -70,7 +71,7 @@ def value(key: str, number: float | None) -> str:
         return str(number)
     if key == "accuracy":
         return f"{100 * number:.1f}%"
-    if isinstance(number, int) or key in ("depth", "num_params"):
+    if isinstance(number, int) or key in ("depth", "width", "num_params"):
         return f"{number:,.0f}"
     return f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.4g}"
 
@@ -127,7 +128,11 @@ def headline(metrics: dict[str, Any]) -> str:
     facts += [f"FID {fid}" for fid in [change("fid", "{:.1f}")] if fid]
     facts += [f"accuracy {accuracy}" for accuracy in [change("accuracy", "{:.1%}")] if accuracy]
     depth = change("depth", "{:.0f}")
-    subject = (f"{depth} blocks" if depth else "Shallow model") + (" (before recovery)" if student == "pruned" else "")
+    subject = f"{depth} blocks" if depth else "Shallow model"
+    if before.get("width", after.get("width")) != after.get("width"):
+        narrower = f"{change('width', '{:.0f}')} channels"
+        subject = narrower if before.get("depth") == after.get("depth") else f"{subject}, {narrower}"
+    subject += " (before recovery)" if student == "pruned" else ""
     return f"{subject}: {', '.join(facts)}" if facts else subject
 
 

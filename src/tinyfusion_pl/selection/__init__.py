@@ -5,5 +5,9 @@ from tinyfusion_pl.selection.problem import Choice, Criterion, Problem
 from tinyfusion_pl.selection.select import CRITERIA, Selected, Selection, select_blocks
 from tinyfusion_pl.selection.space import Space
 from tinyfusion_pl.selection.trials import Trials
+from tinyfusion_pl.selection.width import WidthPruning
 
-__all__ = ["CRITERIA", "Calibration", "Choice", "Criterion", "Problem", "Selected", "Selection", "Space", "Trials", "select_blocks"]
+__all__ = [
+    "CRITERIA", "Calibration", "Choice", "Criterion", "Problem", "Selected", "Selection", "Space", "Trials", "WidthPruning",
+    "select_blocks",
+]  # fmt: skip

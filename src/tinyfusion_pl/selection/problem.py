@@ -15,7 +15,7 @@ from tinyfusion_pl.selection.calibration import Calibration
 from tinyfusion_pl.selection.space import Space
 from tinyfusion_pl.selection.structures import Structures
 
-FIXED, SEARCH, TRIALS, CANDIDATES, HEALING = range(5)  # samples and random numbers of one purpose are independent of those of another
+FIXED, SEARCH, TRIALS, CANDIDATES, HEALING, WIDTH = range(6)  # samples and random numbers of one purpose are independent of others'
 
 
 class Problem:
@@ -67,12 +67,12 @@ class Problem:
     def seeded(self, which: int, *numbers: int) -> Iterator[None]:
         """Inside, the global generators give the random numbers of a purpose; afterwards they are as they were."""
         with torch.random.fork_rng(devices_of(self.model)):
-            torch.manual_seed(_seed(self.seed, which, *numbers))
+            torch.manual_seed(seed_of(self.seed, which, *numbers))
             yield
 
     def generator(self, which: int) -> torch.Generator:
         """Random numbers of a purpose."""
-        return torch.Generator().manual_seed(_seed(self.seed, which))
+        return torch.Generator().manual_seed(seed_of(self.seed, which))
 
 
 @dataclass
@@ -103,7 +103,8 @@ class Criterion(Protocol):
         """Choose; `problem.structures` counts what it costs."""
 
 
-def _seed(*numbers: int) -> int:
+def seed_of(*numbers: int) -> int:
+    """A seed for `torch.manual_seed` of several numbers: another one where any of them is another."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 

@@ -47,6 +47,9 @@ class Selected:
         simple_rule: What ShortGPT would have kept, by stack path; None where it was not asked.
         history: Of each step of a search: step, mean loss, decision.
         rounds: Distances of the trials, by round.
+        shallow: The model that is left, where more than blocks goes; None: the dense one without the blocks that go.
+        width: What `WidthPruning` left of the width, for the record.
+        intervals: Of its intervals of time: first and last time, mean loss, and whether it counted.
     """
 
     decision: Decision
@@ -54,6 +57,9 @@ class Selected:
     simple_rule: dict[str, list[int]] | None
     history: list[dict[str, Any]]
     rounds: list[list[dict[str, Any]]]
+    shallow: nn.Module | None = None
+    width: dict[str, Any] | None = None
+    intervals: list[dict[str, Any]] | None = None
 
 
 class Selection:
@@ -98,6 +104,11 @@ class Selection:
         self.trials = Trials(steps=tuple(trial_steps), **(trials or {})) if trial_steps else None
         self.num_samples, self.max_rows, self.with_simple_rule = num_samples, max_rows, with_simple_rule
         self._space = {"keep": keep, "pattern": pattern, "stacks": stacks, "units": units}
+
+    @property
+    def name(self) -> str:
+        """The criterion's."""
+        return self.criterion.name
 
     def space(self, model: nn.Module) -> Space:
         """The structures of `model` that are allowed.

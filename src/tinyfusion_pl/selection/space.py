@@ -147,7 +147,8 @@ class Space:
                 raise ValueError(f"{what} keeps {found} of the units {part.members[0]} to {part.members[-1]}, but {part.num_kept} are to "
                                  "stay.")  # fmt: skip
         if empty := self._empty(structure):
-            raise ValueError(f"{what} keeps no block of {', '.join(empty)}; each stack keeps one at least.")
+            raise ValueError(f"{what} keeps no block of {', '.join(empty)}; each stack keeps one at least. Give a budget for each "
+                             "(keep={PATH: COUNT, ...}).")  # fmt: skip
         if missing := [i for i in self.fixed if not structure[i]]:
             raise ValueError(f"{what} drops the units {sorted(missing)}, which have to stay.")
         return structure

@@ -14,7 +14,7 @@ from torch import Tensor
 from tinyfusion_pl.artifacts import write_json, write_text
 from tinyfusion_pl.models import save_shallow
 from tinyfusion_pl.pruning import remove_blocks
-from tinyfusion_pl.selection import Calibration, Selected, Selection
+from tinyfusion_pl.selection import Calibration, Selected, Selection, WidthPruning
 from tinyfusion_pl.tasks.folder import Inputs, RunFolder, say
 
 DECISIONS, SELECTION = "learn_mask/decisions.jsonl", "learn_mask/selection.json"
@@ -39,27 +39,31 @@ class Draws:
         return Calibration.of(self.objective, x.to(self.device), y.to(self.device))
 
 
-def choose(selection: Selection, folder: RunFolder, inputs: Inputs, device: torch.device) -> dict[str, Any]:
+def choose(selection: Selection | WidthPruning, folder: RunFolder, inputs: Inputs, device: torch.device) -> dict[str, Any]:
     """Choose, cut a copy of the teacher, and leave it in ``shallow/``; returns what the stage is marked with.
 
     Args:
-        selection: The criterion and its budget.
+        selection: The criterion and its budget, or what makes the teacher narrower.
         folder: Where it goes.
         inputs: The teacher, objective and data.
         device: Where it computes.
     """
     start = time.perf_counter()
-    name = selection.criterion.name
-    say(f"learn_mask: {name} chooses which blocks stay; the shallow model goes to {folder.shallow}")
+    name = selection.name
+    say(f"learn_mask: {name} chooses what stays; the shallow model goes to {folder.shallow}")
     model = copy.deepcopy(inputs.teacher).to(device).eval()
     found = selection(model, Draws(inputs.data, inputs.objective, device), seed=inputs.seed)
     kept = found.decision.kept_blocks
-    shallow = remove_blocks(copy.deepcopy(inputs.teacher), kept)
+    shallow = remove_blocks(copy.deepcopy(inputs.teacher), kept) if found.shallow is None else found.shallow
     save_shallow(folder.shallow, shallow, {
         "stacks": found.decision.as_dict(), "source": dict(getattr(inputs.teacher, "source", None) or {}), "model_factory": None,
         "configuration": {"criterion": name, "num_block_runs": found.num_block_runs}, "seed": inputs.seed,
+        **({} if found.width is None else {"width": found.width}),
     })  # fmt: skip
     _write(folder, found, name)
+    if (width := found.width) is not None:
+        say(f"learn_mask: {name} made it narrower, {width['dense_hidden_size']} to {width['hidden_size']} channels; "
+            f"{width['removed']:.1%} of the parameters went")  # fmt: skip
     say(f"learn_mask: {name} kept {kept}, for {found.num_block_runs:,} runs of a block on a sample")
     return {"seconds": time.perf_counter() - start, "kept_blocks": kept, "criterion": name, "num_block_runs": found.num_block_runs}
 
@@ -75,4 +79,5 @@ def _write(folder: RunFolder, found: Selected, name: str) -> None:
     write_json(folder / SELECTION, {
         "criterion": name, "kept_blocks": found.decision.kept_blocks, "num_block_runs": found.num_block_runs, "shortgpt": found.simple_rule,
         "scores": {path: stack.scores for path, stack in found.decision.stacks.items()}, "rounds": rounds,
+        **({} if found.width is None else {"width": {**found.width, "intervals": found.intervals}}),
     })  # fmt: skip

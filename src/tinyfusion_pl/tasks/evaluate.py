@@ -30,7 +30,7 @@ from tinyfusion_pl.tasks.fitting import ctrl_c, num_processes
 from tinyfusion_pl.tasks.folder import Inputs, RunFolder, say
 from tinyfusion_pl.tasks.kept import KeptBatches
 from tinyfusion_pl.tasks.origins import check_own_models, files_left
-from tinyfusion_pl.tasks.results import METRICS, describe, is_whole, kept_result, mark_of, numbers_of, plain
+from tinyfusion_pl.tasks.results import METRICS, describe, is_whole, kept_result, mark_of, numbers_of, plain, speedup
 from tinyfusion_pl.tasks.shared_results import SharedResults
 from tinyfusion_pl.tasks.timing import images_per_second, on_device
 from tinyfusion_pl.tasks.trainer_checks import check_sampling_trainer
@@ -306,9 +306,7 @@ class Evaluate:
         results["seconds"] = seconds
         last = "recovered" if "recovered" in models else "pruned" if "pruned" in models else None
         if last is not None and "teacher" in models:
-            depth = {role: results[role]["depth"] for role in ("teacher", last)}
-            measured = {"measured": speed[last] / speed["teacher"]} if {last, "teacher"} <= speed.keys() else {}
-            results["speedup"] = {**measured, "ideal": depth["teacher"] / depth[last]}
+            results["speedup"] = speedup(results["teacher"], results[last])
         results["peak_memory_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         results["protocol"] = protocol
         write_json(folder / METRICS, results)

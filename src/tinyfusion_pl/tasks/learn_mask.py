@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from tinyfusion_pl.callbacks import DepthPruningCallback
 from tinyfusion_pl.modules import MaskLearning
 from tinyfusion_pl.pruning import Decision
-from tinyfusion_pl.selection import Selection
+from tinyfusion_pl.selection import Selection, WidthPruning
 from tinyfusion_pl.tasks.choosing import DECISIONS, SELECTION, choose
 from tinyfusion_pl.tasks.fitting import Fit
 from tinyfusion_pl.tasks.folder import Inputs, RunFolder, say
@@ -25,18 +25,18 @@ class LearnMask:
 
     Args:
         module: Makes `MaskLearning` from a denoiser and ``objective=``.
-        pruning: Makes `DepthPruningCallback` from ``save_dir=``, ``decisions_path=`` and ``source=``; or a `Selection`: then nothing is
-            trained, and a criterion chooses.
+        pruning: Makes `DepthPruningCallback` from ``save_dir=``, ``decisions_path=`` and ``source=``; or a `Selection` or
+            `WidthPruning`: then nothing is trained, and a criterion chooses.
         fit: How it trains.
     """
 
     module: Callable[..., MaskLearning]
-    pruning: Callable[..., DepthPruningCallback | Selection]
+    pruning: Callable[..., DepthPruningCallback | Selection | WidthPruning]
     fit: Fit
 
     def __post_init__(self) -> None:
         made = self.pruning()  # a wrong pattern or temperature is found before anything runs
-        self.selection = made if isinstance(made, Selection) else None
+        self.selection = made if isinstance(made, (Selection, WidthPruning)) else None
 
     def check(self, inputs: Inputs) -> None:
         """Find out whether the settings hold and the pattern fits the teacher, before anything is trained.
@@ -50,6 +50,11 @@ class LearnMask:
         module = self.module(inputs.teacher, objective=inputs.objective)
         self.pruning().check(module)
         self.fit.check("learn_mask", module)
+
+    @property
+    def changes_width(self) -> bool:
+        """Whether the shallow model's hidden states have fewer channels than the teacher's."""
+        return isinstance(self.selection, WidthPruning)
 
     def num_processes(self) -> int | None:
         """Processes that it runs on; None for a criterion, which runs in the first one before others are started."""
@@ -68,7 +73,7 @@ class LearnMask:
                 return
         if self.selection is not None:
             if rank_zero_only.rank != 0:
-                raise ValueError(f"{self.selection.criterion.name} chooses in one process, and this is not the first. Run task=learn_mask "
+                raise ValueError(f"{self.selection.name} chooses in one process, and this is not the first. Run task=learn_mask "
                                  "in one process, then the other stages.")  # fmt: skip
             result = choose(self.selection, folder, inputs, self.fit.device())
             left = [SELECTION, *([DECISIONS] if (folder / DECISIONS).exists() else [])]

@@ -17,10 +17,12 @@ from tinyfusion_pl.checksums import Origin, content_sha256, files_sha256
 from tinyfusion_pl.models import load_checkpoint, load_decision, load_shallow, load_weights, save_shallow
 from tinyfusion_pl.models.records import RECORD, read_record
 from tinyfusion_pl.modules import Recovery
+from tinyfusion_pl.modules.recovery import UNEQUAL_WIDTHS
 from tinyfusion_pl.pruning import Decision, find_stacks
 from tinyfusion_pl.tasks.checkpoint_io import verify
 from tinyfusion_pl.tasks.fitting import Fit
 from tinyfusion_pl.tasks.folder import Inputs, RunFolder, say
+from tinyfusion_pl.tasks.learn_mask import LearnMask
 from tinyfusion_pl.tasks.origins import (
     SAMPLES,
     SHALLOW,
@@ -79,6 +81,16 @@ class Recover:
         self.fit.check("recover", module)
         if self.replace:
             check_replacing(inputs)
+        self.compares_hidden_states = module.distillation.weight_feature > 0
+
+    def check_follows(self, learn_mask: LearnMask) -> None:
+        """After `check`: find out whether what `learn_mask` leaves can be recovered so.
+
+        Raises:
+            ValueError: hidden states are compared, and their widths will not be equal.
+        """
+        if learn_mask.changes_width and self.compares_hidden_states:
+            raise ValueError(UNEQUAL_WIDTHS)
 
     def num_processes(self) -> int:
         """Processes that it runs on."""
@@ -160,7 +172,7 @@ class Recover:
         """Leave the student with these weights in ``recovered/``."""
         student = self._student(folder, inputs)
         load_weights(student, weights)
-        record = {k: v for k, v in read_record(folder.shallow).items() if k in ("stacks", "configuration", "seed")}
+        record = {k: v for k, v in read_record(folder.shallow).items() if k in ("stacks", "width", "configuration", "seed")}
         save_shallow(folder.recovered, student, {
             **record, "source": {"path": str(folder.shallow.name), "weights": self.weights},
         })

@@ -72,9 +72,19 @@ def _is_plain(value: Any) -> bool:
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
-    """Depth (blocks in all stacks), parameters and the weights' checksum of a model."""
-    return {"depth": sum(len(stack) for stack in find_stacks(model).values()), "num_params": sum(p.numel() for p in model.parameters()),
-            "weights_sha256": tensors_sha256(model.state_dict())}
+    """Depth (blocks in all stacks), width (channels of the hidden states, where known), parameters and the weights' checksum of a model."""
+    width = getattr(model, "width", None)
+    return {"depth": sum(len(stack) for stack in find_stacks(model).values()), **({} if width is None else {"width": width}),
+            "num_params": sum(p.numel() for p in model.parameters()), "weights_sha256": tensors_sha256(model.state_dict())}
+
+
+def speedup(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> dict[str, float]:
+    """How much faster the student samples: measured, where both were timed; and ideally, the ratio of depths, where its blocks are as wide as the teacher's."""
+    timed = "images_per_second" in teacher and "images_per_second" in student
+    found = {"measured": student["images_per_second"] / teacher["images_per_second"]} if timed else {}
+    if student.get("width") == teacher.get("width"):
+        found["ideal"] = teacher["depth"] / student["depth"]
+    return found
 
 
 def _mark(folder: RunFolder, stage: str) -> dict[str, Any] | None:

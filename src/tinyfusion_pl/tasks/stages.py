@@ -52,6 +52,8 @@ class Pipeline:
             self.objective.check_fits(self.teacher)
         for stage in self.stages:
             self.known[stage].check(self.inputs)
+        if "recover" in self.stages:
+            self.recover.check_follows(self.learn_mask)
         numbers = {stage: self.known[stage].num_processes() for stage in self.stages if stage != "report"}
         numbers = {stage: number for stage, number in numbers.items() if number is not None}
         if len(set(numbers.values())) > 1:  # the processes that the first stage starts run all that follow

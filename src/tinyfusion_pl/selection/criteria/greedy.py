@@ -58,6 +58,8 @@ class Greedy:
                 candidates = [(n, i) for n, part in enumerate(space.parts) if left[n] for i in space.free(part) if structure[i]]
                 trials = structure.repeat(len(candidates), 1)
                 trials[torch.arange(len(candidates)), torch.tensor([i for _, i in candidates])] = False
+                valid = [row for row in range(len(trials)) if space.is_valid(trials[row])]  # every stack keeps a block
+                candidates, trials = [candidates[row] for row in valid], trials[valid]
                 best = int(structures.means(problem.fixed, trials, self.measure).argmin())
                 part, unit = candidates[best]
                 structure[unit], scores[unit] = False, float(step)
