@@ -53,7 +53,7 @@ def test_a_hostile_name_is_text_wherever_it_stands_on_the_page(hostile, monkeypa
 
 
 def test_a_formula_in_a_name_is_drawn_as_it_is(hostile, monkeypatch):
-    monkeypatch.setattr(page_module, "DPI", 40)
+    monkeypatch.setattr(page_module.figures, "DPI", 40)
     run = hostile(r"$\frac{1$")
     assert write_report(run).exists() and (run / "figures" / "overview.png").exists()
 

@@ -79,7 +79,8 @@ def describe(model: nn.Module) -> dict[str, Any]:
 
 
 def speedup(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> dict[str, float]:
-    """How much faster the student samples: measured, where both were timed; and ideally, the ratio of depths, where its blocks are as wide as the teacher's."""
+    """How much faster the student samples: measured, where both were timed; and ideally, the ratio of depths, where its blocks are as
+    wide as the teacher's."""
     timed = "images_per_second" in teacher and "images_per_second" in student
     found = {"measured": student["images_per_second"] / teacher["images_per_second"]} if timed else {}
     if student.get("width") == teacher.get("width"):
