@@ -51,7 +51,7 @@ class Trials:
         batch_size: Samples of a step.
         num_scored: Fixed samples that candidates are scored on.
         lr: Learning rate of AdamW, > 0.
-        average_decay: Decay of the averaged weights, in [0, 1).
+        average_decay: Decay of the averaged weights, in [0, 1); corrected for the start, as Adam's averages are.
     """
 
     steps: Sequence[int] = (10, 20, 30)
@@ -98,13 +98,17 @@ class _Recovery:
             self.student = remove_blocks(copy.deepcopy(problem.model), blocks)
         self.average = copy.deepcopy(self.student).eval().requires_grad_(False)
         self.distilling = Distilling(problem, self.student, lr=lr, which=TRIALS)
-        self.decay, self.num_blocks = average_decay, sum(map(len, blocks.values()))
+        self.decay, self.num_steps, self.num_blocks = average_decay, 0, sum(map(len, blocks.values()))
 
     def step(self, calibration: Calibration) -> None:
         self.distilling.step(calibration, num_blocks=self.num_blocks)
+        self.num_steps += 1
+        # Of trained weights alone: after few steps most of a plain average would still be the weights before recovery, and so the distance
+        # that they have.
+        share = (1 - self.decay) / (1 - self.decay**self.num_steps)
         with torch.no_grad():
             pairs = list(zip(self.average.parameters(), self.student.parameters()))
-            torch._foreach_lerp_([a for a, _ in pairs], [s.detach() for _, s in pairs], 1 - self.decay)
+            torch._foreach_lerp_([a for a, _ in pairs], [s.detach() for _, s in pairs], share)
 
     @torch.no_grad()
     def distance(self, calibration: Calibration) -> float:
