@@ -61,7 +61,7 @@ class Relaxation:
         for name, (value, default) in given.items():
             if value != default:
                 raise ValueError(
-                    f"{name} is {value}, but relaxation='hard_concrete' has a fixed temperature of "
+                    f"{name} is {value}, but hard concrete gates have a fixed temperature of "
                     f"2/3 (arXiv 1712.01312). Leave {name} at its default, {default}."
                 )
         return TEMPERATURE, TEMPERATURE
