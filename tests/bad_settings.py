@@ -96,56 +96,56 @@ task.stages=[learn_mask,learn_mask] | task.stages
 task.stages=[recover,learn_mask] | task.stages
 task.stages=[report,evaluate] | task.stages
 # -- pruning
-pruning.pattern=62 | pruning.pattern
-pruning.pattern=null | pruning.pattern
-pruning.keep=6 | pruning.pattern
-pruning.pattern=null pruning.keep=12 | pruning.keep
-pruning.pattern=null pruning.keep=0 | pruning.keep
-pruning.pattern=null pruning.keep=half | pruning.keep
-pruning.pattern=null pruning.keep=true | pruning.keep
-pruning.pattern=null pruning.keep=0.01 | pruning.keep
-pruning.pattern=null pruning.keep=[1] | pruning.keep
-pruning.pattern=null 'pruning.keep={nowhere: 3}' | pruning.keep
-pruning.pattern=[1] | pruning.pattern
-pruning.pattern='"1:1"' | pruning.pattern
-pruning.pattern='"12:12"' | pruning.pattern
-pruning.pattern='"1:99999999999"' | pruning.pattern
-pruning.pattern='"5:4"' | pruning.pattern
-pruning.pattern='"0:2"' | pruning.pattern
-pruning.pattern='"1:5"' | pruning.pattern
-pruning.pattern='{blocks: "1:1"}' | pruning.pattern
-pruning.stacks=[denoiser.blocks,denoiser.blocks] | pruning.stacks
-pruning.stacks=[blocks,denoiser.blocks] | pruning.stacks
-pruning.stacks=nowhere | pruning.stacks
-pruning.stacks=5 | pruning.stacks
-pruning.stacks='' | pruning.stacks
-pruning.tau_start=0 | pruning.tau_start
-pruning.tau_start=nan | pruning.tau_start
-pruning.tau_end=inf | pruning.tau_end
-pruning.tau_end='"0.1"' | pruning.tau_end
-pruning.scaling=null | pruning.scaling
-pruning.scaling=1e30 | pruning.scaling
-pruning.init=x | pruning.init
-pruning.init=1e20 | pruning.init
-pruning.average_decay=1 | pruning.average_decay
-pruning.anneal_steps=0 | pruning.anneal_steps
-pruning.anneal_steps=2.5 | pruning.anneal_steps
-pruning.logits_lr=-1 | pruning.logits_lr
-pruning.logits_lr=1e20 | pruning.logits_lr
-pruning.max_nonfinite=0 | pruning.max_nonfinite
-pruning.gather=nan | pruning.gather
-pruning.gather=1 | pruning.gather
-pruning.delta_w=keep | pruning.delta_w
-pruning.search_loss=dense | pruning.search_loss
-pruning.search_loss=5 | pruning.search_loss
-pruning.relaxation=softmax | pruning.relaxation
-pruning.straight_through=half | pruning.straight_through
-pruning.multiplier_lr=0 | pruning.multiplier_lr
-pruning.multiplier_lr=1e20 | pruning.multiplier_lr
-pruning.relaxation=hard_concrete pruning.tau_start=3 | pruning.tau_start
-pruning.relaxation=hard_concrete pruning.anneal_steps=5 | pruning.anneal_steps
-pruning._target_=5 | pruning._target_
-pruning._partial_=false | pruning
+pruning=learned pruning.pattern=62 | pruning.pattern
+pruning=learned pruning.pattern=null | pruning.pattern
+pruning=learned pruning.keep=6 | pruning.pattern
+pruning=learned pruning.pattern=null pruning.keep=12 | pruning.keep
+pruning=learned pruning.pattern=null pruning.keep=0 | pruning.keep
+pruning=learned pruning.pattern=null pruning.keep=half | pruning.keep
+pruning=learned pruning.pattern=null pruning.keep=true | pruning.keep
+pruning=learned pruning.pattern=null pruning.keep=0.01 | pruning.keep
+pruning=learned pruning.pattern=null pruning.keep=[1] | pruning.keep
+pruning=learned pruning.pattern=null 'pruning.keep={nowhere: 3}' | pruning.keep
+pruning=learned pruning.pattern=[1] | pruning.pattern
+pruning=learned pruning.pattern='"1:1"' | pruning.pattern
+pruning=learned pruning.pattern='"12:12"' | pruning.pattern
+pruning=learned pruning.pattern='"1:99999999999"' | pruning.pattern
+pruning=learned pruning.pattern='"5:4"' | pruning.pattern
+pruning=learned pruning.pattern='"0:2"' | pruning.pattern
+pruning=learned pruning.pattern='"1:5"' | pruning.pattern
+pruning=learned pruning.pattern='{blocks: "1:1"}' | pruning.pattern
+pruning=learned pruning.stacks=[denoiser.blocks,denoiser.blocks] | pruning.stacks
+pruning=learned pruning.stacks=[blocks,denoiser.blocks] | pruning.stacks
+pruning=learned pruning.stacks=nowhere | pruning.stacks
+pruning=learned pruning.stacks=5 | pruning.stacks
+pruning=learned pruning.stacks='' | pruning.stacks
+pruning=learned pruning.tau_start=0 | pruning.tau_start
+pruning=learned pruning.tau_start=nan | pruning.tau_start
+pruning=learned pruning.tau_end=inf | pruning.tau_end
+pruning=learned pruning.tau_end='"0.1"' | pruning.tau_end
+pruning=learned pruning.scaling=null | pruning.scaling
+pruning=learned pruning.scaling=1e30 | pruning.scaling
+pruning=learned pruning.init=x | pruning.init
+pruning=learned pruning.init=1e20 | pruning.init
+pruning=learned pruning.average_decay=1 | pruning.average_decay
+pruning=learned pruning.anneal_steps=0 | pruning.anneal_steps
+pruning=learned pruning.anneal_steps=2.5 | pruning.anneal_steps
+pruning=learned pruning.logits_lr=-1 | pruning.logits_lr
+pruning=learned pruning.logits_lr=1e20 | pruning.logits_lr
+pruning=learned pruning.max_nonfinite=0 | pruning.max_nonfinite
+pruning=learned pruning.gather=nan | pruning.gather
+pruning=learned pruning.gather=1 | pruning.gather
+pruning=learned pruning.delta_w=keep | pruning.delta_w
+pruning=learned pruning.search_loss=dense | pruning.search_loss
+pruning=learned pruning.search_loss=5 | pruning.search_loss
+pruning=learned pruning.relaxation=softmax | pruning.relaxation
+pruning=learned pruning.straight_through=half | pruning.straight_through
+pruning=learned pruning.multiplier_lr=0 | pruning.multiplier_lr
+pruning=learned pruning.multiplier_lr=1e20 | pruning.multiplier_lr
+pruning=learned pruning.relaxation=hard_concrete pruning.tau_start=3 | pruning.tau_start
+pruning=learned pruning.relaxation=hard_concrete pruning.anneal_steps=5 | pruning.anneal_steps
+pruning=learned pruning._target_=5 | pruning._target_
+pruning=learned pruning._partial_=false | pruning
 pruning=null | pruning
 pruning=cka pruning.criterion.num_rows=3 | pruning.criterion.num_rows
 pruning=cka pruning.criterion.num_rows=2.5 | pruning.criterion.num_rows

@@ -19,8 +19,8 @@ from tinyfusion_pl.models import pretrained
 
 RAW = ("Traceback", "full_key", "object_type", "hydra.cc", "pydantic", "_target_ = ", "Error in call to target")
 OTHERS = ("digits_teacher", "dit_d14", "dit_d7", "mar_d16", "sit_d14")
-GROUPS = [(), *((f"+experiment={name}",) for name in OTHERS), ("callbacks@recover.fit.callbacks=evaluation",), ("logger=wandb",),
-          ("sampler@evaluate.sampling=dpm_solver",), ("metrics=kid",), ("metrics=fd_dinov2",), ("adapter=full",),
+GROUPS = [("pruning=learned",), (), *((f"+experiment={name}",) for name in OTHERS), ("callbacks@recover.fit.callbacks=evaluation",),
+          ("logger=wandb",), ("sampler@evaluate.sampling=dpm_solver",), ("metrics=kid",), ("metrics=fd_dinov2",), ("adapter=full",),
           ("distill=lift",), ("distill=interval",), ("pruning=diff_pruning", "distill=output")]  # fmt: skip
 
 

@@ -137,4 +137,4 @@ def test_an_unquoted_pattern_is_found(tmp_path):
 def test_a_pattern_sweep_on_the_command_line_keeps_strings():
     parsed = OverridesParser.create().parse_override("pruning.pattern='1:2','2:4+1:2'")
     values = list(parsed.sweep_string_iterator())
-    assert [compose("main", [f"pruning.pattern={value}"]).pruning.pattern for value in values] == ["1:2", "2:4+1:2"]
+    assert [compose("main", ["pruning=learned", f"pruning.pattern={value}"]).pruning.pattern for value in values] == ["1:2", "2:4+1:2"]

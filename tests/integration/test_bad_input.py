@@ -18,7 +18,7 @@ def tell(tmp_path, monkeypatch, capfd):
 
     def run(*arguments, run_dir="out"):
         before = sorted(tmp_path.rglob("*"))
-        assert cli.main([f"run_dir={run_dir}", "data.batch_size=8", "+debug=default", *arguments]) == 1
+        assert cli.main([f"run_dir={run_dir}", "data.batch_size=8", "pruning=learned", "+debug=default", *arguments]) == 1
         out, errors = capfd.readouterr()
         assert "Traceback" not in errors
         assert errors.startswith("error: ") and "learn_mask:" not in out  # no stage began
@@ -188,7 +188,8 @@ def test_recovery_without_mask_learning_says_what_comes_first(tmp_path, monkeypa
     assert "task=learn_mask" in capfd.readouterr().err
 
 
-SMALL = ["data.batch_size=8", "learn_mask.fit.trainer.max_steps=3", "learn_mask.fit.logger=null", "task=learn_mask", "run_dir=out"]
+SMALL = ["pruning=learned", "data.batch_size=8", "learn_mask.fit.trainer.max_steps=3", "learn_mask.fit.logger=null", "task=learn_mask",
+         "run_dir=out"]
 
 
 @pytest.mark.filterwarnings("ignore:Step")

@@ -26,7 +26,7 @@ FAMILIES = {
 @pytest.mark.parametrize(("words", "kept"), FAMILIES.values(), ids=FAMILIES)
 @pytest.mark.filterwarnings("ignore:.*randomly initialised")
 def test_a_family_is_pruned_recovered_measured_and_reported(words, kept, tmp_path, capfd):
-    assert main([*SMALL, *words, f"run_dir={tmp_path}"]) == 0, capfd.readouterr().err
+    assert main([*SMALL, "pruning=learned", *words, f"run_dir={tmp_path}"]) == 0, capfd.readouterr().err
     record = json.loads((tmp_path / "shallow" / "record.json").read_text())
     assert {path: len(stack["kept_blocks"]) for path, stack in record["stacks"].items()} == kept
     metrics = json.loads((tmp_path / "metrics.json").read_text())

@@ -14,7 +14,7 @@ from tinyfusion_pl.data import DigitsDataModule
 from tinyfusion_pl.models import load_denoiser
 from tinyfusion_pl.tasks.kept import KeptBatches
 
-SMALL = ["+debug=default", "data.batch_size=8", "evaluate.batch_size=5", "learn_mask.fit.checkpoint_every_n_steps=2",
+SMALL = ["pruning=learned", "+debug=default", "data.batch_size=8", "evaluate.batch_size=5", "learn_mask.fit.checkpoint_every_n_steps=2",
          "recover.fit.checkpoint_every_n_steps=2"]  # fmt: skip
 
 

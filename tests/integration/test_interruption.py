@@ -14,7 +14,8 @@ from tinyfusion_pl.artifacts import load_tensors
 NUM_STEPS = 12
 # Real model, data and stages; only fewer and smaller steps, each of them with a checkpoint, so that no signal comes too late.
 SETTINGS = [
-    "data.batch_size=8", "evaluate.num_samples=40", "evaluate.batch_size=4", "evaluate.num_shown=10", "evaluate.num_timing_rounds=1",
+    "pruning=learned", "data.batch_size=8",
+    "evaluate.num_samples=40", "evaluate.batch_size=4", "evaluate.num_shown=10", "evaluate.num_timing_rounds=1",
     *(f"{stage}.fit.{setting}" for stage in ("learn_mask", "recover")
       for setting in (f"trainer.max_steps={NUM_STEPS}", "checkpoint_every_n_steps=1")),
 ]

@@ -16,7 +16,7 @@ from tinyfusion_pl.data import DigitsDataModule
 from tinyfusion_pl.models import load_denoiser
 from tinyfusion_pl.tasks import Fit, checkpoint_io
 
-SMALL = ["run_dir=out", "+debug=default", "data.batch_size=8"]
+SMALL = ["run_dir=out", "pruning=learned", "+debug=default", "data.batch_size=8"]
 ON_TWO = [f"{stage}.trainer.{setting}" for stage in ("learn_mask.fit", "recover.fit", "evaluate")
           for setting in ("devices=2", "accelerator=cpu")]
 

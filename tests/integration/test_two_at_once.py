@@ -10,7 +10,7 @@ from tinyfusion_pl import cli
 from tinyfusion_pl.tasks import LearnMask, RunFolder
 
 FORK = multiprocessing.get_context("fork")
-SMALL = ["run_dir=out", "data.batch_size=8", "+debug=default", "task.stages=[learn_mask]"]
+SMALL = ["run_dir=out", "pruning=learned", "data.batch_size=8", "+debug=default", "task.stages=[learn_mask]"]
 
 
 @pytest.fixture

@@ -56,8 +56,8 @@ def test_each_attempt_has_all_of_max_time(tmp_path, monkeypatch):
 
 
 def test_the_command_ends_unfinished_and_a_rerun_completes_it(tmp_path, capsys, monkeypatch):
-    command = [f"run_dir={tmp_path}", "task.stages=[learn_mask,recover]", "data.batch_size=4", "recover.fit.trainer.max_steps=2",
-               "learn_mask.fit.trainer.max_steps=6"]
+    command = [f"run_dir={tmp_path}", "pruning=learned", "task.stages=[learn_mask,recover]", "data.batch_size=4",
+               "recover.fit.trainer.max_steps=2", "learn_mask.fit.trainer.max_steps=6"]
     with monkeypatch.context() as patch:
         patch.setattr(StepProgressBar, "on_train_batch_end", lambda self, trainer, *_: setattr(trainer, "should_stop", True))
         assert main(command) == 3

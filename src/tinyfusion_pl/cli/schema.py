@@ -128,6 +128,8 @@ MAIN = Plain({
     "name": Kind(str), "seed": Kind(int, least=0, most=MAX_SEED), "recipe": Kind(str | None), "run_dir": Kind(str),
     "paths": Plain({"output_dir": Kind(str, blank=False), "results": Kind(str | None, blank=False)}),
     "averaging": Plain({name: Kind(float, least=0, most=1 - 1e-12) for name in ("decay", "gates")}),
+    "search": Plain({"num_steps": Kind(int, least=1, most=10**6), "num_samples": Kind(int, least=2, most=10**8),
+                     "trial_steps": Kind(list[int]), "trials": Kind(dict[str, Any] | None)}),
     "dry_run": Plain({"num_iterations": Kind(int, least=1, most=10**6)}),
     "adapter": Plain({"weight_update": Kind(Literal["lora", "full", "frozen"] | Built)}),
     "logger": Plain({"factory": Kind(Built | None)}),
