@@ -44,7 +44,7 @@ def patterns(node, path=""):
 
 def assert_patterns_are_strings(cfg):
     found = dict(patterns(OmegaConf.to_container(cfg, resolve=False)))
-    assert found and all(type(value) is str for value in found.values()), found
+    assert found and all(value is None or type(value) is str for value in found.values()), found
 
 
 def jobs(sweep):
@@ -96,7 +96,7 @@ def test_debug_shortens_every_fit_of_an_experiment(experiment, name):
     assert steps and all(count <= 10 for count in steps.values()), steps
 
 
-@pytest.mark.parametrize("name", [name for name in options("model") if name != "digits_teacher"])
+@pytest.mark.parametrize("name", [name for name in options("model") if not name.startswith("digits")])
 def test_activation_checkpointing_is_a_flag_of_every_published_model(name):
     assert compose("main", [f"model={name}"]).model.activation_checkpointing is False
     model = compose("main", [f"model={name}", "model.activation_checkpointing=true", "model.checkpoint=random"]).model
