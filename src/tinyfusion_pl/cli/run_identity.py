@@ -65,7 +65,7 @@ def _settle(node: DictConfig | ListConfig) -> None:
         if OmegaConf.is_interpolation(node, key):
             with suppress(OmegaConfBaseException):  # it refers to what was taken out
                 if "${hydra:" not in written and not OmegaConf.is_config(value := node[key]):
-                    node[key] = OmegaConf.create(value) if isinstance(value, (list, dict)) else value
+                    node[key] = value
         elif isinstance(written, (dict, list)):
             _settle(node[key])
 
