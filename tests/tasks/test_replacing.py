@@ -58,9 +58,10 @@ def test_the_seed_decides_the_fit_and_random_numbers_are_left(run):
     inputs, folder = run
     students = []
     for seed in (5, 6):
+        bare = load_shallow(folder.shallow)
         torch.manual_seed(seed)
         before = torch.get_rng_state()
-        students.append(with_replacements(load_shallow(folder.shallow), folder, inputs))
+        students.append(with_replacements(bare, folder, inputs))
         fit_replacements(students[-1], folder, inputs, torch.device("cpu"), num_samples=40)
         assert torch.equal(torch.get_rng_state(), before)
     for one, other in zip(*(student.parameters() for student in students), strict=True):
