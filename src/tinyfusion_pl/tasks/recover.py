@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from tinyfusion_pl.artifacts import ArtifactError
 from tinyfusion_pl.callbacks import NonFiniteGuard
-from tinyfusion_pl.checksums import Origin, content_sha256, files_sha256
-from tinyfusion_pl.models import load_checkpoint, load_decision, load_shallow, load_weights, save_shallow
+from tinyfusion_pl.checksums import Origin, content_sha256, files_sha256, model_sha256
+from tinyfusion_pl.models import load_checkpoint, load_decision, load_pretrained, load_shallow, load_weights, save_shallow
 from tinyfusion_pl.models.records import RECORD, read_record
 from tinyfusion_pl.modules import Recovery
 from tinyfusion_pl.modules.recovery import UNEQUAL_WIDTHS
@@ -49,6 +49,8 @@ class Recover:
         module: Makes `Recovery` from a student and ``teacher=``, ``decision=``, ``objective=``.
         fit: How it trains; weight averaging is among its callbacks where averaged weights are wanted.
         weights: ``"ema"`` or ``"raw"``: which weights the recovered model gets.
+        teacher: Weights of another teacher than the model that was pruned, as `load_pretrained` takes them (TinyFusion, table 7); None:
+            that model. Hidden states are then paired by `distillation` alone.
         replace: ``"linear"``: each removed run of blocks leaves a linear map, fitted in closed form before training, which is trained with
             the rest (see `tinyfusion_pl.pruning.run_fitting`). None: runs leave nothing.
         num_replace_samples: Training samples that the maps are fitted on, >= 1.
@@ -58,6 +60,7 @@ class Recover:
     module: Callable[..., Recovery]
     fit: Fit
     weights: str = "ema"
+    teacher: str | None = None
     replace: Literal["linear"] | None = None
     num_replace_samples: int = 256
     shared: SharedResults = field(default_factory=SharedResults)
@@ -76,12 +79,17 @@ class Recover:
             ValueError: when they do not.
         """
         # The student is not there yet; the teacher has at least its blocks. A copy: `Recovery` freezes it, and mask learning may train it.
-        teacher = copy.deepcopy(inputs.teacher)
-        module = self.module(teacher, teacher=teacher, decision=Decision({}), objective=inputs.objective)
+        student = copy.deepcopy(inputs.teacher)
+        teacher = student if self.teacher is None else self._other_teacher(inputs)
+        module = self.module(student, teacher=teacher, decision=Decision({}), objective=inputs.objective)
+        losses = module.distillation
+        if self.teacher is not None and (losses.weight_interval or (losses.weight_feature and not module.pairs)):
+            raise ValueError("recover.teacher is another model than the one that is pruned, so that its blocks are not paired with the "
+                             "student's. Give distill=output, or distill.pairs where hidden states are to be compared.")
         self.fit.check("recover", module)
         if self.replace:
             check_replacing(inputs)
-        self.compares_hidden_states = module.distillation.weight_feature > 0
+        self.compares_hidden_states = losses.weight_feature > 0
 
     def check_follows(self, learn_mask: LearnMask) -> None:
         """After `check`: find out whether what `learn_mask` leaves can be recovered so.
@@ -91,6 +99,13 @@ class Recover:
         """
         if learn_mask.changes_width and self.compares_hidden_states:
             raise ValueError(UNEQUAL_WIDTHS)
+
+    def _other_teacher(self, inputs: Inputs) -> nn.Module:
+        """The teacher that is not the model that was pruned."""
+        teacher = load_pretrained(self.teacher)
+        inputs.data.check_fits(teacher)
+        inputs.objective.check_fits(teacher)
+        return teacher
 
     def num_processes(self) -> int:
         """Processes that it runs on."""
@@ -104,6 +119,8 @@ class Recover:
         if learned is not None:
             check_origin(folder, "learn_mask", learned, made_from, of=[TEACHER, SAMPLES])
             missing = missing_files(folder, "learn_mask", learned, below=folder.shallow.name)
+        if self.teacher is not None:
+            made_from["other teacher"] = model_sha256(teacher := self._other_teacher(inputs))
         if (folder.shallow / RECORD).exists():
             made_from[SHALLOW] = shallow_sha256(folder.shallow)
         if done is not None:
@@ -125,8 +142,11 @@ class Recover:
         if self.replace and not folder.checkpoint("recover").exists():
             fit_replacements(student, folder, inputs, self.fit.device(), num_samples=self.num_replace_samples)
         student.activation_checkpointing = getattr(inputs.teacher, "activation_checkpointing", False)
-        module = self.module(student, teacher=inputs.teacher, decision=load_decision(folder.shallow),
-                             objective=inputs.objective)
+        if self.teacher is None:
+            teacher, decision = inputs.teacher, load_decision(folder.shallow)
+        else:
+            decision = Decision({})  # of another model's blocks
+        module = self.module(student, teacher=teacher, decision=decision, objective=inputs.objective)
         guard = NonFiniteGuard()
         seconds = self.fit.run("recover", folder, module, inputs.data, first=[guard], made_from=made_from)
         self.save(folder, inputs, self.trained(folder))
