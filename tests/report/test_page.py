@@ -283,3 +283,18 @@ def test_durations_are_written_for_people(seconds, written):
 )
 def test_values_are_written_for_people(key, number, written):
     assert value(key, number) == written
+
+
+def test_a_criterion_s_scores_stand_in_a_table_highest_first(new_run, undrawn, rows):
+    run = new_run()
+    record = json.loads((run / "shallow" / "record.json").read_text())
+    (path, stack), *_ = record["stacks"].items()
+    stack["scores"] = [float(i) / 8 for i in range(stack["num_blocks"])]
+    (run / "shallow" / "record.json").write_text(json.dumps(record))
+    found = {"criterion": "taylor", "num_block_runs": 1536, "kept_blocks": {path: stack["kept_blocks"]}, "shortgpt": {path: [0]}}
+    (run / "learn_mask" / "selection.json").write_text(json.dumps(found))
+    page = Page(write_report(run))
+    table = rows(page)
+    for block in range(stack["num_blocks"]):
+        assert table[str(block)][:2] == [f"{block / 8:.4g}", "stays" if block in stack["kept_blocks"] else "left"]
+    assert "scores" in undrawn and "taylor" in page.text and "1,536 runs of a block" in page.text

@@ -123,11 +123,22 @@ def _selection(run: Run, pictures: Pictures) -> list[Html]:
     if "scores" in pictures:
         parts.append(image(pictures, "scores", alt="Each block's value by the criterion, kept ones dark",
                            caption="The higher, the more the criterion wants to keep the block."))
+    for path, stack in (run.record or {}).get("stacks", {}).items():
+        if scores := stack.get("scores"):
+            parts.append(fold(f"Scores in {path}", _score_table(stack, scores)))
     if rounds := found.get("rounds"):
         rows = [[number + 1, ", ".join(map(str, each["kept_units"])), f"{each['distance']:.3g}"]
                 for number, of_round in enumerate(rounds) for each in sorted(of_round, key=lambda each: each["distance"])]
         parts.append(fold("Trials, round by round", table(["round", "units kept", "distance to the teacher"], rows, numeric=range(2, 3))))
     return parts
+
+
+def _score_table(stack: dict[str, Any], scores: list[float]) -> Html:
+    """The units of a stack, the highest score first."""
+    units, kept = stack.get("units") or [[i] for i in range(len(scores))], set(stack["kept_blocks"])
+    order = sorted(range(len(scores)), key=lambda i: -scores[i])
+    rows = [[_joined(units[i]), f"{scores[i]:.4g}", "stays" if set(units[i]) <= kept else "left"] for i in order]
+    return table(["blocks", "score", ""], rows, numeric=range(1, 2))
 
 
 def _stored_stacks(run: Run) -> dict[str, dict[str, Any]]:
