@@ -101,7 +101,7 @@ def _run_task(cfg: DictConfig) -> Any:
             check_single(job.sweeper)
             return run(cfg, run_dir)
         print(f"job {job.job.num}: {' '.join(job.overrides.task)} -> {run_dir}", flush=True)
-        arm = partial(record_arm, cfg, sweep_dir=Path(job.sweep.dir), run_dir=run_dir, overrides=job.overrides.task)
+        arm = partial(record_arm, sweep_dir=Path(job.sweep.dir), run_dir=run_dir, overrides=job.overrides.task)
         with process([sys.argv[0], *as_single_run(sys.argv[1:], job)]):
             result = run(cfg, run_dir)
         arm()

@@ -26,11 +26,11 @@ SEAL = "# sha256: "  # last line of config.yaml: of all lines before it, the las
 
 
 def identity(cfg: DictConfig) -> dict[str, Any]:
-    """What decides a run's numbers, as plain data: everything but `NOT_IDENTITY`.
+    """What decides a run's numbers, as plain data: everything but `NOT_IDENTITY`, and but which results are shared.
 
     A reference to a single value becomes that value; one to a whole group, or to where the run is, stays as written.
     """
-    raw = OmegaConf.to_container(cfg, resolve=False)
+    raw = _without(OmegaConf.to_container(cfg, resolve=False), SHARED)
     kept = OmegaConf.create({key: value for key, value in raw.items() if key not in NOT_IDENTITY})
     _settle(kept)
     return OmegaConf.to_container(kept, resolve=False)
@@ -42,11 +42,8 @@ def config_hash(cfg: DictConfig) -> str:
 
 
 def hash_of(cfg: DictConfig, *names: str) -> str:
-    """The same of the parts `names` of the configuration alone, without what they say of shared results."""
-    raw = _without(OmegaConf.to_container(cfg, resolve=False), SHARED)
-    kept = OmegaConf.create({key: value for key, value in raw.items() if key not in NOT_IDENTITY})
-    _settle(kept)
-    parts = OmegaConf.to_container(kept, resolve=False)
+    """The same of the parts `names` of the configuration alone."""
+    parts = identity(cfg)
     return hashlib.sha256(_canonical({name: parts[name] for name in names}).encode()).hexdigest()[:8]
 
 

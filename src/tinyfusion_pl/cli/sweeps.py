@@ -27,7 +27,7 @@ def check_sweep(arguments: Sequence[str]) -> None:
 def check_single(sweeper: DictConfig) -> None:
     """Refuse a sweep's values without ``-m``: none of them would be used."""
     if params := sweeper.get("params"):
-        raise ValueError(f"+sweep gives several values ({', '.join(f'{key}={value}' for key, value in params.items())}), but "
+        raise ValueError(f"the configuration gives several values ({', '.join(f'{key}={value}' for key, value in params.items())}), but "
                          "without -m one run "
                          "is made, with none of them. Add -m.")
 

@@ -11,8 +11,8 @@ from tinyfusion_pl.modules.denoising import Denoising
 from tinyfusion_pl.pruning import Decision, find_stacks
 
 UNEQUAL_WIDTHS = (
-    "Representation distillation compares hidden states of equal width, and the student's have fewer channels than the teacher's. Give "
-    "distill=output, or set weight_feature to 0 (distill.weight_feature=0)."
+    "Representation and interval distillation, and linear maps in place of blocks, go from hidden states to others of equal width, and the "
+    "student's have fewer channels than the teacher's. Give distill=output, and leave out recover.replace."
 )
 
 
@@ -48,7 +48,8 @@ class Recovery(Denoising):
             raise ValueError("Representation distillation needs layer pairs: give the decision, or pairs in the distillation config.")
         if self.pairs and teacher is not None:
             check_pairs(self.pairs, student, teacher)
-        if self.distillation.weight_feature and getattr(student, "width", None) != getattr(teacher, "width", None):
+        compares = self.distillation.weight_feature or self.distillation.weight_interval
+        if compares and getattr(student, "width", None) != getattr(teacher, "width", None):
             raise ValueError(UNEQUAL_WIDTHS)
         self.intervals = self._intervals(decision) if self.distillation.weight_interval else None
 

@@ -5,6 +5,7 @@ Reads only files of the folder, so it works on a finished, an interrupted and a 
 
 from pathlib import Path
 
+from .arms import NothingMeasured
 from .compare import compare_runs
 from .grid import write_grid
 from .page import write_report
@@ -13,8 +14,8 @@ from .sweep_figures import write_activations, write_candidate_losses
 from .words import headline
 
 __all__ = [
-    "compare", "compare_runs", "compare_sweep", "headline", "write_activations", "write_candidate_losses", "write_grid",
-    "write_report",
+    "NothingMeasured", "compare", "compare_runs", "compare_sweep", "headline", "write_activations", "write_candidate_losses",
+    "write_grid", "write_report",
 ]
 
 

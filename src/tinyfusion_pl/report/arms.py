@@ -20,6 +20,10 @@ from .words import label, student_of, value
 ARMS = "arms"  # folder in that of a sweep, with a file for each arm
 
 
+class NothingMeasured(ArtifactError):
+    """A folder whose runs have no results to compare."""
+
+
 @dataclass(frozen=True)
 class Arm:
     """One run of a sweep.
@@ -55,11 +59,12 @@ def read_arms(folder: str | Path) -> list[Arm]:
     """
     files = sorted((Path(folder) / ARMS).glob("*.json"))
     if not files:
-        raise ArtifactError(f"{folder} is not the folder of a sweep: it has no {ARMS}/*.json. Give the folder that -m wrote into, "
+        raise NothingMeasured(f"{folder} is not the folder of a sweep: it has no {ARMS}/*.json. Give the folder that -m wrote into, "
                             "such as runs/table3.")
     arms = [_read_arm(file) for file in files]
     if not any(arm.metrics or arm.error for arm in arms):
-        raise ArtifactError(f"No arm of {folder} has been evaluated. Finish the sweep (rerun the same command to resume it), then compare.")
+        raise NothingMeasured(f"No arm of {folder} has been evaluated. Finish the sweep (rerun the same command to resume it), then "
+                              "compare.")
     return arms
 
 

@@ -72,6 +72,9 @@ def cost(run: Run, pictures: Pictures) -> Html:
     ]
     rows.append(["all together", html("<strong>{}</strong>", duration(total)), "", ""])
     memory = "" if peak is None else html("<p>Peak memory: <strong>{:,.0f} MiB</strong>.</p>", peak)
+    if shared := metrics.get("shared"):
+        made = "; ".join(f"{stage_label(str(name))}: {run}" for name, run in shared.items())
+        memory = html("<p>Taken from other runs, whose time counts here: {}.</p>", made) + memory
     return table(["stage", "time", html('<span class="about bar">share</span>'), ""], rows, numeric=range(1, 2)) + memory
 
 

@@ -79,8 +79,11 @@ def _lines(rows: Sequence[Row], columns: Sequence[tuple[str, str, Take]]) -> tup
     for row in rows:
         done = sum(bool(arm.metrics) for arm in row.arms)
         seeds = str(done) if done == len(row.arms) else f"{done} of {len(row.arms)}"
-        kept = row.kept or (f"failed: {row.errors[0]}" if row.errors else "not finished")
-        lines.append([*row.settings.values(), seeds, kept, *(cell(row, key, take) for _, key, take in columns)])
+        failed = "; ".join(f"failed: {error}" for error in dict.fromkeys(row.errors))
+        kept = ". ".join(filter(None, [row.kept, failed])) or "not finished"
+        # Of a row with a failed arm nothing is averaged: those that did not fail are not a fair sample.
+        measured = ["nan" if row.errors else cell(row, key, take) for _, key, take in columns]
+        lines.append([*row.settings.values(), seeds, kept, *measured])
     return header, lines
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tinyfusion_pl.artifacts import write_json
 from tinyfusion_pl.distill import HiddenStates
 from tinyfusion_pl.models import load_decision, load_shallow
+from tinyfusion_pl.pruning import get_stack
 from tinyfusion_pl.report import write_activations
 from tinyfusion_pl.tasks.choosing import Draws
 from tinyfusion_pl.tasks.folder import say
@@ -55,6 +56,12 @@ def draw_activations(*, run_dir: str | Path, name: str, seed: int, teacher: nn.M
     """
     student, decision = load_shallow(activations.student), load_decision(activations.student)
     data.check_fits(teacher)
+    for path, stack in decision.stacks.items():
+        widths = [getattr(model, "width", None) for model in (student, teacher)]
+        if (depth := len(get_stack(teacher, path))) != stack.num_blocks or widths[0] != widths[1]:
+            raise ValueError(f"{activations.student} was cut from a model of {stack.num_blocks} blocks in '{path}', and the teacher has "
+                             f"{depth}; hidden states have {widths[0]} and {widths[1]} channels. Give the teacher that it was cut from "
+                             "(model=, model.checkpoint=).")
     pairs = {path: stack.layer_pairs() for path, stack in decision.stacks.items()}
     if begin is not None:
         begin()

@@ -74,8 +74,8 @@ def score_candidates(*, run_dir: str | Path, name: str, seed: int, teacher: nn.M
     if begin is not None:
         begin()
     say(f"{name}: {num_structures(space):,} structures; {min(num_structures(space), candidates.num_candidates):,} are scored")
-    model = teacher.eval()
-    device = next(model.parameters()).device
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = teacher.to(device).eval()
     with torch.random.fork_rng(), open_structures(model, space, max_rows=selection.max_rows) as structures:
         problem = Problem(structures, Draws(data, objective, device), num_samples=selection.num_samples, seed=seed)
         structures.ask(problem.fixed)

@@ -36,7 +36,7 @@ from tinyfusion_pl.tasks.timing import images_per_second, on_device
 from tinyfusion_pl.tasks.trainer_checks import check_sampling_trainer
 
 ROLES = ("teacher", "pruned", "recovered")
-TAKEN = (*ROLES, "labels", "name", "reference", "seconds", "block_runs", "speedup", "peak_memory_mib", "protocol")
+TAKEN = (*ROLES, "labels", "name", "reference", "seconds", "block_runs", "shared", "speedup", "peak_memory_mib", "protocol")
 """Keys of ``metrics.json`` and of ``samples.safetensors`` that no model of one's own can have for a name."""
 SAMPLES = "samples.safetensors"
 
@@ -89,8 +89,8 @@ class Evaluate:
                 raise ValueError(f"evaluate.{name} is {getattr(self, name)}; give a count >= {least}.")
         if self.num_shown > self.num_samples:
             raise ValueError(f"evaluate.num_shown={self.num_shown} is more than num_samples={self.num_samples}.")
-        if wrong := [role for role in self.sampled if role not in ROLES]:
-            raise ValueError(f"evaluate.sampled names {wrong}; give some of {', '.join(ROLES)}.")
+        if (wrong := [role for role in self.sampled if role not in ROLES]) or not self.sampled:
+            raise ValueError(f"evaluate.sampled is {wrong or []}; give one or more of {', '.join(ROLES)}.")
         self.models = {name: path for name, path in self.models.items() if path is not None}
         if wrong := [name for name in self.models if not name.isidentifier()]:
             raise ValueError(f"evaluate.models.{wrong[0]}: {wrong} are no names; give letters, digits and underscores, they "
@@ -125,12 +125,15 @@ class Evaluate:
         if not self.models:
             check_own_models(folder, inputs)
         models, protocol = self.models_of(folder, inputs), self.protocol(inputs)
-        origins = {role: self.made_from(model, folder, inputs, protocol=protocol) for role, model in models.items()}
+        origins = {role: self.made_from(model, folder, inputs, role=role, protocol=protocol) for role, model in models.items()}
         before = {role: kept_result(folder, role, origin) for role, origin in origins.items()}
         if None not in before.values() and is_whole(folder, [*models]):
             say(f"evaluate: done before; numbers in {folder / METRICS}")
             return
-        say(f"evaluate: {self.num_samples} samples each of {', '.join(models)}; numbers go to {folder / METRICS}")
+        sampled = [role for role in models if self.is_sampled(role)]
+        if not sampled:
+            raise ValueError(f"evaluate.sampled is {list(self.sampled)}, but there are {', '.join(models)} to measure. Add one of them.")
+        say(f"evaluate: {self.num_samples} samples each of {', '.join(sampled)}; numbers go to {folder / METRICS}")
         samplers = {role: self.sampler(model, inputs) for role, model in models.items()}
         for role, sampler in samplers.items():
             if before[role] is None:
@@ -161,11 +164,11 @@ class Evaluate:
     def is_sampled(self, role: str) -> bool:
         return bool(self.models) or role in self.sampled
 
-    def made_from(self, model: nn.Module, folder: RunFolder, inputs: Inputs, *, protocol: dict[str, Any]) -> Origin:
+    def made_from(self, model: nn.Module, folder: RunFolder, inputs: Inputs, *, role: str, protocol: dict[str, Any]) -> Origin:
         """What decides the numbers of `model`: its weights, what they are held against and how, the configuration."""
         parts = {
             "weights": model_sha256(model), "reference": protocol["reference_sha256"], "feature network": protocol["feature_network"],
-            "sampled": content_sha256(list(self.sampled)) if tuple(self.sampled) != ROLES else None,
+            "sampled": None if self.is_sampled(role) else "no",
             "draws": self._draws_sha256(inputs), "decoder": inputs.data.decoder_sha256(), "protocol": content_sha256(protocol),
             "configuration": folder.configuration,
         }
@@ -303,6 +306,9 @@ class Evaluate:
         if runs := {stage: done["num_block_runs"] for stage, done in trained.items() if "num_block_runs" in done}:
             results["block_runs"] = runs
         seconds["evaluate"] = sum(folder.result(mark_of(role))["seconds"] for role in models)
+        marks = {**trained, **{role: folder.result(mark_of(role)) for role in models}}
+        if others := {name: str(done["run_dir"]) for name, done in marks.items() if "run_dir" in done}:
+            results["shared"] = others  # whose seconds are those of another run
         results["seconds"] = seconds
         last = "recovered" if "recovered" in models else "pruned" if "pruned" in models else None
         if last is not None and "teacher" in models:

@@ -11,7 +11,6 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from tinyfusion_pl.callbacks import DepthPruningCallback
 from tinyfusion_pl.modules import MaskLearning
-from tinyfusion_pl.pruning import Decision
 from tinyfusion_pl.selection import Selection, WidthPruning
 from tinyfusion_pl.tasks.choosing import DECISIONS, SELECTION, choose
 from tinyfusion_pl.tasks.fitting import Fit
@@ -88,11 +87,14 @@ class LearnMask:
         folder.finish("learn_mask", {
             "seconds": seconds if done is None else done["seconds"], "kept_blocks": callback.decision.kept_blocks,
             "num_skipped_steps": callback.guard.num_skipped, "made_from": made_from, **asked,
-            "num_block_runs": self._num_block_runs(callback.decision, inputs.data),
+            "num_block_runs": self._num_block_runs(callback, inputs.data),
             "files": files_left(folder.path, [folder.shallow.name]), "logs": files_left(folder.path, [DECISIONS, logs_of("learn_mask")]),
         })
 
-    def _num_block_runs(self, decision: Decision, data: LightningDataModule) -> int:
+    def _num_block_runs(self, callback: DepthPruningCallback, data: LightningDataModule) -> int:
         """Cost of mask learning in runs of a block on a sample: of kept blocks with a backward pass (two more), of dropped ones without."""
-        runs = sum(stack.num_blocks + 2 * len(stack.kept_blocks) for stack in decision.stacks.values())
+        stacks = callback.decision.stacks.values()
+        runs = sum(stack.num_blocks + 2 * len(stack.kept_blocks) for stack in stacks)
+        if callback.search_loss == "teacher":
+            runs += sum(stack.num_blocks for stack in stacks)
         return runs * self.fit.num_images("learn_mask", data)

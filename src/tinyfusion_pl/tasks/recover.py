@@ -89,7 +89,7 @@ class Recover:
         self.fit.check("recover", module)
         if self.replace:
             check_replacing(inputs)
-        self.compares_hidden_states = losses.weight_feature > 0
+        self.compares_hidden_states = bool(losses.weight_feature or losses.weight_interval or self.replace)
 
     def check_follows(self, learn_mask: LearnMask) -> None:
         """After `check`: find out whether what `learn_mask` leaves can be recovered so.
@@ -179,8 +179,12 @@ class Recover:
 
     def _num_block_runs(self, module: Recovery, data: LightningDataModule) -> int:
         """Cost in runs of a block on a sample, a backward pass counted as two."""
-        models = [(3, module.denoiser)] + [(1, module.teacher)] * module.distillation.needs_teacher
-        return self.fit.num_images("recover", data) * sum(n * len(stack) for n, model in models for stack in find_stacks(model).values())
+        losses, depths = module.distillation, [sum(map(len, find_stacks(model).values())) for model in (module.denoiser, module.teacher)
+                                               if model is not None]
+        beside = bool(losses.weight_interval) and losses.interval_share is None  # the student's blocks run on the teacher's inputs too
+        runs = 3 * depths[0] * (1 + beside) + (depths[1] if losses.needs_teacher else 0)
+        fitted = self.num_replace_samples * depths[1] if self.replace else 0
+        return self.fit.num_images("recover", data) * runs + fitted
 
     def _student(self, folder: RunFolder, inputs: Inputs) -> nn.Module:
         """The model in ``shallow/``, with maps in place of its removed runs where they are asked for."""

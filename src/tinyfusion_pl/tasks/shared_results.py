@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tinyfusion_pl.checksums import (
     Damaged,
     Origin,
     content_sha256,
+    files_sha256,
     read_sealed,
     write_sealed,
 )
@@ -37,6 +39,9 @@ class SharedResults:
     def __init__(self, folder: str | Path | None = None, *, reuse: bool = True, settings: str = "") -> None:
         if not isinstance(reuse, bool):
             raise ValueError(f"reuse is {reuse!r}; give true or false.")
+        if folder is not None and not settings:
+            raise ValueError("Shared results need settings=, a checksum of the settings that decide them: without it, results of other "
+                             "settings would be used.")
         self.folder, self.reuse, self.settings = None if folder is None else Path(folder), reuse, settings
 
     def find(self, made_from: Origin) -> dict[str, Any] | None:
@@ -62,7 +67,14 @@ class SharedResults:
     def _shared(self, made_from: Origin) -> Origin:
         """Without the run's own configuration: other settings may lead to the same."""
         parts = {name: checksum for name, checksum in made_from.items() if name != "configuration"}
-        return {**parts, "settings": self.settings, "versions": content_sha256(library_versions())}
+        return {**parts, "settings": self.settings, "versions": content_sha256(library_versions()), "code": _code_sha256()}
+
+
+@cache
+def _code_sha256() -> str:
+    """Of this package's sources: what a correction may change."""
+    root = Path(__file__).parents[1]
+    return content_sha256(files_sha256(root, [path.relative_to(root).as_posix() for path in root.rglob("*.py")]))
 
 
 def copy_files(source: Path, target: Path, names: Iterable[str]) -> None:

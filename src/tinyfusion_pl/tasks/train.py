@@ -122,7 +122,7 @@ def train_denoiser(*, run_dir: str | Path, name: str, seed: int, model: str, obj
     say(f"train: measuring {evaluate.num_samples} samples")
     protocol = evaluate.protocol(inputs)
     results, _ = evaluate.measure(evaluate.sampler(denoiser, inputs), folder, inputs, role="trained",
-                                  made_from=evaluate.made_from(denoiser, folder, inputs, protocol=protocol))
+                                  made_from=evaluate.made_from(denoiser, folder, inputs, role="teacher", protocol=protocol))
     metrics = {**describe(denoiser), **results}
     write_json(folder / "trained" / "record.json", {
         "model": {"name": denoiser.model_name, "kwargs": denoiser.config}, "recipe": recipe, "seed": seed, "metrics": metrics,
