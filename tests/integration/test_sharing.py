@@ -5,6 +5,8 @@ import json
 import pytest
 
 from tinyfusion_pl.cli import main
+from tinyfusion_pl.cli.arms import record_arm
+from tinyfusion_pl.tasks import SharedResults
 
 SMALL = ["+debug=default", "data.batch_size=8", "evaluate.num_timing_rounds=0", "evaluate.num_draws=16", "pruning.num_samples=16"]
 
@@ -60,6 +62,18 @@ def test_a_single_run_shares_nothing_unless_asked_to(sweep, tmp_path, capfd):
     assert "was measured in" not in capfd.readouterr().out
     alone = json.loads((tmp_path / "alone" / "metrics.json").read_text())
     assert alone["recovered"] == mine["recovered"] and alone["teacher"] == mine["teacher"]
+
+
+def test_a_folder_of_shared_results_needs_the_settings_that_decide_them(tmp_path):
+    with pytest.raises(ValueError, match="settings"):
+        SharedResults(tmp_path)
+
+
+def test_a_rerun_under_other_defaults_takes_the_place_of_its_arm(tmp_path):
+    for run_dir in ("old", "new"):
+        record_arm(sweep_dir=tmp_path, run_dir=tmp_path / run_dir, overrides=["pruning=first", "seed=0"])
+    (file,) = (tmp_path / "arms").glob("*.json")
+    assert json.loads(file.read_text())["run_dir"] == "new"
 
 
 def test_a_changed_result_is_not_reused(sweep, tmp_path, capfd):

@@ -76,6 +76,12 @@ def test_failed_and_diverged_arms_stay_as_rows(sweep):
     assert found["max_loss"]["FID"] == "nan"
 
 
+def test_a_row_with_a_failed_seed_is_not_averaged(sweep):
+    arm(sweep, "cut", {"pruning": "first", "pruning.keep": "0.5", "seed": "3"}, error="the loss was not finite")
+    row = {row["pruning"]: row for row in rows(compare_sweep(sweep))}["first"]
+    assert row["kept blocks"] == "0 1. failed: the loss was not finite" and row["seeds"] == "3 of 4" and row["FID"] == "nan"
+
+
 def test_rows_of_unequal_protocols_are_said_not_to_compare(sweep):
     arm(sweep, "more", {"pruning": "random", "pruning.keep": "0.5", "seed": "0"}, 4.0, protocol={**PROTOCOL, "num_samples": 20})
     assert "NOT comparable: the rows differ in num_samples" in compare_sweep(sweep)

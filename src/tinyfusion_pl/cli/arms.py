@@ -12,7 +12,6 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 
-
 def record_arm(*, sweep_dir: Path, run_dir: Path, overrides: Sequence[str], error: str | None = None) -> None:
     """Leave what was set for the arm in `run_dir`, and why it failed, where it did."""
     from tinyfusion_pl.artifacts import write_json  # imports torch, which --help does not need
