@@ -96,6 +96,9 @@ task.stages=[learn_mask,learn_mask] | task.stages
 task.stages=[recover,learn_mask] | task.stages
 task.stages=[report,evaluate] | task.stages
 # -- pruning
+search.trial_steps=[-7] | trial_steps
+search.num_steps=0 | num_steps
+pruning.units=[[x]] | pruning.units
 pruning=learned pruning.pattern=62 | pruning.pattern
 pruning=learned pruning.pattern=null | pruning.pattern
 pruning=learned pruning.keep=6 | pruning.pattern
@@ -181,8 +184,8 @@ adapter.weight_update.r=0 | adapter.weight_update.r
 adapter.weight_update.r=2.5 | adapter.weight_update.r
 adapter.weight_update.lora_alpha=nan | adapter.weight_update.lora_alpha
 adapter.weight_update.lora_alpha=0 | adapter.weight_update.lora_alpha
-+adapter.weight_update.target_modules=[nothing] | adapter.weight_update.target_modules
-+adapter.weight_update.target_modules=5 | adapter.weight_update.target_modules
+pruning=learned +adapter.weight_update.target_modules=[nothing] | adapter.weight_update.target_modules
+pruning=learned +adapter.weight_update.target_modules=5 | adapter.weight_update.target_modules
 +adapter.weight_update.lora_dropout=2 | adapter.weight_update.lora_dropout
 +adapter.weight_update.lora_dropout=-0.5 | adapter.weight_update.lora_dropout
 # -- training

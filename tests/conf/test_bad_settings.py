@@ -63,7 +63,8 @@ WRONG = {  # kind of the present value -> values that it cannot have
     "list": ["5", "hot", "nan"],
 }
 # Looked at by what they make, or where they stand (in the table); timm's options have no types.
-ANY = {"pruning.pattern", "pruning.keep", "pruning.weight_update", "metrics.feature_network.global_pool"}
+ANY = {"pruning.pattern", "pruning.keep", "pruning.units", "search.trial_steps.0", "search.trial_steps.1",
+       "search.trial_steps.2", "pruning.weight_update", "metrics.feature_network.global_pool"}
 
 
 def kind_of(value):

@@ -92,7 +92,7 @@ def test_accumulation_by_hand_beside_a_budget_is_refused():
 
 def test_a_stage_follows_its_budget_from_the_command_line(tmp_path, capsys):
     """The batch of the averaged weights follows too: their half-life in images stays."""
-    words = ["task=learn_mask", f"run_dir={tmp_path}", "+budget@learn_mask.fit.budget=imagenet_epoch",
+    words = ["task=learn_mask", "pruning=learned", f"run_dir={tmp_path}", "+budget@learn_mask.fit.budget=imagenet_epoch",
              "learn_mask.fit.budget.num_images=48", "learn_mask.fit.budget.global_batch_size=16", "learn_mask.fit.trainer.max_steps=-1"]
     assert main(words) == 0, capsys.readouterr().err
     assert "learn_mask: 3 steps of 16 images" in capsys.readouterr().out

@@ -8,7 +8,7 @@ import torch
 
 from tinyfusion_pl.cli import main
 from tinyfusion_pl.data import DigitsDataModule
-from tinyfusion_pl.models import load_pretrained, save_shallow
+from tinyfusion_pl.models import load_pretrained
 from tinyfusion_pl.objectives import GaussianDiffusion
 from tinyfusion_pl.pruning import remove_blocks
 from tinyfusion_pl.selection import Problem, Space
@@ -57,17 +57,15 @@ def test_marks_say_how_many_structures_lose_less(scored):
 
 
 def test_candidates_of_learned_masks_are_refused(tmp_path, capsys):
-    assert main(["task=candidate_losses", f"run_dir={tmp_path / 'run'}"]) == 1
+    assert main(["task=candidate_losses", "pruning=learned", f"run_dir={tmp_path / 'run'}"]) == 1
     assert "pruning=index" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 def test_activations_are_those_of_both_models(tmp_path):
     teacher = load_pretrained("shipped")
     student = remove_blocks(load_pretrained("shipped"), {"blocks": [0, 1, 2, 3, 4, 5]})
-    stack = {"num_blocks": 12, "kept_blocks": [0, 1, 2, 3, 4, 5], "pattern": "6:12"}
-    record = {"stacks": {"blocks": stack}, "source": {}, "model_factory": None, "configuration": {}, "seed": 0}
-    save_shallow(tmp_path / "shallow", student, record)
-    arguments = [f"activations.student={tmp_path / 'shallow'}", "activations.num_samples=5", f"run_dir={tmp_path / 'run'}"]
+    assert main(["task=learn_mask", "pruning=first", "pruning.keep=6", f"run_dir={tmp_path / 'cut'}"]) == 0
+    arguments = [f"activations.student={tmp_path / 'cut' / 'shallow'}", "activations.num_samples=5", f"run_dir={tmp_path / 'run'}"]
     assert main(["task=activations", *arguments]) == 0
     (result,) = json.loads((tmp_path / "run" / "activations.json").read_text()).values()
     torch.manual_seed(0)
