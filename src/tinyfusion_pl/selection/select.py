@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -101,6 +101,11 @@ class Selection:
         if (keep is None) == (pattern is None):
             raise ValueError(both_or_neither(keep, pattern))
         self.criterion, self.candidates, self.num_drawn, self.num_scored = criterion, candidates, num_drawn, num_scored
+        if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in trial_steps):
+            raise ValueError(f"trial_steps is {list(trial_steps)}; give the number of steps of each round, each 1 or more.")
+        known = [field.name for field in fields(Trials) if field.init and field.name != "steps"]
+        if unknown := [name for name in trials or {} if name not in known]:
+            raise ValueError(f"trials has the settings {unknown}, which there are not; available settings: {', '.join(known)}.")
         self.trials = Trials(steps=tuple(trial_steps), **(trials or {})) if trial_steps else None
         self.num_samples, self.max_rows, self.with_simple_rule = num_samples, max_rows, with_simple_rule
         self._space = {"keep": keep, "pattern": pattern, "stacks": stacks, "units": units}
