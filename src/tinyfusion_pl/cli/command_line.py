@@ -30,7 +30,7 @@ from tinyfusion_pl.cli.overrides import check_added, expand_home, keep_escaped, 
 from tinyfusion_pl.cli.processes import as_single_run, is_first_process, process
 from tinyfusion_pl.cli.run_identity import CONFIG, check_folder, config_hash, forget_config, hash_of, write_config
 from tinyfusion_pl.cli.settings import check_complete, checked
-from tinyfusion_pl.cli.sweeps import check_single, check_sweep, in_sweep
+from tinyfusion_pl.cli.sweeps import SWEEP, check_single, check_sweep, in_sweep
 from tinyfusion_pl.printable import for_terminal
 
 # word -> function of strings; the text that it returns is printed
@@ -102,7 +102,7 @@ def _run_task(cfg: DictConfig) -> Any:
             return run(cfg, run_dir)
         print(f"job {job.job.num}: {' '.join(job.overrides.task)} -> {run_dir}", flush=True)
         arm = partial(record_arm, sweep_dir=Path(job.sweep.dir), run_dir=run_dir, overrides=job.overrides.task)
-        with process([sys.argv[0], *as_single_run(sys.argv[1:], job)]):
+        with process([sys.argv[0], *as_single_run(sys.argv[1:], job)], **{SWEEP: os.path.abspath(job.sweep.dir)}):
             result = run(cfg, run_dir)
         arm()
         return result

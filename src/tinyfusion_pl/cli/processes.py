@@ -35,10 +35,8 @@ def as_single_run(argv: Sequence[str], job: DictConfig) -> list[str]:
     the sweep's they would run the whole sweep."""
     overrides = get_args_parser().parse_args(argv).overrides
     flags = [argument for argument in argv if argument not in (*overrides, "-m", "--multirun")]
-    shared = [] if any(each.lstrip("+").startswith("paths.results=") for each in job.overrides.task) else [
-        f"paths.results='{os.path.join(os.path.abspath(job.sweep.dir), 'results')}'"]  # outside a sweep there would be none
     of_hydra = [each for each in job.overrides.hydra if not each.startswith(("hydra.mode=", "hydra.sweep"))]
-    return [*flags, *job.overrides.task, *shared, *of_hydra, "hydra.mode=RUN"]
+    return [*flags, *job.overrides.task, *of_hydra, "hydra.mode=RUN"]
 
 
 # What torchrun, Lightning, SLURM and MPI number the processes of one run by.

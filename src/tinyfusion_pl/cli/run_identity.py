@@ -122,8 +122,8 @@ def _check_config(file: Path, cfg: DictConfig) -> None:
         there, here = (dict(_flat(identity(config))) for config in (OmegaConf.create(content.decode()), cfg))
     except Exception as error:
         if SEAL.encode() not in content:
-            raise ValueError(f"{file} does not end with its own hash, and is not readable ({error}): it is truncated, or of an earlier "
-                             f"version. {PUT_BACK}") from error
+            raise ValueError(f"{file} does not end with its own hash: it is truncated, or of an earlier version, and {file} is not a "
+                             f"readable configuration ({error}). {PUT_BACK}") from error
         raise ValueError(f"{file} is not a readable configuration ({error}). {PUT_BACK}") from error
     differing = [key for key in {**here, **there} if here.get(key) != there.get(key)]
     if any(key not in there for key in differing) and SEAL.encode() not in content:

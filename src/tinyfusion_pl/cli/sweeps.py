@@ -11,6 +11,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+SWEEP = "TINYFUSION_SWEEP"  # environment variable: the sweep's folder, for the processes that one of its runs starts
+
 
 def check_sweep(arguments: Sequence[str]) -> None:
     """Refuse ``-m`` where nothing has several values: it would be one run in a sweep's folder."""
@@ -34,6 +36,7 @@ def check_single(sweeper: DictConfig) -> None:
 
 def in_sweep(name: str) -> str | None:
     """Path of `name` in the folder of the sweep that this run is of; None where it is of none."""
-    if not HydraConfig.initialized() or (job := HydraConfig.get()).mode != RunMode.MULTIRUN:
-        return None
-    return os.path.join(os.path.abspath(job.sweep.dir), name)
+    if HydraConfig.initialized() and (job := HydraConfig.get()).mode == RunMode.MULTIRUN:
+        return os.path.join(os.path.abspath(job.sweep.dir), name)
+    sweep = os.environ.get(SWEEP)
+    return None if sweep is None else os.path.join(sweep, name)
