@@ -294,6 +294,9 @@ def test_a_criterion_s_scores_stand_in_a_table_highest_first(new_run, undrawn, r
     found = {"criterion": "taylor", "num_block_runs": 1536, "kept_blocks": {path: stack["kept_blocks"]}, "shortgpt": {path: [0]}}
     (run / "learn_mask" / "selection.json").write_text(json.dumps(found))
     page = Page(write_report(run))
+    assert "The search alone" not in page.text
+    (run / "learn_mask" / "selection.json").write_text(json.dumps({**found, "kept_blocks": {path: [0, 1, 2, 3, 4, 5]}}))
+    assert "The search alone" in Page(write_report(run)).text
     table = rows(page)
     for block in range(stack["num_blocks"]):
         assert table[str(block)][:2] == [f"{block / 8:.4g}", "stays" if block in stack["kept_blocks"] else "left"]

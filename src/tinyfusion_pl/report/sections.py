@@ -123,6 +123,12 @@ def _selection(run: Run, pictures: Pictures) -> list[Html]:
         kept = "; ".join(f"{path}: {', '.join(map(str, blocks))}" for path, blocks in simple.items())
         text = "would have kept the same blocks" if same else f"would have kept {kept}"
         parts.append(html("<p>The simple rule, ShortGPT's block influence, {}.</p>", text))
+    chosen = found.get("kept_blocks") if isinstance(found.get("kept_blocks"), dict) else {}
+    for path, history in run.stacks.items():
+        alone = [int(block) for block in history.kept[-1].nonzero()[0]]
+        if path in chosen and alone != chosen[path]:
+            parts.append(html("<p>The search alone, which the figure below shows, would have kept {} of {}; the candidates' trials chose "
+                              "otherwise.</p>", _joined(alone), code(path)))
     if "scores" in pictures:
         parts.append(image(pictures, "scores", alt="Each block's value by the criterion, kept ones dark",
                            caption="The higher, the more the criterion wants to keep the block."))
