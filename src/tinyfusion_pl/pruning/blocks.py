@@ -9,6 +9,7 @@ are seen through: paths never have ``_orig_mod``.
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -183,9 +184,10 @@ def check_units(units: Sequence[Sequence[int]], num_blocks: int, path: str) -> U
 
     Blocks in no unit are never gated and always stay (the middle block of a U-ViT).
     """
-    lists = isinstance(units, (list, tuple)) and all(isinstance(unit, (list, tuple)) for unit in units)
-    if not lists or any(isinstance(i, bool) or not isinstance(i, int) for unit in units for i in unit):
-        raise ValueError(f"units of '{path}' is {units!r}; give lists of block numbers, e.g. [[0, 5], [1, 4], [2, 3]].")
+    try:
+        units = [[operator.index(i) for i in unit] for unit in units]
+    except TypeError as error:
+        raise ValueError(f"units of '{path}' is {units!r}; give lists of block numbers, e.g. [[0, 5], [1, 4], [2, 3]].") from error
     flat = [index for unit in units for index in unit]
     if (
         len(set(flat)) != len(flat)
