@@ -16,7 +16,7 @@ from tinyfusion_pl.cli.processes import is_first_process
 
 # Where a run writes and which of its stages run: no part of what is computed, so no part of the folder's name.
 NOT_IDENTITY = ("hydra", "run_dir", "paths", "task")
-SHARED = "shared"  # entry of a stage: which of its results other runs use again
+SHARED = "tinyfusion_pl.tasks.SharedResults"  # says which results other runs use again, which changes none of them
 CONFIG, LOCK = "config.yaml", ".lock"
 PUT_BACK = (
     "Put back the one that was there; or delete it, and it is written anew from this command's configuration, unless what the folder "
@@ -30,7 +30,7 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
 
     A reference to a single value becomes that value; one to a whole group, or to where the run is, stays as written.
     """
-    raw = _without(OmegaConf.to_container(cfg, resolve=False), SHARED)
+    raw = _without_shared(OmegaConf.to_container(cfg, resolve=False))
     kept = OmegaConf.create({key: value for key, value in raw.items() if key not in NOT_IDENTITY})
     _settle(kept)
     return OmegaConf.to_container(kept, resolve=False)
@@ -47,10 +47,11 @@ def hash_of(cfg: DictConfig, *names: str) -> str:
     return hashlib.sha256(_canonical({name: parts[name] for name in names}).encode()).hexdigest()[:8]
 
 
-def _without(node: Any, name: str) -> Any:
+def _without_shared(node: Any) -> Any:
     if isinstance(node, dict):
-        return {key: _without(value, name) for key, value in node.items() if key != name}
-    return [_without(value, name) for value in node] if isinstance(node, list) else node
+        kept = {key: value for key, value in node.items() if not (isinstance(value, dict) and value.get("_target_") == SHARED)}
+        return {key: _without_shared(value) for key, value in kept.items()}
+    return [_without_shared(value) for value in node] if isinstance(node, list) else node
 
 
 def _sha256(content: bytes) -> str:

@@ -126,7 +126,7 @@ class Evaluate:
             check_own_models(folder, inputs)
         models, protocol = self.models_of(folder, inputs), self.protocol(inputs)
         origins = {role: self.made_from(model, folder, inputs, role=role, protocol=protocol) for role, model in models.items()}
-        before = {role: kept_result(folder, role, origin) for role, origin in origins.items()}
+        before = {role: self.shared.own(kept_result(folder, role, origin)) for role, origin in origins.items()}
         if None not in before.values() and is_whole(folder, [*models]):
             say(f"evaluate: done before; numbers in {folder / METRICS}")
             return

@@ -43,12 +43,13 @@ class LearnMask:
         Raises:
             ValueError: when they do not; says what would.
         """
-        module = self.module(inputs.teacher, objective=inputs.objective)
         if self.selection is not None:
             self.selection.check(inputs.teacher)
+            module = self.module(inputs.teacher, objective=inputs.objective, label_dropout=0.0)  # no labels are dropped
         else:
+            module = self.module(inputs.teacher, objective=inputs.objective)
             self.pruning().check(module)
-        self.fit.check("learn_mask", module)  # which says where a criterion computes
+        self.fit.check("learn_mask", module)  # its Trainer also says where a criterion computes
 
     @property
     def changes_width(self) -> bool:

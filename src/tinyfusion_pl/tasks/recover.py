@@ -112,7 +112,7 @@ class Recover:
         return self.fit.num_processes()
 
     def run(self, folder: RunFolder, inputs: Inputs) -> None:
-        done, learned = folder.result("recover"), folder.result("learn_mask")
+        done, learned = self.shared.own(folder.result("recover")), folder.result("learn_mask")
         if done is None and learned is None and not (folder.shallow / RECORD).exists():
             raise ValueError(f"There is no shallow model in {folder.path}; run task=learn_mask (or task=pipeline) there first.")
         made_from, asked = origin_of(folder, inputs), {"num_steps": self.fit.num_steps("recover"), "seed": inputs.seed}

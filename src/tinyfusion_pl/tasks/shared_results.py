@@ -54,6 +54,10 @@ class SharedResults:
             say(f"{file} cannot be used ({error}); the result is made again")
             return None
 
+    def own(self, done: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+        """The finished result `done` of a run; None where it was another run's and that is not wanted any more."""
+        return None if done is not None and "run_dir" in done and not self.reuse else done
+
     @rank_zero_only
     def keep(self, made_from: Origin, result: Mapping[str, Any], *, run_dir: Path) -> None:
         """Keep `result`, of the run in `run_dir`."""
