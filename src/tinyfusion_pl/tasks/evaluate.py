@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,12 +14,10 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
-from tinyfusion_pl.artifacts import read_metadata, save_tensors, sha256, tensors_sha256, write_json
+from tinyfusion_pl.artifacts import save_tensors, sha256, tensors_sha256, write_json
 from tinyfusion_pl.checksums import Origin, content_sha256, model_sha256
 from tinyfusion_pl.metrics import GenerationMetrics, Reference, read_reference
 from tinyfusion_pl.metrics.reference import write_pictures
-from tinyfusion_pl.models import load_pretrained, load_shallow, load_weights
-from tinyfusion_pl.models.records import RECORD
 from tinyfusion_pl.modules import Generation
 from tinyfusion_pl.objectives import PictureSampler, labels_of
 from tinyfusion_pl.report import write_grid
@@ -29,8 +25,9 @@ from tinyfusion_pl.tasks.closeness import closeness
 from tinyfusion_pl.tasks.fitting import ctrl_c, num_processes
 from tinyfusion_pl.tasks.folder import Inputs, RunFolder, say
 from tinyfusion_pl.tasks.kept import KeptBatches
+from tinyfusion_pl.tasks.measured_models import load_model, own_models
 from tinyfusion_pl.tasks.origins import check_own_models, files_left
-from tinyfusion_pl.tasks.results import METRICS, describe, is_whole, kept_result, mark_of, numbers_of, plain, speedup
+from tinyfusion_pl.tasks.results import METRICS, describe, gathered, is_whole, kept_result, mark_of, plain
 from tinyfusion_pl.tasks.shared_results import SharedResults
 from tinyfusion_pl.tasks.timing import images_per_second, on_device
 from tinyfusion_pl.tasks.trainer_checks import check_sampling_trainer
@@ -114,7 +111,7 @@ class Evaluate:
         self.metrics.check(num_samples=self.num_samples, num_reference=reference.num_pictures)
         self.metrics.check_reference(reference)
         for path in self.models.values():
-            self.load(path, inputs)
+            load_model(path, inputs)
 
     def num_processes(self) -> int:
         """Processes that it runs on."""
@@ -180,31 +177,9 @@ class Evaluate:
             return None
         return content_sha256([self.num_draws, model_sha256(inputs.teacher), inputs.data.samples_sha256()])
 
-    def names(self, folder: RunFolder) -> list[str]:
-        """Of the models given, or of the run's own as far as they are there: a stage that ran since may have left another one."""
-        own = {"pruned": folder.shallow, "recovered": folder.recovered}
-        return list(self.models) or ["teacher", *(role for role, path in own.items() if (path / RECORD).exists())]  # written last
-
     def models_of(self, folder: RunFolder, inputs: Inputs) -> dict[str, nn.Module]:
         """Name -> model: those given, or the run's own as far as they are there."""
-        if self.models:
-            return {name: self.load(path, inputs) for name, path in self.models.items()}
-        own = {"teacher": lambda: inputs.teacher, "pruned": lambda: load_shallow(folder.shallow),
-               "recovered": lambda: load_shallow(folder.recovered)}
-        return {role: own[role]() for role in self.names(folder)}
-
-    def load(self, path: str, inputs: Inputs) -> nn.Module:
-        """A shallow or diffusers folder, a published name, or a checkpoint of the configured model, of its depth or shallower."""
-        teacher = inputs.teacher
-        if not Path(path).is_file() or (Path(path).suffix == ".safetensors" and "config" in read_metadata(path)):
-            model = load_pretrained(path)
-        elif hasattr(teacher, "model_name"):
-            depths = teacher.STACKS.values()  # which the file says
-            model = load_pretrained(path, name=teacher.model_name, **{k: v for k, v in teacher.config.items() if k not in depths})
-        else:
-            model = load_weights(copy.deepcopy(teacher), path).eval()
-        inputs.data.check_latents(model)
-        return model
+        return {name: load_model(path, inputs) for name, path in self.models.items()} or own_models(folder, inputs)
 
     def sampler(self, model: nn.Module, inputs: Inputs) -> PictureSampler:
         return PictureSampler(denoiser=model.eval(), objective=inputs.objective, latent_shape=inputs.data.latent_shape,
@@ -297,23 +272,7 @@ class Evaluate:
             for role in shown.keys() - {"labels"}:
                 write_grid(folder / f"samples_{role}.png", shown[role])
         results: dict[str, Any] = {"name": inputs.name, "reference": self.reference or type(inputs.data).__name__}
-        for role in models:
-            results[role] = numbers_of(folder.result(mark_of(role)))
-            if role in speed:
-                results[role]["images_per_second"] = speed[role]
-        trained = {stage: done for stage in ("learn_mask", "recover") if (done := folder.result(stage)) is not None}
-        seconds = {stage: done["seconds"] for stage, done in trained.items()}
-        if runs := {stage: done["num_block_runs"] for stage, done in trained.items() if "num_block_runs" in done}:
-            results["block_runs"] = runs
-        seconds["evaluate"] = sum(folder.result(mark_of(role))["seconds"] for role in models)
-        marks = {**trained, **{role: folder.result(mark_of(role)) for role in models}}
-        if others := {name: str(done["run_dir"]) for name, done in marks.items() if "run_dir" in done}:
-            results["shared"] = others  # whose seconds are those of another run
-        results["seconds"] = seconds
-        last = "recovered" if "recovered" in models else "pruned" if "pruned" in models else None
-        if last is not None and "teacher" in models:
-            results["speedup"] = speedup(results["teacher"], results[last])
-        results["peak_memory_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        results |= gathered(folder, list(models), speed)
         results["protocol"] = protocol
         write_json(folder / METRICS, results)
         return results

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import resource
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_only
@@ -54,6 +55,32 @@ def is_whole(folder: RunFolder, models: list[str]) -> bool:
 def numbers_of(done: Mapping[str, Any]) -> dict[str, Any]:
     """The numbers in a model's mark: what goes into ``metrics.json``."""
     return {name: value for name, value in done.items() if name not in OF_THE_MARK}
+
+
+def gathered(folder: RunFolder, roles: Sequence[str], speed: Mapping[str, float]) -> dict[str, Any]:
+    """What the marks of the stages and of the models `roles` hold, as ``metrics.json`` has it.
+
+    Args:
+        folder: The run.
+        roles: Names of the models that were measured.
+        speed: Images per second of those that were timed.
+    """
+    trained = {stage: done for stage in ("learn_mask", "recover") if (done := folder.result(stage)) is not None}
+    measured = {role: folder.result(mark_of(role)) for role in roles}
+    results: dict[str, Any] = {role: numbers_of(done) for role, done in measured.items()}
+    for role, images_per_second in speed.items():
+        results[role]["images_per_second"] = images_per_second
+    results["seconds"] = {**{stage: done["seconds"] for stage, done in trained.items()},
+                          "evaluate": sum(done["seconds"] for done in measured.values())}  # fmt: skip
+    if runs := {stage: done["num_block_runs"] for stage, done in trained.items() if "num_block_runs" in done}:
+        results["block_runs"] = runs
+    if others := {name: str(done["run_dir"]) for name, done in {**trained, **measured}.items() if "run_dir" in done}:
+        results["shared"] = others  # whose seconds are those of another run
+    last = next((role for role in ("recovered", "pruned") if role in results), None)
+    if last is not None and "teacher" in results:
+        results["speedup"] = speedup(results["teacher"], results[last])
+    results["peak_memory_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return results
 
 
 def plain(sampling: Mapping[str, Any]) -> dict[str, Any]:
