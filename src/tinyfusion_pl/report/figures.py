@@ -97,8 +97,8 @@ def plot_scores(stacks: dict[str, dict[str, Any]]) -> Figure | None:
         kept = set(stack["kept_blocks"])
         axes.bar([b for b, _ in blocks], [s for _, s in blocks], width=0.72, color=[KEPT if b in kept else DROPPED for b, _ in blocks])
         prefix = f"{path}: " if len(scored) > 1 else ""
-        title(axes, f"{prefix}value of each block by {stack.get('criterion') or 'the criterion'}")
-        axes.set(xlabel="block", ylabel="value", xticks=sorted(b for b, _ in blocks))
+        title(axes, f"{prefix}score of each block; what stays was chosen by {stack.get('criterion') or 'the criterion'}")
+        axes.set(xlabel="block", ylabel="score", xticks=sorted(b for b, _ in blocks))
         dress(axes)
     swatches = [Patch(color=KEPT, label="stays"), Patch(color=DROPPED, label="leaves")]
     figure.legend(handles=swatches, loc="outside upper right", ncols=2, frameon=False, fontsize=10)
