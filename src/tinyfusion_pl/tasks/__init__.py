@@ -13,6 +13,7 @@ from tinyfusion_pl.tasks.loggers import csv_logger, wandb_logger
 from tinyfusion_pl.tasks.measure import PictureFiles, make_reference, measure
 from tinyfusion_pl.tasks.recover import Recover
 from tinyfusion_pl.tasks.report import Report
+from tinyfusion_pl.tasks.settings import write_settings
 from tinyfusion_pl.tasks.shared_results import SharedResults
 from tinyfusion_pl.tasks.stages import Pipeline
 from tinyfusion_pl.tasks.steps import Unfinished
@@ -24,4 +25,5 @@ __all__ = [
     "SharedResults", "Train", "Unfinished", "csv_logger", "draw_activations", "extract_latents",
     "make_reference", "measure", "measure_depths", "score_candidates", "train_denoiser",
     "wandb_logger",
+    "write_settings",
 ]
