@@ -118,7 +118,7 @@ class DepthPruningCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        gate_setup.check_strategy(trainer, self.pruner, self.search_loss)
+        self.check_strategy(trainer)
         gate_setup.check_callbacks(trainer, self, pl_module, self.check)
         search_losses.check(pl_module, self.search_loss)
         if self.pruner.finds(pl_module):
@@ -152,6 +152,10 @@ class DepthPruningCallback(Callback):
         """
         search_losses.check(pl_module, self.search_loss)
         self.pruner.check(pl_module)
+
+    def check_strategy(self, trainer: Trainer) -> None:
+        """`ValueError` where the Trainer's strategy does not go with this callback."""
+        gate_setup.check_strategy(trainer, self.pruner, self.search_loss)
 
     def _model(self, pl_module: LightningModule) -> nn.Module:
         return self.pruner.model(pl_module)

@@ -49,10 +49,14 @@ class Denoising(OwnRandomness):
         mesh = self._device_mesh
         if mesh is None or is_sharded(self.denoiser):
             return
+        self.check_sharded()
         if mesh["tensor_parallel"].size() > 1:
             raise ValueError(f"The strategy divides each layer over {mesh['tensor_parallel'].size()} processes (tensor_parallel_size), "
                              "which the denoisers do not support. Give strategy='fsdp2', which shares out whole blocks.")
         self.shard(mesh["data_parallel"])
+
+    def check_sharded(self) -> None:
+        """`ValueError` for settings that do not go with weights that are shared out."""
 
     def shard(self, mesh: DeviceMesh) -> None:
         """Share out the denoiser's weights over the processes of `mesh`."""

@@ -72,6 +72,11 @@ class Recovery(Denoising):
         if self._device_mesh is not None and self.teacher is not None and not is_sharded(self.teacher):
             self._teacher = Teacher(shard(copy.deepcopy(self.teacher), self._device_mesh["data_parallel"]))
 
+    def check_sharded(self) -> None:
+        if self.distillation.weight_interval:
+            raise ValueError("Interval distillation runs the student's blocks by themselves, outside a call of the whole student, in which "
+                             "FSDP2 gathers their weights. Give distill=output or another one, or trainer=ddp.")
+
     def on_fit_start(self) -> None:
         super().on_fit_start()
         if self._teacher is not None:

@@ -10,8 +10,6 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.distributed.fsdp import FullyShardedDataParallel, OptimStateKeyType
 from torch.optim import Optimizer
 
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
-
 
 class FSDP2Strategy(ModelParallelStrategy):
     """Weights, gradients and optimizer state are shared out over all processes, as a module's ``configure_model`` says.
@@ -38,9 +36,9 @@ class FSDP2Strategy(ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         content = self.checkpoint_io.load_checkpoint(self.broadcast(checkpoint_path), weights_only=weights_only)
         expected, found = self.lightning_module.state_dict().keys(), content["state_dict"].keys()
-        if expected != found:  # gate logits are parameters, but in no state dict: torch's own check would miss them
-            raise RuntimeError(f"The checkpoint {checkpoint_path} does not fit the model: of {len(expected)} tensors "
-                               f"{sorted(expected - found)[:3]} are missing, and {sorted(found - expected)[:3]} are not known.")  # fmt: skip
+        if expected != found:  # torch's own check would miss the gate logits, which are in no state dict
+            raise RuntimeError(f"The checkpoint {checkpoint_path} does not fit the model: {sorted(expected - found)[:3]} are missing, and "
+                               f"{sorted(found - expected)[:3]} are not known.")  # fmt: skip
         set_model_state_dict(self.model, content["state_dict"], options=StateDictOptions(full_state_dict=True, strict=False))
         for optimizer, state in zip(self.optimizers, content["optimizer_states"]):
             if state:

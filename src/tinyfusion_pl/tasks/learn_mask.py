@@ -46,10 +46,12 @@ class LearnMask:
         if self.selection is not None:
             self.selection.check(inputs.teacher)
             module = self.module(inputs.teacher, objective=inputs.objective, label_dropout=0.0)  # no labels are dropped
+            self.fit.check("learn_mask", module)  # its Trainer says where a criterion computes
         else:
             module = self.module(inputs.teacher, objective=inputs.objective)
-            self.pruning().check(module)
-        self.fit.check("learn_mask", module)  # its Trainer also says where a criterion computes
+            callback = self.pruning()
+            callback.check(module)
+            callback.check_strategy(self.fit.check("learn_mask", module))
 
     @property
     def changes_width(self) -> bool:
