@@ -214,6 +214,13 @@ trainer.strategy=magic | trainer.strategy
 trainer.strategy='' | trainer.strategy
 trainer.strategy=null | trainer.strategy
 +trainer.devices=2 | trainer.devices
+pruning=learned trainer=fsdp2 runtime.accelerator=cpu | adapter=full
+pruning=learned adapter=full pruning.search_loss=teacher trainer=fsdp2 runtime.accelerator=cpu | pruning.search_loss=data
+pruning=learned adapter=full callbacks@learn_mask.fit.callbacks=ema trainer=fsdp2 runtime.accelerator=cpu | trainer=ddp
+distill=interval trainer=fsdp2 runtime.accelerator=cpu | distill=output
+recover.replace=linear trainer=fsdp2 runtime.accelerator=cpu | recover.replace=null
+callbacks@recover.fit.callbacks=evaluation trainer=fsdp2 runtime.accelerator=cpu | recover.fit.callbacks.evaluation=null
+trainer=fsdp2 runtime.precision=16-mixed runtime.accelerator=cpu | precision
 learn_mask.fit.trainer=null | learn_mask.fit.trainer
 learn_mask.fit.trainer.max_steps=0 | learn_mask.fit.trainer.max_steps
 learn_mask.fit.trainer.max_steps=2.5 | learn_mask.fit.trainer.max_steps

@@ -31,13 +31,13 @@ def check_strategy(trainer: Trainer, pruner: DepthPruner, search_loss: str) -> N
         return
     if pruner.weight_update.kind not in ("full", "frozen"):
         raise ValueError(f"{name} shares out whole blocks, in which adapters would be weights of their own that no checkpoint knows. Give "
-                         "weight_update='full' or 'frozen' (adapter=full, adapter=frozen), or strategy='ddp'.")  # fmt: skip
+                         "weight_update='full' or 'frozen' (adapter=full, adapter=frozen), or trainer=ddp.")  # fmt: skip
     if search_loss == "teacher":
         raise ValueError(f"search_loss is 'teacher', which keeps the original weights whole on each process, while {name} shares out those "
-                         "of the model. Give search_loss='data' (pruning.search_loss=data), or strategy='ddp'.")  # fmt: skip
+                         "of the model. Give search_loss='data' (pruning.search_loss=data), or trainer=ddp.")  # fmt: skip
     if averaging := [type(each).__name__ for each in trainer.callbacks if isinstance(each, WeightAveraging)]:
         raise ValueError(f"{averaging[0]} beside DepthPruningCallback averages weights and gate logits together, of which {name} shares "
-                         "out only the weights. Leave it out of mask learning, or use strategy='ddp'.")  # fmt: skip
+                         "out only the weights. Leave it out of mask learning, or use trainer=ddp.")  # fmt: skip
 
 
 def shards(trainer: Trainer) -> bool:
