@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule, seed_everything
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 
@@ -86,7 +87,10 @@ class Recover:
         if self.teacher is not None and (losses.weight_interval or (losses.weight_feature and not module.pairs)):
             raise ValueError("recover.teacher is another model than the one that is pruned, so that its blocks are not paired with the "
                              "student's. Give distill=output, or distill.pairs where hidden states are to be compared.")
-        self.fit.check("recover", module)
+        trainer = self.fit.check("recover", module)
+        if self.replace and isinstance(trainer.strategy, ModelParallelStrategy):
+            raise ValueError(f"recover.replace is {self.replace!r}: linear maps in place of blocks are not trained with weights that are "
+                             "shared out over processes. Set recover.replace=null, or trainer=ddp.")
         if self.replace:
             check_replacing(inputs)
         self.compares_hidden_states = bool(losses.weight_feature or losses.weight_interval or self.replace)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,7 +112,7 @@ def train_denoiser(*, run_dir: str | Path, name: str, seed: int, model: str, obj
         check_logs(folder, "train", done)
     if done is None or needs_remaking(folder, "train", done, below="trained"):
         say(f"train: {name}; checkpoints go to {folder / 'train'}, the model to {folder / 'trained'}")
-        module = train.module(denoiser, objective=objective)
+        module = train.module(copy.deepcopy(denoiser), objective=objective)  # a strategy may share out its weights
         seconds = train.fit.run("train", folder, module, data, first=[NonFiniteGuard()], made_from=made_from)
         verify(folder.checkpoint("train"))
         load_weights(denoiser, load_checkpoint(folder.checkpoint("train"), weights=train.weights))
