@@ -203,7 +203,9 @@ def test_metrics_that_are_damaged_or_lost_are_written_again(run, out, damage):
 
 
 @pytest.mark.parametrize("name", [
-    "stages/evaluate_teacher.json", pytest.param("stages/evaluate.json", marks=pytest.mark.slow), pytest.param("samples.safetensors", marks=pytest.mark.slow),
+    "stages/evaluate_teacher.json",
+    pytest.param("stages/evaluate.json", marks=pytest.mark.slow),
+    pytest.param("samples.safetensors", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_a_damaged_result_is_made_again(run, out, name):
     before = read_json(out / "metrics.json")
