@@ -144,7 +144,7 @@ MAIN = Plain({
     "measure": Plain({"trainer": TRAINER, "files": Kind(Built), "samples": PICTURES, "reference": PICTURES}),
     "reference": Plain({"trainer": TRAINER, "files": Kind(Built), "pictures": PICTURES, "output": Kind(str, blank=False)}),
     **{name: Kind(Built) for name in ("task", "model", "data", "objective", "pruning", "distill", "metrics", "learn_mask", "recover",
-                                      "evaluate", "train", "extract", "candidates", "activations")},
+                                      "evaluate", "train", "extract", "candidates", "activations", "depth_curve")},
 })  # fmt: skip
 NEW_MODEL = "tinyfusion_pl.tasks.train_denoiser"  # makes a model of its name alone
 OF_NEW_MODEL = {"_target_", "name", "checkpoint", "weights", "variant", "prefix"}  # unused or unneeded where there are no weights yet

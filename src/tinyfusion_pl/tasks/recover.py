@@ -16,7 +16,7 @@ from tinyfusion_pl.artifacts import ArtifactError
 from tinyfusion_pl.callbacks import NonFiniteGuard
 from tinyfusion_pl.checksums import Origin, content_sha256, files_sha256, model_sha256
 from tinyfusion_pl.models import load_checkpoint, load_decision, load_pretrained, load_shallow, load_weights, save_shallow
-from tinyfusion_pl.models.records import RECORD, read_record
+from tinyfusion_pl.models.records import RECORD, TRAINING_IMAGES, read_record
 from tinyfusion_pl.modules import Recovery
 from tinyfusion_pl.modules.recovery import UNEQUAL_WIDTHS
 from tinyfusion_pl.pruning import Decision, find_stacks
@@ -157,6 +157,7 @@ class Recover:
         result: dict[str, Any] = {
             "seconds": seconds if done is None else done["seconds"], "num_skipped_steps": guard.num_skipped,
             "num_block_runs": self._num_block_runs(module, inputs.data),
+            TRAINING_IMAGES: self.fit.num_images("recover", inputs.data),
             "files": files_left(folder.path, [folder.recovered.name]), "logs": files_left(folder.path, [logs_of("recover")]),
         }
         self.shared.keep(self._shared(folder, made_from), result, run_dir=folder.path)
