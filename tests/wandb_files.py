@@ -75,7 +75,9 @@ def _read(file: Path, run: OfflineRun) -> None:
         elif kind == "history":
             run.history.append(dict(_items(record.history.item)))
         elif kind == "metric":
-            run.step_metrics[record.metric.glob_name or record.metric.name] = record.metric.step_metric
+            run.step_metrics[record.metric.glob_name or record.metric.name] = (
+                record.metric.step_metric
+            )
         elif kind == "exit":
             run.exit_code = record.exit.exit_code
         elif kind == "request" and record.request.HasField("log_artifact"):

@@ -44,7 +44,9 @@ class TensorBoardTracker(Tracker):
         if outcome.table is not None:
             columns, rows = outcome.table
             lines = [columns, ["---"] * len(columns), *rows]
-            writer.add_text("final/metrics", "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines))
+            writer.add_text(
+                "final/metrics", "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+            )
         for name, file in outcome.draw(run_dir).items():
             writer.add_image(f"final/{name}", read_image(str(file)))
         writer.close()

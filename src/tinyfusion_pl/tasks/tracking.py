@@ -41,9 +41,11 @@ class Tracker(ABC):
 
     def check(self) -> None:
         """Raise a ValueError where it cannot log, before anything is trained."""
+        return
 
     def finish(self, exit_code: int) -> None:
         """End the tracker's run; `exit_code` is 0 for a finished one."""
+        return
 
     def marks(self, run_dir: Path) -> Marks:
         """What the tracker's run has of the run in `run_dir`."""
@@ -145,7 +147,9 @@ def _read_rows(path: Path) -> dict[int, dict[str, float]]:
         for row in csv.DictReader(file):
             try:
                 step = int(row.pop("step"))
-                rows[step] = {str(name): float(cell) for name, cell in row.items() if cell and name != "epoch"}
+                rows[step] = {
+                    str(name): float(cell) for name, cell in row.items() if cell and name != "epoch"
+                }
             except (KeyError, TypeError, ValueError):
                 continue
     return rows
@@ -156,10 +160,8 @@ def named(metric: str, stage: str) -> str:
     return metric if stage in LAST_FITS and metric.startswith("val/") else f"{stage}/{metric}"
 
 
-def stage_loggers(
-    factory: Callable[..., Logger] | None, folder: Path, stage: str
-) -> list[Logger]:
-    """The loggers of a stage: the one that `factory` makes, and beside any but csv the csv files, which the report reads."""
+def stage_loggers(factory: Callable[..., Logger] | None, folder: Path, stage: str) -> list[Logger]:
+    """The loggers of a stage: the one that `factory` makes, and csv files beside it, which the report reads."""
     if factory is None:
         return []
     made = factory(folder=folder, stage=stage)

@@ -20,9 +20,13 @@ from tinyfusion_pl.tasks.tracking import LAST_FITS, Marks, OncePerStep, Tracker,
 if TYPE_CHECKING:
     from wandb import Run
 
-SWEEP_ID, RUN_ID = "WANDB_SWEEP_ID", "WANDB_RUN_ID"  # environment variables: set by `wandb agent` for an arm of its sweep
+SWEEP_ID, RUN_ID = (
+    "WANDB_SWEEP_ID",
+    "WANDB_RUN_ID",
+)  # which `wandb agent` sets for an arm of its sweep
 LOG_IN = "Log in with 'wandb login', or set logger.factory.offline=true and run 'wandb sync' later."
 _opened: set[str] = set()  # ids of the W&B runs that this process opened
+_ended: set[str] = set()  # and ended
 
 
 class WandbTracker(Tracker):
@@ -62,7 +66,9 @@ class WandbTracker(Tracker):
     def check(self) -> None:
         import wandb  # takes seconds, and only this logger needs it
 
-        if wandb.run is not None or self.offline or sys.stdin.isatty():  # there W&B asks
+        if (
+            wandb.run is not None or self.offline or (sys.stdin and sys.stdin.isatty())
+        ):  # there W&B asks
             return
         if wandb.setup().settings.mode not in ("online", "run", "shared"):
             return
@@ -71,9 +77,13 @@ class WandbTracker(Tracker):
         except TypeError:  # W&B before that argument
             return
         except Exception as error:
-            raise ValueError(f"logger=wandb: W&B does not accept the account: {error}. {LOG_IN}") from error
+            raise ValueError(
+                f"logger=wandb: W&B does not accept the account: {error}. {LOG_IN}"
+            ) from error
         if not is_known:
-            raise ValueError(f"logger=wandb needs a W&B account, and there is no API key on this machine. {LOG_IN}")
+            raise ValueError(
+                f"logger=wandb needs a W&B account, and there is no API key on this machine. {LOG_IN}"
+            )
 
     def __call__(self, *, folder: Path, stage: str) -> Logger:
         return _StageLogger(self, Path(folder), stage)
@@ -94,14 +104,14 @@ class WandbTracker(Tracker):
             return wandb.run
         run_dir.mkdir(parents=True, exist_ok=True)
         in_sweep = SWEEP_ID in os.environ  # whose agent says project and id
-        config_file = run_dir / "config.yaml"
-        config = yaml.safe_load(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
+        file = run_dir / "config.yaml"
+        config = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
         try:
             run = wandb.init(
                 project=None if in_sweep else self.project,
                 entity=None if in_sweep else self.entity,
                 id=None if in_sweep else self.marks(run_dir).get("id"),
-                name=f"{self.experiment}-{run_dir.resolve().name}",
+                name=self.name_of(run_dir),
                 group=self.experiment,
                 dir=run_dir,
                 resume="allow",
@@ -115,6 +125,10 @@ class WandbTracker(Tracker):
         _opened.add(run.id)
         self.marks(run_dir)  # keeps the id
         return run
+
+    def name_of(self, run_dir: Path) -> str:
+        """The name of the run in `run_dir` in W&B."""
+        return f"{self.experiment}-{run_dir.resolve().name}"
 
     def show(self, run_dir: Path, stage: str, outcome: Outcome) -> None:
         import wandb
@@ -131,7 +145,7 @@ class WandbTracker(Tracker):
             run.log(shown)
         if self.log_models:
             for name, folder in outcome.models.items():
-                artifact = wandb.Artifact(f"{self.experiment}-{run_dir.resolve().name}-{name}", type="model")
+                artifact = wandb.Artifact(f"{self.name_of(run_dir)}-{name}", type="model")
                 artifact.add_dir(str(folder))
                 run.log_artifact(artifact)
 
@@ -140,11 +154,14 @@ class WandbTracker(Tracker):
         wandb = sys.modules.get("wandb")
         if wandb is not None and wandb.run is not None and wandb.run.id in _opened:
             _opened.discard(wandb.run.id)
+            _ended.add(wandb.run.id)
             wandb.run.finish(exit_code=exit_code)
 
     @rank_zero_only
     def fail(self, run_dir: Path, error: str) -> None:
         """Record an arm of a W&B sweep that failed before it logged anything: its W&B run says why."""
+        if os.environ.get(RUN_ID) in _ended:
+            return  # it did log, and is marked as failed
         run = self.open(run_dir)
         run.summary["error"] = error
         self.finish(1)
@@ -181,9 +198,13 @@ class _StageLogger(OncePerStep, WandbLogger):
 
     def log_named(self, metrics: Mapping[str, Any], step: int | None) -> None:
         at = {} if step is None else {f"{self.stage}/step": int(step)}
-        self.experiment.log({named(name, self.stage): value for name, value in metrics.items()} | at)
+        self.experiment.log(
+            {named(name, self.stage): value for name, value in metrics.items()} | at
+        )
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         given = vars(params) if isinstance(params, Namespace) else params or {}
-        super().log_hyperparams({named(str(name), self.stage): value for name, value in given.items()})
+        super().log_hyperparams(
+            {named(str(name), self.stage): value for name, value in given.items()}
+        )
