@@ -8,47 +8,14 @@ import yaml
 from hydra import compose, initialize_config_module
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
-from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
+from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
+from sweep_files import FILES, arms_of, command_of, config_of, overrides_of
 from tinyfusion_pl.cli.overrides import readable
 from tinyfusion_pl.cli.settings import checked
 
-ROOT = Path(__file__).parents[2]
-CONF, FILES = ROOT / "conf", sorted((ROOT / "sweeps").glob("*.yaml"))
+CONF = Path(__file__).parents[2] / "conf"
 GRIDS = ("gumbel", "distill")
-
-
-def config_of(file):
-    """As `wandb sweep` reads it and hands it to the server."""
-    return yaml.safe_load(yaml.dump(yaml.safe_load(file.read_text())))
-
-
-def arms_of(config):
-    """Arms that together have every value of a list and both ends of every range; of a grid all."""
-    names, choices = list(config["parameters"]), []
-    for space in config["parameters"].values():
-        choices.append(space["values"] if "values" in space else [space["min"], space["max"]])
-    if config["method"] == "grid":
-        return [dict(zip(names, values)) for values in itertools.product(*choices)]
-    longest = max(map(len, choices))
-    return [dict(zip(names, [each[i % len(each)] for each in choices])) for i in range(longest)]
-
-
-def command_of(config, arm):
-    """The words that the agent runs, as `wandb.wandb_agent.Agent._command_run` puts them together."""
-    known = create_sweep_command_args(
-        {"args": {name: {"value": each} for name, each in arm.items()}}
-    )
-    known |= {"env": ["/usr/bin/env"], "interpreter": ["python"], "program": [config["program"]]}
-    words = []
-    for word in create_sweep_command(list(config["command"])):
-        words += known[word[2:-1]] if word.startswith("${") else [str(word)]
-    return words
-
-
-def overrides_of(words):
-    assert words[:4] == ["/usr/bin/env", "python", "-m", "tinyfusion_pl"]
-    return words[4:]
 
 
 def composed(overrides):

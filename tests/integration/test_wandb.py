@@ -142,14 +142,8 @@ def test_a_later_command_joins_the_run(tmp_path):
 
 @pytest.mark.usefixtures("_there")
 def test_each_arm_of_a_multirun_is_a_run_of_its_own(tmp_path):
-    arms = [
-        "-m",
-        *INDEX[:2],
-        "pruning.criterion.kept=[0,1,2,3],[0,2,4,6]",
-        "task=learn_mask",
-        "name=toy",
-    ]
-    assert main([*[each for each in SMALL if "run_dir" not in each], *arms]) == 0
+    command = ["-m", *SMALL[:-1], "task=learn_mask", "name=toy", *INDEX[:2]]
+    assert main([*command, "pruning.criterion.kept=[0,1,2,3],[0,2,4,6]"]) == 0
     runs = [run for folder in (tmp_path / "runs" / "toy").glob("*") for run in read_runs(folder)]
     kept = [run.config["kept_blocks"]["blocks"] for run in runs]
     assert sorted(kept) == [[0, 1, 2, 3], [0, 2, 4, 6]] and len({run.run_id for run in runs}) == 2
@@ -158,11 +152,11 @@ def test_each_arm_of_a_multirun_is_a_run_of_its_own(tmp_path):
 
 @pytest.mark.usefixtures("_there")
 def test_models_are_uploaded_only_when_asked(tmp_path):
-    for value in ("false", "true"):
-        command = [*SMALL[:-1], f"logger.factory.log_models={value}", f"run_dir={value}"]
+    for name, value in (("without", "false"), ("uploaded", "true")):
+        command = [*SMALL[:-1], f"logger.factory.log_models={value}", f"run_dir={name}"]
         assert main([*command, *INDEX, "task=learn_mask"]) == 0
-    without, with_ = (read_runs(tmp_path / value)[0].artifacts for value in ("false", "true"))
-    assert without == [] and with_ == ["digits_d6-true-shallow"]
+    assert read_runs(tmp_path / "without")[0].artifacts == []
+    assert read_runs(tmp_path / "uploaded")[0].artifacts == ["digits_d6-uploaded-shallow"]
 
 
 @pytest.mark.usefixtures("_there")
