@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -26,13 +26,13 @@ class Problem:
         draw: Makes samples: called with their number, it draws them with the global generator, which is seeded around the call.
         num_samples: Samples of `fixed`.
         seed: Of all randomness: the same seed, the same choice.
-        on_step: Called at each step of a search with step (from 1), mean loss, the structure then (num_units,) and its theta (num_units,).
+        on_step: Called after each step of a search with its history so far, as `Choice.history`.
     """
 
     def __init__(self, structures: Structures, draw: Callable[[int], Calibration], *, num_samples: int = 128, seed: int = 0,
-                 on_step: Callable[[int, float, Tensor, Tensor], None] | None = None) -> None:
+                 on_step: Callable[[list[dict[str, Any]]], None] = lambda history: None) -> None:
+        self.on_step = on_step
         self.structures, self.num_samples, self.seed, self._draw = structures, num_samples, seed, draw
-        self.on_step = on_step or (lambda *_: None)
         self._fixed: dict[int, Calibration] = {}
 
     @property
@@ -87,12 +87,14 @@ class Choice:
         scores: Its value of each unit, higher where the unit should stay (num_units,); None where it values structures only.
         theta: Log-odds of a learned distribution (num_units,); None where nothing was learned.
         considered: Structures that it found good, best first, for trials; the choice itself need not be among them.
+        history: Of each step of a search: "step", mean "loss", the "structure" then, and its "theta".
     """
 
     structure: Tensor
     scores: Tensor | None = None
     theta: Tensor | None = None
     considered: Tensor | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Criterion(Protocol):

@@ -135,7 +135,7 @@ class Selection:
 
     def __call__(
         self, model: nn.Module, draw: Callable[[int], Calibration], *, seed: int = 0,
-        watch: Callable[[dict[str, Any]], None] | None = None,
+        watch: Callable[[dict[str, Any]], None] = lambda entry: None,
     ) -> Selected:  # fmt: skip
         """Choose; `model` is left as it is.
 
@@ -147,9 +147,10 @@ class Selection:
         """
         space, history = self.space(model), []
 
-        def on_step(step: int, loss: float, structure: Tensor, theta: Tensor) -> None:
-            history.append({"step": step, "loss": loss, "decision": self._decision(space, structure, theta)})
-            if watch is not None:
+        def on_step(steps: list[dict[str, Any]]) -> None:
+            for each in steps[len(history) :]:
+                decision = self._decision(space, each["structure"], each["theta"])
+                history.append({"step": each["step"], "loss": each["loss"], "decision": decision})
                 watch(history[-1])
 
         with torch.random.fork_rng(devices_of(model)), open_structures(model, space, max_rows=self.max_rows) as structures:
@@ -158,6 +159,7 @@ class Selection:
             simple = self._simple_rule(problem) if self.with_simple_rule else None
             before = structures.num_block_runs  # that the report asks costs nothing here
             choice = self.criterion(problem)
+            on_step(choice.history)
             how, structure, rounds = self.criterion.name, choice.structure, []
             if self.candidates:
                 found = propose(problem, choice, num_drawn=self.num_drawn, num_scored=self.num_scored, keep=self.candidates,

@@ -84,7 +84,7 @@ class WidthPruning:
 
     def __call__(
         self, model: DiT, draw: Callable[[int], Calibration], *, seed: int = 0,
-        watch: Callable[[dict[str, Any]], None] | None = None,
+        watch: Callable[[dict[str, Any]], None] = lambda entry: None,
     ) -> Selected:  # fmt: skip
         """Choose blocks and channels; `model` is left as it is. What is left of it is the result's `shallow`.
 

@@ -46,6 +46,7 @@ class GlobalSearch:
         average, optimizer = theta.clone(), torch.optim.Adam([theta], lr=self.lr, betas=(0.9, 0.99))
         calibrations = problem.stream(self.num_samples, SEARCH)
         index = torch.arange(self.num_samples).repeat_interleave(self.num_subsets)
+        history = []
         for step in range(self.num_steps):
             calibration = problem.structures.ask(next(calibrations))
             structures = sample_structures(space, theta, len(index), generator=generator)
@@ -56,9 +57,11 @@ class GlobalSearch:
             theta.grad = estimate_gradient(losses, structures, marginals(problem.space, theta))
             optimizer.step()
             average.lerp_(theta, 1 - self.average_decay)
-            problem.on_step(step + 1, float(losses.mean()), space.top(average), average.clone())
+            history.append({"step": step + 1, "loss": float(losses.mean()), "structure": space.top(average),
+                            "theta": average.clone()})  # fmt: skip
+            problem.on_step(history)
         considered = most_probable_structures(space, average, self.num_considered)
-        return Choice(space.top(average), scores=average.clone(), theta=average, considered=considered)
+        return Choice(space.top(average), scores=average.clone(), theta=average, considered=considered, history=history)
 
 
 def estimate_gradient(losses: Tensor, structures: Tensor, mu: Tensor) -> Tensor:
