@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from tinyfusion_pl.distill import Distillation, Teacher, check_pairs, check_single_blocks, resolve_intervals
 from tinyfusion_pl.modules.denoising import Denoising
 from tinyfusion_pl.pruning import Decision, find_stacks
+from tinyfusion_pl.pruning.sharding import is_sharded, shard
 
 UNEQUAL_WIDTHS = (
     "Representation and interval distillation, and linear maps in place of blocks, go from hidden states to others of equal width, and the "
@@ -63,6 +65,17 @@ class Recovery(Denoising):
     @property
     def teacher(self) -> nn.Module | None:
         return None if self._teacher is None else self._teacher.model
+
+    def configure_model(self) -> None:
+        """Share out student and teacher; of the teacher a copy, for it belongs to whoever gave it."""
+        super().configure_model()
+        if self._device_mesh is not None and self.teacher is not None and not is_sharded(self.teacher):
+            self._teacher = Teacher(shard(copy.deepcopy(self.teacher), self._device_mesh["data_parallel"]))
+
+    def check_sharded(self) -> None:
+        if self.distillation.weight_interval:
+            raise ValueError("Interval distillation runs the student's blocks by themselves, outside a call of the whole student, in which "
+                             "FSDP2 gathers their weights. Give distill=output or another one, or trainer=ddp.")
 
     def on_fit_start(self) -> None:
         super().on_fit_start()

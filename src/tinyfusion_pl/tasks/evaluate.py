@@ -18,6 +18,7 @@ from tinyfusion_pl.artifacts import save_tensors, sha256, tensors_sha256, write_
 from tinyfusion_pl.checksums import Origin, content_sha256, model_sha256
 from tinyfusion_pl.metrics import GenerationMetrics, Reference, read_reference
 from tinyfusion_pl.metrics.reference import write_pictures
+from tinyfusion_pl.models.records import TRAINING_IMAGES
 from tinyfusion_pl.modules import Generation
 from tinyfusion_pl.objectives import PictureSampler, labels_of
 from tinyfusion_pl.report import write_grid
@@ -34,7 +35,9 @@ from tinyfusion_pl.tasks.timing import images_per_second, on_device
 from tinyfusion_pl.tasks.trainer_checks import check_sampling_trainer
 
 ROLES = ("teacher", "pruned", "recovered")
-TAKEN = (*ROLES, "labels", "name", "reference", "seconds", "block_runs", "shared", "speedup", "peak_memory_mib", "protocol")
+TAKEN = (
+    *ROLES, "labels", "name", "reference", "seconds", "block_runs", "training_images", "shared", "speedup", "peak_memory_mib", "protocol",
+)  # fmt: skip
 """Keys of ``metrics.json`` and of ``samples.safetensors`` that no model of one's own can have for a name."""
 SAMPLES = "samples.safetensors"
 
@@ -274,7 +277,7 @@ class Evaluate:
             for role in shown.keys() - {"labels"}:
                 write_grid(folder / f"samples_{role}.png", shown[role])
         results: dict[str, Any] = {"name": inputs.name, "reference": self.reference or type(inputs.data).__name__}
-        results |= gathered(folder, list(models), speed)
+        results |= gathered(folder, list(models), speed, getattr(inputs.teacher, "source", {}).get(TRAINING_IMAGES))
         results["protocol"] = protocol
         write_json(folder / METRICS, results)
         return results

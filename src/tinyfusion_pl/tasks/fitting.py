@@ -25,7 +25,7 @@ from tinyfusion_pl.tasks.loggers import LogsFollowSteps
 from tinyfusion_pl.tasks.processes import end_together
 from tinyfusion_pl.tasks.steps import FullLength, SaveAtEnd, StepCheckpoint, WholeSteps
 from tinyfusion_pl.tasks.tracking import check_logger, stage_loggers
-from tinyfusion_pl.tasks.trainer_checks import check_length, check_optimizer, check_trainer
+from tinyfusion_pl.tasks.trainer_checks import check_length, check_optimizer, check_sharded, check_trainer
 
 
 @dataclass(kw_only=True)
@@ -51,8 +51,8 @@ class Fit:
     def __post_init__(self) -> None:
         self.callbacks = {name: each for name, each in (self.callbacks or {}).items() if each is not None}
 
-    def check(self, stage: str, module: Denoising) -> None:
-        """Build the Trainer and the optimizer of `module` once, to find wrong settings before anything is trained.
+    def check(self, stage: str, module: Denoising) -> Trainer:
+        """Build the Trainer, which is returned, and the optimizer of `module` once, to find wrong settings before anything is trained.
 
         Raises:
             ValueError: when the number of steps is not stated, the budget's batch cannot be divided, or a setting of the Trainer would end
@@ -70,6 +70,8 @@ class Fit:
         num_steps = self._num_steps(stage, probe)
         check_length(stage, probe, num_steps=num_steps, accumulate=shares[1] if shares else probe.accumulate_grad_batches)
         check_optimizer(stage, module, num_steps=num_steps)
+        check_sharded(stage, probe, self.callbacks, module)
+        return probe
 
     def _num_steps(self, stage: str, trainer: Trainer) -> int:
         if trainer.max_steps >= 1:

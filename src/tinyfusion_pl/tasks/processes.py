@@ -1,4 +1,4 @@
-"""SIGTERM to the processes of a distributed run, all of them or a single one: all end, at once."""
+"""The processes of a distributed run: all end where one gets SIGTERM, and the others wait for what only the first may do."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from types import FrameType
 
+import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_only
@@ -34,6 +38,32 @@ def end_together(trainer: Trainer) -> None:
         # What Lightning registers when the run begins, and unregisters when it is over.
         trainer._signal_connector._sigterm_notifier_fn = _End(trainer)
         os.environ.setdefault(PARENT, str(os.getpid()))
+
+
+@contextmanager
+def first_alone(make_trainer: Callable[..., Trainer]) -> Iterator[bool]:
+    """True in the process that is to do what only one may; the others wait until that has been done, and get False.
+
+    The processes that Lightning starts come when it has been done: the first one starts them with the first training. Those of torchrun
+    and SLURM are all there from the beginning. They wait in a gloo group of their own, which may take days, and fails at once when the
+    first process ends with an error.
+
+    Args:
+        make_trainer: Says how many processes there are, and how they find each other.
+    """
+    trainer = make_trainer(logger=False, strategy="ddp")
+    environment = trainer.strategy.cluster_environment
+    if trainer.world_size == 1 or PARENT in os.environ or not environment.creates_processes_externally:
+        yield rank_zero_only.rank == 0
+        return
+    trainer.strategy.setup_environment()  # the trainings that follow use the same connections
+    group = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=30))
+    if trainer.global_rank == 0:
+        yield True
+        torch.distributed.barrier(group)
+    else:
+        torch.distributed.barrier(group)
+        yield False
 
 
 class _End:
