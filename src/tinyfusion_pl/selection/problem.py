@@ -26,9 +26,12 @@ class Problem:
         draw: Makes samples: called with their number, it draws them with the global generator, which is seeded around the call.
         num_samples: Samples of `fixed`.
         seed: Of all randomness: the same seed, the same choice.
+        on_step: Called after each step of a search with its history so far, as `Choice.history`.
     """
 
-    def __init__(self, structures: Structures, draw: Callable[[int], Calibration], *, num_samples: int = 128, seed: int = 0) -> None:
+    def __init__(self, structures: Structures, draw: Callable[[int], Calibration], *, num_samples: int = 128, seed: int = 0,
+                 on_step: Callable[[list[dict[str, Any]]], None] = lambda history: None) -> None:
+        self.on_step = on_step
         self.structures, self.num_samples, self.seed, self._draw = structures, num_samples, seed, draw
         self._fixed: dict[int, Calibration] = {}
 

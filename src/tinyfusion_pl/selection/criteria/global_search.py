@@ -59,6 +59,7 @@ class GlobalSearch:
             average.lerp_(theta, 1 - self.average_decay)
             history.append({"step": step + 1, "loss": float(losses.mean()), "structure": space.top(average),
                             "theta": average.clone()})  # fmt: skip
+            problem.on_step(history)
         considered = most_probable_structures(space, average, self.num_considered)
         return Choice(space.top(average), scores=average.clone(), theta=average, considered=considered, history=history)
 
