@@ -57,11 +57,13 @@ def rows(folder):
         return list(csv.DictReader(file))
 
 
-def final(folder):
+def final(folder, *, finished=True):
     """All that the last checkpoint holds, but for the seconds, and the logs."""
     content = torch.load(folder / "learn_mask" / "checkpoints" / "last.ckpt", weights_only=True)
     kept = {key: content[key] for key in ("state_dict", "current_model_state", "averaging_state", "optimizer_states",
                                           "DepthPruningCallback", "random_states", "global_step", "DigitsDataModule")}
+    if not finished:
+        return kept
     decisions = [json.loads(line) for line in (folder / "learn_mask" / "decisions.jsonl").read_text().splitlines()]
     return kept | {"decisions": decisions, "rows": rows(folder), "record": (folder / "shallow" / "record.json").read_text()}
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +12,6 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import TorchCheckpointIO
-from lightning.pytorch.trainer.states import TrainerStatus
 
 from tinyfusion_pl.callbacks import Clock
 from tinyfusion_pl.checksums import Origin
@@ -22,7 +20,7 @@ from tinyfusion_pl.tasks.budget import Budget
 from tinyfusion_pl.tasks.checkpoint_io import WholeCheckpointIO
 from tinyfusion_pl.tasks.folder import RunFolder, say
 from tinyfusion_pl.tasks.loggers import LogsFollowSteps
-from tinyfusion_pl.tasks.processes import end_together
+from tinyfusion_pl.tasks.processes import interruptible
 from tinyfusion_pl.tasks.steps import FullLength, SaveAtEnd, StepCheckpoint, WholeSteps
 from tinyfusion_pl.tasks.trainer_checks import check_length, check_optimizer, check_trainer
 
@@ -121,6 +119,7 @@ class Fit:
 
         Raises:
             Unfinished: when the training stopped before its last step, as ``max_time`` makes it.
+            Preempted: when a signal asked for it; the step that was being trained is in the checkpoint.
         """
         clock = Clock()
         checkpoint = folder.checkpoint(stage)
@@ -142,7 +141,7 @@ class Fit:
         )
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeCheckpointIO(made_from)
-        with ctrl_c(trainer):
+        with interruptible(trainer, at_steps=True):
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint if checkpoint.exists() else None, weights_only=True)
         data.trainer = None
         return clock.seconds
@@ -151,18 +150,3 @@ class Fit:
 def num_processes(trainer: Trainer) -> int:
     """Processes of `trainer`, before it has started them."""
     return trainer.num_nodes * trainer.num_devices
-
-
-@contextmanager
-def ctrl_c(trainer: Trainer) -> Iterator[None]:
-    """Lightning turns Ctrl-C into an exit of the process; this turns it back into the KeyboardInterrupt that it was.
-
-    SIGTERM to any of several processes ends all of them, see `end_together`.
-    """
-    end_together(trainer)
-    try:
-        yield
-    except SystemExit:
-        if trainer.state.status == TrainerStatus.INTERRUPTED:
-            raise KeyboardInterrupt from None
-        raise
