@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import TorchCheckpointIO
@@ -36,6 +37,7 @@ class Fit:
         checkpoint_every_n_steps: Optimizer steps between checkpoints: the most work that a killed process loses.
         budget: Length and batch; its batch goes before the data module's. The Trainer's max_steps, where it is not -1, goes before its
             length. None: the Trainer's max_steps and the data module's batch.
+        compile: Whether blocks run compiled, each by itself. The first steps then take minutes; it pays on GPUs.
     """
 
     trainer: Callable[..., Trainer]
@@ -43,6 +45,7 @@ class Fit:
     logger: Callable[..., Logger] | None = None
     checkpoint_every_n_steps: int = 50
     budget: Budget | None = None
+    compile: bool = False
 
     def __post_init__(self) -> None:
         self.callbacks = {name: each for name, each in (self.callbacks or {}).items() if each is not None}
@@ -110,7 +113,7 @@ class Fit:
     def _bare_trainer(self) -> Trainer:
         return self.trainer(callbacks=list(self.callbacks.values()), logger=False)
 
-    def run(self, stage: str, folder: RunFolder, module: LightningModule, data: LightningDataModule, *,
+    def run(self, stage: str, folder: RunFolder, module: Denoising, data: LightningDataModule, *,
             first: Sequence[Callback] = (), made_from: Origin | None = None) -> float:
         """Fit `module` on `data`, from the stage's last checkpoint where there is one; returns the seconds of training.
 
@@ -141,10 +144,20 @@ class Fit:
         )
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeCheckpointIO(made_from)
-        with interruptible(trainer, at_steps=True):
+        with interruptible(trainer, at_steps=True), _compiled(module, self.compile):
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint if checkpoint.exists() else None, weights_only=True)
         data.trainer = None
         return clock.seconds
+
+
+@contextmanager
+def _compiled(module: Denoising, compiles: bool) -> Iterator[None]:
+    module.compiles = compiles
+    try:
+        yield
+    finally:
+        if compiles:
+            module.uncompile()
 
 
 def num_processes(trainer: Trainer) -> int:
