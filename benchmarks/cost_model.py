@@ -54,7 +54,7 @@ class Step:
         optimizer_bytes: Of AdamW's averages, a trained parameter: 8, or 2 of 8-bit AdamW.
         ema: Whether averaged weights are kept.
         teacher_bytes: Of a teacher's parameter: 4, 2 in bf16, 0 on the CPU.
-        lora_rank: Rank of the adapters on qkv and projection of attention.
+        lora_rank: Rank of the adapters, which are on every linear layer.
         sharded: Whether parameters, gradients and optimizer are divided over the devices (FSDP2).
     """
 
@@ -68,7 +68,7 @@ class Step:
     optimizer_bytes: float = 8.0
     ema: bool = True
     teacher_bytes: float = 4.0
-    lora_rank: int = 16
+    lora_rank: int = 8
     sharded: bool = False
 
 
@@ -77,14 +77,7 @@ def trained_params(model: Model, step: Step) -> float:
     if step.update == "frozen":
         return 0.0
     if step.update == "lora":
-        return sum(
-            s.num
-            * step.lora_rank
-            * s.width
-            * (4 + 2)
-            * len(s.tokens if s.kind == "joint" else (1,))
-            for s in model.stacks
-        )
+        return sum(s.num * s.lora_params(step.lora_rank) for s in model.stacks)
     return student_params(model, step)
 
 
@@ -106,7 +99,14 @@ def step_flops(model: Model, step: Step) -> float:
         student = step.kept * f * (1 + backward + again)
         return step.batch * (student + rest + model.flops())  # the teacher runs forward
     share = step.kept if step.gather else 1.0
-    return step.batch * (f * (1 + share * (backward + again)) + rest)
+    lora = (
+        sum(s.num * s.lora_flops(step.lora_rank) for s in model.stacks)
+        if step.update == "lora"
+        else 0.0
+    )
+    if step.update != "full":
+        rest = 2 * model.rest_flops
+    return step.batch * (f * (1 + share * (backward + again)) + lora * (1 + 2 * share) + rest)
 
 
 def step_bytes(model: Model, step: Step, *, devices: int = 1) -> dict[str, float]:
@@ -116,6 +116,10 @@ def step_bytes(model: Model, step: Step, *, devices: int = 1) -> dict[str, float
     share = step.kept if step.stage == "recovery" or step.gather else 1.0
     live = step.batch * share * ((1 - step.checkpointing) * model.activations(mixed=step.mixed)
                                  + step.checkpointing * model.boundaries(mixed=step.mixed))  # fmt: skip
+    if step.stage == "search":  # what each block added, for the gradient of its mask
+        live += step.batch * sum(s.num * 4 * s.num_tokens * s.width for s in model.stacks)
+    if step.mixed:  # weights as autocast casts them
+        live += 2 * all_params * (1 - step.checkpointing)
     if step.checkpointing:  # and one block at work
         live += step.batch * max(s.activations(mixed=step.mixed) for s in model.stacks)
     return {

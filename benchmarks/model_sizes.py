@@ -45,6 +45,19 @@ class Blocks:
         modulation = 2 * d * (3 * d if self.kind == "single" else 6 * d * len(self.tokens))
         return modulation + 2 * t * (4 + 2 * r) * d**2 + 4 * t**2 * d
 
+    def lora_params(self, rank: int) -> float:
+        """Of adapters on every linear layer: rank x (inputs + outputs)."""
+        d, r = self.width, self.mlp_ratio
+        if self.kind == "single":
+            return rank * d * (6 + 2 * r + 4)
+        return len(self.tokens) * rank * d * (8 + 2 * r + 7)
+
+    def lora_flops(self, rank: int) -> float:
+        """Of those adapters, forward on one sample."""
+        d, r = self.width, self.mlp_ratio
+        per_token, modulation = (6, 4) if self.kind == "single" else (8, 7 * len(self.tokens))
+        return 2 * rank * d * (self.num_tokens * (per_token + 2 * r) + modulation)
+
     def activations(self, *, mixed: bool) -> float:
         """Bytes that the backward pass of one block needs for one sample.
 
@@ -80,7 +93,12 @@ class Model:
         return self.block_flops() + self.rest_flops
 
     def activations(self, *, mixed: bool) -> float:
-        return sum(s.num * s.activations(mixed=mixed) for s in self.stacks)
+        """Bytes for one sample; of the rest, the last layer's input, its norm and what the modulation makes of that."""
+        last = self.stacks[-1]
+        return (
+            sum(s.num * s.activations(mixed=mixed) for s in self.stacks)
+            + 12 * last.tokens[0] * last.width
+        )
 
     def boundaries(self, *, mixed: bool) -> float:
         """Bytes of the blocks' inputs, all that activation checkpointing keeps."""

@@ -23,7 +23,8 @@ from tinyfusion_pl.selection.criteria.greedy import Greedy
 from tinyfusion_pl.selection.criteria.rules import First, Oracle, Random, Uniform
 from tinyfusion_pl.selection.criteria.sensitivity import Sensitivity
 from tinyfusion_pl.selection.criteria.weights import Magnitude, Taylor
-from tinyfusion_pl.selection.problem import Criterion, Problem, devices_of
+from tinyfusion_pl.selection.problem import Choice, Criterion, Problem, devices_of
+from tinyfusion_pl.selection.progress import Progress
 from tinyfusion_pl.selection.space import Space
 from tinyfusion_pl.selection.structures import MAX_ROWS, open_structures
 from tinyfusion_pl.selection.trials import Trials, propose
@@ -133,21 +134,28 @@ class Selection:
         if (check := getattr(self.criterion, "check", None)) is not None:
             check(space)
 
-    def __call__(self, model: nn.Module, draw: Callable[[int], Calibration], *, seed: int = 0) -> Selected:
+    def __call__(
+        self, model: nn.Module, draw: Callable[[int], Calibration], *, seed: int = 0, progress: Progress | None = None
+    ) -> Selected:
         """Choose; `model` is left as it is.
 
         Args:
             model: The dense, trained model.
             draw: Makes a `Calibration` of so many samples.
             seed: Of all randomness.
+            progress: Keeps the steps of the global search and of trials: the same call resumes after the last one.
         """
         space = self.space(model)
         with torch.random.fork_rng(devices_of(model)), open_structures(model, space, max_rows=self.max_rows) as structures:
-            problem = Problem(structures, draw, num_samples=self.num_samples, seed=seed)
+            problem = Problem(structures, draw, num_samples=self.num_samples, seed=seed, progress=progress)
             structures.ask(problem.fixed)  # checks that structures can be run side by side
             simple = self._simple_rule(problem) if self.with_simple_rule else None
             before = structures.num_block_runs  # that the report asks costs nothing here
-            choice = self.criterion(problem)
+            if (kept := problem.progress.load("choice")) is None:
+                choice = self.criterion(problem)
+                problem.progress.save("choice", vars(choice))
+            else:
+                choice = Choice(**kept)
             how, structure, rounds = self.criterion.name, choice.structure, []
             if self.candidates:
                 found = propose(problem, choice, num_drawn=self.num_drawn, num_scored=self.num_scored, keep=self.candidates,

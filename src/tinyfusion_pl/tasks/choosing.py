@@ -12,12 +12,14 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from tinyfusion_pl.artifacts import write_json, write_text
+from tinyfusion_pl.checksums import Origin
 from tinyfusion_pl.models import save_shallow
 from tinyfusion_pl.pruning import remove_blocks
 from tinyfusion_pl.selection import Calibration, Selected, Selection, WidthPruning
+from tinyfusion_pl.selection.progress import Progress
 from tinyfusion_pl.tasks.folder import Inputs, RunFolder, say
 
-DECISIONS, SELECTION = "learn_mask/decisions.jsonl", "learn_mask/selection.json"
+DECISIONS, SELECTION, PROGRESS = "learn_mask/decisions.jsonl", "learn_mask/selection.json", "learn_mask/progress.pt"
 
 
 class Draws:
@@ -39,7 +41,8 @@ class Draws:
         return Calibration.of(self.objective, x.to(self.device), y.to(self.device))
 
 
-def choose(selection: Selection | WidthPruning, folder: RunFolder, inputs: Inputs, device: torch.device) -> dict[str, Any]:
+def choose(selection: Selection | WidthPruning, folder: RunFolder, inputs: Inputs, device: torch.device, *,
+           made_from: Origin) -> dict[str, Any]:
     """Choose, cut a copy of the teacher, and leave it in ``shallow/``; returns what the stage is marked with.
 
     Args:
@@ -47,12 +50,15 @@ def choose(selection: Selection | WidthPruning, folder: RunFolder, inputs: Input
         folder: Where it goes.
         inputs: The teacher, objective and data.
         device: Where it computes.
+        made_from: What the choice starts from: an interrupted one resumes where that is the same.
     """
     start = time.perf_counter()
     name = selection.name
     say(f"learn_mask: {name} chooses what stays; the shallow model goes to {folder.shallow}")
     model = copy.deepcopy(inputs.teacher).to(device).eval()
-    found = selection(model, Draws(inputs.data, inputs.objective, device), seed=inputs.seed)
+    progress = Progress(folder / PROGRESS, made_from={**made_from, "seed": inputs.seed, "criterion": name})
+    given = {} if isinstance(selection, WidthPruning) else {"progress": progress}
+    found = selection(model, Draws(inputs.data, inputs.objective, device), seed=inputs.seed, **given)
     kept = found.decision.kept_blocks
     shallow = remove_blocks(copy.deepcopy(inputs.teacher), kept) if found.shallow is None else found.shallow
     save_shallow(folder.shallow, shallow, {
@@ -61,6 +67,7 @@ def choose(selection: Selection | WidthPruning, folder: RunFolder, inputs: Input
         **({} if found.width is None else {"width": found.width}),
     })  # fmt: skip
     _write(folder, found, name)
+    progress.delete()
     if (width := found.width) is not None:
         say(f"learn_mask: {name} made it narrower, {width['dense_hidden_size']} to {width['hidden_size']} channels; "
             f"{width['removed']:.1%} of the parameters went")  # fmt: skip

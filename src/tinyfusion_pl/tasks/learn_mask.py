@@ -75,7 +75,7 @@ class LearnMask:
             if rank_zero_only.rank != 0:
                 raise ValueError(f"{self.selection.name} chooses in one process, and this is not the first. Run task=learn_mask "
                                  "in one process, then the other stages.")  # fmt: skip
-            result = choose(self.selection, folder, inputs, self.fit.device())
+            result = choose(self.selection, folder, inputs, self.fit.device(), made_from=made_from)
             left = [SELECTION, *([DECISIONS] if (folder / DECISIONS).exists() else [])]
             folder.finish("learn_mask", {**result, **asked, "made_from": made_from, "files": files_left(folder.path, [folder.shallow.name]),
                                          "logs": files_left(folder.path, left)})  # fmt: skip
