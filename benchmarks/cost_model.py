@@ -143,9 +143,9 @@ def step_seconds(
         if not step.sharded
         else 2 * (3 * params + (model.params() if step.stage == "recovery" else 0))
     )
-    moved = trained * (
-        4 * 4 + 2 * step.optimizer_bytes + (12 if step.ema else 0)
-    )  # read and write weights, averages, EMA
+    stepped = trained / (devices if step.sharded else 1)
+    # Weights and averages are read and written, gradients read, averaged weights read and written beside the weights.
+    moved = stepped * (4 * 3 + 2 * step.optimizer_bytes + (12 if step.ema else 0))
     offload = (
         4 * model.params() / machine.host
         if step.stage == "recovery" and not step.teacher_bytes

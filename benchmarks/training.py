@@ -6,7 +6,7 @@ samples gathered by mask, fused AdamW where the device has it, averages in one k
 states only while they count. Both take turns in this process, so that the ratio does not depend on the machine's load; with --rounds 0
 only memory is measured. Peak memory is that of a process of its own (of the allocator on a GPU), beyond what the models hold.
 
-    python benchmarks/training.py [--width 768 --heads 12 --depth 4 --batch-size 2] [--rounds 5] [--device cpu] [--compile]
+    python benchmarks/training.py [--width 768 --heads 12 --depth 4 --batch-size 4 --input-size 32] [--rounds 5] [--device cpu] [--compile]
     python benchmarks/training.py --width 1152 --heads 16 --depth 28 --batch-size 64 --device cuda --mixed    # DiT-XL/2
 """
 
@@ -47,14 +47,20 @@ class Side:
         self.args, self.ours, self.device = args, ours, torch.device(args.device)
         self.objective = GaussianDiffusion()
         dense = create_model(
-            "dit_xl_2", hidden_size=args.width, num_heads=args.heads, depth=args.depth
+            "dit_xl_2",
+            hidden_size=args.width,
+            num_heads=args.heads,
+            depth=args.depth,
+            input_size=args.input_size,
         ).to(self.device)
         for block in (
             dense.blocks
         ):  # adaLN-Zero starts every block as the identity; a trained model does not
             nn.init.normal_(block.adaLN_modulation[1].weight, std=0.02)
         self.y = torch.randint(1000, (args.batch_size,), device=self.device)
-        self.draw = self.objective.draw(torch.randn(args.batch_size, 4, 32, 32, device=self.device))
+        self.draw = self.objective.draw(
+            torch.randn(args.batch_size, 4, args.input_size, args.input_size, device=self.device)
+        )
         self.begin(dense, case)
         self.model.train()
         trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -210,7 +216,8 @@ def main() -> None:
         ("width", 768),
         ("heads", 12),
         ("depth", 4),
-        ("batch-size", 2),
+        ("batch-size", 4),
+        ("input-size", 32),
         ("rounds", 5),
     ):
         parser.add_argument(f"--{name}", type=int, default=default)
