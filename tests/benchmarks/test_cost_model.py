@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 from cost_model import Step, step_bytes, step_flops, step_seconds, trained_params
+from cost_tables import tables
 from measured_costs import cases, small
 from model_sizes import MODELS, mmdit
 
@@ -94,3 +95,8 @@ def test_a_sharded_step_holds_less_and_sends_more():
     sent = [step_seconds(model, step, devices=8)["communication"] for step in (whole, sharded)]
     assert held[1] < held[0] / 6 and sent[1] > sent[0]
     assert step_flops(model, whole) == step_flops(model, sharded)
+
+
+def test_the_page_has_the_tables_that_are_predicted():
+    page = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text()
+    assert all(part in page for part in tables().split("\n\n"))
