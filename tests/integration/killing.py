@@ -21,7 +21,7 @@ CHECKPOINTED = ("state_dict", "current_model_state", "averaging_state", "optimiz
                 "global_step", "lr_schedulers")  # fmt: skip
 
 
-def run(arguments, *, kill=None, signum=signal.SIGKILL, after=False, within=200):
+def run(arguments, *, kill=None, signum=signal.SIGKILL, after=False, within=600):
     """The exit code of the command `arguments`, what it printed, and the number of its steps.
 
     With `kill` it sends itself `signum` before (or after) its step of that number.
