@@ -198,6 +198,33 @@ learn_mask.fit.logger=5 | learn_mask.fit.logger
 learn_mask.fit.callbacks=null | learn_mask.fit.callbacks
 learn_mask.fit.callbacks=[a] | learn_mask.fit.callbacks
 learn_mask.fit.callbacks.progress=5 | learn_mask.fit.callbacks.progress
+runtime.devices=hot | runtime.devices
+runtime.devices=[] | runtime.devices
+runtime.devices=0 | runtime.devices
+runtime.devices=1.5 | runtime.devices
+runtime.devices=100000 | runtime.devices
+runtime.num_nodes=0 | runtime.num_nodes
+runtime.num_nodes=2.5 | runtime.num_nodes
+runtime.accelerator=abacus | runtime.accelerator
+runtime.accelerator='' | runtime.accelerator
+runtime.precision=64-half | runtime.precision
+runtime.precision=null | runtime.precision
++runtime.device=2 | runtime.device
+task=train runtime.devices=hot | runtime.devices
+task=measure measure.samples=x measure.reference=y runtime.devices=hot | runtime.devices
+trainer.strategy=ddp_spawn | trainer.strategy
+trainer.strategy=magic | trainer.strategy
+trainer.strategy='' | trainer.strategy
+trainer.strategy=null | trainer.strategy
++trainer.devices=2 | trainer.devices
+pruning=learned trainer=fsdp2 runtime.accelerator=cpu | adapter=full
+pruning=learned adapter=full pruning.search_loss=teacher trainer=fsdp2 runtime.accelerator=cpu | pruning.search_loss=data
+pruning=learned adapter=full callbacks@learn_mask.fit.callbacks=ema trainer=fsdp2 runtime.accelerator=cpu | trainer=ddp
+distill=interval trainer=fsdp2 runtime.accelerator=cpu | distill=output
+recover.replace=linear trainer=fsdp2 runtime.accelerator=cpu | recover.replace=null
+callbacks@recover.fit.callbacks=evaluation trainer=fsdp2 runtime.accelerator=cpu | recover.fit.callbacks.evaluation=null
+recover.fit.compile=true trainer=fsdp2 runtime.accelerator=cpu | recover.fit.compile
+trainer=fsdp2 runtime.precision=16-mixed runtime.accelerator=cpu | precision
 learn_mask.fit.trainer=null | learn_mask.fit.trainer
 learn_mask.fit.trainer.max_steps=0 | learn_mask.fit.trainer.max_steps
 learn_mask.fit.trainer.max_steps=2.5 | learn_mask.fit.trainer.max_steps
@@ -214,8 +241,8 @@ learn_mask.fit.trainer.precision=64-half | learn_mask.fit.trainer.precision
 learn_mask.fit.trainer.gradient_clip_val=-1 | learn_mask.fit.trainer.gradient_clip_val
 learn_mask.fit.trainer.accumulate_grad_batches=0 | learn_mask.fit.trainer.accumulate_grad_batches
 learn_mask.fit.trainer.log_every_n_steps=-1 | learn_mask.fit.trainer.log_every_n_steps
-+learn_mask.fit.trainer.strategy=ddp_spawn | learn_mask.fit.trainer.strategy
-+learn_mask.fit.trainer.strategy=magic | learn_mask.fit.trainer.strategy
+learn_mask.fit.trainer.strategy=ddp_spawn | learn_mask.fit.trainer.strategy
+learn_mask.fit.trainer.strategy=magic | learn_mask.fit.trainer.strategy
 +learn_mask.fit.trainer.overfit_batches=2 | learn_mask.fit.trainer.overfit_batches
 +learn_mask.fit.trainer.overfit_batches=0.5 | learn_mask.fit.trainer.overfit_batches
 +learn_mask.fit.trainer.enable_checkpointing=false | learn_mask.fit.trainer.enable_checkpointing

@@ -56,7 +56,8 @@ def is_group(word):
     return "@" in key or key in ("+experiment", "+debug") or (key in GROUPS and not word.endswith("=null"))
 
 
-GROUPS = ("task", "model", "data", "objective", "pruning", "adapter", "distill", "metrics", "logger", "recipe")
+GROUPS = ("task", "model", "data", "objective", "pruning", "adapter", "distill", "metrics", "logger", "recipe", "runtime",
+          "trainer")
 
 
 def refusal(line, run_dir, monkeypatch):

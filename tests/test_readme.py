@@ -22,7 +22,8 @@ def code_lines(language, text=README):
 
 PAGES = [README, *(page.read_text() for page in sorted((ROOT / "docs").glob("*.md")))]
 LINES = [line for text in PAGES for line in code_lines("bash", text)]
-COMMANDS = [line for line in LINES if line.startswith("tinyfusion") and line.split()[1] not in cli.COMMANDS]
+LAUNCHED = [f"tinyfusion {found[1]}" for line in LINES if (found := re.match(r"(?:srun|torchrun) .*tinyfusion(?:_pl)? (.*)", line))]
+COMMANDS = [line for line in LINES if line.startswith("tinyfusion") and line.split()[1] not in cli.COMMANDS] + LAUNCHED
 
 
 @pytest.mark.parametrize("command", COMMANDS)

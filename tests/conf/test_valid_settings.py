@@ -40,7 +40,13 @@ VALID = {
     "learn_mask.fit.trainer.devices=[0,1]": [0, 1],
     "learn_mask.fit.trainer.devices='\"1\"'": "1",
     "learn_mask.fit.trainer.devices=-1": -1,
-    "+learn_mask.fit.trainer.strategy=ddp": "ddp",
+    "learn_mask.fit.trainer.strategy=ddp": "ddp",
+    "runtime.devices=auto": "auto",
+    "runtime.devices=[0,1]": [0, 1],
+    "runtime.devices=4": 4,
+    "runtime.num_nodes=8": 8,
+    "runtime.precision=16-mixed": "16-mixed",
+    "trainer.strategy=ddp_find_unused_parameters_true": "ddp_find_unused_parameters_true",
     "+recover.fit.trainer.max_time=00:01:00:00": "00:01:00:00",
     "+recover.fit.trainer.max_time='{minutes: 5}'": {"minutes": 5},
     "+recover.fit.trainer.deterministic=warn": "warn",
@@ -122,7 +128,7 @@ VALID = {
     "distill.output_loss=lift": "lift",
     "+learn_mask.fit.callbacks.lr='{_target_: lightning.pytorch.callbacks.LearningRateMonitor}'":
         {"_target_": "lightning.pytorch.callbacks.LearningRateMonitor"},
-    "+recover.fit.trainer.strategy='{_target_: lightning.pytorch.strategies.DDPStrategy, find_unused_parameters: true}'":
+    "recover.fit.trainer.strategy='{_target_: lightning.pytorch.strategies.DDPStrategy, find_unused_parameters: true}'":
         {"_target_": "lightning.pytorch.strategies.DDPStrategy", "find_unused_parameters": True},
 }  # fmt: skip
 

@@ -11,7 +11,7 @@ import pytest
 
 COMMAND = ["run_dir=out", "pruning=learned",
            "+debug=default", "data.batch_size=4", "task.stages=[learn_mask]", "learn_mask.fit.trainer.max_steps=2000",
-           "learn_mask.fit.checkpoint_every_n_steps=2", "learn_mask.fit.trainer.devices=2", "learn_mask.fit.trainer.accelerator=cpu"]
+           "learn_mask.fit.checkpoint_every_n_steps=2", "runtime.devices=2", "runtime.accelerator=cpu"]
 
 
 def child_of(pid, *, within=60.0):

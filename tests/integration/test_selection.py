@@ -1,7 +1,10 @@
 """``pruning=NAME`` on the command line: every criterion ends in the same record, recovery, evaluation and report."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -116,3 +119,23 @@ def test_a_mistake_is_told_before_anything_is_written(arguments, message, tmp_pa
 
     assert re.search(message, said.err.replace("\n", " ")), said.err
     assert "Traceback" not in said.err
+
+
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [pytest.param([], id="devices=2"), pytest.param(TORCHRUN, id="torchrun")])
+def test_the_first_of_two_processes_chooses_for_both(tmp_path, launcher):
+    environment = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "RANK", "NODE_RANK", "MASTER_PORT", "WORLD_SIZE")}
+    setting = [*DEBUG, "pruning=shortgpt", "pruning.keep=4"]
+    command = [sys.executable, *launcher, "-m", "tinyfusion_pl", *setting, f"run_dir={tmp_path / 'run'}", "runtime.devices=2",
+               "task.stages=[learn_mask,recover]", "runtime.accelerator=cpu"]  # fmt: skip
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.stdout.count("learn_mask: shortgpt chooses") == 1 and "MEMBER: 2/2" in done.stdout + done.stderr
+    alone = main([*setting, f"run_dir={tmp_path / 'alone'}", "task=learn_mask"])
+    kept = [json.loads((tmp_path / name / "shallow" / "record.json").read_text())["stacks"]["blocks"]["kept_blocks"]
+            for name in ("run", "alone")]  # fmt: skip
+    assert alone == 0 and kept[0] == kept[1]
+    assert (tmp_path / "run" / "recovered" / "model.safetensors").exists()

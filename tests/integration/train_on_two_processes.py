@@ -1,14 +1,10 @@
-"""Started by test_ddp.py with a case's name and an output folder: a real two-process fit, each rank leaving what it saw."""
-
-import sys
-from pathlib import Path
+"""Real fits on two processes, each leaving what it saw; `on_two_processes` runs them."""
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from pruning.toys import TwoStreamToy
 from tinyfusion_pl import DepthPruningCallback, MaskLearning, Recovery, create_model
 from tinyfusion_pl.callbacks import NonFiniteGuard
@@ -17,6 +13,7 @@ from tinyfusion_pl.objectives import GaussianDiffusion
 from tinyfusion_pl.pruning.masks import Masks
 
 NUM_STEPS = 3
+CASES = ("full", "saturated", "lora", "nan", "recovery", "direct", "two_streams", "reentrant")
 
 
 class Direct(LightningModule):
@@ -95,6 +92,7 @@ class Watch(Callback):
             return drawn
 
         Masks.column, objective.draw = seen_column, drawing
+        self.undo = lambda: setattr(Masks, "column", column)
 
     def on_train_start(self, trainer, pl_module):
         drop = pl_module.drop_labels
@@ -166,6 +164,7 @@ def main(case, folder):
                       enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=1,
                       default_root_dir=folder)
     trainer.fit(module, loader)
+    watch.undo()
     watch.seen["masks"] = [torch.stack(columns, 1) for columns in watch.seen["masks"]]
     left = {**watch.seen, "teacher_in_state_dict": any("teacher" in key for key in module.state_dict())}
     if case != "recovery":
@@ -182,6 +181,3 @@ class Saturate(Callback):
             for logits in pl_module.depth_gates.logits():
                 logits.copy_(torch.tensor([50.0, -50.0]))
 
-
-if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))

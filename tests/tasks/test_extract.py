@@ -174,7 +174,7 @@ TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend
 def test_two_processes_write_the_files_that_one_writes(made, tmp_path, launcher):
     command = [sys.executable, *launcher, "-m", "tinyfusion_pl"]
     environment = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "RANK", "NODE_RANK", "MASTER_PORT", "WORLD_SIZE")}
-    done = subprocess.run([*command, *overrides(made, tmp_path / "out"), "extract.trainer.devices=2"], env=environment, cwd=tmp_path,
+    done = subprocess.run([*command, *overrides(made, tmp_path / "out"), "runtime.devices=2"], env=environment, cwd=tmp_path,
                           capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert done.stdout.count("Done.") == 1
@@ -184,7 +184,7 @@ def test_two_processes_write_the_files_that_one_writes(made, tmp_path, launcher)
 def overrides(made, output):
     return ["task=extract_latents", f"extract.images={made / 'images'}", f"extract.output={output}", f"extract.vae.source={made}",
             "extract.vae.batch_size=4", "extract.image_size=8", "extract.shard_size=4", "extract.save_every=2", "extract.batch_size=2",
-            "extract.num_workers=1", "extract.trainer.accelerator=cpu"]
+            "extract.num_workers=1", "runtime.accelerator=cpu"]
 
 
 def test_more_processes_than_images_or_shards_are_refused(made, tmp_path):

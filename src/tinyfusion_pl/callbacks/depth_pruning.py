@@ -36,8 +36,8 @@ class DepthPruningCallback(Callback):
 
     At the first training call of the model it is verified that dropping blocks by gates gives what cutting them out gives.
 
-    List it before Lightning's weight averaging callbacks. It needs whole parameters on every rank (``auto``, ``ddp``; not FSDP or
-    DeepSpeed).
+    List it before Lightning's weight averaging callbacks. Strategies are ``auto``, ``ddp`` and ``fsdp2`` (with full or frozen weights;
+    docs/strategies.md); not FSDP1 or DeepSpeed.
 
     Args:
         pattern: ``"N:M"``, N kept of every M blocks, e.g. ``"1:2"``, mixed with a plus sign ``"3:4+2:4"``; or a mapping from stack path.
@@ -118,7 +118,7 @@ class DepthPruningCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        gate_setup.check_strategy(trainer)
+        self.check_strategy(trainer)
         gate_setup.check_callbacks(trainer, self, pl_module, self.check)
         search_losses.check(pl_module, self.search_loss)
         if self.pruner.finds(pl_module):
@@ -153,6 +153,10 @@ class DepthPruningCallback(Callback):
         search_losses.check(pl_module, self.search_loss)
         self.pruner.check(pl_module)
 
+    def check_strategy(self, trainer: Trainer) -> None:
+        """`ValueError` where the Trainer's strategy does not go with this callback."""
+        gate_setup.check_strategy(trainer, self.pruner, self.search_loss)
+
     def _model(self, pl_module: LightningModule) -> nn.Module:
         return self.pruner.model(pl_module)
 
@@ -169,6 +173,9 @@ class DepthPruningCallback(Callback):
             self._remembered = True
         search_losses.start(pl_module, self.search_loss, self.pruner)
         self.decision, self.monitor.logged_step = None, -1
+        self._start(trainer)
+
+    def _start(self, trainer: Trainer) -> None:
         gate_setup.keep_out(trainer.optimizers, self.gates.logits())  # they have an optimizer of their own
         self.optimizer.start(self.gates)
         if not self._restored:
@@ -205,7 +212,8 @@ class DepthPruningCallback(Callback):
         self.guard.on_before_optimizer_step(trainer, pl_module, optimizer)
         self._stepped = True
         scaler = getattr(trainer.precision_plugin, "scaler", None)
-        self.optimizer.set_aside(scale=1.0 if scaler is None else scaler.get_scale())
+        self.optimizer.set_aside(scale=1.0 if scaler is None else scaler.get_scale(),
+                                 reduce=trainer.strategy.reduce if gate_setup.shards(trainer) else None)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._num_batches_stepped += self._stepped
@@ -273,3 +281,5 @@ class DepthPruningCallback(Callback):
         self.optimizer.load_state_dict(state["optimizer"])
         self.guard.load_state_dict(state["guard"])
         self._num_batches_stepped, self._restored, self._remembered = state["num_batches_stepped"], True, True
+        if trainer.strategy.restore_checkpoint_after_setup:  # and after the start of fit
+            self._start(trainer)

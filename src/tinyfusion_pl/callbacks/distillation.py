@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
@@ -82,6 +83,9 @@ class DistillationCallback(Callback):
 
     # -- attaching ------------------------------------------------------------------------------
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
+            raise ValueError(f"DistillationCallback needs whole models on every process, which {type(trainer.strategy).__name__} does not "
+                             "keep. Use strategy='auto' or 'ddp'; or tinyfusion_pl.Recovery, which shares out student and teacher.")
         called = self._called(pl_module)
         student = getattr(called, "_orig_mod", called)
         check_student(student, self.teacher, pl_module, module=self.module)

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
-from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from tinyfusion_pl.pruning.sharding import is_sharded, local
 
 
 def warmed_up_decay(decay: float, num_updates: int) -> float:
@@ -38,4 +43,42 @@ class EMAWithWarmup(WeightAveraging):
         super().__init__(use_buffers=False, multi_avg_fn=self._average)
 
     def _average(self, averaged: Any, current: Any, num_averaged: Any) -> None:
-        get_ema_multi_avg_fn(warmed_up_decay(self.decay, int(num_averaged)))(averaged, current, num_averaged)
+        average = get_ema_multi_avg_fn(warmed_up_decay(self.decay, int(num_averaged)))
+        average([local(each) for each in averaged], [local(each) for each in current], num_averaged)
+
+    # -- weights that are shared out (FSDP2): so is their average ------------------------------------------------------------------
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit" or not _shards_itself(pl_module):
+            return super().setup(trainer, pl_module, stage)
+        # Lightning would call configure_model, and copy a model that cannot be copied once it is shared out.
+        self._average_model = AveragedModel(pl_module, device=self._device or pl_module.device, use_buffers=self._use_buffers,
+                                            **self._kwargs)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if is_sharded(pl_module):
+            self._average_model.module.shard(pl_module.device_mesh["data_parallel"])
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self._average_model is None or not is_sharded(pl_module):
+            return super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        checkpoint["current_model_state"] = checkpoint["state_dict"]
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        checkpoint["state_dict"] = get_model_state_dict(self._average_model.module, options=options)
+        checkpoint["averaging_state"] = {"n_averaged": self._average_model.n_averaged.cpu()}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self._average_model is None or not is_sharded(pl_module) or "current_model_state" not in checkpoint:
+            return super().on_load_checkpoint(trainer, pl_module, checkpoint)
+        _load(self._average_model.module, checkpoint["state_dict"])
+        self._average_model.n_averaged.copy_(checkpoint["averaging_state"]["n_averaged"])
+        _load(pl_module, checkpoint["current_model_state"])
+
+
+def _shards_itself(pl_module: LightningModule) -> bool:
+    """Whether it is one of the modules whose ``configure_model`` does nothing but that."""
+    return callable(getattr(pl_module, "shard", None))
+
+
+def _load(module: nn.Module, state: dict[str, Any]) -> None:
+    """Put whole tensors into a sharded module."""
+    set_model_state_dict(module, state, options=StateDictOptions(full_state_dict=True))

@@ -21,11 +21,28 @@ GATES = "depth_gates"
 """Name under which the gates are a child of the LightningModule."""
 
 
-def check_strategy(trainer: Trainer) -> None:
-    """`ValueError` for a strategy that shards parameters."""
-    if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
-        raise ValueError(f"DepthPruningCallback needs whole parameters on every rank, which {type(trainer.strategy).__name__} does not "
-                         "keep. Use strategy='auto' or 'ddp'.")  # fmt: skip
+def check_strategy(trainer: Trainer, pruner: DepthPruner, search_loss: str) -> None:
+    """`ValueError` for a strategy that shards parameters, and for what does not go with FSDP2, which may."""
+    name = type(trainer.strategy).__name__
+    if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy)):
+        raise ValueError(f"DepthPruningCallback needs whole parameters on every rank, which {name} does not keep. Use strategy='auto', "
+                         "'ddp' or 'fsdp2'.")  # fmt: skip
+    if not shards(trainer):
+        return
+    if pruner.weight_update.kind not in ("full", "frozen"):
+        raise ValueError(f"{name} shares out whole blocks, in which adapters would be weights of their own that no checkpoint knows. Give "
+                         "weight_update='full' or 'frozen' (adapter=full, adapter=frozen), or trainer=ddp.")  # fmt: skip
+    if search_loss == "teacher":
+        raise ValueError(f"search_loss is 'teacher', which keeps the original weights whole on each process, while {name} shares out those "
+                         "of the model. Give search_loss='data' (pruning.search_loss=data), or trainer=ddp.")  # fmt: skip
+    if averaging := [type(each).__name__ for each in trainer.callbacks if isinstance(each, WeightAveraging)]:
+        raise ValueError(f"{averaging[0]} beside DepthPruningCallback averages weights and gate logits together, of which {name} shares "
+                         "out only the weights. Leave it out of mask learning, or use trainer=ddp.")  # fmt: skip
+
+
+def shards(trainer: Trainer) -> bool:
+    """Whether the strategy leaves each process a share of the weights, and gradients of gate logits unreduced."""
+    return isinstance(trainer.strategy, ModelParallelStrategy)
 
 
 def open_compiled_module(pl_module: LightningModule) -> Compiler | None:

@@ -9,6 +9,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from tinyfusion_pl.pruning.sharding import local
+
 REMEDY = "Lower the learning rate, check the data for NaN, or train in a wider precision (trainer.precision=bf16-mixed or 32-true)."
 
 
@@ -49,7 +51,7 @@ class NonFiniteGuard(Callback):
         grads = [p.grad for p in parameters.values() if p.grad is not None]
         bad = torch.zeros((), dtype=torch.bool, device=pl_module.device) if self._bad_loss is None else self._bad_loss.to(pl_module.device)
         if grads and not scaled:
-            norms = torch._foreach_norm(grads)
+            norms = torch._foreach_norm([local(grad) for grad in grads])
             bad = bad | ~torch.isfinite(torch.stack([n.to(bad.device, torch.float32) for n in norms])).all()
         self._bad_loss = None
         place = next((i for i, each in enumerate(trainer.optimizers) if each is getattr(optimizer, "optimizer", optimizer)), 0)

@@ -13,12 +13,15 @@ from tinyfusion_pl.cli.errors import sentence
 from tinyfusion_pl.cli.references import home
 from tinyfusion_pl.cli.run_identity import items
 
+KEY = re.compile(r"(?<![\w./'\"-])[a-z]\w*(?:\.[a-z]\w*){2,}(?![\w/])")  # of a setting inside an object
+
 
 def named(error: Exception, cfg: DictConfig) -> str | None:
     """`sentence` of an error in building a part of `cfg`, with the key of the setting that it is about."""
     told = sentence(error)
     if told is None:
         return None
+    told = KEY.sub(lambda found: home(cfg, found[0]), told)  # as one Trainer's devices stand at runtime.devices
     place = re.search(r"full_key: (\S+)", str(error))
     key = home(cfg, place[1]) if place else "task"
     leaves = dict(_leaves(cfg, key, set()))

@@ -123,6 +123,11 @@ class Plain:
     settings: dict[str, Any]
 
 
+def _bounds(pair: tuple[float | None, float | None] | None) -> dict[str, Any]:
+    return {} if pair is None else {"least": pair[0], "most": pair[1]}
+
+
+_OF_TRAINER = FOREIGN_BOUNDS["lightning.pytorch.trainer.trainer.Trainer"]
 PICTURES = Kind(str | Built, blank=False)
 TRAINER = Kind(Built)
 MAIN = Plain({
@@ -134,10 +139,13 @@ MAIN = Plain({
     "dry_run": Plain({"num_iterations": Kind(int, least=1, most=10**6)}),
     "adapter": Plain({"weight_update": Kind(Literal["lora", "full", "frozen"] | Built)}),
     "logger": Plain({"factory": Kind(Built | None)}),
+    "runtime": Plain({"accelerator": Kind(str, blank=False), "devices": Kind(int | str | list[int], **_bounds(_OF_TRAINER["devices"])),
+                      "num_nodes": Kind(int, **_bounds(_OF_TRAINER["num_nodes"])), "precision": Kind(int | str)}),
+    "trainer": Plain({"strategy": Kind(str, blank=False)}),
     "measure": Plain({"trainer": TRAINER, "files": Kind(Built), "samples": PICTURES, "reference": PICTURES}),
     "reference": Plain({"trainer": TRAINER, "files": Kind(Built), "pictures": PICTURES, "output": Kind(str, blank=False)}),
     **{name: Kind(Built) for name in ("task", "model", "data", "objective", "pruning", "distill", "metrics", "learn_mask", "recover",
-                                      "evaluate", "train", "extract", "candidates", "activations")},
+                                      "evaluate", "train", "extract", "candidates", "activations", "depth_curve")},
 })  # fmt: skip
 NEW_MODEL = "tinyfusion_pl.tasks.train_denoiser"  # makes a model of its name alone
 OF_NEW_MODEL = {"_target_", "name", "checkpoint", "weights", "variant", "prefix"}  # unused or unneeded where there are no weights yet
@@ -162,10 +170,6 @@ def kind_of(name: str, hint: Any, *, target: str) -> Kind:
     if (target, name) in OBJECTS:
         return Kind(Built | None)
     return Kind(hint if target.startswith(LOADERS) else CHOICES.get(name, hint), **_bounds(BOUNDS.get(name)), blank=name in BLANK)
-
-
-def _bounds(pair: tuple[float | None, float | None] | None) -> dict[str, Any]:
-    return {} if pair is None else {"least": pair[0], "most": pair[1]}
 
 
 def check_name(key: str, value: str) -> None:

@@ -100,7 +100,7 @@ class _Door:
         if not isinstance(task, DictConfig):
             return
         for name in task:
-            if name not in ("stages", "overrides", "run_dir", *SPECIAL) and not OmegaConf.is_interpolation(task, name):
+            if name not in ("stages", "overrides", "run_dir", "settings", *SPECIAL) and not OmegaConf.is_interpolation(task, name):
                 self.tell(f"task.{name}", f"task.{name} is {shown(raw(task, name))}; a task takes it from the rest of the configuration. "
                                           f"Leave it out and set {name} there.")  # fmt: skip
         model = raw(self.cfg, "model")

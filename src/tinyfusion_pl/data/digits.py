@@ -10,6 +10,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from tinyfusion_pl.checksums import state_sha256
 from tinyfusion_pl.data.base import GenerationDataModule
+from tinyfusion_pl.data.pixels import decode_pixels
 
 
 class DigitsDataModule(GenerationDataModule):
@@ -36,11 +37,7 @@ class DigitsDataModule(GenerationDataModule):
 
     def decode(self, latents: Tensor) -> Tensor:
         """[-1, 1] to 0..255, values outside clamped; rounded to uint8 but not to the 17 levels of the real digits."""
-        if latents.ndim != 4 or tuple(latents.shape[1:]) != self.latent_shape:
-            raise ValueError(f"Digit latents are (N, 1, 8, 8); these are {tuple(latents.shape)}.")
-        if not torch.isfinite(latents).all():
-            raise ValueError("The latents hold values that are not finite: the model that made them has diverged.")
-        return (latents.float().clamp(-1, 1) + 1).mul(127.5).round().to(torch.uint8)  # (N, 1, 8, 8)
+        return decode_pixels(latents, self.latent_shape, name="Digit")  # (N, 1, 8, 8)
 
     def reference_pictures(self) -> tuple[Tensor, Tensor]:
         """All 1797 digits as pictures (1797, 1, 8, 8) and their labels, through `decode` as the samples are."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tinyfusion_pl.pruning import get_stack
 from tinyfusion_pl.pruning.batch_axes import plan_batch, shape_key
 from tinyfusion_pl.pruning.calls import Call, block_signature, unwrapped
+from tinyfusion_pl.pruning.sharding import gathered
 from tinyfusion_pl.pruning.streams import Key, items_of
 
 
@@ -53,7 +54,8 @@ def layout_of(block: nn.Module, call: Call, output: Any, *, given: Sequence[str]
 
 def _find_layout(block: nn.Module, call: Call, output: Any, given: Sequence[str] | None, name: str) -> Layout:
     try:
-        plan = plan_batch(block, block.forward, call, given=list(given) if given else None, name=name)
+        with gathered(block):
+            plan = plan_batch(block, block.forward, call, given=list(given) if given else None, name=name)
         return Layout(tuple(key for key in items_of(output) if key in plan.streams.inputs), plan.axis)
     except ValueError:
         # Not a block that could be dropped, because its hidden states change their shape; if there is one of them, that is it.

@@ -3,6 +3,7 @@
 from tinyfusion_pl.metrics import functional
 from tinyfusion_pl.metrics.accuracy import LabelAccuracy
 from tinyfusion_pl.metrics.base import FeatureMetric
+from tinyfusion_pl.metrics.cifar import load_cifar_resnet
 from tinyfusion_pl.metrics.digits import DigitsClassifier, load_digits_classifier
 from tinyfusion_pl.metrics.features import FeatureNetwork, Features
 from tinyfusion_pl.metrics.frechet import FrechetDistance
@@ -31,6 +32,7 @@ __all__ = [
     "Reference",
     "TimmFeatures",
     "functional",
+    "load_cifar_resnet",
     "load_digits_classifier",
     "read_reference",
 ]

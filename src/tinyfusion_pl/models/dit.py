@@ -146,4 +146,5 @@ for _size, (_hidden_size, _depth, _num_heads) in SIZES.items():
 
 register_model("dit", DiT)  # of sizes that have no name
 register_model("dit_digits", DiT, input_size=8, patch_size=2, in_channels=1, hidden_size=64, depth=12, num_heads=4, num_classes=10)
+register_model("dit_cifar10", DiT, input_size=32, patch_size=2, in_channels=3, hidden_size=256, depth=28, num_heads=4, num_classes=10)
 register_model("dit_digits_deep", DiT, input_size=8, patch_size=2, in_channels=1, hidden_size=48, depth=24, num_heads=4, num_classes=10)

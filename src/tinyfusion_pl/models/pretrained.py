@@ -19,8 +19,8 @@ from tinyfusion_pl.models.diffusers_layout import is_diffusers_folder, read_diff
 from tinyfusion_pl.models.dit import DiT
 from tinyfusion_pl.models.families import arguments_of, dit_of_width, name_and_sizes, plain_state, predicts_variance
 from tinyfusion_pl.models.notices import warn
-from tinyfusion_pl.models.published import PUBLISHED, RENAMED, fetch_published, published_as
-from tinyfusion_pl.models.records import RECORD, read_record
+from tinyfusion_pl.models.published import PUBLISHED, RENAMED, Published, fetch_published, published_as
+from tinyfusion_pl.models.records import RECORD, TRAINING_IMAGES, read_record
 from tinyfusion_pl.models.registry import create_model, list_models, model_family, registered_name
 from tinyfusion_pl.models.shallow import check_weights, load_shallow
 from tinyfusion_pl.models.sit import SiT
@@ -90,7 +90,7 @@ def load_pretrained(name_or_path: str | Path, *, name: str | None = None, weight
         _refuse_other_family(own, registered_name(record.model), known)
         path = fetch_published(known)
         model = _from_path(path, own or record.model, options, {**record.kwargs, **overrides})
-        model.source = {**model.source, "path": known, "url": record.url}
+        model.source = {**model.source, "path": known, "url": record.url, **_trained_on(record)}
         if record.sha256 not in (None, model.source["sha256"]):
             raise ArtifactError(f"{path} is not the published {known}: its checksum is {model.source['sha256'][:12]}..., that of the "
                                 f"published file {record.sha256[:12]}.... Remove it, then run again.")
@@ -104,7 +104,14 @@ def load_pretrained(name_or_path: str | Path, *, name: str | None = None, weight
         _refuse_other_family(own, record.model, path)
         own = own or registered_name(record.model)
         overrides = {**(record.kwargs if own == record.model else {}), **overrides}
+        model = _from_path(path, own, options, overrides)
+        model.source |= _trained_on(record)
+        return model
     return _from_path(path, own, options, overrides)
+
+
+def _trained_on(record: Published) -> dict[str, int]:
+    return {} if record.num_training_images is None else {TRAINING_IMAGES: record.num_training_images}
 
 
 def _from_path(path: Path, own: str | None, options: Mapping[str, Any], overrides: dict[str, Any]) -> nn.Module:
@@ -180,7 +187,8 @@ def _from_record(folder: Path, own: str | None, overrides: dict[str, Any]) -> nn
         model = build_model(stated["name"], {**stated["kwargs"], **overrides}, state, folder)
     else:
         raise ArtifactError(f"{folder / RECORD} does not say which model it is of.")
-    model.source = {"path": str(folder), "sha256": record["weights"]["sha256"]}
+    seen = {TRAINING_IMAGES: record[TRAINING_IMAGES]} if TRAINING_IMAGES in record else {}
+    model.source = {"path": str(folder), "sha256": record["weights"]["sha256"], **seen}
     return model.eval()
 
 

@@ -27,6 +27,8 @@ class Published:
         file: Its name in the cache, where the published one would not tell it from others.
         is_folder: A diffusers pipeline, of which the transformer is fetched.
         size, sha256: In bytes, and as 64 hexadecimal digits, where known.
+        num_training_images: Images that it was trained on, repeated ones counted each time, where
+            its authors say so; what recovery is compared with.
     """
 
     model: str
@@ -36,10 +38,15 @@ class Published:
     is_folder: bool = False
     size: int | None = None
     sha256: str | None = None
+    num_training_images: int | None = None
+
+
+IMAGES_OF_7M_STEPS = 7_000_000 * 256  # DiT-XL/2 at 256 x 256 (arXiv 2212.09748) and SiT-XL/2 (arXiv 2401.08740)
 
 
 def _dit(file: str, **kwargs: Any) -> Published:
-    return Published(model="dit_xl_2", url=f"https://dl.fbaipublicfiles.com/DiT/models/{file}", kwargs=kwargs)
+    return Published(model="dit_xl_2", url=f"https://dl.fbaipublicfiles.com/DiT/models/{file}", kwargs=kwargs,
+                     num_training_images=IMAGES_OF_7M_STEPS if "input_size" not in kwargs else 3_000_000 * 256)
 
 
 def _diffusers(repository: str) -> Published:
@@ -58,7 +65,7 @@ PUBLISHED: dict[str, Published] = {
         model="dit_xl_2", kwargs={"depth": 14},
         url="https://github.com/VainF/TinyFusion/releases/download/v1.0.0/TinyDiT-D14-MaskedKD-500K.pt"),
     "SiT-XL-2-256x256.pt": Published(
-        model="sit_xl_2",
+        model="sit_xl_2", num_training_images=IMAGES_OF_7M_STEPS,
         url="https://www.dl.dropboxusercontent.com/scl/fi/as9oeomcbub47de5g4be0/SiT-XL-2-256.pt?rlkey=uxzxmpicu46coq3msb17b9ofa&dl=1"),
     "mar_base.pth": _mar("base", "f6dpuyjb7fudzxcyhvrhk/checkpoint-last.pth?rlkey=a6i4bo71vhfo4anp33n9ukujb"),
     "mar_large.pth": _mar("large", "pxacc5b2mrt3ifw4cah6k/checkpoint-last.pth?rlkey=m48ovo6g7ivcbosrbdaz0ehqt"),

@@ -17,10 +17,12 @@ from tinyfusion_pl.pruning import Decision, get_stack
 from tinyfusion_pl.pruning.run_maps import POSITIONS, RunMap
 
 RECORD = "record.json"
+TRAINING_IMAGES = "num_training_images"  # repeated ones counted each time
 MAX_BLOCKS = 10_000  # of a dense stack
 TOLERANCE = 1e-4  # of probabilities, which are sums of rounded numbers
 MISSING = object()
 COUNT, NUMBER, TEXT, NAMES, ROWS = "an integer >= 0", "a finite number", "text", "a mapping", "a list"
+IMAGES = "a number of images >= 1"
 STACK = {"pattern": TEXT, "num_blocks": COUNT, "kept_blocks": "a list of block numbers",
          "block_probabilities": "a list of numbers", "groups": ROWS}
 GROUP = {"start": COUNT, "num_kept": COUNT, "num_blocks": COUNT, "kept": "a list of block numbers"}
@@ -37,6 +39,7 @@ def _is_number(value: Any) -> bool:
 
 CHECKS = {
     COUNT: _is_count,
+    IMAGES: lambda value: type(value) is int and value > 0,
     NUMBER: _is_number,
     TEXT: lambda value: isinstance(value, str),
     NAMES: lambda value: isinstance(value, dict),
@@ -91,6 +94,7 @@ def read_record(folder: str | Path, *, decided: bool = False) -> dict[str, Any]:
             if name != "library":  # of which the library is asked
                 _check_name(name, field(record, f"{name}.name", TEXT, file), file)
                 field(record, f"{name}.kwargs", NAMES, file, optional=name != "model")
+    field(record, TRAINING_IMAGES, IMAGES, file, optional=True)
     if field(record, "width", NAMES, file, optional=True) is not None:
         for name in ("hidden_size", "dense_hidden_size"):
             field(record, f"width.{name}", COUNT, file)

@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from tinyfusion_pl.modules.optimizers import use_fused
 from tinyfusion_pl.modules.random_state import OwnRandomness
 from tinyfusion_pl.pruning import find_stacks
 from tinyfusion_pl.pruning.compiled import compile_blocks, uncompile_blocks
+from tinyfusion_pl.pruning.sharding import is_sharded, shard
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 SchedulerFactory = Callable[..., torch.optim.lr_scheduler.LRScheduler]
@@ -46,6 +48,28 @@ class Denoising(OwnRandomness):
     def blocks(self) -> Iterator[nn.Module]:
         """The blocks of all models that a step runs."""
         yield from blocks_of(self.denoiser)
+
+    def configure_model(self) -> None:
+        """Share out the denoiser's weights where the strategy is Lightning's ModelParallelStrategy (``trainer=fsdp2``).
+
+        Raises:
+            ValueError: for tensor parallelism, whose processes would each draw other noise for the same samples.
+        """
+        mesh = self._device_mesh
+        if mesh is None or is_sharded(self.denoiser):
+            return
+        self.check_sharded()
+        if mesh["tensor_parallel"].size() > 1:
+            raise ValueError(f"The strategy divides each layer over {mesh['tensor_parallel'].size()} processes (tensor_parallel_size), "
+                             "which the denoisers do not support. Give strategy='fsdp2', which shares out whole blocks.")
+        self.shard(mesh["data_parallel"])
+
+    def check_sharded(self) -> None:
+        """`ValueError` for settings that do not go with weights that are shared out."""
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Share out the denoiser's weights over the processes of `mesh`."""
+        shard(self.denoiser, mesh)
 
     def on_fit_start(self) -> None:
         self.denoiser.train()  # what loads a model leaves it in evaluation mode, where gates draw no masks and Lightning leaves it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ from tinyfusion_pl.distill import Distillation, Teacher, check_pairs, check_sing
 from tinyfusion_pl.distill.teacher import lowered
 from tinyfusion_pl.modules.denoising import Denoising, blocks_of
 from tinyfusion_pl.pruning import Decision, find_stacks
+from tinyfusion_pl.pruning.sharding import is_sharded, shard
 
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # precision of a Trainer -> what it casts to
 UNEQUAL_WIDTHS = (
@@ -69,13 +71,24 @@ class Recovery(Denoising):
     def teacher(self) -> nn.Module | None:
         return None if self._teacher is None else self._teacher.model
 
+    def configure_model(self) -> None:
+        """Share out student and teacher; of the teacher a copy, for it belongs to whoever gave it."""
+        super().configure_model()
+        if self._device_mesh is not None and self.teacher is not None and not is_sharded(self.teacher):
+            self._teacher = Teacher(shard(copy.deepcopy(self.teacher), self._device_mesh["data_parallel"]))
+
+    def check_sharded(self) -> None:
+        if self.distillation.weight_interval:
+            raise ValueError("Interval distillation runs the student's blocks by themselves, outside a call of the whole student, in which "
+                             "FSDP2 gathers their weights. Give distill=output or another one, or trainer=ddp.")
+
     def blocks(self) -> Iterator[nn.Module]:
         yield from super().blocks()
         if self.teacher is not None and self.distillation.needs_teacher:
             yield from blocks_of(self.teacher)
 
     def get_ready(self) -> None:
-        if self._teacher is not None and (dtype := AUTOCAST.get(self.trainer.precision)) is not None:
+        if self._teacher is not None and (dtype := AUTOCAST.get(self.trainer.precision)) is not None and not is_sharded(self.teacher):
             self._teacher = Teacher(lowered(self._teacher.model, dtype))
         if self._teacher is not None:
             self._teacher.wake(self.device)

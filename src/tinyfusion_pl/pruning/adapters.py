@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tinyfusion_pl.pruning.adapter_state import ADAPTER, keep_plain_keys, our_layers, plain_name, release_plain_keys
 from tinyfusion_pl.pruning.copies import outline_of
 from tinyfusion_pl.pruning.linear_layers import linear_names, reads_weight
+from tinyfusion_pl.pruning.sharding import whole
 
 WEIGHT_UPDATES = ("lora", "full", "frozen")
 
@@ -124,7 +125,7 @@ class WeightUpdate:
         ours = our_layers(model)
         movable = {plain_name(name, ours) for name, p in model.named_parameters() if p.requires_grad} & self.trainable.keys()
         movable |= {plain_name(name, ours) for name, _ in model.named_buffers()}
-        self.original = {k: v.detach().cpu().clone() for k, v in model.state_dict().items() if k in movable}
+        self.original = {k: whole(v.detach()).cpu().clone() for k, v in model.state_dict().items() if k in movable}
 
     def finish(self, model: nn.Module, *, delta_w: str) -> None:
         """Make `model` an ordinary one again, in place: ``"discard"`` the update (published behaviour) or ``"merge"`` it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,16 +46,21 @@ class GateOptimizer:
         """Set the temperature of `step` of `num_steps`."""
         self._gates.tau = linear_anneal(step, num_steps, start=self.tau_start, end=self.tau_end)
 
-    def set_aside(self, *, scale: float = 1.0) -> None:
+    def set_aside(self, *, scale: float = 1.0, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
         """Take the logits' gradients away, to be stepped with later; several backward passes add up.
 
         Args:
             scale: What a gradient scaler has multiplied the loss with.
+            reduce: Averages over processes what nothing else averages.
         """
         grads = [None if p.grad is None else p.grad / scale for p in self._logits]
         for p in self._logits:
             p.grad = None
-        if any(g is None for g in grads) or not torch.stack([torch.isfinite(g).all() for g in grads]).all():
+        if any(g is None for g in grads):  # the step is skipped, on all processes alike
+            return
+        if reduce is not None:
+            grads = [reduce(g) for g in grads]
+        if not torch.stack([torch.isfinite(g).all() for g in grads]).all():
             return
         self._pending = grads if self._pending is None else [a + b for a, b in zip(self._pending, grads)]
 

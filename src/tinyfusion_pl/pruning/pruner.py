@@ -37,6 +37,7 @@ from tinyfusion_pl.pruning.gates import DepthGates, remove_gates
 from tinyfusion_pl.pruning.library_configs import check_library_config
 from tinyfusion_pl.pruning.plan import Plan, find_paths, make_plan
 from tinyfusion_pl.pruning.relaxations import Relaxation
+from tinyfusion_pl.pruning.sharding import is_sharded, whole_copy
 from tinyfusion_pl.pruning.surgery import remove_blocks
 
 
@@ -75,6 +76,7 @@ class DepthPruner:
         self.gates: DepthGates | None = None
         self.found: Discovery | None = None  # where the stacks were not named
         self._caches: dict[tuple[str, str], bool] = {}  # use_cache and its like of each config, as they were
+        self._outline: nn.Module | None = None  # of the model as it was, without memory
         self._opened: Opened = []  # compiled modules around the model, which run eagerly meanwhile
 
     # -- planning -------------------------------------------------------------------------------
@@ -126,7 +128,7 @@ class DepthPruner:
         # Before the weight update freezes what would then look left out.
         self.found = discover(module) if self.stacks is None and not self.budget.is_by_path else None
         remarks = [self.found.describe()] if self.found is not None else []
-        outline_of(model)  # which `freeze` must be able to copy
+        self._outline = outline_of(model)  # also because `freeze` must be able to copy it
         self.weight_update.start(model)
         try:
             gates = DepthGates(model, plan.patterns, units=plan.units, streams=plan.streams, tau=self.tau, rank=rank,
@@ -191,7 +193,8 @@ class DepthPruner:
         return self._copy(module, delta_w="discard")
 
     def _copy(self, module: nn.Module, *, delta_w: str) -> nn.Module:
-        copied = copy_of(self.model(module))
+        model = self.model(module)
+        copied = whole_copy(self._outline, model) if is_sharded(model) else copy_of(model)
         for name, child in list(copied.named_children()):
             if isinstance(child, DepthGates):  # the module that holds the stacks holds the gates too
                 delattr(copied, name)

@@ -23,6 +23,7 @@ from tinyfusion_pl.pruning.drops import Structure, earliest_drops, joint_structu
 from tinyfusion_pl.pruning.gates import DepthGates
 from tinyfusion_pl.pruning.gating import GatedForward
 from tinyfusion_pl.pruning.gradient_check import check_gradients
+from tinyfusion_pl.pruning.sharding import gathered
 from tinyfusion_pl.pruning.stack_gates import StackGates
 from tinyfusion_pl.pruning.surgery import blocks_removed
 
@@ -68,7 +69,8 @@ def verify(module: nn.Module, owner: DepthGates, args: tuple, kwargs: dict[str, 
     for stack in gates:
         first = next((pair for pair in recorded.values() if pair[0].gates is stack), None)
         if first is not None:
-            check_gradients(*first)
+            with gathered(first[0].block):
+                check_gradients(*first)
     return True
 
 

@@ -17,6 +17,7 @@ from .reading import METRICS, RECORD, SELECTION, numbers, read_metrics
 from .words import METRICS as MEASURED
 from .words import label, student_of, value
 
+SETTINGS = "settings.json"  # of an arm that does nothing but state them
 ARMS = "arms"  # folder in that of a sweep, with a file for each arm
 
 
@@ -35,6 +36,7 @@ class Arm:
         kept: Blocks kept, by stack path.
         choice: What a criterion left of its choice.
         error: Why it failed; None where it did not.
+        is_stated: It did nothing but state its settings, and has.
     """
 
     settings: dict[str, str]
@@ -43,6 +45,11 @@ class Arm:
     kept: dict[str, list[int]] = field(default_factory=dict)
     choice: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
+    is_stated: bool = False
+
+    @property
+    def is_done(self) -> bool:
+        return bool(self.metrics) or self.is_stated
 
     @property
     def student(self) -> dict[str, float]:
@@ -62,7 +69,7 @@ def read_arms(folder: str | Path) -> list[Arm]:
         raise NothingMeasured(f"{folder} is not the folder of a sweep: it has no {ARMS}/*.json. Give the folder that -m wrote into, "
                             "such as runs/table3.")
     arms = [_read_arm(file) for file in files]
-    if not any(arm.metrics or arm.error for arm in arms):
+    if not any(arm.is_done or arm.error for arm in arms):
         raise NothingMeasured(f"No arm of {folder} has been evaluated. Finish the sweep (rerun the same command to resume it), then "
                               "compare.")
     return arms
@@ -77,7 +84,10 @@ def _read_arm(file: Path) -> Arm:
     metrics = read_metrics(run_dir / METRICS) if (run_dir / METRICS).exists() else {}
     stacks = read_json(run_dir / RECORD).get("stacks", {}) if (run_dir / RECORD).exists() else {}
     choice = read_json(run_dir / SELECTION) if (run_dir / SELECTION).exists() else {}
-    return Arm(settings, seed, metrics, {printable(p): s["kept_blocks"] for p, s in stacks.items()}, choice, content.get("error"))
+    stated = printable_content(read_json(run_dir / SETTINGS)) if (run_dir / SETTINGS).exists() else {}
+    settings |= {key: "" if each is None else str(each) for key, each in stated.items()}
+    return Arm(settings, seed, metrics, {printable(p): s["kept_blocks"] for p, s in stacks.items()}, choice, content.get("error"),
+               is_stated=bool(stated))
 
 
 # -- rows
@@ -155,6 +165,7 @@ def _columns(rows: Sequence[Row]) -> Iterator[tuple[str, str, Take]]:
     yield label("num_params"), "num_params", lambda arm: arm.student.get("num_params")
     yield "choice (block runs)", "block_runs", lambda arm: numbers(arm.metrics.get("block_runs")).get("learn_mask")
     yield "recovery (block runs)", "block_runs", lambda arm: numbers(arm.metrics.get("block_runs")).get("recover")
+    yield "recovery, share of the teacher's training", "share", _share_of_training
     for key in ("calibration_loss", "teacher_distance", "fid"):
         yield f"{label(key)}, pruned", key, lambda arm, key=key: _pruned(arm).get(key)
     measured = dict.fromkeys(key for row in rows for arm in row.arms for key in arm.student)
@@ -163,6 +174,12 @@ def _columns(rows: Sequence[Row]) -> Iterator[tuple[str, str, Take]]:
         if key not in ("depth", "num_params") and not same_width:
             yield label(key), key, lambda arm, key=key: arm.student.get(key)
     yield "speed-up", "speedup", lambda arm: numbers(arm.metrics.get("speedup")).get("measured")
+
+
+def _share_of_training(arm: Arm) -> float | None:
+    """Images of the recovery over those that the teacher was trained on."""
+    images = numbers(arm.metrics.get("training_images"))
+    return images["recover"] / images["teacher"] if images.get("teacher") and "recover" in images else None
 
 
 def _pruned(arm: Arm) -> dict[str, float]:

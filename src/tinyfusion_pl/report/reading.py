@@ -23,7 +23,7 @@ from .outside import printable, printable_content, printable_lines
 MODELS = ("teacher", "pruned", "recovered")
 STAGES = ("learn_mask", "recover", "evaluate")
 
-OTHER_SECTIONS = ("seconds", "speedup", "block_runs", "shared", "protocol")
+OTHER_SECTIONS = ("seconds", "speedup", "block_runs", "training_images", "shared", "protocol")
 METRICS, CONFIG, SAMPLES = "metrics.json", "config.yaml", "samples.safetensors"
 MEASURED = "measure.json"  # what task=measure leaves in place of METRICS, of the same form
 DECISIONS, RECORD, LOGS = "learn_mask/decisions.jsonl", "shallow/record.json", "logs"

@@ -77,10 +77,10 @@ def _lines(rows: Sequence[Row], columns: Sequence[tuple[str, str, Take]]) -> tup
     header = [*names, "seeds", "kept blocks", *(heading for heading, _, _ in columns)]
     lines = []
     for row in rows:
-        done = sum(bool(arm.metrics) for arm in row.arms)
+        done = sum(arm.is_done for arm in row.arms)
         seeds = str(done) if done == len(row.arms) else f"{done} of {len(row.arms)}"
         failed = "; ".join(f"failed: {error}" for error in dict.fromkeys(row.errors))
-        kept = ". ".join(filter(None, [row.kept, failed])) or "not finished"
+        kept = ". ".join(filter(None, [row.kept, failed])) or ("" if done else "not finished")
         # Of a row with a failed arm nothing is averaged: those that did not fail are not a fair sample.
         measured = ["nan" if row.errors else cell(row, key, take) for _, key, take in columns]
         lines.append([*row.settings.values(), seeds, kept, *measured])

@@ -1,4 +1,4 @@
-"""Figures beside those of a run: losses of candidates, speed against depth, activations (TinyFusion, figures 5, 4 and 8)."""
+"""Figures beside those of a run: losses of candidates, speed, activations (TinyFusion, figures 5, 4 and 8), quality over depth (PPCL)."""
 
 from __future__ import annotations
 
@@ -71,6 +71,28 @@ def plot_speedup(points: Sequence[tuple[str, float, float]]) -> Figure:
     axes.legend(frameon=False, fontsize=9, loc="upper left")
     title(axes, "Speed-up against compression")
     dress(axes)
+    return figure
+
+
+def write_depth_curve(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """Draw `plot_depth_curve` into a PNG file; returns its path."""
+    with matplotlib.rc_context({"text.parse_math": False}):
+        save_figure(plot_depth_curve(rows), path)
+    return path
+
+
+def plot_depth_curve(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Distance to the teacher, and FID where it was measured, over the depth of the models in `rows`."""
+    panels = [(key, name) for key, name in (("teacher_distance", "distance to the teacher"), ("fid", "FID"))
+              if any(key in row for row in rows)]
+    figure = new_figure(WIDTH, 3.2)
+    for axes, (key, name) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        points = sorted((row["depth"], row[key]) for row in rows if key in row)
+        axes.plot(*zip(*points), "o-", color=KEPT)
+        axes.set(xlabel="blocks", ylabel=name, ylim=(0, 1.08 * max(value for _, value in points)))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        dress(axes)
+    title(figure.axes[0], "Runs of the teacher put back, without training")
     return figure
 
 

@@ -71,6 +71,8 @@ def value(key: str, number: float | None) -> str:
         return str(number)
     if key == "accuracy":
         return f"{100 * number:.1f}%"
+    if key == "share":
+        return f"{100 * number:.3g}%"
     if isinstance(number, int) or key in ("depth", "width", "num_params"):
         return f"{number:,.0f}"
     return f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.4g}"

@@ -3,6 +3,7 @@
 from tinyfusion_pl.tasks.activations import Activations, draw_activations
 from tinyfusion_pl.tasks.budget import Budget
 from tinyfusion_pl.tasks.candidate_losses import CandidateLosses, score_candidates
+from tinyfusion_pl.tasks.depth_curve import DepthCurve, measure_depths
 from tinyfusion_pl.tasks.evaluate import Evaluate
 from tinyfusion_pl.tasks.extract import Extract, extract_latents
 from tinyfusion_pl.tasks.fitting import Fit
@@ -12,13 +13,17 @@ from tinyfusion_pl.tasks.loggers import csv_logger, wandb_logger
 from tinyfusion_pl.tasks.measure import PictureFiles, make_reference, measure
 from tinyfusion_pl.tasks.recover import Recover
 from tinyfusion_pl.tasks.report import Report
+from tinyfusion_pl.tasks.settings import write_settings
 from tinyfusion_pl.tasks.shared_results import SharedResults
 from tinyfusion_pl.tasks.stages import Pipeline
 from tinyfusion_pl.tasks.steps import Unfinished
 from tinyfusion_pl.tasks.train import Train, train_denoiser
 
 __all__ = [
-    "Activations", "Budget", "CandidateLosses", "Evaluate", "Extract", "Fit", "Inputs", "LearnMask", "PictureFiles", "Pipeline",
-    "Recover", "Report", "RunFolder", "SharedResults", "Train", "Unfinished", "csv_logger", "draw_activations", "extract_latents",
-    "make_reference", "measure", "score_candidates", "train_denoiser", "wandb_logger",
+    "Activations", "Budget", "CandidateLosses", "DepthCurve", "Evaluate", "Extract", "Fit",
+    "Inputs", "LearnMask", "PictureFiles", "Pipeline", "Recover", "Report", "RunFolder",
+    "SharedResults", "Train", "Unfinished", "csv_logger", "draw_activations", "extract_latents",
+    "make_reference", "measure", "measure_depths", "score_candidates", "train_denoiser",
+    "wandb_logger",
+    "write_settings",
 ]

@@ -18,23 +18,26 @@ from tinyfusion_pl.artifacts import save_tensors, sha256, tensors_sha256, write_
 from tinyfusion_pl.checksums import Origin, content_sha256, model_sha256
 from tinyfusion_pl.metrics import GenerationMetrics, Reference, read_reference
 from tinyfusion_pl.metrics.reference import write_pictures
+from tinyfusion_pl.models.records import TRAINING_IMAGES
 from tinyfusion_pl.modules import Generation
 from tinyfusion_pl.objectives import PictureSampler, labels_of
 from tinyfusion_pl.report import write_grid
 from tinyfusion_pl.tasks.closeness import closeness
 from tinyfusion_pl.tasks.fitting import num_processes
 from tinyfusion_pl.tasks.folder import Inputs, RunFolder, say
+from tinyfusion_pl.tasks.interruption import interruptible
 from tinyfusion_pl.tasks.kept import KeptBatches
 from tinyfusion_pl.tasks.measured_models import load_model, own_models
 from tinyfusion_pl.tasks.origins import check_own_models, files_left
-from tinyfusion_pl.tasks.processes import interruptible
 from tinyfusion_pl.tasks.results import METRICS, describe, gathered, is_whole, kept_result, mark_of, plain
 from tinyfusion_pl.tasks.shared_results import SharedResults
 from tinyfusion_pl.tasks.timing import images_per_second, on_device
 from tinyfusion_pl.tasks.trainer_checks import check_sampling_trainer
 
 ROLES = ("teacher", "pruned", "recovered")
-TAKEN = (*ROLES, "labels", "name", "reference", "seconds", "block_runs", "shared", "speedup", "peak_memory_mib", "protocol")
+TAKEN = (
+    *ROLES, "labels", "name", "reference", "seconds", "block_runs", "training_images", "shared", "speedup", "peak_memory_mib", "protocol",
+)  # fmt: skip
 """Keys of ``metrics.json`` and of ``samples.safetensors`` that no model of one's own can have for a name."""
 SAMPLES = "samples.safetensors"
 
@@ -273,7 +276,7 @@ class Evaluate:
             for role in shown.keys() - {"labels"}:
                 write_grid(folder / f"samples_{role}.png", shown[role])
         results: dict[str, Any] = {"name": inputs.name, "reference": self.reference or type(inputs.data).__name__}
-        results |= gathered(folder, list(models), speed)
+        results |= gathered(folder, list(models), speed, getattr(inputs.teacher, "source", {}).get(TRAINING_IMAGES))
         results["protocol"] = protocol
         write_json(folder / METRICS, results)
         return results

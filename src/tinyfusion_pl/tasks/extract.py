@@ -26,7 +26,7 @@ from tinyfusion_pl.locks import sole_writer
 from tinyfusion_pl.modules import Extraction
 from tinyfusion_pl.printable import printable
 from tinyfusion_pl.tasks.folder import say
-from tinyfusion_pl.tasks.processes import interruptible
+from tinyfusion_pl.tasks.interruption import interruptible
 from tinyfusion_pl.tasks.trainer_checks import check_sampling_trainer
 
 NUM_REASONS = 5

@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import TorchCheckpointIO
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from tinyfusion_pl.callbacks import Clock
 from tinyfusion_pl.checksums import Origin
@@ -20,10 +21,10 @@ from tinyfusion_pl.modules import Denoising
 from tinyfusion_pl.tasks.budget import Budget
 from tinyfusion_pl.tasks.checkpoint_io import WholeCheckpointIO
 from tinyfusion_pl.tasks.folder import RunFolder, say
+from tinyfusion_pl.tasks.interruption import interruptible
 from tinyfusion_pl.tasks.loggers import LogsFollowSteps
-from tinyfusion_pl.tasks.processes import interruptible
 from tinyfusion_pl.tasks.steps import FullLength, SaveAtEnd, StepCheckpoint, WholeSteps
-from tinyfusion_pl.tasks.trainer_checks import check_length, check_optimizer, check_trainer
+from tinyfusion_pl.tasks.trainer_checks import check_length, check_optimizer, check_sharded, check_trainer
 
 
 @dataclass(kw_only=True)
@@ -50,8 +51,8 @@ class Fit:
     def __post_init__(self) -> None:
         self.callbacks = {name: each for name, each in (self.callbacks or {}).items() if each is not None}
 
-    def check(self, stage: str, module: Denoising) -> None:
-        """Build the Trainer and the optimizer of `module` once, to find wrong settings before anything is trained.
+    def check(self, stage: str, module: Denoising) -> Trainer:
+        """Build the Trainer, which is returned, and the optimizer of `module` once, to find wrong settings before anything is trained.
 
         Raises:
             ValueError: when the number of steps is not stated, the budget's batch cannot be divided, or a setting of the Trainer would end
@@ -68,6 +69,11 @@ class Fit:
         num_steps = self._num_steps(stage, probe)
         check_length(stage, probe, num_steps=num_steps, accumulate=shares[1] if shares else probe.accumulate_grad_batches)
         check_optimizer(stage, module, num_steps=num_steps)
+        check_sharded(stage, probe, self.callbacks, module)
+        if self.compile and isinstance(probe.strategy, ModelParallelStrategy):
+            raise ValueError(f"{stage}.fit.compile is True, but FSDP2 gathers the weights of a block inside the call that would be "
+                             "compiled. Set it to false, or trainer=ddp.")  # fmt: skip
+        return probe
 
     def _num_steps(self, stage: str, trainer: Trainer) -> int:
         if trainer.max_steps >= 1:

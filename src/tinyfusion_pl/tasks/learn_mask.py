@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from lightning.pytorch import LightningDataModule, seed_everything
-from lightning.pytorch.utilities import rank_zero_only
 
 from tinyfusion_pl.callbacks import DepthPruningCallback
 from tinyfusion_pl.modules import MaskLearning
@@ -16,6 +15,7 @@ from tinyfusion_pl.tasks.choosing import DECISIONS, SELECTION, choose
 from tinyfusion_pl.tasks.fitting import Fit
 from tinyfusion_pl.tasks.folder import Inputs, RunFolder, say
 from tinyfusion_pl.tasks.origins import check_asked, check_logs, check_origin, files_left, logs_of, needs_remaking, origin_of
+from tinyfusion_pl.tasks.processes import first_alone
 
 
 @dataclass(kw_only=True)
@@ -46,10 +46,12 @@ class LearnMask:
         if self.selection is not None:
             self.selection.check(inputs.teacher)
             module = self.module(inputs.teacher, objective=inputs.objective, label_dropout=0.0)  # no labels are dropped
+            self.fit.check("learn_mask", module)  # its Trainer says where a criterion computes
         else:
             module = self.module(inputs.teacher, objective=inputs.objective)
-            self.pruning().check(module)
-        self.fit.check("learn_mask", module)  # its Trainer also says where a criterion computes
+            callback = self.pruning()
+            callback.check(module)
+            callback.check_strategy(self.fit.check("learn_mask", module))
 
     @property
     def changes_width(self) -> bool:
@@ -61,6 +63,16 @@ class LearnMask:
         return None if self.selection is not None else self.fit.num_processes()
 
     def run(self, folder: RunFolder, inputs: Inputs) -> None:
+        if self.selection is None:
+            return self._run(folder, inputs)
+        with first_alone(self.fit.trainer) as is_first:
+            if is_first:
+                return self._run(folder, inputs)
+        if folder.result("learn_mask") is None:
+            raise ValueError(f"{self.selection.name} chooses in one process, and this is not the first. Run task=learn_mask in one "
+                             "process, then the other stages.")  # fmt: skip
+
+    def _run(self, folder: RunFolder, inputs: Inputs) -> None:
         made_from, asked = origin_of(folder, inputs), {"seed": inputs.seed}
         if self.selection is None:
             asked["num_steps"] = self.fit.num_steps("learn_mask")
@@ -72,9 +84,6 @@ class LearnMask:
                 say(f"learn_mask: done before, kept {done['kept_blocks']}; shallow model in {folder.shallow}")
                 return
         if self.selection is not None:
-            if rank_zero_only.rank != 0:
-                raise ValueError(f"{self.selection.name} chooses in one process, and this is not the first. Run task=learn_mask "
-                                 "in one process, then the other stages.")  # fmt: skip
             result = choose(self.selection, folder, inputs, self.fit.device(), made_from=made_from)
             left = [SELECTION, *([DECISIONS] if (folder / DECISIONS).exists() else [])]
             folder.finish("learn_mask", {**result, **asked, "made_from": made_from, "files": files_left(folder.path, [folder.shallow.name]),

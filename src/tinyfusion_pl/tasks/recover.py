@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule, seed_everything
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 
@@ -15,7 +16,7 @@ from tinyfusion_pl.artifacts import ArtifactError
 from tinyfusion_pl.callbacks import NonFiniteGuard
 from tinyfusion_pl.checksums import Origin, content_sha256, files_sha256, model_sha256
 from tinyfusion_pl.models import load_checkpoint, load_decision, load_pretrained, load_shallow, load_weights, save_shallow
-from tinyfusion_pl.models.records import RECORD, read_record
+from tinyfusion_pl.models.records import RECORD, TRAINING_IMAGES, read_record
 from tinyfusion_pl.modules import Recovery
 from tinyfusion_pl.modules.recovery import UNEQUAL_WIDTHS
 from tinyfusion_pl.pruning import Decision, find_stacks
@@ -86,7 +87,10 @@ class Recover:
         if self.teacher is not None and (losses.weight_interval or (losses.weight_feature and not module.pairs)):
             raise ValueError("recover.teacher is another model than the one that is pruned, so that its blocks are not paired with the "
                              "student's. Give distill=output, or distill.pairs where hidden states are to be compared.")
-        self.fit.check("recover", module)
+        trainer = self.fit.check("recover", module)
+        if self.replace and isinstance(trainer.strategy, ModelParallelStrategy):
+            raise ValueError(f"recover.replace is {self.replace!r}: linear maps in place of blocks are not trained with weights that are "
+                             "shared out over processes. Set recover.replace=null, or trainer=ddp.")
         if self.replace:
             check_replacing(inputs)
         self.compares_hidden_states = bool(losses.weight_feature or losses.weight_interval or self.replace)
@@ -153,6 +157,7 @@ class Recover:
         result: dict[str, Any] = {
             "seconds": seconds if done is None else done["seconds"], "num_skipped_steps": guard.num_skipped,
             "num_block_runs": self._num_block_runs(module, inputs.data),
+            TRAINING_IMAGES: self.fit.num_images("recover", inputs.data),
             "files": files_left(folder.path, [folder.recovered.name]), "logs": files_left(folder.path, [logs_of("recover")]),
         }
         self.shared.keep(self._shared(folder, made_from), result, run_dir=folder.path)

@@ -12,6 +12,7 @@ from torch import nn
 
 from tinyfusion_pl.artifacts import tensors_sha256, write_json
 from tinyfusion_pl.checksums import Damaged, Origin, differences
+from tinyfusion_pl.models.records import TRAINING_IMAGES
 from tinyfusion_pl.pruning import find_stacks
 from tinyfusion_pl.tasks.folder import RunFolder, say
 from tinyfusion_pl.tasks.origins import changed_files
@@ -57,13 +58,14 @@ def numbers_of(done: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in done.items() if name not in OF_THE_MARK}
 
 
-def gathered(folder: RunFolder, roles: Sequence[str], speed: Mapping[str, float]) -> dict[str, Any]:
+def gathered(folder: RunFolder, roles: Sequence[str], speed: Mapping[str, float], teacher_images: int | None = None) -> dict[str, Any]:
     """What the marks of the stages and of the models `roles` hold, as ``metrics.json`` has it.
 
     Args:
         folder: The run.
         roles: Names of the models that were measured.
         speed: Images per second of those that were timed.
+        teacher_images: Images that the teacher was trained on, where that is known.
     """
     trained = {stage: done for stage in ("learn_mask", "recover") if (done := folder.result(stage)) is not None}
     measured = {role: folder.result(mark_of(role)) for role in roles}
@@ -74,6 +76,11 @@ def gathered(folder: RunFolder, roles: Sequence[str], speed: Mapping[str, float]
                           "evaluate": sum(done["seconds"] for done in measured.values())}  # fmt: skip
     if runs := {stage: done["num_block_runs"] for stage, done in trained.items() if "num_block_runs" in done}:
         results["block_runs"] = runs
+    images = {stage: done[TRAINING_IMAGES] for stage, done in trained.items() if TRAINING_IMAGES in done}
+    if teacher_images is not None:
+        images["teacher"] = teacher_images
+    if images:
+        results["training_images"] = images
     if others := {name: str(done["run_dir"]) for name, done in {**trained, **measured}.items() if "run_dir" in done}:
         results["shared"] = others  # whose seconds are those of another run
     last = next((role for role in ("recovered", "pruned") if role in results), None)

@@ -58,8 +58,8 @@ class Pipeline:
         numbers = {stage: number for stage, number in numbers.items() if number is not None}
         if len(set(numbers.values())) > 1:  # the processes that the first stage starts run all that follow
             raise ValueError(f"The stages run on different numbers of processes: {', '.join(f'{k} {n}' for k, n in numbers.items())}. Set "
-                             "devices and num_nodes of all their trainers alike, or run them one after the other: "
-                             f"{', '.join(f'task={stage}' for stage in numbers)}.")
+                             "runtime.devices and runtime.num_nodes, which hold for all of them, in place of a single Trainer's; or run "
+                             f"them one after the other: {', '.join(f'task={stage}' for stage in numbers)}.")
         for stage in {"learn_mask", "recover"} & set(numbers):
             self.data.check_processes(numbers[stage])
 

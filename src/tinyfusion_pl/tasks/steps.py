@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 
-from tinyfusion_pl.tasks.processes import end_if_asked
+from tinyfusion_pl.tasks.interruption import end_if_asked
 
 
 class Unfinished(RuntimeError):

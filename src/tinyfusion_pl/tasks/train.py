@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from tinyfusion_pl.artifacts import save_tensors, sha256, write_json
 from tinyfusion_pl.callbacks import NonFiniteGuard
 from tinyfusion_pl.checksums import model_sha256
 from tinyfusion_pl.models import create_model, library_versions, load_checkpoint, load_pretrained, load_weights
+from tinyfusion_pl.models.records import TRAINING_IMAGES
 from tinyfusion_pl.modules import Denoising
 from tinyfusion_pl.pruning import find_stacks
 from tinyfusion_pl.tasks.checkpoint_io import verify
@@ -99,6 +101,7 @@ def train_denoiser(*, run_dir: str | Path, name: str, seed: int, model: str, obj
     if begin is not None:
         begin()
     folder = RunFolder(run_dir)
+    before = 0 if train.start_from is None else denoiser.source.get(TRAINING_IMAGES)  # None: not known
     started_from = None if train.start_from is None else model_sha256(denoiser)
     parts = {CONFIGURATION: folder.configuration, SAMPLES: data.samples_sha256(), "first weights": started_from}
     made_from = {name: checksum for name, checksum in parts.items() if checksum is not None}
@@ -109,7 +112,7 @@ def train_denoiser(*, run_dir: str | Path, name: str, seed: int, model: str, obj
         check_logs(folder, "train", done)
     if done is None or needs_remaking(folder, "train", done, below="trained"):
         say(f"train: {name}; checkpoints go to {folder / 'train'}, the model to {folder / 'trained'}")
-        module = train.module(denoiser, objective=objective)
+        module = train.module(copy.deepcopy(denoiser), objective=objective)  # a strategy may share out its weights
         seconds = train.fit.run("train", folder, module, data, first=[NonFiniteGuard()], made_from=made_from)
         verify(folder.checkpoint("train"))
         load_weights(denoiser, load_checkpoint(folder.checkpoint("train"), weights=train.weights))
@@ -125,7 +128,8 @@ def train_denoiser(*, run_dir: str | Path, name: str, seed: int, model: str, obj
                                   made_from=evaluate.made_from(denoiser, folder, inputs, role="teacher", protocol=protocol))
     metrics = {**describe(denoiser), **results}
     write_json(folder / "trained" / "record.json", {
-        "model": {"name": denoiser.model_name, "kwargs": denoiser.config}, "recipe": recipe, "seed": seed, "metrics": metrics,
+        "model": {"name": denoiser.model_name, "kwargs": denoiser.config}, "recipe": recipe, "seed": seed,
+        **({} if before is None else {TRAINING_IMAGES: before + train.fit.num_images("train", data)}), "metrics": metrics,
         "seconds": folder.result("train")["seconds"], "protocol": protocol, "versions": library_versions(),
         "weights": {"file": "model.safetensors", "sha256": sha256(folder / "trained" / "model.safetensors"), "kind": train.weights},
     })

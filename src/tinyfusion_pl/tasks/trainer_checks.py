@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ProgressBar, Timer
+from lightning.pytorch.callbacks import EarlyStopping, ProgressBar, Timer, WeightAveraging
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import nn
 
+from tinyfusion_pl.callbacks import EMAWithWarmup, EvaluationCallback
 from tinyfusion_pl.modules import Denoising
 
 OWN = {  # argument -> what sets it
@@ -76,6 +78,21 @@ def check_trainer(
         if (limit := timer.time_remaining()) is not None and limit <= 0:
             raise ValueError(f"{key}.max_time leaves no time for a single step. Give a longer one, or null.")
     return trainer
+
+
+def check_sharded(stage: str, trainer: Trainer, callbacks: Mapping[str, Callback], module: Denoising) -> None:
+    """`ValueError` for what does not go with weights that are shared out over processes (``trainer=fsdp2``)."""
+    if not isinstance(trainer.strategy, ModelParallelStrategy):
+        return
+    module.check_sharded()
+    for name, callback in callbacks.items():
+        key = f"{stage}.fit.callbacks.{name}"
+        if isinstance(callback, EvaluationCallback):
+            raise ValueError(f"{key} samples during training, with a number of batches that may differ between processes, while each call "
+                             f"of a shared block needs all of them. Set {key}=null, or trainer=ddp.")
+        if isinstance(callback, WeightAveraging) and not isinstance(callback, EMAWithWarmup):
+            raise ValueError(f"{key} is {type(callback).__name__}, which copies the whole model on every process. Give "
+                             "tinyfusion_pl.callbacks.EMAWithWarmup, whose average is shared out as the weights are; or trainer=ddp.")
 
 
 def check_sampling_trainer(key: str, factory: Callable[..., Trainer]) -> Trainer:
