@@ -78,8 +78,8 @@ def choose(
             each.log_metrics(metrics, step=entry["step"])
 
     progress = Progress(folder / PROGRESS, made_from={**made_from, "seed": inputs.seed, "criterion": name})
-    given = {} if isinstance(selection, WidthPruning) else {"progress": progress, "watch": watch}
-    found = selection(model, Draws(inputs.data, inputs.objective, device), seed=inputs.seed, **given)
+    given = {} if isinstance(selection, WidthPruning) else {"progress": progress}
+    found = selection(model, Draws(inputs.data, inputs.objective, device), seed=inputs.seed, watch=watch, **given)
     for each in loggers:
         each.finalize("success")
     kept = found.decision.kept_blocks
