@@ -18,9 +18,10 @@ from tinyfusion_pl.selection.problem import CANDIDATES, TRIALS, Choice, Problem
 
 
 def propose(problem: Problem, choice: Choice, *, num_drawn: int, num_scored: int, keep: int, extra: Sequence[Tensor] = ()) -> Tensor:
-    """The best structures (<= `keep`, num_units) by distance to the dense model, of those that `choice` makes likely.
+    """The best structures (<= `keep`, num_units) by distance to the dense model, of those that `choice` makes likely, the best first.
 
-    Drawn from its distribution, flattened (half of theta; of a criterion's scores, brought to a standard deviation of 2, where nothing was
+    The best half of `keep` of `extra` always stays: before recovery the distance ranks simple rules too low (those that keep the first
+    blocks above all), which trials then find out. Drawn from its distribution, flattened (half of theta; of a criterion's scores, brought to a standard deviation of 2, where nothing was
     learned), beside the choice itself, what it considered, and `extra`. At most `num_scored` distinct drawn ones are scored.
     """
     drawn = []
@@ -30,7 +31,11 @@ def propose(problem: Problem, choice: Choice, *, num_drawn: int, num_scored: int
     considered = [] if choice.considered is None else list(choice.considered[:num_scored])
     structures = distinct([choice.structure, *considered, *extra, *drawn])
     order = problem.structures.means(problem.fixed, structures).argsort()
-    return structures[order[:keep]]
+    structures = structures[order]
+    is_extra = torch.tensor([any(torch.equal(each, one) for one in extra) for each in structures], dtype=torch.bool)
+    stays = is_extra & (is_extra.cumsum(0) <= keep // 2)
+    others = ~stays & ((~stays).cumsum(0) <= keep - int(stays.sum()))
+    return structures[stays | others]
 
 
 def _theta(choice: Choice) -> Tensor | None:
