@@ -19,7 +19,10 @@ model._target_=tinyfusion_pl.artifacts | model._target_
 +model.depth=0 | model.depth
 +model.depth=1000000 | model.depth
 +model.hidden_size=100 | model.checkpoint
+recover.fit.compile=fast | recover.fit.compile
 +model.activation_checkpointing=5 | model.activation_checkpointing
++model.activation_checkpointing=1.5 | model.activation_checkpointing
++model.activation_checkpointing=half | model.activation_checkpointing
 data.batch_size=2.5 | data.batch_size
 data.batch_size=null | data.batch_size
 data.batch_size=true | data.batch_size
@@ -220,6 +223,7 @@ pruning=learned adapter=full callbacks@learn_mask.fit.callbacks=ema trainer=fsdp
 distill=interval trainer=fsdp2 runtime.accelerator=cpu | distill=output
 recover.replace=linear trainer=fsdp2 runtime.accelerator=cpu | recover.replace=null
 callbacks@recover.fit.callbacks=evaluation trainer=fsdp2 runtime.accelerator=cpu | recover.fit.callbacks.evaluation=null
+recover.fit.compile=true trainer=fsdp2 runtime.accelerator=cpu | recover.fit.compile
 trainer=fsdp2 runtime.precision=64-true runtime.accelerator=cpu | runtime.precision
 learn_mask.fit.trainer=null | learn_mask.fit.trainer
 learn_mask.fit.trainer.max_steps=0 | learn_mask.fit.trainer.max_steps
@@ -366,6 +370,13 @@ metrics=kid metrics.metrics.kid.num_subsets=x | metrics.metrics.kid.num_subsets
 objective=sit objective.path=5 | objective.path
 objective=mar objective.num_noised=0 | objective.num_noised
 logger=wandb logger.factory.offline=5 | logger.factory.offline
+logger=wandb logger.factory.log_models=1 | logger.factory.log_models
+logger=wandb logger.factory.entity=5 | logger.factory.entity
+logger=wandb logger.factory.tags=a | logger.factory.tags
+logger=wandb logger.factory.tags=[5] | logger.factory.tags
+logger=wandb logger.factory.project=null | logger.factory.project
+logger=wandb +logger.factory.id=a | logger.factory.id
+logger=tensorboard +logger.factory.project=a | logger.factory.project
 callbacks@recover.fit.callbacks=evaluation recover.fit.callbacks.evaluation.every_n_steps=0 | recover.fit.callbacks.evaluation.every_n_steps
 callbacks@recover.fit.callbacks=evaluation recover.fit.callbacks.evaluation.num_samples=1 | recover.fit.callbacks.evaluation.num_samples
 +budget@recover.fit.budget=dit_100k recover.fit.budget.num_images=2.5 | recover.fit.budget.num_images

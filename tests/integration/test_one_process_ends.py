@@ -56,7 +56,7 @@ def test_sigterm_to_one_process_ends_both(tmp_path, rank):
     with two_in_training(tmp_path) as (process, other):
         os.kill(other if rank else process.pid, signal.SIGTERM)
         said, _ = process.communicate(timeout=30)
-    assert process.returncode == 130 and "The same command goes on from where it was" in said and "Traceback" not in said
+    assert process.returncode == 75 and "Rerun the same command to resume" in said and "Traceback" not in said
     assert is_gone(other) and not list((tmp_path / "out" / "stages").glob("*"))
 
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import TorchCheckpointIO
-from lightning.pytorch.trainer.states import TrainerStatus
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from tinyfusion_pl.callbacks import Clock
 from tinyfusion_pl.checksums import Origin
@@ -21,9 +21,10 @@ from tinyfusion_pl.modules import Denoising
 from tinyfusion_pl.tasks.budget import Budget
 from tinyfusion_pl.tasks.checkpoint_io import WholeCheckpointIO
 from tinyfusion_pl.tasks.folder import RunFolder, say
+from tinyfusion_pl.tasks.interruption import interruptible
 from tinyfusion_pl.tasks.loggers import LogsFollowSteps
-from tinyfusion_pl.tasks.processes import end_together
 from tinyfusion_pl.tasks.steps import FullLength, SaveAtEnd, StepCheckpoint, WholeSteps
+from tinyfusion_pl.tasks.tracking import check_logger, stage_loggers
 from tinyfusion_pl.tasks.trainer_checks import check_length, check_optimizer, check_sharded, check_trainer
 
 
@@ -34,10 +35,12 @@ class Fit:
     Args:
         trainer: Makes the Trainer from callbacks, logger and default_root_dir.
         callbacks: Further callbacks by name, as in a config; one that is None is left out.
-        logger: Makes a logger from ``folder=`` and ``stage=`` (`csv_logger`, `wandb_logger`); None: none.
+        logger: Makes a logger from ``folder=`` and ``stage=`` (`csv_logger`, `WandbTracker`, `TensorBoardTracker`), beside which csv files
+            are always written; None: none.
         checkpoint_every_n_steps: Optimizer steps between checkpoints: the most work that a killed process loses.
         budget: Length and batch; its batch goes before the data module's. The Trainer's max_steps, where it is not -1, goes before its
             length. None: the Trainer's max_steps and the data module's batch.
+        compile: Whether blocks run compiled, each by itself. The first steps then take minutes; it pays on GPUs.
     """
 
     trainer: Callable[..., Trainer]
@@ -45,6 +48,7 @@ class Fit:
     logger: Callable[..., Logger] | None = None
     checkpoint_every_n_steps: int = 50
     budget: Budget | None = None
+    compile: bool = False
 
     def __post_init__(self) -> None:
         self.callbacks = {name: each for name, each in (self.callbacks or {}).items() if each is not None}
@@ -62,12 +66,16 @@ class Fit:
         every = self.checkpoint_every_n_steps
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ValueError(f"{stage}.fit.checkpoint_every_n_steps is {every!r}; give a count >= 1.")
+        check_logger(self.logger)
         probe = check_trainer(stage, self.trainer, self.callbacks)
         shares = self._shares(stage, probe)
         num_steps = self._num_steps(stage, probe)
         check_length(stage, probe, num_steps=num_steps, accumulate=shares[1] if shares else probe.accumulate_grad_batches)
         check_optimizer(stage, module, num_steps=num_steps)
         check_sharded(stage, probe, self.callbacks, module)
+        if self.compile and isinstance(probe.strategy, ModelParallelStrategy):
+            raise ValueError(f"{stage}.fit.compile is True, but FSDP2 gathers the weights of a block inside the call that would be "
+                             "compiled. Set it to false, or trainer=ddp.")  # fmt: skip
         return probe
 
     def _num_steps(self, stage: str, trainer: Trainer) -> int:
@@ -114,7 +122,7 @@ class Fit:
     def _bare_trainer(self) -> Trainer:
         return self.trainer(callbacks=list(self.callbacks.values()), logger=False)
 
-    def run(self, stage: str, folder: RunFolder, module: LightningModule, data: LightningDataModule, *,
+    def run(self, stage: str, folder: RunFolder, module: Denoising, data: LightningDataModule, *,
             first: Sequence[Callback] = (), made_from: Origin | None = None) -> float:
         """Fit `module` on `data`, from the stage's last checkpoint where there is one; returns the seconds of training.
 
@@ -123,6 +131,7 @@ class Fit:
 
         Raises:
             Unfinished: when the training stopped before its last step, as ``max_time`` makes it.
+            Preempted: when a signal asked for it; the step that was being trained is in the checkpoint.
         """
         clock = Clock()
         checkpoint = folder.checkpoint(stage)
@@ -139,32 +148,27 @@ class Fit:
                        SaveAtEnd(checkpoint), *copy.deepcopy(list(self.callbacks.values())), clock,
                        StepCheckpoint(checkpoint, every_n_steps=self.checkpoint_every_n_steps)],
             default_root_dir=folder / stage,
-            logger=False if self.logger is None else self.logger(folder=folder / "logs" / stage, stage=stage),
+            logger=stage_loggers(self.logger, folder / "logs" / stage, stage),
             **settings,
         )
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeCheckpointIO(made_from)
-        with ctrl_c(trainer):
+        with interruptible(trainer, at_steps=True), _compiled(module, self.compile):
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint if checkpoint.exists() else None, weights_only=True)
         data.trainer = None
         return clock.seconds
 
 
+@contextmanager
+def _compiled(module: Denoising, compiles: bool) -> Iterator[None]:
+    module.compiles = compiles
+    try:
+        yield
+    finally:
+        if compiles:
+            module.uncompile()
+
+
 def num_processes(trainer: Trainer) -> int:
     """Processes of `trainer`, before it has started them."""
     return trainer.num_nodes * trainer.num_devices
-
-
-@contextmanager
-def ctrl_c(trainer: Trainer) -> Iterator[None]:
-    """Lightning turns Ctrl-C into an exit of the process; this turns it back into the KeyboardInterrupt that it was.
-
-    SIGTERM to any of several processes ends all of them, see `end_together`.
-    """
-    end_together(trainer)
-    try:
-        yield
-    except SystemExit:
-        if trainer.state.status == TrainerStatus.INTERRUPTED:
-            raise KeyboardInterrupt from None
-        raise
