@@ -224,7 +224,7 @@ distill=interval trainer=fsdp2 runtime.accelerator=cpu | distill=output
 recover.replace=linear trainer=fsdp2 runtime.accelerator=cpu | recover.replace=null
 callbacks@recover.fit.callbacks=evaluation trainer=fsdp2 runtime.accelerator=cpu | recover.fit.callbacks.evaluation=null
 recover.fit.compile=true trainer=fsdp2 runtime.accelerator=cpu | recover.fit.compile
-trainer=fsdp2 runtime.precision=16-mixed runtime.accelerator=cpu | precision
+trainer=fsdp2 runtime.precision=64-true runtime.accelerator=cpu | runtime.precision
 learn_mask.fit.trainer=null | learn_mask.fit.trainer
 learn_mask.fit.trainer.max_steps=0 | learn_mask.fit.trainer.max_steps
 learn_mask.fit.trainer.max_steps=2.5 | learn_mask.fit.trainer.max_steps

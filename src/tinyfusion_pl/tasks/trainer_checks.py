@@ -22,6 +22,8 @@ OWN = {  # argument -> what sets it
     "default_root_dir": "run_dir",
 }
 
+SHARDED_PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-true")
+
 
 def check_trainer(
     stage: str, factory: Callable[..., Trainer], callbacks: Mapping[str, Callback]
@@ -84,6 +86,9 @@ def check_sharded(stage: str, trainer: Trainer, callbacks: Mapping[str, Callback
     """`ValueError` for what does not go with weights that are shared out over processes (``trainer=fsdp2``)."""
     if not isinstance(trainer.strategy, ModelParallelStrategy):
         return
+    if trainer.precision not in SHARDED_PRECISIONS:  # Lightning looks only where it is given the strategy as an object
+        raise ValueError(f"{stage}.fit.trainer.precision is {trainer.precision!r}, which Lightning does not have for sharded weights. Give "
+                         f"one of {', '.join(SHARDED_PRECISIONS)}, or trainer=ddp.")
     module.check_sharded()
     for name, callback in callbacks.items():
         key = f"{stage}.fit.callbacks.{name}"
