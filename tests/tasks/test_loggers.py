@@ -7,7 +7,9 @@ import torch
 from lightning.pytorch.callbacks import LearningRateMonitor
 
 from tasks.toy_fit import Killed, fit, rows
+from tinyfusion_pl.artifacts import write_json
 from tinyfusion_pl.tasks import TensorBoardTracker, WandbTracker, csv_logger, tensorboard_tracker
+from tinyfusion_pl.tasks.outcomes import objective_of
 from wandb_files import read_runs
 
 
@@ -171,3 +173,25 @@ def test_a_missing_tensorboard_is_reported_before_training_with_the_extra(monkey
     monkeypatch.setattr(tensorboard_tracker, "_TENSORBOARD_AVAILABLE", False)
     with pytest.raises(ValueError, match=r"tinyfusion_pl\[tensorboard\]"):
         TensorBoardTracker().check()
+
+
+def test_tensorboard_shows_the_final_figures_and_the_table(tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="the extra tensorboard")
+    models = {"teacher": {"depth": 12, "num_params": 9, "fid": 3.5}, "recovered": {"depth": 6, "num_params": 5, "fid": 4.25}}
+    write_json(tmp_path / "metrics.json", models | {"protocol": {"num_samples": 10}, "speedup": {"measured": 1.5}})
+    for _ in range(2):
+        TensorBoardTracker().stage_ended(tmp_path, "evaluate")
+    found = events.EventAccumulator(str(tmp_path / "tensorboard" / "evaluate"))
+    found.Reload()
+    shown = {tag: [e.value for e in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+    wanted = {"fid": 4.25, "depth": 6.0, "num_parameters": 5.0, "speed_up": 1.5}
+    assert shown == {f"final/{name}": [value] for name, value in wanted.items()}
+    assert "final/overview" in found.Tags()["images"] and len(found.Tags()["tensors"]) == 2
+
+
+def test_what_a_sweep_minimizes_is_the_final_fid(tmp_path):
+    assert objective_of(tmp_path) is None
+    write_json(tmp_path / "metrics.json", {"teacher": {"fid": 1.0}, "pruned": {"fid": 9.0}, "recovered": {"depth": 6, "fid": 4.25}})
+    assert objective_of(tmp_path) == 4.25
+    write_json(tmp_path / "metrics.json", {"teacher": {"cmmd": 1.0}, "pruned": {"cmmd": 9.0}})
+    assert objective_of(tmp_path) == 9.0
