@@ -21,8 +21,9 @@ def propose(problem: Problem, choice: Choice, *, num_drawn: int, num_scored: int
     """The best structures (<= `keep`, num_units) by distance to the dense model, of those that `choice` makes likely, the best first.
 
     The best half of `keep` of `extra` always stays: before recovery the distance ranks simple rules too low (those that keep the first
-    blocks above all), which trials then find out. Drawn from its distribution, flattened (half of theta; of a criterion's scores, brought to a standard deviation of 2, where nothing was
-    learned), beside the choice itself, what it considered, and `extra`. At most `num_scored` distinct drawn ones are scored.
+    blocks above all), which trials then find out. Others are drawn from its distribution, flattened (half of theta; of a criterion's
+    scores, brought to a standard deviation of 2, where nothing was learned), beside the choice itself and what it considered. At most
+    `num_scored` distinct drawn ones are scored.
     """
     drawn = []
     if num_drawn and (theta := _theta(choice)) is not None:
