@@ -19,7 +19,10 @@ model._target_=tinyfusion_pl.artifacts | model._target_
 +model.depth=0 | model.depth
 +model.depth=1000000 | model.depth
 +model.hidden_size=100 | model.checkpoint
+recover.fit.compile=fast | recover.fit.compile
 +model.activation_checkpointing=5 | model.activation_checkpointing
++model.activation_checkpointing=1.5 | model.activation_checkpointing
++model.activation_checkpointing=half | model.activation_checkpointing
 data.batch_size=2.5 | data.batch_size
 data.batch_size=null | data.batch_size
 data.batch_size=true | data.batch_size
@@ -220,6 +223,7 @@ pruning=learned adapter=full callbacks@learn_mask.fit.callbacks=ema trainer=fsdp
 distill=interval trainer=fsdp2 runtime.accelerator=cpu | distill=output
 recover.replace=linear trainer=fsdp2 runtime.accelerator=cpu | recover.replace=null
 callbacks@recover.fit.callbacks=evaluation trainer=fsdp2 runtime.accelerator=cpu | recover.fit.callbacks.evaluation=null
+recover.fit.compile=true trainer=fsdp2 runtime.accelerator=cpu | recover.fit.compile
 trainer=fsdp2 runtime.precision=16-mixed runtime.accelerator=cpu | precision
 learn_mask.fit.trainer=null | learn_mask.fit.trainer
 learn_mask.fit.trainer.max_steps=0 | learn_mask.fit.trainer.max_steps

@@ -238,9 +238,9 @@ def test_an_error_in_the_code_shows_its_traceback(work, capsys):
     assert re.match(r"Traceback .*cli_tasks\.py.*error: KeyError\('it went wrong'\)\n$", error, re.DOTALL)
 
 
-def test_ctrl_c_says_that_the_same_command_goes_on(work, capsys):
+def test_ctrl_c_says_how_to_resume(work, capsys):
     assert toy("task.error=interrupt", config="failing") == 130
-    assert "The same command goes on from where it was." in capsys.readouterr().err
+    assert "Rerun the same command to resume." in capsys.readouterr().err
 
 
 def test_an_unknown_flag_is_wrong_usage(capsys):

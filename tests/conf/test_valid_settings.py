@@ -92,6 +92,8 @@ VALID = {
     "recover.replace=linear": "linear",
     "model.weights=raw": "raw",
     "+model.activation_checkpointing=true": True,
+    "+model.activation_checkpointing=0.5": 0.5,
+    "learn_mask.fit.compile=true": True,
     "model.checkpoint='\"epoch=0-step=1 (2).ckpt\"'": "epoch=0-step=1 (2).ckpt",
     "model.checkpoint=~/x.pt": str(Path("~/x.pt").expanduser()),
     "+evaluate.models.mine=a.pt": "a.pt",

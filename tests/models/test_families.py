@@ -92,3 +92,15 @@ def test_activation_checkpointing_recomputes_every_block_and_gives_equal_gradien
     assert expected.keys() == found.keys()
     for key, value in expected.items():
         assert_near(found[key], value, 1e-6, key)
+
+
+def test_a_share_of_the_blocks_is_recomputed():
+    model = create_model("dit", input_size=8, hidden_size=16, depth=4, num_heads=2, activation_checkpointing=0.5).train()
+    calls = [0] * 4
+    for i, block in enumerate(model.blocks):
+        block.register_forward_pre_hook(lambda *_, i=i: calls.__setitem__(i, calls[i] + 1))
+    for _ in range(2):
+        model(torch.randn(2, 4, 8, 8), torch.zeros(2), torch.zeros(2, dtype=torch.long)).square().mean().backward()
+    assert calls == [2, 4, 2, 4]
+    with pytest.raises(ValueError, match=r"activation_checkpointing is 1\.5; give true, false, or a share"):
+        create_model("dit", depth=1, activation_checkpointing=1.5)

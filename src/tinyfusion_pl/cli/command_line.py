@@ -31,6 +31,7 @@ from tinyfusion_pl.cli.processes import as_single_run, is_first_process, process
 from tinyfusion_pl.cli.run_identity import CONFIG, check_folder, config_hash, forget_config, hash_of, write_config
 from tinyfusion_pl.cli.settings import check_complete, checked
 from tinyfusion_pl.cli.sweeps import SWEEP, check_single, check_sweep, in_sweep, is_arm
+from tinyfusion_pl.preemption import EXIT_CODE, Preempted, preemptible
 from tinyfusion_pl.printable import for_terminal
 
 # word -> function of strings; the text that it returns is printed
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's own) and return its exit code.
 
     0: well; 1: an error, told in one sentence on stderr; 2: wrong usage; 3: a training stopped before its last step (rerun
-    the same command to resume); 130: Ctrl-C or SIGTERM. ``TINYFUSION_TRACEBACK=1`` or ``hydra.verbose=true``
+    the same command to resume); 75: SIGTERM or SIGUSR1 (the same); 130: Ctrl-C. ``TINYFUSION_TRACEBACK=1`` or ``hydra.verbose=true``
     shows where an error comes from.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -54,15 +55,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _run_command(*arguments)
         # With this variable Hydra raises its errors instead of printing them: all of them are told in one way, below.
         arguments = readable(arguments)
-        with process([sys.argv[0], *arguments], HYDRA_FULL_ERROR="1"), printable_warnings():
+        with preemptible(), process([sys.argv[0], *arguments], HYDRA_FULL_ERROR="1"), printable_warnings():
             check_sweep(arguments)
             _run_task()
     except SystemExit as stop:  # --help, an unknown flag, a task that failed
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        preempted = isinstance(stop, Preempted)
         if is_first_process():
-            print("\nInterrupted. The same command goes on from where it was.", file=sys.stderr)
-        return 130
+            print(f"\n{stop if preempted else 'Interrupted. Rerun the same command to resume.'}", file=sys.stderr)
+        return EXIT_CODE if preempted else 130
     except Exception as error:
         return tell(error, arguments)
     return 0

@@ -95,6 +95,7 @@ BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "num_heads": (1, 2**10),
     "mlp_ratio": (1e-3, 100),
     "num_classes": (1, 10**6),
+    "activation_checkpointing": (0, 1),
 }
 # target -> name -> (least, most) of others' classes
 FOREIGN_BOUNDS: dict[str, dict[str, tuple[float | None, float | None]]] = {

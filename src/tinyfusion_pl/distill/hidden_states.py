@@ -7,7 +7,7 @@ axis 1 (``batch_first=False``). Where hidden states and batch are is found as fo
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +66,39 @@ def _find_layout(block: nn.Module, call: Call, output: Any, given: Sequence[str]
         return Layout((found[0],), 0)
 
 
+class _AroundCompiled:
+    """Hooks of a block that ``block.compile()`` compiled: outside of what is compiled, which would keep the first ones for ever."""
+
+    def __init__(self, block: nn.Module, before: Callable[..., Any] | None, after: Callable[..., Any] | None) -> None:
+        self.block, self.compiled, self.before, self.after = block, block._compiled_call_impl, before, after
+        block._compiled_call_impl = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.before is not None:
+            self.before(self.block, args, kwargs)
+        output = self.compiled(*args, **kwargs)
+        found = None if self.after is None else self.after(self.block, args, kwargs, output)
+        return output if found is None else found
+
+    def remove(self) -> None:
+        self.block._compiled_call_impl = self.compiled
+
+
+def watch(block: nn.Module, *, before: Callable[..., Any] | None = None, after: Callable[..., Any] | None = None) -> Any:
+    """Call ``before(block, args, kwargs)`` or ``after(block, args, kwargs, output)`` at each call of `block`.
+
+    What `after` returns, where it is not None, takes the place of the output.
+
+    Returns:
+        A handle whose ``remove()`` ends it; handles of one block are removed last first.
+    """
+    if getattr(block, "_compiled_call_impl", None) is not None:
+        return _AroundCompiled(block, before, after)
+    if before is not None:
+        return block.register_forward_pre_hook(before, with_kwargs=True)
+    return block.register_forward_hook(after, with_kwargs=True)
+
+
 class BlockOutputs:
     """Context manager that collects what some blocks of a stack return while a model runs.
 
@@ -82,9 +115,7 @@ class BlockOutputs:
 
     def __enter__(self) -> dict[int, Any]:
         self.found = {}
-        self.handles = [
-            block.register_forward_hook(self._hook(index), with_kwargs=True) for index, block in self.blocks.items()
-        ]
+        self.handles = [watch(block, after=self._hook(index)) for index, block in self.blocks.items()]
         return self.found
 
     def __exit__(self, *exc) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyfusion_pl.distill.collecting import TeacherStates
-from tinyfusion_pl.distill.hidden_states import Layout, in_backward
+from tinyfusion_pl.distill.hidden_states import Layout, in_backward, watch
 from tinyfusion_pl.distill.intervals import Interval, Intervals
 from tinyfusion_pl.pruning import get_stack
 from tinyfusion_pl.pruning.calls import Call, block_signature
@@ -58,17 +58,14 @@ class TeacherRuns:
 
     def __enter__(self) -> TeacherRuns:
         self.states.__enter__()
-        self._handles = [
-            block.register_forward_pre_hook(self._hook(path, index), with_kwargs=True)
-            for path, index, block in self.firsts
-        ]
+        self._handles = [watch(block, before=self._hook(path, index)) for path, index, block in self.firsts]
         self.start()
         return self
 
     def __exit__(self, *exc: Any) -> None:
-        self.states.__exit__(*exc)
         for handle in self._handles:
             handle.remove()
+        self.states.__exit__(*exc)
 
     def start(self) -> None:
         """Collect anew."""

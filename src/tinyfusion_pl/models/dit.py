@@ -86,7 +86,7 @@ class DiT(Denoiser):
     def __init__(self, *, input_size: int = 32, patch_size: int = 2, in_channels: int = 4, hidden_size: int = 1152, depth: int = 28,
                  num_heads: int = 16, mlp_ratio: float = 4.0, num_classes: int = 1000, class_dropout_prob: float = 0.1,
                  learn_sigma: bool = True, frequency_shift: int = 0, norm2_eps: float = 1e-6,
-                 activation_checkpointing: bool = False) -> None:
+                 activation_checkpointing: bool | float = False) -> None:
         sizes = {"input_size": input_size, "patch_size": patch_size, "in_channels": in_channels, "depth": depth,
                  "hidden_size": hidden_size, "num_heads": num_heads, "num_classes": num_classes}
         if wrong := {name: size for name, size in sizes.items() if size < 1}:

@@ -72,7 +72,7 @@ class MAR(Denoiser):
     def __init__(self, *, input_size: int = 16, in_channels: int = 16, hidden_size: int = 1024, encoder_depth: int = 16,
                  decoder_depth: int = 16, num_heads: int = 16, mlp_ratio: float = 4.0, num_classes: int = 1000, buffer_size: int = 64,
                  attn_dropout: float = 0.1, proj_dropout: float = 0.1, head_width: int = 1280, head_depth: int = 8,
-                 activation_checkpointing: bool = False) -> None:
+                 activation_checkpointing: bool | float = False) -> None:
         sizes = {"input_size": input_size, "in_channels": in_channels, "hidden_size": hidden_size, "encoder_depth": encoder_depth,
                  "decoder_depth": decoder_depth, "num_heads": num_heads, "num_classes": num_classes, "buffer_size": buffer_size,
                  "head_width": head_width, "head_depth": head_depth}

@@ -216,7 +216,7 @@ class UDiT(Denoiser):
     def __init__(self, *, input_size: int = 32, in_channels: int = 4, hidden_size: int = 384, depth_encoder_1: int = 2,
                  depth_encoder_2: int = 5, depth_latent: int = 8, depth_decoder_2: int = 5, depth_decoder_1: int = 2, num_heads: int = 16,
                  mlp_ratio: float = 2.0, num_classes: int = 1000, class_dropout_prob: float = 0.1, learn_sigma: bool = True,
-                 merged: bool = False, activation_checkpointing: bool = False) -> None:
+                 merged: bool = False, activation_checkpointing: bool | float = False) -> None:
         depths = {"depth_encoder_1": depth_encoder_1, "depth_encoder_2": depth_encoder_2, "depth_latent": depth_latent,
                   "depth_decoder_2": depth_decoder_2, "depth_decoder_1": depth_decoder_1}
         sizes = {"input_size": input_size, "in_channels": in_channels, "hidden_size": hidden_size, "num_heads": num_heads,

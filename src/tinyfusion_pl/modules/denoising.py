@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from tinyfusion_pl.modules.optimizers import use_fused
 from tinyfusion_pl.modules.random_state import OwnRandomness
+from tinyfusion_pl.pruning import find_stacks
+from tinyfusion_pl.pruning.compiled import compile_blocks, uncompile_blocks
 from tinyfusion_pl.pruning.sharding import is_sharded, shard
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
@@ -28,6 +31,8 @@ class Denoising(OwnRandomness):
     """
 
     default_lr = 1e-4
+    compiles = False
+    """Whether a fit compiles the blocks, each by itself; gates, hooks and the names of parameters are as without."""
 
     def __init__(self, denoiser: nn.Module, *, objective: Any, optimizer: OptimizerFactory | None = None,
                  scheduler: SchedulerFactory | None = None, label_dropout: float = 0.1) -> None:
@@ -39,6 +44,10 @@ class Denoising(OwnRandomness):
                              "label's place. Set label_dropout to 0, or build the denoiser with class_dropout_prob > 0.")
         self.denoiser, self.objective = denoiser, objective
         self.optimizer_factory, self.scheduler_factory, self.label_dropout = optimizer, scheduler, label_dropout
+
+    def blocks(self) -> Iterator[nn.Module]:
+        """The blocks of all models that a step runs."""
+        yield from blocks_of(self.denoiser)
 
     def configure_model(self) -> None:
         """Share out the denoiser's weights where the strategy is Lightning's ModelParallelStrategy (``trainer=fsdp2``).
@@ -64,6 +73,16 @@ class Denoising(OwnRandomness):
 
     def on_fit_start(self) -> None:
         self.denoiser.train()  # what loads a model leaves it in evaluation mode, where gates draw no masks and Lightning leaves it
+        self.get_ready()
+        if self.compiles:
+            compile_blocks(self.blocks())
+
+    def get_ready(self) -> None:
+        """What a fit starts with, before blocks are compiled."""
+
+    def uncompile(self) -> None:
+        """Let blocks run as they are."""
+        uncompile_blocks(self.blocks())
 
     def drop_labels(self, y: Tensor) -> Tensor:
         """Labels (N,) with each one replaced by the null label with probability `label_dropout`."""
@@ -92,7 +111,9 @@ class Denoising(OwnRandomness):
         parameters = [p for p in self.trained_parameters() if p.requires_grad]
         if not parameters:  # gates alone are learned: Lightning still needs something to step
             return None
-        return self.make_optimizers(parameters, num_steps=int(self.trainer.estimated_stepping_batches))
+        made = self.make_optimizers(parameters, num_steps=int(self.trainer.estimated_stepping_batches))
+        use_fused(made["optimizer"] if isinstance(made, dict) else made)
+        return made
 
     def make_optimizers(self, parameters: list[nn.Parameter], *, num_steps: int) -> Any:
         """Optimizer and scheduler for `parameters` over `num_steps`, as ``configure_optimizers`` returns them."""
@@ -104,3 +125,9 @@ class Denoising(OwnRandomness):
 
     def trained_parameters(self) -> Iterable[nn.Parameter]:
         return self.denoiser.parameters()
+
+
+def blocks_of(model: nn.Module) -> Iterator[nn.Module]:
+    """The blocks of all stacks of `model`."""
+    for stack in find_stacks(model).values():
+        yield from stack

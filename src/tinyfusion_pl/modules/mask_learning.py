@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
 from tinyfusion_pl.distill import Teacher
-from tinyfusion_pl.modules.denoising import Denoising
+from tinyfusion_pl.modules.denoising import Denoising, blocks_of
 from tinyfusion_pl.pruning import find_gates
 
 
@@ -31,8 +33,12 @@ class MaskLearning(Denoising):
         """
         self._teacher = None if teacher is None else Teacher(teacher)
 
-    def on_fit_start(self) -> None:
-        super().on_fit_start()
+    def blocks(self) -> Iterator[nn.Module]:
+        yield from super().blocks()
+        if self._teacher is not None:
+            yield from blocks_of(self._teacher.model)
+
+    def get_ready(self) -> None:
         if find_gates(self.denoiser) is None:
             raise ValueError("The denoiser carries no gates, so there is no mask to learn. Add DepthPruningCallback(pattern) to the "
                              "Trainer's callbacks.")

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tinyfusion_pl.distill import Distillation, Teacher, check_pairs, check_single_blocks, resolve_intervals
-from tinyfusion_pl.modules.denoising import Denoising
+from tinyfusion_pl.distill.teacher import lowered
+from tinyfusion_pl.modules.denoising import Denoising, blocks_of
 from tinyfusion_pl.pruning import Decision, find_stacks
 from tinyfusion_pl.pruning.sharding import is_sharded, shard
 
+AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # precision of a Trainer -> what it casts to
 UNEQUAL_WIDTHS = (
     "Representation and interval distillation, and linear maps in place of blocks, go from hidden states to others of equal width, and the "
     "student's have fewer channels than the teacher's. Give distill=output, and leave out recover.replace."
@@ -23,7 +27,8 @@ class Recovery(Denoising):
 
     Args:
         student: The shallow denoiser.
-        teacher: The dense denoiser, frozen, in evaluation mode, not in checkpoints. May be None for fine-tuning alone.
+        teacher: The dense denoiser, frozen, in evaluation mode, not in checkpoints; in mixed precision a copy of it in that precision runs.
+            May be None for fine-tuning alone.
         decision: The decision the student came from, for the layer pairs and intervals; not needed where `distillation` gives pairs or no
             feature weight, and no interval weight. An empty one, where it is not there yet, only has the rest checked.
         distillation: Weights and mask; default: the published ones.
@@ -77,8 +82,14 @@ class Recovery(Denoising):
             raise ValueError("Interval distillation runs the student's blocks by themselves, outside a call of the whole student, in which "
                              "FSDP2 gathers their weights. Give distill=output or another one, or trainer=ddp.")
 
-    def on_fit_start(self) -> None:
-        super().on_fit_start()
+    def blocks(self) -> Iterator[nn.Module]:
+        yield from super().blocks()
+        if self.teacher is not None and self.distillation.needs_teacher:
+            yield from blocks_of(self.teacher)
+
+    def get_ready(self) -> None:
+        if self._teacher is not None and (dtype := AUTOCAST.get(self.trainer.precision)) is not None and not is_sharded(self.teacher):
+            self._teacher = Teacher(lowered(self._teacher.model, dtype))
         if self._teacher is not None:
             self._teacher.wake(self.device)
 

@@ -42,6 +42,21 @@ class Compiler:
         return getattr(self.context, "_dynamic", None) is False
 
 
+def compile_blocks(blocks: Iterable[nn.Module]) -> None:
+    """Compile each of `blocks` by itself, whole: a graph break in one raises an error when it is first called.
+
+    Names of parameters stay, and a copy of a block is not compiled.
+    """
+    for block in blocks:
+        block.compile(fullgraph=True)
+
+
+def uncompile_blocks(blocks: Iterable[nn.Module]) -> None:
+    """Undo `compile_blocks`."""
+    for block in blocks:
+        block._compiled_call_impl = None
+
+
 def mark_batch(tensors: Mapping[str, Tensor], axes: Mapping[str, int]) -> None:
     """Tell ``torch.compile`` that the batch axes of `tensors` vary, before it learns so by compiling again."""
     for name, axis in axes.items():

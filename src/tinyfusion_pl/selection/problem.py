@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyfusion_pl.selection.calibration import Calibration
+from tinyfusion_pl.selection.progress import Progress
 from tinyfusion_pl.selection.space import Space
 from tinyfusion_pl.selection.structures import Structures
 
@@ -27,11 +28,14 @@ class Problem:
         num_samples: Samples of `fixed`.
         seed: Of all randomness: the same seed, the same choice.
         on_step: Called after each step of a search with its history so far, as `Choice.history`.
+        progress: Where steps of a long choice are kept.
     """
 
     def __init__(self, structures: Structures, draw: Callable[[int], Calibration], *, num_samples: int = 128, seed: int = 0,
-                 on_step: Callable[[list[dict[str, Any]]], None] = lambda history: None) -> None:
+                 on_step: Callable[[list[dict[str, Any]]], None] = lambda history: None, progress: Progress | None = None) -> None:
         self.on_step = on_step
+        self.progress = progress or Progress()
+        self.progress.start(structures)
         self.structures, self.num_samples, self.seed, self._draw = structures, num_samples, seed, draw
         self._fixed: dict[int, Calibration] = {}
 
@@ -54,9 +58,8 @@ class Problem:
             self._fixed[num_samples] = next(self.stream(num_samples, FIXED))
         return self._fixed[num_samples]
 
-    def stream(self, num_samples: int, which: int) -> Iterator[Calibration]:
-        """Fresh samples without end; every stream of one number gives the same."""
-        step = 0
+    def stream(self, num_samples: int, which: int, step: int = 0) -> Iterator[Calibration]:
+        """Fresh samples without end, from those of `step` on; every stream of one number gives the same."""
         while True:
             with self.seeded(which, num_samples, step):
                 calibration = self._draw(num_samples)

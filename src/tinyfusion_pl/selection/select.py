@@ -23,7 +23,8 @@ from tinyfusion_pl.selection.criteria.greedy import Greedy
 from tinyfusion_pl.selection.criteria.rules import First, Oracle, Random, Uniform
 from tinyfusion_pl.selection.criteria.sensitivity import Sensitivity
 from tinyfusion_pl.selection.criteria.weights import Magnitude, Taylor
-from tinyfusion_pl.selection.problem import Criterion, Problem, devices_of
+from tinyfusion_pl.selection.problem import Choice, Criterion, Problem, devices_of
+from tinyfusion_pl.selection.progress import Progress
 from tinyfusion_pl.selection.space import Space
 from tinyfusion_pl.selection.structures import MAX_ROWS, open_structures
 from tinyfusion_pl.selection.trials import Trials, propose
@@ -135,7 +136,7 @@ class Selection:
 
     def __call__(
         self, model: nn.Module, draw: Callable[[int], Calibration], *, seed: int = 0,
-        watch: Callable[[dict[str, Any]], None] = lambda entry: None,
+        watch: Callable[[dict[str, Any]], None] = lambda entry: None, progress: Progress | None = None,
     ) -> Selected:  # fmt: skip
         """Choose; `model` is left as it is.
 
@@ -144,6 +145,7 @@ class Selection:
             draw: Makes a `Calibration` of so many samples.
             seed: Of all randomness.
             watch: Called at each step of a search with its entry of `Selected.history`.
+            progress: Keeps the steps of the global search and of trials: the same call resumes after the last one.
         """
         space, history = self.space(model), []
 
@@ -154,11 +156,15 @@ class Selection:
                 watch(history[-1])
 
         with torch.random.fork_rng(devices_of(model)), open_structures(model, space, max_rows=self.max_rows) as structures:
-            problem = Problem(structures, draw, num_samples=self.num_samples, seed=seed, on_step=on_step)
+            problem = Problem(structures, draw, num_samples=self.num_samples, seed=seed, on_step=on_step, progress=progress)
             structures.ask(problem.fixed)  # checks that structures can be run side by side
             simple = self._simple_rule(problem) if self.with_simple_rule else None
             before = structures.num_block_runs  # that the report asks costs nothing here
-            choice = self.criterion(problem)
+            if (kept := problem.progress.load("choice")) is None:
+                choice = self.criterion(problem)
+                problem.progress.save("choice", vars(choice))
+            else:
+                choice = Choice(**kept)
             on_step(choice.history)
             how, structure, rounds = self.criterion.name, choice.structure, []
             if self.candidates:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,19 +73,33 @@ class Trials:
     def __call__(self, problem: Problem, structures: Tensor) -> Tensor:
         """The structure that recovers best; `history` has the distances of every round."""
         runs = [_Recovery(problem, structure, lr=self.lr, average_decay=self.average_decay) for structure in structures]
-        samples, self.history = problem.stream(self.batch_size, TRIALS), []
         scored = problem.structures.ask(problem.samples(self.num_scored))
-        for steps in self.steps:
-            for _ in range(steps if len(runs) > 1 else 0):
-                calibration = problem.structures.ask(next(samples))
-                for run in runs:
-                    run.step(calibration)
-            if len(runs) > 1:
-                distances = [run.distance(scored) for run in runs]
-                self.history.append([{"structure": run.structure, "distance": d} for run, d in zip(runs, distances)])
-                order = sorted(range(len(runs)), key=lambda i: distances[i])
-                last = len(self.history) == len(self.steps)
-                runs = [runs[i] for i in order[: 1 if last else (len(runs) + 1) // 2]]
+        self.history, done = [], 0
+        if (before := problem.progress.load("trials")) is not None:
+            self.history, done = before["history"], before["done"]  # steps of the round that was interrupted
+            runs = [_Recovery(problem, each["structure"], lr=self.lr, average_decay=self.average_decay) for each in before["runs"]]
+            for run, state in zip(runs, before["runs"]):
+                run.load_state(state)
+        samples = problem.stream(self.batch_size, TRIALS, sum(self.steps[: len(self.history)]) + done)
+
+        def state() -> dict[str, Any]:
+            return {"history": self.history, "done": done, "runs": [run.state() for run in runs]}
+
+        for steps in self.steps[len(self.history) :]:
+            if len(runs) == 1:
+                break
+            with problem.progress.steps():
+                while done < steps:
+                    calibration = problem.structures.ask(next(samples))
+                    for run in runs:
+                        run.step(calibration)
+                    done += 1
+                    problem.progress.step("trials", state)
+            distances = [run.distance(scored) for run in runs]
+            self.history.append([{"structure": run.structure, "distance": d} for run, d in zip(runs, distances)])
+            order = sorted(range(len(runs)), key=lambda i: distances[i])
+            last = len(self.history) == len(self.steps)
+            runs, done = [runs[i] for i in order[: 1 if last else (len(runs) + 1) // 2]], 0
         return runs[0].structure
 
 
@@ -99,6 +114,16 @@ class _Recovery:
         self.average = copy.deepcopy(self.student).eval().requires_grad_(False)
         self.distilling = Distilling(problem, self.student, lr=lr, which=TRIALS)
         self.decay, self.num_steps, self.num_blocks = average_decay, 0, sum(map(len, blocks.values()))
+
+    def state(self) -> dict[str, Any]:
+        return {"structure": self.structure, "num_steps": self.num_steps, "student": self.student.state_dict(),
+                "average": self.average.state_dict(), "optimizer": self.distilling.optimizer.state_dict()}  # fmt: skip
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.num_steps = self.distilling.num_steps = state["num_steps"]
+        self.student.load_state_dict(state["student"])
+        self.average.load_state_dict(state["average"])
+        self.distilling.optimizer.load_state_dict(state["optimizer"])
 
     def step(self, calibration: Calibration) -> None:
         self.distilling.step(calibration, num_blocks=self.num_blocks)

@@ -15,14 +15,16 @@ from torch import Tensor
 
 from tinyfusion_pl.artifacts import write_json, write_text
 from tinyfusion_pl.callbacks import gate_metrics
+from tinyfusion_pl.checksums import Origin
 from tinyfusion_pl.models import save_shallow
 from tinyfusion_pl.pruning import remove_blocks
 from tinyfusion_pl.selection import Calibration, Selected, Selection, WidthPruning
+from tinyfusion_pl.selection.progress import Progress
 from tinyfusion_pl.tasks.folder import Inputs, RunFolder, say
 from tinyfusion_pl.tasks.loggers import StepLogger
 from tinyfusion_pl.tasks.tracking import stage_loggers
 
-DECISIONS, SELECTION = "learn_mask/decisions.jsonl", "learn_mask/selection.json"
+DECISIONS, SELECTION, PROGRESS = "learn_mask/decisions.jsonl", "learn_mask/selection.json", "learn_mask/progress.pt"
 
 
 class Draws:
@@ -45,7 +47,7 @@ class Draws:
 
 
 def choose(
-    selection: Selection | WidthPruning, folder: RunFolder, inputs: Inputs, device: torch.device, *,
+    selection: Selection | WidthPruning, folder: RunFolder, inputs: Inputs, device: torch.device, *, made_from: Origin,
     logger: Callable[..., Logger] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Choose, cut a copy of the teacher, and leave it in ``shallow/``; returns what the stage is marked with.
@@ -59,6 +61,7 @@ def choose(
         inputs: The teacher, objective and data.
         device: Where it computes.
         logger: Makes the stage's logger, as `Fit.logger`.
+        made_from: What the choice starts from: an interrupted one resumes where that is the same.
     """
     start = time.perf_counter()
     name = selection.name
@@ -67,14 +70,16 @@ def choose(
     loggers = stage_loggers(logger, folder / "logs" / "learn_mask", "learn_mask")
     for each in loggers:
         if isinstance(each, StepLogger):
-            each.drop_after(0)  # an interrupted search starts again
+            each.drop_after(0)  # a resumed search gives all its steps again
 
     def watch(entry: dict[str, Any]) -> None:
         metrics = {"search/loss": entry["loss"], **gate_metrics(entry["decision"])}
         for each in loggers:
             each.log_metrics(metrics, step=entry["step"])
 
-    found = selection(model, Draws(inputs.data, inputs.objective, device), seed=inputs.seed, watch=watch)
+    progress = Progress(folder / PROGRESS, made_from={**made_from, "seed": inputs.seed, "criterion": name})
+    given = {} if isinstance(selection, WidthPruning) else {"progress": progress}
+    found = selection(model, Draws(inputs.data, inputs.objective, device), seed=inputs.seed, watch=watch, **given)
     for each in loggers:
         each.finalize("success")
     kept = found.decision.kept_blocks
@@ -85,6 +90,7 @@ def choose(
         **({} if found.width is None else {"width": found.width}),
     })  # fmt: skip
     _write(folder, found, name)
+    progress.delete()
     if (width := found.width) is not None:
         say(f"learn_mask: {name} made it narrower, {width['dense_hidden_size']} to {width['hidden_size']} channels; "
             f"{width['removed']:.1%} of the parameters went")  # fmt: skip

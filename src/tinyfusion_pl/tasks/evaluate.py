@@ -23,8 +23,9 @@ from tinyfusion_pl.modules import Generation
 from tinyfusion_pl.objectives import PictureSampler, labels_of
 from tinyfusion_pl.report import write_grid
 from tinyfusion_pl.tasks.closeness import closeness
-from tinyfusion_pl.tasks.fitting import ctrl_c, num_processes
+from tinyfusion_pl.tasks.fitting import num_processes
 from tinyfusion_pl.tasks.folder import Inputs, RunFolder, say
+from tinyfusion_pl.tasks.interruption import interruptible
 from tinyfusion_pl.tasks.kept import KeptBatches
 from tinyfusion_pl.tasks.measured_models import load_model, own_models
 from tinyfusion_pl.tasks.origins import check_own_models, files_left
@@ -219,7 +220,7 @@ class Evaluate:
             self.held = True
         kept = KeptBatches(folder / "evaluate" / role, pictures=self.write_npz, made_from=made_from)
         shell = Generation(sampler, labels=self.labels_of(sampler, inputs), metrics=self.metrics, batch_size=self.batch_size, measured=kept)
-        with ctrl_c(trainer):
+        with interruptible(trainer):
             trainer.test(shell, verbose=False)
         if self.write_npz:
             self.write_samples(folder / f"samples_{role}.npz", kept)

@@ -25,8 +25,8 @@ from tinyfusion_pl.data.shards import LatentShards
 from tinyfusion_pl.locks import sole_writer
 from tinyfusion_pl.modules import Extraction
 from tinyfusion_pl.printable import printable
-from tinyfusion_pl.tasks.fitting import ctrl_c
 from tinyfusion_pl.tasks.folder import say
+from tinyfusion_pl.tasks.interruption import interruptible
 from tinyfusion_pl.tasks.trainer_checks import check_sampling_trainer
 
 NUM_REASONS = 5
@@ -138,7 +138,7 @@ def _extract_latents(root: Path, extract: Extract, *, begin: Callable[[], None] 
     module = Extraction(vae, images=Slots(images, inventory.places), writer=writer, batch_size=extract.batch_size,
                         num_workers=extract.num_workers)
     start = time.monotonic()
-    with ctrl_c(trainer):
+    with interruptible(trainer):
         trainer.test(module, verbose=False)
     seconds = time.monotonic() - start
     trainer.strategy.barrier("all shards are written")

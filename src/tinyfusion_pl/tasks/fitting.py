@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import TorchCheckpointIO
-from lightning.pytorch.trainer.states import TrainerStatus
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from tinyfusion_pl.callbacks import Clock
 from tinyfusion_pl.checksums import Origin
@@ -21,8 +21,8 @@ from tinyfusion_pl.modules import Denoising
 from tinyfusion_pl.tasks.budget import Budget
 from tinyfusion_pl.tasks.checkpoint_io import WholeCheckpointIO
 from tinyfusion_pl.tasks.folder import RunFolder, say
+from tinyfusion_pl.tasks.interruption import interruptible
 from tinyfusion_pl.tasks.loggers import LogsFollowSteps
-from tinyfusion_pl.tasks.processes import end_together
 from tinyfusion_pl.tasks.steps import FullLength, SaveAtEnd, StepCheckpoint, WholeSteps
 from tinyfusion_pl.tasks.tracking import check_logger, stage_loggers
 from tinyfusion_pl.tasks.trainer_checks import check_length, check_optimizer, check_sharded, check_trainer
@@ -40,6 +40,7 @@ class Fit:
         checkpoint_every_n_steps: Optimizer steps between checkpoints: the most work that a killed process loses.
         budget: Length and batch; its batch goes before the data module's. The Trainer's max_steps, where it is not -1, goes before its
             length. None: the Trainer's max_steps and the data module's batch.
+        compile: Whether blocks run compiled, each by itself. The first steps then take minutes; it pays on GPUs.
     """
 
     trainer: Callable[..., Trainer]
@@ -47,6 +48,7 @@ class Fit:
     logger: Callable[..., Logger] | None = None
     checkpoint_every_n_steps: int = 50
     budget: Budget | None = None
+    compile: bool = False
 
     def __post_init__(self) -> None:
         self.callbacks = {name: each for name, each in (self.callbacks or {}).items() if each is not None}
@@ -71,6 +73,9 @@ class Fit:
         check_length(stage, probe, num_steps=num_steps, accumulate=shares[1] if shares else probe.accumulate_grad_batches)
         check_optimizer(stage, module, num_steps=num_steps)
         check_sharded(stage, probe, self.callbacks, module)
+        if self.compile and isinstance(probe.strategy, ModelParallelStrategy):
+            raise ValueError(f"{stage}.fit.compile is True, but FSDP2 gathers the weights of a block inside the call that would be "
+                             "compiled. Set it to false, or trainer=ddp.")  # fmt: skip
         return probe
 
     def _num_steps(self, stage: str, trainer: Trainer) -> int:
@@ -117,7 +122,7 @@ class Fit:
     def _bare_trainer(self) -> Trainer:
         return self.trainer(callbacks=list(self.callbacks.values()), logger=False)
 
-    def run(self, stage: str, folder: RunFolder, module: LightningModule, data: LightningDataModule, *,
+    def run(self, stage: str, folder: RunFolder, module: Denoising, data: LightningDataModule, *,
             first: Sequence[Callback] = (), made_from: Origin | None = None) -> float:
         """Fit `module` on `data`, from the stage's last checkpoint where there is one; returns the seconds of training.
 
@@ -126,6 +131,7 @@ class Fit:
 
         Raises:
             Unfinished: when the training stopped before its last step, as ``max_time`` makes it.
+            Preempted: when a signal asked for it; the step that was being trained is in the checkpoint.
         """
         clock = Clock()
         checkpoint = folder.checkpoint(stage)
@@ -147,27 +153,22 @@ class Fit:
         )
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeCheckpointIO(made_from)
-        with ctrl_c(trainer):
+        with interruptible(trainer, at_steps=True), _compiled(module, self.compile):
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint if checkpoint.exists() else None, weights_only=True)
         data.trainer = None
         return clock.seconds
 
 
+@contextmanager
+def _compiled(module: Denoising, compiles: bool) -> Iterator[None]:
+    module.compiles = compiles
+    try:
+        yield
+    finally:
+        if compiles:
+            module.uncompile()
+
+
 def num_processes(trainer: Trainer) -> int:
     """Processes of `trainer`, before it has started them."""
     return trainer.num_nodes * trainer.num_devices
-
-
-@contextmanager
-def ctrl_c(trainer: Trainer) -> Iterator[None]:
-    """Lightning turns Ctrl-C into an exit of the process; this turns it back into the KeyboardInterrupt that it was.
-
-    SIGTERM to any of several processes ends all of them, see `end_together`.
-    """
-    end_together(trainer)
-    try:
-        yield
-    except SystemExit:
-        if trainer.state.status == TrainerStatus.INTERRUPTED:
-            raise KeyboardInterrupt from None
-        raise

@@ -8,6 +8,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 
+from tinyfusion_pl.tasks.interruption import end_if_asked
+
 
 class Unfinished(RuntimeError):
     """A training stopped before its last step: an outcome of its own, neither finished nor failed."""
@@ -71,7 +73,7 @@ class SaveAtEnd(Callback):
 
 
 class StepCheckpoint(ModelCheckpoint):
-    """Checkpoints `path` every so many optimizer steps, and when the Trainer is told to stop: only where a step has ended.
+    """Checkpoints `path` every so many optimizer steps, and when the Trainer or a signal says to stop: only where a step has ended.
 
     Accumulated gradients are in no checkpoint, so one within a step would lose its batches. A request
     to stop waits for the step's end as well. The last step's checkpoint is `SaveAtEnd`'s.
@@ -96,6 +98,7 @@ class StepCheckpoint(ModelCheckpoint):
         trainer.should_stop = self._stopping and trainer.global_step > self._step_before
         if trainer.global_step == self._step_before or trainer.global_step >= trainer.max_steps:
             return
+        end_if_asked(trainer, self.path)
         if trainer.should_stop:
             trainer.save_checkpoint(self.path)
         else:

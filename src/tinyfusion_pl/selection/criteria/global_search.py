@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -44,22 +46,33 @@ class GlobalSearch:
         space, generator = problem.space, problem.generator(CANDIDATES)
         theta = torch.zeros(space.num_units, dtype=torch.float64)
         average, optimizer = theta.clone(), torch.optim.Adam([theta], lr=self.lr, betas=(0.9, 0.99))
-        calibrations = problem.stream(self.num_samples, SEARCH)
+        history: list[dict[str, Any]] = []
+        if (before := problem.progress.load("search")) is not None:
+            theta.copy_(before["theta"])
+            average.copy_(before["average"])
+            optimizer.load_state_dict(before["optimizer"])
+            generator.set_state(before["generator"])
+            history = before["history"]
+        calibrations = problem.stream(self.num_samples, SEARCH, len(history))
         index = torch.arange(self.num_samples).repeat_interleave(self.num_subsets)
-        history = []
-        for step in range(self.num_steps):
-            calibration = problem.structures.ask(next(calibrations))
-            structures = sample_structures(space, theta, len(index), generator=generator)
-            distances = problem.structures.per_sample(calibration, structures, index)
-            losses = (distances.double().cpu() + 1e-12).log().view(self.num_samples, self.num_subsets)
-            if not torch.isfinite(losses).all():
-                raise ValueError(f"At step {step + 1} of the search the model's output was not finite. Use higher precision (float32).")
-            theta.grad = estimate_gradient(losses, structures, marginals(problem.space, theta))
-            optimizer.step()
-            average.lerp_(theta, 1 - self.average_decay)
-            history.append({"step": step + 1, "loss": float(losses.mean()), "structure": space.top(average),
-                            "theta": average.clone()})  # fmt: skip
-            problem.on_step(history)
+        with problem.progress.steps():
+            for step in range(len(history), self.num_steps):
+                calibration = problem.structures.ask(next(calibrations))
+                structures = sample_structures(space, theta, len(index), generator=generator)
+                distances = problem.structures.per_sample(calibration, structures, index)
+                losses = (distances.double().cpu() + 1e-12).log().view(self.num_samples, self.num_subsets)
+                if not torch.isfinite(losses).all():
+                    raise ValueError(f"At step {step + 1} of the search the model's output was not finite. Use higher precision (float32).")
+                theta.grad = estimate_gradient(losses, structures, marginals(problem.space, theta))
+                optimizer.step()
+                average.lerp_(theta, 1 - self.average_decay)
+                history.append({"step": step + 1, "loss": float(losses.mean()), "structure": space.top(average),
+                                "theta": average.clone()})  # fmt: skip
+                problem.on_step(history)
+                problem.progress.step("search", lambda: {
+                    "theta": theta, "average": average, "optimizer": optimizer.state_dict(), "generator": generator.get_state(),
+                    "history": history,
+                })  # fmt: skip
         considered = most_probable_structures(space, average, self.num_considered)
         return Choice(space.top(average), scores=average.clone(), theta=average, considered=considered, history=history)
 
