@@ -1,11 +1,14 @@
-# Each target does all the set-up that it needs: `make demo`, `make test`, `make test-all`, `make lint`.
+# Each target does all the set-up that it needs: `make demo`, `make test`, `make test-all`, `make lint`, and `make test-oldest` and
+# `make test-newest`, which test the oldest and the newest versions of all libraries in environments of their own.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # Processes that run tests; each test itself uses one thread.
 WORKERS ?= 2
+# Of test-oldest and test-newest: a part of the tests, e.g. TESTS=tests/pruning.
+TESTS ?=
 
-.PHONY: demo test test-all lint
+.PHONY: demo test test-all test-oldest test-newest lint
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -16,6 +19,12 @@ test: $(VENV)/.installed
 
 test-all: $(VENV)/.installed
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m ""
+
+test-oldest test-newest: test-%: $(BIN)/python
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/python -m uv venv --quiet --clear --python $(BIN)/python $(VENV)-$*
+	$(BIN)/python -m uv pip install --quiet --python $(VENV)-$*/bin/python --upgrade --resolution $(if $(filter oldest,$*),lowest-direct,highest) --editable ".[test]"
+	$(VENV)-$*/bin/python -m pytest -n $(WORKERS) --dist loadfile $(TESTS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/python -m ruff check

@@ -370,6 +370,13 @@ metrics=kid metrics.metrics.kid.num_subsets=x | metrics.metrics.kid.num_subsets
 objective=sit objective.path=5 | objective.path
 objective=mar objective.num_noised=0 | objective.num_noised
 logger=wandb logger.factory.offline=5 | logger.factory.offline
+logger=wandb logger.factory.log_models=1 | logger.factory.log_models
+logger=wandb logger.factory.entity=5 | logger.factory.entity
+logger=wandb logger.factory.tags=a | logger.factory.tags
+logger=wandb logger.factory.tags=[5] | logger.factory.tags
+logger=wandb logger.factory.project=null | logger.factory.project
+logger=wandb +logger.factory.id=a | logger.factory.id
+logger=tensorboard +logger.factory.project=a | logger.factory.project
 callbacks@recover.fit.callbacks=evaluation recover.fit.callbacks.evaluation.every_n_steps=0 | recover.fit.callbacks.evaluation.every_n_steps
 callbacks@recover.fit.callbacks=evaluation recover.fit.callbacks.evaluation.num_samples=1 | recover.fit.callbacks.evaluation.num_samples
 +budget@recover.fit.budget=dit_100k recover.fit.budget.num_images=2.5 | recover.fit.budget.num_images

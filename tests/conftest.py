@@ -53,3 +53,17 @@ def _no_network():
         patch.setattr(socket.socket, "connect", local_connect)
         patch.setattr(socket, "getaddrinfo", local_getaddrinfo)
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_composition_for_the_mode():
+    """Hydra composes each configuration once more to read `hydra.mode`, which here only command lines set."""
+    from hydra._internal.hydra import Hydra
+    from hydra.types import RunMode
+
+    def get_mode(self, config_name, overrides):
+        return RunMode.MULTIRUN if "hydra.mode=MULTIRUN" in overrides else None
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Hydra, "get_mode", get_mode)
+        yield

@@ -111,3 +111,24 @@ def test_an_upward_or_foreign_import_is_found(source, room):
 )
 def test_a_downward_import_is_fine(source, room):
     assert violations(source, room=room, module=f"tinyfusion_pl.{room}.file") == []
+
+
+def modules() -> dict[str, set[str]]:
+    """Module -> modules of the package that it imports, for type checkers alone too."""
+    names = {}
+    for file in PACKAGE.rglob("*.py"):
+        parts = file.relative_to(PACKAGE).with_suffix("").parts
+        names[".".join(("tinyfusion_pl", *(part for part in parts if part != "__init__")))] = file
+    found = {}
+    for name, file in names.items():
+        imports = imported(file.read_text(), f"{name}.__init__" if file.name == "__init__.py" else name)
+        found[name] = {each if each in names else each.rpartition(".")[0] for each in imports} & set(names) - {name}
+    return found
+
+
+def test_no_two_modules_import_each_other_in_a_circle():
+    left = modules()
+    assert len(left) > 200
+    while free := {name for name, needed in left.items() if not needed & set(left)}:
+        left = {name: needed for name, needed in left.items() if name not in free}
+    assert left == {}  # what is in a circle, or imports one that is

@@ -26,10 +26,18 @@ LAUNCHED = [f"tinyfusion {found[1]}" for line in LINES if (found := re.match(r"(
 COMMANDS = [line for line in LINES if line.startswith("tinyfusion") and line.split()[1] not in cli.COMMANDS] + LAUNCHED
 
 
+PLUGINS = {"_optuna": "optuna_sweeper", "launcher=joblib": "joblib_launcher", "launcher=submitit": "submitit_launcher"}
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_line_composes(command, capfd, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    words = [word for word in shlex.split(command)[1:] if word != "-m"]
+    for word, plugin in PLUGINS.items():
+        if word in command:
+            pytest.importorskip(f"hydra_plugins.hydra_{plugin}", reason="the extra sweeps")
+    words = shlex.split(command)[1:]
+    if "-m" in words:  # the first arm
+        words = [word.partition(",")[0] for word in words if word != "-m"]
     assert main(words if {"--help", "--cfg"} & set(words) else [*words, "--cfg", "job"]) == 0
     assert "pruning:" in capfd.readouterr().out or "--help" in words
 
@@ -40,6 +48,14 @@ def test_what_the_page_on_evaluation_names_is_there():
     assert all((ROOT / "conf" / "metrics" / f"{name}.yaml").exists() for name in groups)
     files = set(re.findall(r"(?:examples|tests|benchmarks)/[\w/.]+", EVALUATION))
     assert len(files) >= 3 and all((ROOT / name).exists() or (ROOT / f"{name}.npz").exists() for name in files)
+
+
+def test_the_sweeps_that_the_docs_name_are_there():
+    text = (ROOT / "docs" / "sweeps.md").read_text()
+    files = re.findall(r"wandb sweep (\S+)", text)
+    assert files and all((ROOT / file).exists() for file in files)
+    for pattern in re.findall(r"`(?:sweeps/)?(\w*\*\w*\.yaml)`", text):
+        assert list((ROOT / "sweeps").glob(pattern)), pattern
 
 
 def test_the_make_targets_exist():

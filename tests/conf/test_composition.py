@@ -59,6 +59,34 @@ def jobs(sweep):
     return [list(job) for job in product(*axes)]
 
 
+def trainers(node, path=""):
+    """(path, settings) of every Trainer of a configuration."""
+    for key, value in node.items() if isinstance(node, dict) else ():
+        if isinstance(value, dict) and value.get("_target_") == "lightning.pytorch.Trainer":
+            yield f"{path}{key}", value
+        yield from trainers(value, f"{path}{key}.")
+
+
+@pytest.mark.parametrize("experiment", [[], ["+experiment=dit_d14"], ["+experiment=digits_teacher"]], ids=str)
+def test_all_trainers_run_on_what_runtime_says(experiment):
+    given = {"accelerator": "gpu", "devices": 3, "num_nodes": 2, "precision": "bf16-true"}
+    cfg = compose("main", [*experiment, *(f"runtime.{key}={value}" for key, value in given.items())])
+    found = dict(trainers(OmegaConf.to_container(cfg, resolve=False)))
+    assert len(found) >= 7
+    for path in found:
+        trainer = OmegaConf.select(cfg, path)
+        assert {key: trainer[key] for key in ("accelerator", "devices", "num_nodes")} == {k: given[k] for k in given if k != "precision"}
+        assert trainer.precision == ("bf16-true" if path.endswith("fit.trainer") else "32-true")
+
+
+@pytest.mark.parametrize("name", options("trainer"))
+def test_one_override_chooses_the_strategy_of_every_fit(name):
+    cfg = compose("main", [f"trainer={name}"])
+    chosen = OmegaConf.load(CONF / "trainer" / f"{name}.yaml").strategy
+    assert [cfg[stage].fit.trainer.strategy for stage in ("learn_mask", "recover", "train")] == [chosen] * 3
+    assert "strategy" not in cfg.evaluate.trainer
+
+
 def test_default_composes_with_string_patterns():
     assert_patterns_are_strings(compose("main"))
 

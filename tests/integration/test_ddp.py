@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from integration.same_noise import CASES, SHARDED, on_one_process
+from integration.same_noise import CASES, RESUMED, SHARDED, on_one_process
 from tinyfusion_pl.models import load_checkpoint
 
 SCRIPT = Path(__file__).with_name("on_two_processes.py")
@@ -145,7 +145,7 @@ def test_fsdp2_learns_what_one_process_of_twice_the_batch_does(runs, case, tmp_p
         assert same(shallow.values(), other.values()) and not any("FSDP" in str(type(x)) for x in shallow.values())
 
 
-@pytest.mark.parametrize("case", SHARDED)
+@pytest.mark.parametrize("case", RESUMED)
 def test_a_checkpoint_of_fsdp2_is_whole_and_resumes_bit_by_bit(runs, case):
     for rank in ranks_of(runs, f"fsdp2-{case}"):
         assert len(rank["resumed"]["steps"]) == 1

@@ -23,7 +23,14 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize(("words", "kept"), FAMILIES.values(), ids=FAMILIES)
+ALSO = ("sit-ode", "dit-dpm_solver")  # whose samplers tests/integration/test_sit.py runs
+
+
+@pytest.mark.parametrize(
+    ("words", "kept"),
+    [pytest.param(*each, marks=[pytest.mark.slow] if name in ALSO else []) for name, each in FAMILIES.items()],
+    ids=FAMILIES,
+)
 @pytest.mark.filterwarnings("ignore:.*randomly initialised")
 def test_a_family_is_pruned_recovered_measured_and_reported(words, kept, tmp_path, capfd):
     assert main([*SMALL, "pruning=learned", *words, f"run_dir={tmp_path}"]) == 0, capfd.readouterr().err

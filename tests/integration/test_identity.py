@@ -111,6 +111,7 @@ def test_a_teacher_replaced_after_mask_learning_is_refused(run, tmp_path):
     assert not (tmp_path / "out" / "recover").exists() and not (tmp_path / "out" / "metrics.json").exists()
 
 
+@pytest.mark.slow
 def test_a_teacher_replaced_during_mask_learning_is_refused(run, tmp_path):
     given = ["model.checkpoint=teacher.pt", "task=learn_mask"]
     torch.save({"ema": state()}, "teacher.pt")
@@ -153,8 +154,11 @@ def test_a_whole_run_is_verified_and_not_run_again(run, out):
 
 
 @pytest.mark.parametrize("task, name, damage", [
-    ("pipeline", "shallow/model.safetensors", flip), ("learn_mask", "shallow/record.json", flip),
-    ("recover", "recovered/model.safetensors", truncate), ("evaluate", "recovered/record.json", flip)])  # fmt: skip
+    ("pipeline", "shallow/model.safetensors", flip),
+    pytest.param("learn_mask", "shallow/record.json", flip, marks=pytest.mark.slow),
+    ("recover", "recovered/model.safetensors", truncate),
+    pytest.param("evaluate", "recovered/record.json", flip, marks=pytest.mark.slow),
+])  # fmt: skip
 def test_a_damaged_model_of_a_finished_stage_is_named(run, out, task, name, damage):
     damage(out / name, 0.6)
     code, said = run(f"task={task}")
@@ -168,7 +172,7 @@ def test_a_damaged_mark_of_a_training_is_named(run, out):
     assert code == 1 and "out/stages/learn_mask.json" in said and "Delete it" in said
 
 
-@pytest.mark.parametrize("name", ["shallow", "recovered/model.safetensors"])
+@pytest.mark.parametrize("name", [pytest.param("shallow", marks=pytest.mark.slow), "recovered/model.safetensors"])
 def test_a_lost_model_is_made_again_from_the_last_checkpoint(run, out, name):
     stage = "learn_mask" if name == "shallow" else "recover"
     held = {path.relative_to(out): sha256(path) for path in out.rglob("*.safetensors")}
@@ -189,7 +193,7 @@ def test_a_lost_model_without_a_checkpoint_is_an_error(run, out):
     assert code == 1 and "so is its last checkpoint" in said
 
 
-@pytest.mark.parametrize("damage", [flip, None], ids=["flipped", "lost"])
+@pytest.mark.parametrize("damage", [flip, pytest.param(None, marks=pytest.mark.slow)], ids=["flipped", "lost"])
 def test_metrics_that_are_damaged_or_lost_are_written_again(run, out, damage):
     whole = (out / "metrics.json").read_bytes()
     damage(out / "metrics.json", 0.5) if damage else (out / "metrics.json").unlink()
@@ -198,7 +202,11 @@ def test_metrics_that_are_damaged_or_lost_are_written_again(run, out, damage):
     assert (out / "metrics.json").read_bytes() == whole
 
 
-@pytest.mark.parametrize("name", ["stages/evaluate_teacher.json", "stages/evaluate.json", "samples.safetensors"])
+@pytest.mark.parametrize("name", [
+    "stages/evaluate_teacher.json",
+    pytest.param("stages/evaluate.json", marks=pytest.mark.slow),
+    pytest.param("samples.safetensors", marks=pytest.mark.slow),
+])  # fmt: skip
 def test_a_damaged_result_is_made_again(run, out, name):
     before = read_json(out / "metrics.json")
     shown = {key: value.clone() for key, value in load_tensors(out / "samples.safetensors").items()}  # not the mapped file
@@ -222,7 +230,7 @@ def test_changed_logs_of_a_finished_stage_are_told(run, out):
         assert f"out/{name} is changed or damaged since learn_mask finished" in told
 
 
-@pytest.mark.parametrize("stage", ["learn_mask", "recover"])
+@pytest.mark.parametrize("stage", ["learn_mask", pytest.param("recover", marks=pytest.mark.slow)])
 def test_a_stage_that_was_trained_otherwise_is_not_taken_for_finished(run, out, stage):
     """As from Python, where no configuration says it: the mark holds the steps and the seed."""
     mark = out / "stages" / f"{stage}.json"
@@ -255,7 +263,7 @@ def test_every_mark_states_the_configuration(out):
     assert len({mark["configuration"] for mark in marks}) == 1 and all(len(mark["sha256"]) == 64 for mark in marks)
 
 
-@pytest.mark.parametrize("size", [0, 0.6])
+@pytest.mark.parametrize("size", [pytest.param(0, marks=pytest.mark.slow), 0.6])
 def test_a_truncated_configuration_is_not_taken_for_another(run, out, size):
     truncate(out / "config.yaml", size)
     code, said = run()

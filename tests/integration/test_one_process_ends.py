@@ -1,10 +1,11 @@
-"""SIGTERM to a single process of two: both end, and the same command resumes."""
+"""A single process of two ends, by SIGTERM or because it dies: both end, and the same command resumes."""
 
 import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -29,22 +30,44 @@ def child_of(pid, *, within=60.0):
     raise AssertionError("there is no second process")
 
 
-@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
-def test_sigterm_to_one_process_ends_both(tmp_path, rank):
+@contextmanager
+def two_in_training(folder):
+    """(the first process, the id of the second one) of a command that is killed afterwards."""
     environment = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "NODE_RANK", "MASTER_PORT", "WORLD_SIZE")}
-    process = subprocess.Popen([sys.executable, "-m", "tinyfusion_pl", *COMMAND], cwd=tmp_path, env=environment, text=True,
+    process = subprocess.Popen([sys.executable, "-m", "tinyfusion_pl", *COMMAND], cwd=folder, env=environment, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
     try:
-        checkpoint = tmp_path / "out" / "learn_mask" / "checkpoints" / "last.ckpt"
+        checkpoint = folder / "out" / "learn_mask" / "checkpoints" / "last.ckpt"
         deadline = time.monotonic() + 200
         while not checkpoint.exists():
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
-        other = child_of(process.pid)
-        os.kill(other if rank else process.pid, signal.SIGTERM)
-        said, _ = process.communicate(timeout=30)
+        yield process, child_of(process.pid)
     finally:
         process.kill()
+
+
+def is_gone(pid):
+    return not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text()
+
+
+@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_sigterm_to_one_process_ends_both(tmp_path, rank):
+    with two_in_training(tmp_path) as (process, other):
+        os.kill(other if rank else process.pid, signal.SIGTERM)
+        said, _ = process.communicate(timeout=30)
     assert process.returncode == 75 and "Rerun the same command to resume" in said and "Traceback" not in said
-    assert not Path(f"/proc/{other}").exists() or "Z" in Path(f"/proc/{other}/stat").read_text()
-    assert not list((tmp_path / "out" / "stages").glob("*"))
+    assert is_gone(other) and not list((tmp_path / "out" / "stages").glob("*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [1, 0])
+def test_a_process_that_dies_ends_the_other_in_bounded_time(tmp_path, rank):
+    with two_in_training(tmp_path) as (process, other):
+        os.kill(other if rank else process.pid, signal.SIGKILL)
+        process.communicate(timeout=60)
+        deadline = time.monotonic() + 60
+        while not is_gone(other):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    assert process.returncode not in (0, None) and not list((tmp_path / "out" / "stages").glob("*"))

@@ -34,10 +34,11 @@ def test_full_updates_train_the_weights_although_recovery_freezes_its_teacher(tm
 
 
 @pytest.mark.slow
-def test_two_processes_run_every_stage(tmp_path):
+@pytest.mark.parametrize("strategy", [["trainer=ddp"], ["trainer=fsdp2", "adapter=full"]], ids=["ddp", "fsdp2"])
+def test_two_processes_run_every_stage(tmp_path, strategy):
     environment = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "NODE_RANK", "MASTER_PORT", "WORLD_SIZE")}
-    done = subprocess.run([sys.executable, "-m", "tinyfusion_pl", *SMALL, *ON_TWO], env=environment, capture_output=True, text=True,
-                          timeout=300)
+    done = subprocess.run([sys.executable, "-m", "tinyfusion_pl", *SMALL, *ON_TWO, *strategy], env=environment, capture_output=True,
+                          text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "MEMBER: 2/2" in done.stdout + done.stderr
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())

@@ -39,6 +39,10 @@ def test_a_teacher_is_measured_once_for_all_arms(sweep):
     assert len({json.dumps(json.loads((run / "metrics.json").read_text())["teacher"]) for run in runs}) == 1
 
 
+def test_features_of_the_reference_are_computed_once_for_all_arms(sweep):
+    assert len(list((sweep / "results").glob("reference_*.safetensors"))) == 1
+
+
 def test_equal_choices_are_recovered_once(sweep):
     found = arms(sweep)
     first, same, other = (found[key] for key in ("[0, 1, 2, 3]", "[3, 2, 1, 0]", "[0, 2, 4, 6]"))

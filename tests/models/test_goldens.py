@@ -4,7 +4,7 @@ import torch
 from goldens_util import assert_near, golden_files, load, new_dit, part
 from tinyfusion_pl.distill import HiddenStates
 from tinyfusion_pl.models import SiT
-from tinyfusion_pl.objectives.sampling import guided
+from tinyfusion_pl.objectives.guidance import guided
 
 
 @pytest.mark.golden

@@ -8,7 +8,7 @@ from torch.distributions import Normal, kl_divergence
 
 from goldens_util import assert_near
 from tinyfusion_pl.objectives import GaussianDiffusion
-from tinyfusion_pl.objectives.gaussian_diffusion import spaced_timesteps
+from tinyfusion_pl.objectives.gaussian_process import spaced_timesteps
 from tinyfusion_pl.objectives.likelihood import discretized_gaussian_log_likelihood
 
 T = torch.tensor([0, 1, 300, 999])

@@ -146,7 +146,7 @@ def test_a_denoiser_that_gives_nan_gives_nan_samples(options):
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"sampler": "euler"}, "'euler'; give one of 'ddpm', 'ddim'"),
+        ({"sampler": "euler"}, "'euler'; give one of 'ddim', 'ddpm'"),
         ({"eta": -0.1}, "eta is -0.1"),
         ({"eta": math.nan}, "eta is nan"),
         ({"num_sampling_steps": 0}, "num_sampling_steps is 0; give 1 to 1000"),

@@ -4,30 +4,11 @@ import csv
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 
 from tasks.toy_fit import Killed, fit, rows
-from tinyfusion_pl import DepthPruningCallback, MaskLearning, create_model
-from tinyfusion_pl.data import DigitsDataModule
-from tinyfusion_pl.objectives import GaussianDiffusion
-from tinyfusion_pl.tasks import csv_logger, wandb_logger
-
-
-def test_wandb_gets_the_decision_and_a_resumed_stage_goes_on_in_its_run(tmp_path):
-    logger = wandb_logger(folder=tmp_path / "logs" / "learn_mask", stage="learn_mask", experiment="digits_d6", project="p", offline=True)
-    again = wandb_logger(folder=tmp_path / "logs" / "learn_mask", stage="learn_mask", experiment="digits_d6", project="p", offline=True)
-    other = wandb_logger(folder=tmp_path / "logs" / "recover", stage="recover", experiment="digits_d6", project="p", offline=True)
-    assert logger.version == again.version != other.version
-    module = MaskLearning(create_model("dit_digits", depth=2, hidden_size=16, num_heads=2), objective=GaussianDiffusion())
-    trainer = Trainer(accelerator="cpu", devices=1, max_steps=2, logger=logger, log_every_n_steps=1, enable_checkpointing=False,
-                      callbacks=[DepthPruningCallback("1:2", save_dir=tmp_path / "shallow")], enable_progress_bar=False,
-                      enable_model_summary=False)
-    trainer.fit(module, datamodule=DigitsDataModule(batch_size=4))
-    summary = dict(logger.experiment.summary)
-    logger.experiment.finish()
-    assert summary["gates/blocks/kept_0"] + summary["gates/blocks/kept_1"] == 1
-    assert summary["gates/tau"] > 0 and list((tmp_path / "logs").rglob("*.wandb"))
+from tinyfusion_pl.tasks import TensorBoardTracker, WandbTracker, csv_logger, tensorboard_tracker
+from wandb_files import read_runs
 
 
 def read(folder):
@@ -97,17 +78,96 @@ def test_rows_of_a_learning_rate_monitor_are_not_repeated(tmp_path, every):
     assert len({row["step"] for row in cut}) == len(cut)
 
 
-def test_a_resumed_fit_logs_to_wandb_as_well(tmp_path):
-    for kill in (3, None):
-        def wandb(*, folder, stage):
-            return wandb_logger(folder=folder, stage=stage, experiment="e", project="p", offline=True)
+@pytest.fixture
+def _quiet_wandb(tmp_path, monkeypatch):
+    for name in ("DATA_DIR", "CACHE_DIR", "CONFIG_DIR", "ARTIFACT_DIR"):
+        monkeypatch.setenv(f"WANDB_{name}", str(tmp_path / "home"))
+    monkeypatch.setenv("WANDB_SILENT", "true")
 
+
+@pytest.mark.usefixtures("_quiet_wandb")
+def test_a_fit_that_is_killed_logs_each_step_to_wandb_once(tmp_path):
+    """Against an uninterrupted fit without W&B: after each kill, steps are trained again since the last checkpoint."""
+    fit(tmp_path / "whole", log_every=1)
+    wanted = rows(tmp_path / "whole")
+    for kill in (5, 3, None):
+        tracker = WandbTracker(project="p", experiment="e", offline=True)
         try:
-            fit(tmp_path, kill=kill, logger=wandb)
+            fit(tmp_path / "cut", log_every=1, every=4, kill=kill, logger=tracker)
         except Killed:
             continue
         finally:
-            import wandb as library
+            tracker.finish(255 if kill else 0)
+    (run,) = read_runs(tmp_path / "cut")
+    assert rows(tmp_path / "cut") == wanted and run.exit_code == 0
+    assert len(list((tmp_path / "cut" / "wandb").glob("offline-run-*"))) == 3
+    for name in wanted[0].keys() - {"step", "epoch"}:
+        cells = [(int(row["step"]), float(row[name])) for row in wanted if row[name]]
+        assert run.curve(f"learn_mask/{name}", "learn_mask/step") == cells, name
 
-            library.finish()
-    assert list((tmp_path / "logs").rglob("*.wandb")) and (tmp_path / "shallow" / "record.json").exists()
+
+def test_tensorboard_gets_each_step_of_a_killed_fit_once(tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="the extra tensorboard")
+    for kill in (5, None):
+        try:
+            fit(tmp_path, log_every=1, every=4, kill=kill, logger=TensorBoardTracker())
+        except Killed:
+            continue
+    found = events.EventAccumulator(str(tmp_path / "tensorboard" / "learn_mask"), size_guidance={"scalars": 0})
+    found.Reload()
+    shown = {tag: [(e.step, e.value) for e in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+    for name in rows(tmp_path)[0].keys() - {"step", "epoch"}:
+        cells = [(int(row["step"]), float(row[name])) for row in rows(tmp_path) if row[name]]
+        assert [step for step, _ in shown[name]] == [step for step, _ in cells]
+        assert [value for _, value in shown[name]] == pytest.approx([value for _, value in cells], rel=1e-6)
+
+
+def test_a_run_that_a_script_opened_is_used_and_left_open(tmp_path, monkeypatch):
+    class Run:
+        id, logged = "of_the_script", []
+
+        def define_metric(self, *args, **kwargs):
+            pass
+
+        def log(self, metrics):
+            self.logged.append(metrics)
+
+        def finish(self, **kwargs):
+            raise AssertionError("it is not ours")
+
+    import wandb
+
+    monkeypatch.setattr(wandb, "run", Run())
+    tracker = WandbTracker(project="p", experiment="e", offline=True)
+    tracker(folder=tmp_path / "logs" / "recover", stage="recover").log_metrics({"val/fid": 3.0, "train/loss": 1.0}, step=7)
+    tracker.finish(0)
+    assert Run.logged == [{"val/fid": 3.0, "recover/train/loss": 1.0, "recover/step": 7}]
+
+
+def test_a_new_run_gets_the_steps_that_the_folder_has(tmp_path, monkeypatch):
+    """As an arm of a sweep that another run has trained already."""
+    import wandb
+
+    class Run:
+        def __init__(self, name):
+            self.id, self.logged = name, []
+
+        def define_metric(self, *args, **kwargs):
+            pass
+
+        def log(self, metrics):
+            self.logged.append(metrics)
+
+    csv_logger(folder=tmp_path / "logs" / "recover", stage="recover").log_metrics({"val/fid": 3.0}, step=2)
+    seen = {}
+    for name in ("first", "first", "second"):
+        monkeypatch.setattr(wandb, "run", run := Run(name))
+        WandbTracker(project="p", experiment="e", offline=True).stage_ended(tmp_path, "recover")
+        seen.setdefault(name, []).append(run.logged)
+    assert seen == {"first": [[{"val/fid": 3.0, "recover/step": 2}], []], "second": [[{"val/fid": 3.0, "recover/step": 2}]]}
+
+
+def test_a_missing_tensorboard_is_reported_before_training_with_the_extra(monkeypatch):
+    monkeypatch.setattr(tensorboard_tracker, "_TENSORBOARD_AVAILABLE", False)
+    with pytest.raises(ValueError, match=r"tinyfusion_pl\[tensorboard\]"):
+        TensorBoardTracker().check()

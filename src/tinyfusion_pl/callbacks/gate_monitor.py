@@ -39,11 +39,11 @@ class GateMonitor:
                 file.write(json.dumps(line) + "\n")
 
 
-def gate_metrics(decision: Decision, *, tau: float) -> dict[str, float]:
-    """The decision as numbers for a logger: per block, per group, and their means."""
+def gate_metrics(decision: Decision, *, tau: float | None = None) -> dict[str, float]:
+    """The decision as numbers for a logger: per block, per group, and their means; `tau` is None where there is no temperature."""
     groups = [group for stack in decision.stacks.values() for group in stack.groups]
     metrics = {
-        "gates/tau": tau,
+        **({} if tau is None else {"gates/tau": tau}),
         "gates/entropy": sum(g.entropy for g in groups) / len(groups),
         "gates/confidence": sum(g.confidence for g in groups) / len(groups),
     }

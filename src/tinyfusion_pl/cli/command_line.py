@@ -30,7 +30,7 @@ from tinyfusion_pl.cli.overrides import check_added, expand_home, keep_escaped, 
 from tinyfusion_pl.cli.processes import as_single_run, is_first_process, process
 from tinyfusion_pl.cli.run_identity import CONFIG, check_folder, config_hash, forget_config, hash_of, write_config
 from tinyfusion_pl.cli.settings import check_complete, checked
-from tinyfusion_pl.cli.sweeps import SWEEP, check_single, check_sweep, in_sweep
+from tinyfusion_pl.cli.sweeps import SWEEP, check_single, check_sweep, in_sweep, is_arm
 from tinyfusion_pl.preemption import EXIT_CODE, Preempted, preemptible
 from tinyfusion_pl.printable import for_terminal
 
@@ -98,25 +98,39 @@ def _run_task(cfg: DictConfig) -> Any:
     job = HydraConfig.get()
     run_dir = Path(job.runtime.output_dir)
     sweeping = job.mode == RunMode.MULTIRUN
+    arm = partial(record_arm, sweep_dir=Path(job.sweep.dir), run_dir=run_dir, overrides=job.overrides.task) if is_arm(job) else None
     try:
         if not sweeping:
             check_single(job.sweeper)
-            return run(cfg, run_dir)
+            result = run(cfg, run_dir)
+            if arm is not None and is_first_process():
+                arm()
+            return result
         print(f"job {job.job.num}: {' '.join(job.overrides.task)} -> {run_dir}", flush=True)
-        arm = partial(record_arm, sweep_dir=Path(job.sweep.dir), run_dir=run_dir, overrides=job.overrides.task)
         with process([sys.argv[0], *as_single_run(sys.argv[1:], job)], **{SWEEP: os.path.abspath(job.sweep.dir)}):
             result = run(cfg, run_dir)
         arm()
         return result
     except Exception as error:
         exit_code = tell(error)
-        if sweeping:
-            arm(error=for_terminal(sentence(error) or repr(error)))
+        if arm is not None and is_first_process():
+            told = for_terminal(sentence(error) or repr(error))
+            arm(error=told)
+            if not sweeping:
+                _report_failed_arm(cfg, run_dir, told)
         _remove_empty(run_dir)
         _remove_empty(Path.cwd() / str(job.run.dir))  # as written: a/../b makes both
         if sweeping:
             raise Told from error  # the sweep's other jobs still run
         raise SystemExit(exit_code) from None
+
+
+def _report_failed_arm(cfg: DictConfig, run_dir: Path, told: str) -> None:
+    """Give W&B the reason why an arm of its sweep failed before it logged anything: the arm has no run there yet."""
+    with suppress(Exception):  # the logger itself may be what failed
+        tracker = hydra.utils.instantiate(cfg.logger.factory, _convert_="all")
+        if hasattr(tracker, "fail"):
+            tracker.fail(run_dir, told)
 
 
 def _remove_empty(run_dir: Path) -> None:

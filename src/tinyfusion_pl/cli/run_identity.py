@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from tinyfusion_pl.cli.processes import is_first_process
 
 # Where a run writes and which of its stages run: no part of what is computed, so no part of the folder's name.
 NOT_IDENTITY = ("hydra", "run_dir", "paths", "task")
+RESOLVER = re.compile(r"\$\{([\w.]+):")
+PURE_RESOLVERS = {"oc.select", "hydra"}  # whose value the configuration decides, or that stay as written
 SHARED = "tinyfusion_pl.tasks.SharedResults"  # says which results other runs use again, which changes none of them
 CONFIG, LOCK = "config.yaml", ".lock"
 PUT_BACK = (
@@ -31,7 +35,19 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
     A reference to a single value becomes that value; one to a whole group, or to where the run is, stays as written.
     """
     raw = _without_shared(OmegaConf.to_container(cfg, resolve=False))
-    kept = OmegaConf.create({key: value for key, value in raw.items() if key not in NOT_IDENTITY})
+    written = json.dumps({key: value for key, value in raw.items() if key not in NOT_IDENTITY}, default=str)
+    if set(RESOLVER.findall(written)) <= PURE_RESOLVERS:
+        return json.loads(_settled(written))
+    return _settled_now({key: value for key, value in raw.items() if key not in NOT_IDENTITY})
+
+
+@lru_cache(maxsize=16)  # a command asks several times, which takes a tenth of a second each
+def _settled(written: str) -> str:
+    return json.dumps(_settled_now(json.loads(written)), default=str)
+
+
+def _settled_now(raw: dict[str, Any]) -> dict[str, Any]:
+    kept = OmegaConf.create(raw)
     _settle(kept)
     return OmegaConf.to_container(kept, resolve=False)
 

@@ -11,6 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+WANDB_SWEEP = "WANDB_SWEEP_ID"  # environment variable: set by `wandb agent` for an arm of its sweep
 SWEEP = "TINYFUSION_SWEEP"  # environment variable: the sweep's folder, for the processes that one of its runs starts
 
 
@@ -34,9 +35,14 @@ def check_single(sweeper: DictConfig) -> None:
                          "is made, with none of them. Add -m.")
 
 
+def is_arm(job: DictConfig) -> bool:
+    """Whether the run is an arm of a sweep: of Hydra's or of W&B's."""
+    return job.mode == RunMode.MULTIRUN or WANDB_SWEEP in os.environ
+
+
 def in_sweep(name: str) -> str | None:
     """Path of `name` in the folder of the sweep that this run is of; None where it is of none."""
-    if HydraConfig.initialized() and (job := HydraConfig.get()).mode == RunMode.MULTIRUN:
+    if HydraConfig.initialized() and is_arm(job := HydraConfig.get()):
         return os.path.join(os.path.abspath(job.sweep.dir), name)
     sweep = os.environ.get(SWEEP)
     return None if sweep is None else os.path.join(sweep, name)

@@ -17,7 +17,6 @@ SELF = ("self", "cls")
 PASSED_ON = {
     "tinyfusion_pl.metrics.networks.TimmFeatures": "timm.create_model",
     "tinyfusion_pl.data.vae.load_vae": "tinyfusion_pl.data.VAE",
-    "tinyfusion_pl.tasks.loggers.wandb_logger": "lightning.pytorch.loggers.WandbLogger",
 }
 
 

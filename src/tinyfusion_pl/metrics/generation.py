@@ -126,6 +126,24 @@ class GenerationMetrics(nn.Module):
                 for metric in need_pictures:
                     metric.update(features, real=True)
 
+    def reference_state(self) -> dict[str, Tensor]:
+        """What this process knows of the reference's pictures, ``<metric>.<state>`` -> tensor, for `load_reference_state`."""
+        state = {}
+        for name, metric in self.collection.items():
+            for key in (key for key in metric._defaults if key.startswith("reference_")):
+                value = getattr(metric, key)
+                state[f"{name}.{key}"] = metric._joined(key) if isinstance(value, list) else value
+        return state
+
+    def load_reference_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take what `reference_state` of the same metrics gave, in place of the reference's pictures."""
+        self.reset(reference=True)
+        for name, metric in self.collection.items():
+            for key in (key for key in metric._defaults if key.startswith("reference_")):
+                value = state[f"{name}.{key}"].to(self.device)
+                setattr(metric, key, [value] if isinstance(getattr(metric, key), list) else value)
+                metric._update_count += 1  # torchmetrics warns where a metric was never updated
+
     def check_reference(self, reference: Reference) -> None:
         """`ValueError` when a file was made with another feature network, or lacks what a metric needs: nothing is computed."""
         if reference.network and reference.network != self.fingerprint():

@@ -9,17 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchdiffeq import odeint
 
+from tinyfusion_pl.objectives.guidance import check_guidance, guided
+from tinyfusion_pl.objectives.interpolant_process import InterpolantProcess
 from tinyfusion_pl.objectives.paths import Coefficients, coefficients
-from tinyfusion_pl.objectives.sampling import check_guidance, check_noise, given_or_drawn, guided
-
-if TYPE_CHECKING:
-    from tinyfusion_pl.objectives.interpolants import Interpolants
+from tinyfusion_pl.objectives.sampling_noise import check_noise, given_or_drawn
 
 ODE_SAMPLERS = ("euler", "heun", "dopri5")
 SDE_SAMPLERS = ("euler_maruyama", "sde_heun")
@@ -100,27 +99,27 @@ class SamplingOptions:
         """Steps that draw noise."""
         return self.num_sampling_steps - self.has_last_step if self.is_sde else 0
 
-    def interval(self, objective: Interpolants) -> tuple[float, float]:
+    def interval(self, process: InterpolantProcess) -> tuple[float, float]:
         """Where the steps (the last one aside) begin and end: at 0 and 1 but for ends at which what they compute is singular.
 
         Raises:
             ValueError: for ``sample_eps=0`` at such an end.
         """
-        start, end = objective.singular_ends()
+        start, end = process.singular_ends()
         if self.is_sde:  # the score at t = 1 is singular, and "sbdm" where alpha is 0
-            start, end = start or (self.diffusion == "sbdm" and objective.path != "vp"), not self.has_last_step
-        eps = EPS if objective.sample_eps is None else objective.sample_eps
+            start, end = start or (self.diffusion == "sbdm" and process.path != "vp"), not self.has_last_step
+        eps = EPS if process.sample_eps is None else process.sample_eps
         if eps == 0 and (start or end):
-            raise ValueError(f"sample_eps is 0, but {objective.prediction} prediction on the path {objective.path!r} sampled with "
+            raise ValueError(f"sample_eps is 0, but {process.prediction} prediction on the path {process.path!r} sampled with "
                              f"{self.sampler!r} is singular at t = {0 if start else 1}; give sample_eps > 0 (published: 1e-3).")
         return eps * start, 1 - (self.last_step_size if self.has_last_step else eps * end)
 
 
 @dataclass
-class _Process:
+class _Guided:
     """What the solvers ask at a time t: the velocity and the score that the guided denoiser says there."""
 
-    objective: Interpolants
+    process: InterpolantProcess
     denoiser: nn.Module
     y: Tensor
     options: SamplingOptions
@@ -129,11 +128,11 @@ class _Process:
         t = torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(len(x))
         output = guided(self.denoiser, x, t, self.y, guidance_scale=self.options.guidance_scale,
                         guidance_channels=self.options.guidance_channels)
-        return self.objective.checked(output, x), self.objective.coefficients(t, x), t.view(-1, *[1] * (x.ndim - 1))
+        return self.process.checked(output, x), self.process.coefficients(t, x), t.view(-1, *[1] * (x.ndim - 1))
 
     def velocity(self, x: Tensor, t: float | Tensor) -> Tensor:
         output, c, _ = self.ask(x, t)
-        return c.velocity(self.objective.prediction, output, x)
+        return c.velocity(self.process.prediction, output, x)
 
     def w(self, c: Coefficients, t: Tensor) -> Tensor:
         return self.options.diffusion_norm * DIFFUSIONS[self.options.diffusion](c, t)
@@ -141,26 +140,26 @@ class _Process:
     def sde(self, x: Tensor, t: float) -> Tensor:
         """The SDE's drift v + w s."""
         output, c, time = self.ask(x, t)
-        prediction = self.objective.prediction
+        prediction = self.process.prediction
         return c.velocity(prediction, output, x) + self.w(c, time) * c.score(prediction, output, x)
 
     def deviation(self, x: Tensor, t: float) -> Tensor:
         """sqrt(2 w), of the noise of an SDE over time 1."""
         time = torch.full((len(x), *[1] * (x.ndim - 1)), t, device=x.device)
-        return (2 * self.w(coefficients(self.objective.path, time), time)).sqrt()
+        return (2 * self.w(coefficients(self.process.path, time), time)).sqrt()
 
     def data(self, x: Tensor, t: float) -> Tensor:
         """The expectation of the data given x (Tweedie)."""
         output, c, _ = self.ask(x, t)
-        return (x - c.sigma * c.noise(self.objective.prediction, output, x)) / c.alpha
+        return (x - c.sigma * c.noise(self.process.prediction, output, x)) / c.alpha
 
 
-def sample_interpolant(objective: Interpolants, denoiser: nn.Module, z: Tensor, y: Tensor, *, noise: Tensor | None = None,
+def sample_interpolant(process: InterpolantProcess, denoiser: nn.Module, z: Tensor, y: Tensor, *, noise: Tensor | None = None,
                        generator: torch.Generator | None = None, **options: Any) -> Tensor:
     """Samples (N, C, H, W) from noise `z` (N, C, H, W) with labels `y` (N,).
 
     Args:
-        objective, denoiser: The process and the network, called with times in [0, 1].
+        process, denoiser: The process and the network, called with times in [0, 1].
         noise: (num_noises, N, C, H, W), the first for the noisiest step; default: drawn.
         generator: Where noise is drawn from; its device may be another than that of `z`.
         options: See `SamplingOptions`.
@@ -169,19 +168,19 @@ def sample_interpolant(objective: Interpolants, denoiser: nn.Module, z: Tensor, 
         ValueError: for settings out of range, noise of another shape, or where ``dopri5`` cannot go on.
     """
     opts = SamplingOptions(**options)
-    start, end = opts.interval(objective)
+    start, end = opts.interval(process)
     check_noise(noise, z, num_noises=opts.num_random_steps)
-    process = _Process(objective, denoiser, y, opts)
+    field = _Guided(process, denoiser, y, opts)
     if opts.sampler == "dopri5":
-        return _dopri5(process, z, start, end)
+        return _dopri5(field, z, start, end)
     num_steps = opts.num_random_steps or opts.num_sampling_steps
     step = (end - start) / num_steps
     x = z
     for i in range(num_steps):
-        t, drift = start + i * step, process.velocity
+        t, drift = start + i * step, field.velocity
         if opts.is_sde:
-            drift = process.sde
-            kick = process.deviation(x, t) * math.sqrt(step) * given_or_drawn(noise, i, x, generator)
+            drift = field.sde
+            kick = field.deviation(x, t) * math.sqrt(step) * given_or_drawn(noise, i, x, generator)
         if opts.sampler == "euler_maruyama":
             x = x + step * drift(x, t) + kick
             continue
@@ -192,17 +191,17 @@ def sample_interpolant(objective: Interpolants, denoiser: nn.Module, z: Tensor, 
             slope = (slope + drift(x + step * slope, t + step)) / 2
         x = x + step * slope
     if opts.last_step == "tweedie" and opts.has_last_step:
-        return process.data(x, end)
+        return field.data(x, end)
     if opts.has_last_step:
-        x = x + opts.last_step_size * (process.sde if opts.last_step == "mean" else process.velocity)(x, end)
+        x = x + opts.last_step_size * (field.sde if opts.last_step == "mean" else field.velocity)(x, end)
     return x
 
 
-def _dopri5(process: _Process, z: Tensor, start: float, end: float) -> Tensor:
-    options, ends = process.options, torch.tensor([start, end], device=z.device)
+def _dopri5(field: _Guided, z: Tensor, start: float, end: float) -> Tensor:
+    options, ends = field.options, torch.tensor([start, end], device=z.device)
     try:
         # A step must land on the end: by itself the solver steps past it, where the paths are not defined, and interpolates.
-        return odeint(lambda t, x: process.velocity(x, t), z, ends, method="dopri5", atol=options.atol, rtol=options.rtol,
+        return odeint(lambda t, x: field.velocity(x, t), z, ends, method="dopri5", atol=options.atol, rtol=options.rtol,
                       options={"step_t": ends[1:]})[-1]
     except AssertionError as error:  # its steps became too small to count
         raise ValueError(f"dopri5 cannot solve the ODE to atol={options.atol} and rtol={options.rtol}: the model has diverged, or they are "

@@ -12,54 +12,22 @@ import torch
 from torch import Tensor, nn
 
 from tinyfusion_pl.objectives.base import Distance, Draw, check_channels, mean_square
+from tinyfusion_pl.objectives.interpolant_process import InterpolantProcess
 from tinyfusion_pl.objectives.interpolant_sampling import SamplingOptions, sample_interpolant
-from tinyfusion_pl.objectives.paths import PATHS, PREDICTIONS, Coefficients, coefficients
+from tinyfusion_pl.objectives.paths import Coefficients
 
-LOSS_WEIGHTINGS = ("none", "velocity", "likelihood")
 TRAIN_EPS = {"vp": 1e-5}  # published, as the two below
 EPS = 1e-3
 
 
-class Interpolants:
+class Interpolants(InterpolantProcess):
     """The interpolant process, its training and distillation losses, and its samplers.
 
     Args:
-        path: ``"linear"``, ``"gvp"`` or ``"vp"`` (see `tinyfusion_pl.objectives.paths`).
-        prediction: What the denoiser gives: ``"velocity"``, ``"noise"`` or ``"score"``.
-        loss_weighting: Of noise and score losses: ``"none"``; ``"velocity"``, the weight that a velocity loss gives the error;
-            ``"likelihood"``, the weight that bounds the likelihood. A velocity loss takes ``"none"``.
-        train_eps: How far training times stay from ends where the process is singular, in [0, 0.5). Default, as published: 1e-5 for the
-            VP path (at t = 1); else 0 for velocity and 1e-3 for noise and score (at both ends).
-        sample_eps: The same for sampling. Default, as published: 1e-3, but 0 where the ODE of a linear or GVP velocity is solved.
-
-    Raises:
-        ValueError: for settings out of range or that do not go together.
+        path, prediction, loss_weighting, train_eps, sample_eps: See `InterpolantProcess`.
     """
 
     sampling_options = SamplingOptions  # has the parameters that `sample` takes
-
-    def __init__(self, *, path: str = "linear", prediction: str = "velocity", loss_weighting: str = "none",
-                 train_eps: float | None = None, sample_eps: float | None = None) -> None:
-        for name, value, known in (("path", path, PATHS), ("prediction", prediction, PREDICTIONS),
-                                   ("loss_weighting", loss_weighting, LOSS_WEIGHTINGS)):
-            if value not in known:
-                raise ValueError(f"{name} is {value!r}; give one of {', '.join(map(repr, known))}.")
-        if prediction == "velocity" and loss_weighting != "none":
-            raise ValueError(f"loss_weighting is {loss_weighting!r}, but a velocity loss has no other weighting than 'none'; set "
-                             "loss_weighting to 'none', or prediction to 'noise' or 'score'.")
-        for name, value in (("train_eps", train_eps), ("sample_eps", sample_eps)):
-            if value is not None and not 0 <= value < 0.5:
-                raise ValueError(f"{name} is {value}; give a number in [0, 0.5), or null for the published one.")
-        self.path, self.prediction, self.loss_weighting = path, prediction, loss_weighting
-        self.train_eps, self.sample_eps = train_eps, sample_eps
-
-    def coefficients(self, t: Tensor, like: Tensor) -> Coefficients:
-        """The path's coefficients at `t` (N,), shaped to broadcast over `like` (N, ...)."""
-        return coefficients(self.path, t.float().view(-1, *[1] * (like.ndim - 1)))
-
-    def singular_ends(self) -> tuple[bool, bool]:
-        """Whether the velocity that the prediction says is singular at t = 0, and at t = 1."""
-        return self.path != "vp" and self.prediction != "velocity", self.path == "vp" or self.prediction != "velocity"
 
     def check_fits(self, denoiser: nn.Module) -> None:
         """Raise ValueError for a denoiser that predicts another number of channels than its latents have."""
@@ -107,13 +75,6 @@ class Interpolants:
         elif self.loss_weighting == "likelihood":
             prediction = prediction * c.diffusion.sqrt() / c.sigma
         return prediction
-
-    def checked(self, output: Tensor, like: Tensor) -> Tensor:
-        """The denoiser's output in float32."""
-        if output.shape != like.shape:
-            raise ValueError(f"The denoiser gave outputs of shape {tuple(output.shape)} for latents of shape {tuple(like.shape)}; "
-                             "interpolants expect the latents' shape: a SiT, or a denoiser with learn_sigma=False.")
-        return output.float()
 
     # -- sampling -----------------------------------------------------------------------------------------------------------------------
     def check_sampling(self, **options: Any) -> None:

@@ -18,7 +18,7 @@ from tinyfusion_pl.models import MaskedTokens
 from tinyfusion_pl.models.mar import take
 from tinyfusion_pl.objectives.base import Distance, Draw, mean_square
 from tinyfusion_pl.objectives.gaussian_diffusion import GaussianDiffusion
-from tinyfusion_pl.objectives.masked_sampling import check_options, sample_tokens, tokens_of
+from tinyfusion_pl.objectives.masked_sampling import MaskedSampling, sample_tokens, tokens_of
 
 MASK_RATIO_MEAN, MASK_RATIO_STD = 1.0, 0.25
 
@@ -62,7 +62,7 @@ class MaskedAutoregression:
         ValueError: for numbers out of range.
     """
 
-    sampling_options = staticmethod(check_options)  # has the parameters that `sample` takes
+    sampling_options = MaskedSampling  # has the parameters that `sample` takes
 
     def __init__(self, *, mask_ratio_min: float = 0.7, num_noised: int = 4, num_timesteps: int = 1000) -> None:
         if not 0 <= mask_ratio_min < 1:
@@ -144,16 +144,17 @@ class MaskedAutoregression:
     # -- sampling -----------------------------------------------------------------------------------------------------------------------
     def check_sampling(self, **options: Any) -> None:
         """Raise ValueError for options that `sample` would refuse."""
-        check_options(self.diffusion, **options)
+        self.diffusion.respaced(MaskedSampling(**options).num_sampling_steps)
 
-    def num_noises(self, *, num_sampling_steps: int = 100, **_: Any) -> int:
+    def num_noises(self, **options: Any) -> int:
         """One for each diffusion step of a token, and one for the order in which tokens are sampled."""
-        return num_sampling_steps + 1
+        return MaskedSampling(**options).num_noises
 
     @torch.no_grad()
-    def sample(self, denoiser: nn.Module, z: Tensor, y: Tensor, **options: Any) -> Tensor:
-        """Samples (N, C, H, W) from noise `z`; see `tinyfusion_pl.objectives.masked_sampling.sample_tokens` for the options."""
-        return sample_tokens(self.diffusion, denoiser, z, y, **options)
+    def sample(self, denoiser: nn.Module, z: Tensor, y: Tensor, *, noise: Tensor | None = None,
+               generator: torch.Generator | None = None, **options: Any) -> Tensor:
+        """Samples (N, C, H, W) from noise `z`; see `MaskedSampling` for the options and `sample_tokens` for noise and generator."""
+        return sample_tokens(self.diffusion, denoiser, z, y, MaskedSampling(**options), noise=noise, generator=generator)
 
 
 def _share(num_masked: int, device: torch.device) -> Tensor | float:

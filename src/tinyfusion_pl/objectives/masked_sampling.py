@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from tinyfusion_pl.models.mar import put, take
-from tinyfusion_pl.objectives.sampling import check_guidance, sample_chain
-
-if TYPE_CHECKING:
-    from tinyfusion_pl.objectives.gaussian_diffusion import GaussianDiffusion
+from tinyfusion_pl.objectives.gaussian_process import GaussianProcess
+from tinyfusion_pl.objectives.gaussian_samplers import GaussianSampling
+from tinyfusion_pl.objectives.guidance import check_guidance
 
 GUIDANCE_SCHEDULES = ("linear", "constant")
 
@@ -44,21 +43,43 @@ def guidance_at(num_masked: int, num_tokens: int, *, guidance_scale: float, guid
     return 1 + (guidance_scale - 1) * (num_tokens - max(1, num_masked)) / num_tokens
 
 
-def check_options(diffusion: GaussianDiffusion, *, num_iterations: int = 256, num_sampling_steps: int = 100, guidance_scale: float = 1.0,
-                  guidance_schedule: str = "linear", temperature: float = 1.0) -> None:
-    """Raise the ValueError that `sample_tokens` would raise for these options (see there)."""
-    if num_iterations < 1:
-        raise ValueError(f"num_iterations is {num_iterations}; give a count >= 1 (published: 256).")
-    if guidance_schedule not in GUIDANCE_SCHEDULES:
-        raise ValueError(f"guidance_schedule is {guidance_schedule!r}; give one of {', '.join(map(repr, GUIDANCE_SCHEDULES))}.")
-    if not (temperature >= 0 and math.isfinite(temperature)):
-        raise ValueError(f"temperature is {temperature}; give a number >= 0 (published: 1).")
-    check_guidance(None, guidance_scale)
-    diffusion.respaced(num_sampling_steps)
+@dataclass(frozen=True, kw_only=True)
+class MaskedSampling:
+    """How tokens are sampled.
+
+    Args:
+        num_iterations: Iterations, >= 1; as many as tokens or more: one token at a time (published: 256).
+        num_sampling_steps: Diffusion steps of each token, 1 to the process's number (published: 100).
+        guidance_scale: Of classifier-free guidance in the head's noise prediction; 1 is none (published: 3.0).
+        guidance_schedule: ``"linear"``: from 1 to `guidance_scale` as the share of known tokens grows; or ``"constant"``.
+        temperature: Factor on the noise of the diffusion steps, >= 0 (published: 1).
+
+    Raises:
+        ValueError: for settings out of range.
+    """
+
+    num_iterations: int = 256
+    num_sampling_steps: int = 100
+    guidance_scale: float = 1.0
+    guidance_schedule: str = "linear"
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.num_iterations < 1:
+            raise ValueError(f"num_iterations is {self.num_iterations}; give a count >= 1 (published: 256).")
+        if self.guidance_schedule not in GUIDANCE_SCHEDULES:
+            raise ValueError(f"guidance_schedule is {self.guidance_schedule!r}; give one of {', '.join(map(repr, GUIDANCE_SCHEDULES))}.")
+        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
+            raise ValueError(f"temperature is {self.temperature}; give a number >= 0 (published: 1).")
+        check_guidance(None, self.guidance_scale)
+
+    @property
+    def num_noises(self) -> int:
+        """One for each diffusion step of a token, and one for the order in which tokens are sampled."""
+        return self.num_sampling_steps + 1
 
 
-def sample_tokens(diffusion: GaussianDiffusion, denoiser: nn.Module, z: Tensor, y: Tensor, *, num_iterations: int = 256,
-                  num_sampling_steps: int = 100, guidance_scale: float = 1.0, guidance_schedule: str = "linear", temperature: float = 1.0,
+def sample_tokens(process: GaussianProcess, denoiser: nn.Module, z: Tensor, y: Tensor, options: MaskedSampling, *,
                   noise: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
     """Sample all tokens of latents (N, C, H, W) from `z` with labels `y` (N,).
 
@@ -66,27 +87,22 @@ def sample_tokens(diffusion: GaussianDiffusion, denoiser: nn.Module, z: Tensor, 
     sample. A sample depends on its own noise alone, not on the batch.
 
     Args:
-        diffusion: The tokens' process.
+        process: The tokens' process.
         denoiser: A `MAR`: its ``encode``, ``decode`` and ``head`` are called.
         z: (N, C, H, W), at each position the noise that its token starts from.
-        num_iterations: Iterations, >= 1; as many as tokens or more: one token at a time (published: 256).
-        num_sampling_steps: Diffusion steps of each token, 1 to the process's number (published: 100).
-        guidance_scale: Of classifier-free guidance in the head's noise prediction; 1 is none (published: 3.0).
-        guidance_schedule: ``"linear"``: from 1 to `guidance_scale` as the share of known tokens grows; or ``"constant"``.
-        temperature: Factor on the noise of the diffusion steps, >= 0 (published: 1).
+        options: See `MaskedSampling`.
         noise: (num_sampling_steps + 1, N, C, H, W): the steps' noise at each position, the first for the noisiest step, then one whose
             first channel gives the order (its smallest values are sampled last). Default: drawn.
         generator: Where noise is drawn from; its device may be another than that of `z`.
 
     Raises:
-        ValueError: for settings out of range, noise of another shape, or a denoiser that is no MAR.
+        ValueError: for more steps than the process has, noise of another shape, or a denoiser that is no MAR.
     """
-    check_options(diffusion, num_iterations=num_iterations, num_sampling_steps=num_sampling_steps, guidance_scale=guidance_scale,
-                  guidance_schedule=guidance_schedule, temperature=temperature)
+    process.respaced(options.num_sampling_steps)
     if missing := [name for name in ("encode", "decode", "head") if not hasattr(denoiser, name)]:
         raise ValueError(f"The denoiser has no {', '.join(missing)}: MAR's sampler needs a MAR. Set the objective that the denoiser was "
                          "trained with.")
-    expected = (num_sampling_steps + 1, *z.shape)
+    expected = (options.num_noises, *z.shape)
     if noise is None:
         device = z.device if generator is None else generator.device
         noise = torch.randn(expected, generator=generator, device=device, dtype=z.dtype).to(z.device)
@@ -97,21 +113,21 @@ def sample_tokens(diffusion: GaussianDiffusion, denoiser: nn.Module, z: Tensor, 
     order = noise[-1, :, 0].flatten(1).argsort(1)  # (N, L)
     tokens, num_tokens = torch.zeros_like(start), start.shape[1]
     num_masked = num_tokens
-    for num_left in masked_counts(num_tokens, num_iterations):
+    for num_left in masked_counts(num_tokens, options.num_iterations):
         visible, turn = order[:, num_masked:], order[:, num_left:num_masked]  # (N, V), (N, K)
-        scale = guidance_at(num_left, num_tokens, guidance_scale=guidance_scale, guidance_schedule=guidance_schedule)
+        scale = guidance_at(num_left, num_tokens, guidance_scale=options.guidance_scale, guidance_schedule=options.guidance_schedule)
         head = _Head(denoiser, tokens, visible, turn, y, with_null=scale != 1)
         drawn = step_noise.gather(2, turn[None, ..., None].expand(len(step_noise), -1, -1, c)).flatten(1, 2)  # (S, N*K, C)
-        sampled = sample_chain(diffusion, head, take(start, turn).flatten(0, 1), y.repeat_interleave(turn.shape[1]),
-                               num_sampling_steps=num_sampling_steps, guidance_scale=scale, guidance_channels=None,
-                               noise=temperature * drawn)  # (N*K, C)
+        steps = GaussianSampling(num_sampling_steps=options.num_sampling_steps, guidance_scale=scale, guidance_channels=None)
+        sampled = steps.sample(process, head, take(start, turn).flatten(0, 1), y.repeat_interleave(turn.shape[1]),
+                               noise=options.temperature * drawn)  # (N*K, C)
         tokens = put(tokens, turn, sampled.view(n, -1, c))  # (N, L, C)
         num_masked = num_left
     return tokens.transpose(1, 2).reshape(z.shape)  # (N, C, H, W)
 
 
 class _Head:
-    """A MAR's head for the tokens of one iteration, called as `sample_chain` calls a denoiser whose samples are those tokens.
+    """A MAR's head for the tokens of one iteration, called as a sampler calls a denoiser whose samples are those tokens.
 
     The transformer runs here, once; with guidance on the batch and on the same with the null label behind it, as `guided` puts them.
     """

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,25 @@ from tinyfusion_pl.pruning.streams import Key
 
 if TYPE_CHECKING:
     from tinyfusion_pl.pruning.assignment import Assignment
-    from tinyfusion_pl.pruning.gates import DepthGates
+    from tinyfusion_pl.pruning.masks import Masks
     from tinyfusion_pl.pruning.stack_gates import StackGates
+
+
+class GateOwner(Protocol):
+    """What a gated block asks of the gates that it is one of (`DepthGates`)."""
+
+    masks: Masks
+    gather: bool
+    bypassed: bool
+    forced: bool
+    given_streams: Mapping[str, list[str]]
+    recorder: Callable[[GatedForward, Call], Any] | None
+
+    def keeps(self, gated: GatedForward) -> bool:
+        """Whether the current decision keeps the block."""
+
+    def check_checkpointing(self, gated: GatedForward, first: Tensor) -> None:
+        """Raise RuntimeError for activation checkpointing that the gates do not go with."""
 
 
 class GatedForward:
@@ -31,7 +48,7 @@ class GatedForward:
     In evaluation mode the current decision holds.
     """
 
-    def __init__(self, owner: DepthGates, gates: StackGates, block: nn.Module, unit: int, *, name: str) -> None:
+    def __init__(self, owner: GateOwner, gates: StackGates, block: nn.Module, unit: int, *, name: str) -> None:
         self.owner, self.gates, self.block, self.unit, self.name = owner, gates, block, unit, name
         self.original = block.forward
         self.instance_forward = "forward" in block.__dict__

@@ -8,14 +8,14 @@ from pathlib import Path
 from .arms import NothingMeasured
 from .compare import compare_runs
 from .grid import write_grid
-from .page import write_report
+from .page import write_figures, write_report
 from .sweep import compare_sweep
 from .sweep_figures import write_activations, write_candidate_losses, write_depth_curve
 from .words import headline
 
 __all__ = [
     "NothingMeasured", "compare", "compare_runs", "compare_sweep", "headline", "write_activations", "write_candidate_losses",
-    "write_depth_curve", "write_grid", "write_report",
+    "write_depth_curve", "write_figures", "write_grid", "write_report",
 ]
 
 

@@ -156,7 +156,7 @@ def _sample_bands(labels: np.ndarray) -> list[list[int]]:
 
 def plot_curves(curves: Curves) -> Figure | None:
     """A panel for each loss (logged thin, smoothed bold), validation metric and gate summary; None if there is none."""
-    names = [name for prefix in ("train/loss", "val/") for name in curves if name.startswith(prefix)]
+    names = [name for prefix in ("train/loss", "search/loss", "val/") for name in curves if name.startswith(prefix)]
     names += [name for name in CURVES if name.startswith("gates/") and name in curves]
     if not names:
         return None
@@ -167,7 +167,7 @@ def plot_curves(curves: Curves) -> Figure | None:
     for number, name in enumerate(names, start=1):
         axes = figure.add_subplot(num_rows, num_columns, number)
         steps, values = curves[name]
-        noisy = name.startswith("train/")
+        noisy = name.startswith(("train/", "search/"))
         smooth = _smooth(values, width=max(1, len(values) // 40)) if noisy else values
         if noisy:
             axes.plot(steps, values, color=KEPT, linewidth=0.7, alpha=0.35, label="logged")

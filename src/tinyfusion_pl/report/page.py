@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import matplotlib
@@ -62,11 +62,29 @@ def write_report(run_dir: str | Path) -> Path:
         ArtifactError: no run folder, a broken file in it, or a disk that cannot be written.
     """
     run = read_run(run_dir)
-    with matplotlib.rc_context({"text.parse_math": False}):  # a "$" in a name is no formula
-        pictures = {name: figures.save_figure(figure, run.folder / "figures" / f"{name}.png") for name, figure in _figures(run)}
+    pictures = {name: file.read_bytes() for name, file in _draw(run).items()}
     target = run.folder / "report.html"
     write_text(target, render(run, pictures))
     return target
+
+
+def write_figures(run_dir: str | Path, *, only: Collection[str]) -> dict[str, Path]:
+    """Draw those of the report's figures whose names are in `only`; returns name -> ``figures/<name>.png``.
+
+    Raises:
+        ArtifactError: as `write_report`.
+    """
+    return _draw(read_run(run_dir), only=only)
+
+
+def _draw(run: Run, *, only: Collection[str] | None = None) -> dict[str, Path]:
+    files = {}
+    with matplotlib.rc_context({"text.parse_math": False}):  # a "$" in a name is no formula
+        for name, figure in _figures(run):
+            if only is None or name in only:
+                files[name] = run.folder / "figures" / f"{name}.png"
+                figures.save_figure(figure, files[name])
+    return files
 
 
 def _figures(run: Run) -> Iterator[tuple[str, Figure]]:

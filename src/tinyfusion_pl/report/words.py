@@ -34,6 +34,7 @@ METRICS = {
 
 CURVES = {
     "train/loss": "loss",
+    "search/loss": "log of the distance to the teacher",
     "train/loss_kd": "output distillation",
     "train/loss_feature": "feature distillation",
     "gates/tau": "gate temperature",

@@ -27,11 +27,13 @@ class Problem:
         draw: Makes samples: called with their number, it draws them with the global generator, which is seeded around the call.
         num_samples: Samples of `fixed`.
         seed: Of all randomness: the same seed, the same choice.
+        on_step: Called after each step of a search with its history so far, as `Choice.history`.
         progress: Where steps of a long choice are kept.
     """
 
     def __init__(self, structures: Structures, draw: Callable[[int], Calibration], *, num_samples: int = 128, seed: int = 0,
-                 progress: Progress | None = None) -> None:
+                 on_step: Callable[[list[dict[str, Any]]], None] = lambda history: None, progress: Progress | None = None) -> None:
+        self.on_step = on_step
         self.progress = progress or Progress()
         self.progress.start(structures)
         self.structures, self.num_samples, self.seed, self._draw = structures, num_samples, seed, draw

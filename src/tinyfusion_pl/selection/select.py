@@ -135,19 +135,28 @@ class Selection:
             check(space)
 
     def __call__(
-        self, model: nn.Module, draw: Callable[[int], Calibration], *, seed: int = 0, progress: Progress | None = None
-    ) -> Selected:
+        self, model: nn.Module, draw: Callable[[int], Calibration], *, seed: int = 0,
+        watch: Callable[[dict[str, Any]], None] = lambda entry: None, progress: Progress | None = None,
+    ) -> Selected:  # fmt: skip
         """Choose; `model` is left as it is.
 
         Args:
             model: The dense, trained model.
             draw: Makes a `Calibration` of so many samples.
             seed: Of all randomness.
+            watch: Called at each step of a search with its entry of `Selected.history`.
             progress: Keeps the steps of the global search and of trials: the same call resumes after the last one.
         """
-        space = self.space(model)
+        space, history = self.space(model), []
+
+        def on_step(steps: list[dict[str, Any]]) -> None:
+            for each in steps[len(history) :]:
+                decision = self._decision(space, each["structure"], each["theta"])
+                history.append({"step": each["step"], "loss": each["loss"], "decision": decision})
+                watch(history[-1])
+
         with torch.random.fork_rng(devices_of(model)), open_structures(model, space, max_rows=self.max_rows) as structures:
-            problem = Problem(structures, draw, num_samples=self.num_samples, seed=seed, progress=progress)
+            problem = Problem(structures, draw, num_samples=self.num_samples, seed=seed, on_step=on_step, progress=progress)
             structures.ask(problem.fixed)  # checks that structures can be run side by side
             simple = self._simple_rule(problem) if self.with_simple_rule else None
             before = structures.num_block_runs  # that the report asks costs nothing here
@@ -156,6 +165,7 @@ class Selection:
                 problem.progress.save("choice", vars(choice))
             else:
                 choice = Choice(**kept)
+            on_step(choice.history)
             how, structure, rounds = self.criterion.name, choice.structure, []
             if self.candidates:
                 found = propose(problem, choice, num_drawn=self.num_drawn, num_scored=self.num_scored, keep=self.candidates,
@@ -167,8 +177,6 @@ class Selection:
             decision = (space.decision(structure, criterion=how, scores=choice.scores) if choice.theta is None
                         else self._decision(space, structure, choice.theta, how, choice.scores))  # fmt: skip
             cost = structures.num_block_runs - before
-        history = [{"step": each["step"], "loss": each["loss"], "decision": self._decision(space, each["structure"], each["theta"])}
-                   for each in choice.history]  # fmt: skip
         return Selected(decision, cost, None if simple is None else space.kept_blocks(simple), history, rounds)
 
     def _simple_rule(self, problem: Problem) -> Tensor:

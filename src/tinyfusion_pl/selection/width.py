@@ -82,19 +82,23 @@ class WidthPruning:
     def _hidden_size(self, model: DiT, num_blocks: int) -> int:
         return width_for(model, (1 - self.removed) * num_params_of(model, depth=len(model.blocks)), depth=num_blocks)
 
-    def __call__(self, model: DiT, draw: Callable[[int], Calibration], *, seed: int = 0) -> Selected:
+    def __call__(
+        self, model: DiT, draw: Callable[[int], Calibration], *, seed: int = 0,
+        watch: Callable[[dict[str, Any]], None] = lambda entry: None,
+    ) -> Selected:  # fmt: skip
         """Choose blocks and channels; `model` is left as it is. What is left of it is the result's `shallow`.
 
         Args:
             model: The dense, trained model.
             draw: Makes a `Calibration` of so many samples, with a loss.
             seed: Of all randomness.
+            watch: Called at each step of a search for the blocks, see `Selection`.
         """
         check_narrowable(model)
         if self.depth is None:
             found = Selected(_all_blocks(model, self.name), 0, None, [], [])
         else:
-            found = self.depth(model, draw, seed=seed)
+            found = self.depth(model, draw, seed=seed, watch=watch)
             for stack in found.decision.stacks.values():
                 stack.criterion = f"{stack.criterion}, then diff_pruning"
         wide = remove_blocks(copy.deepcopy(model), found.decision.kept_blocks).eval()

@@ -9,7 +9,7 @@ from tinyfusion_pl.tasks.extract import Extract, extract_latents
 from tinyfusion_pl.tasks.fitting import Fit
 from tinyfusion_pl.tasks.folder import Inputs, RunFolder
 from tinyfusion_pl.tasks.learn_mask import LearnMask
-from tinyfusion_pl.tasks.loggers import csv_logger, wandb_logger
+from tinyfusion_pl.tasks.loggers import csv_logger
 from tinyfusion_pl.tasks.measure import PictureFiles, make_reference, measure
 from tinyfusion_pl.tasks.recover import Recover
 from tinyfusion_pl.tasks.report import Report
@@ -17,13 +17,15 @@ from tinyfusion_pl.tasks.settings import write_settings
 from tinyfusion_pl.tasks.shared_results import SharedResults
 from tinyfusion_pl.tasks.stages import Pipeline
 from tinyfusion_pl.tasks.steps import Unfinished
+from tinyfusion_pl.tasks.tensorboard_tracker import TensorBoardTracker
+from tinyfusion_pl.tasks.tracking import Tracker
 from tinyfusion_pl.tasks.train import Train, train_denoiser
+from tinyfusion_pl.tasks.wandb_tracker import WandbTracker
 
 __all__ = [
     "Activations", "Budget", "CandidateLosses", "DepthCurve", "Evaluate", "Extract", "Fit",
     "Inputs", "LearnMask", "PictureFiles", "Pipeline", "Recover", "Report", "RunFolder",
-    "SharedResults", "Train", "Unfinished", "csv_logger", "draw_activations", "extract_latents",
-    "make_reference", "measure", "measure_depths", "score_candidates", "train_denoiser",
-    "wandb_logger",
-    "write_settings",
+    "SharedResults", "TensorBoardTracker", "Tracker", "Train", "Unfinished", "WandbTracker",
+    "csv_logger", "draw_activations", "extract_latents", "make_reference", "measure",
+    "measure_depths", "score_candidates", "train_denoiser", "write_settings",
 ]

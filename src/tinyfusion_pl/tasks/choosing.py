@@ -5,19 +5,24 @@ from __future__ import annotations
 import copy
 import json
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
 from tinyfusion_pl.artifacts import write_json, write_text
+from tinyfusion_pl.callbacks import gate_metrics
 from tinyfusion_pl.checksums import Origin
 from tinyfusion_pl.models import save_shallow
 from tinyfusion_pl.pruning import remove_blocks
 from tinyfusion_pl.selection import Calibration, Selected, Selection, WidthPruning
 from tinyfusion_pl.selection.progress import Progress
 from tinyfusion_pl.tasks.folder import Inputs, RunFolder, say
+from tinyfusion_pl.tasks.loggers import StepLogger
+from tinyfusion_pl.tasks.tracking import stage_loggers
 
 DECISIONS, SELECTION, PROGRESS = "learn_mask/decisions.jsonl", "learn_mask/selection.json", "learn_mask/progress.pt"
 
@@ -41,24 +46,42 @@ class Draws:
         return Calibration.of(self.objective, x.to(self.device), y.to(self.device))
 
 
-def choose(selection: Selection | WidthPruning, folder: RunFolder, inputs: Inputs, device: torch.device, *,
-           made_from: Origin) -> dict[str, Any]:
+def choose(
+    selection: Selection | WidthPruning, folder: RunFolder, inputs: Inputs, device: torch.device, *, made_from: Origin,
+    logger: Callable[..., Logger] | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Choose, cut a copy of the teacher, and leave it in ``shallow/``; returns what the stage is marked with.
+
+    The steps of a search are logged as those of mask learning: ``search/loss`` (mean log of the distance to the teacher),
+    ``gates/entropy``, ``gates/confidence``, and of each block its probability and whether it is kept.
 
     Args:
         selection: The criterion and its budget, or what makes the teacher narrower.
         folder: Where it goes.
         inputs: The teacher, objective and data.
         device: Where it computes.
+        logger: Makes the stage's logger, as `Fit.logger`.
         made_from: What the choice starts from: an interrupted one resumes where that is the same.
     """
     start = time.perf_counter()
     name = selection.name
     say(f"learn_mask: {name} chooses what stays; the shallow model goes to {folder.shallow}")
     model = copy.deepcopy(inputs.teacher).to(device).eval()
+    loggers = stage_loggers(logger, folder / "logs" / "learn_mask", "learn_mask")
+    for each in loggers:
+        if isinstance(each, StepLogger):
+            each.drop_after(0)  # a resumed search gives all its steps again
+
+    def watch(entry: dict[str, Any]) -> None:
+        metrics = {"search/loss": entry["loss"], **gate_metrics(entry["decision"])}
+        for each in loggers:
+            each.log_metrics(metrics, step=entry["step"])
+
     progress = Progress(folder / PROGRESS, made_from={**made_from, "seed": inputs.seed, "criterion": name})
     given = {} if isinstance(selection, WidthPruning) else {"progress": progress}
-    found = selection(model, Draws(inputs.data, inputs.objective, device), seed=inputs.seed, **given)
+    found = selection(model, Draws(inputs.data, inputs.objective, device), seed=inputs.seed, watch=watch, **given)
+    for each in loggers:
+        each.finalize("success")
     kept = found.decision.kept_blocks
     shallow = remove_blocks(copy.deepcopy(inputs.teacher), kept) if found.shallow is None else found.shallow
     save_shallow(folder.shallow, shallow, {

@@ -24,6 +24,7 @@ from tinyfusion_pl.tasks.folder import RunFolder, say
 from tinyfusion_pl.tasks.interruption import interruptible
 from tinyfusion_pl.tasks.loggers import LogsFollowSteps
 from tinyfusion_pl.tasks.steps import FullLength, SaveAtEnd, StepCheckpoint, WholeSteps
+from tinyfusion_pl.tasks.tracking import check_logger, stage_loggers
 from tinyfusion_pl.tasks.trainer_checks import check_length, check_optimizer, check_sharded, check_trainer
 
 
@@ -34,7 +35,8 @@ class Fit:
     Args:
         trainer: Makes the Trainer from callbacks, logger and default_root_dir.
         callbacks: Further callbacks by name, as in a config; one that is None is left out.
-        logger: Makes a logger from ``folder=`` and ``stage=`` (`csv_logger`, `wandb_logger`); None: none.
+        logger: Makes a logger from ``folder=`` and ``stage=`` (`csv_logger`, `WandbTracker`, `TensorBoardTracker`), beside which csv files
+            are always written; None: none.
         checkpoint_every_n_steps: Optimizer steps between checkpoints: the most work that a killed process loses.
         budget: Length and batch; its batch goes before the data module's. The Trainer's max_steps, where it is not -1, goes before its
             length. None: the Trainer's max_steps and the data module's batch.
@@ -64,6 +66,7 @@ class Fit:
         every = self.checkpoint_every_n_steps
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ValueError(f"{stage}.fit.checkpoint_every_n_steps is {every!r}; give a count >= 1.")
+        check_logger(self.logger)
         probe = check_trainer(stage, self.trainer, self.callbacks)
         shares = self._shares(stage, probe)
         num_steps = self._num_steps(stage, probe)
@@ -145,7 +148,7 @@ class Fit:
                        SaveAtEnd(checkpoint), *copy.deepcopy(list(self.callbacks.values())), clock,
                        StepCheckpoint(checkpoint, every_n_steps=self.checkpoint_every_n_steps)],
             default_root_dir=folder / stage,
-            logger=False if self.logger is None else self.logger(folder=folder / "logs" / stage, stage=stage),
+            logger=stage_loggers(self.logger, folder / "logs" / stage, stage),
             **settings,
         )
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:

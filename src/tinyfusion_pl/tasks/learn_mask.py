@@ -84,8 +84,8 @@ class LearnMask:
                 say(f"learn_mask: done before, kept {done['kept_blocks']}; shallow model in {folder.shallow}")
                 return
         if self.selection is not None:
-            result = choose(self.selection, folder, inputs, self.fit.device(), made_from=made_from)
-            left = [SELECTION, *([DECISIONS] if (folder / DECISIONS).exists() else [])]
+            result = choose(self.selection, folder, inputs, self.fit.device(), made_from=made_from, logger=self.fit.logger)
+            left = [SELECTION, *(log for log in (DECISIONS, logs_of("learn_mask")) if (folder / log).exists())]
             folder.finish("learn_mask", {**result, **asked, "made_from": made_from, "files": files_left(folder.path, [folder.shallow.name]),
                                          "logs": files_left(folder.path, left)})  # fmt: skip
             return

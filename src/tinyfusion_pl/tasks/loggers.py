@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 import os
@@ -36,6 +35,7 @@ class StepLogger(Logger):
     """
 
     name = version = ""
+    logs_once = True  # what is logged again at a step does not count twice
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -149,8 +149,9 @@ class LogsFollowSteps(Callback):
     ) -> None:
         step, metrics, every = trainer.global_step, dict(trainer.logged_metrics), trainer.log_every_n_steps
         if every and step % every == 0 and int(metrics.pop("step", -1)) == step:
-            for logger in _step_loggers(trainer):
-                logger.log_metrics(metrics, step=step)
+            for logger in trainer.loggers:
+                if getattr(logger, "logs_once", False):
+                    logger.log_metrics(metrics, step=step)
         if trainer.is_global_zero:
             checkpoint[LOGS] = {path.name: log_sha256(path, step) for path in self._logs(trainer)}
 
@@ -212,12 +213,3 @@ def _csv_step(line: str) -> int | None:
 def csv_logger(*, folder: Path, stage: str) -> Logger:
     """One ``metrics.csv`` a stage, which a resumed stage continues."""
     return StepLogger(folder)
-
-
-def wandb_logger(*, folder: Path, stage: str, experiment: str, **kwargs: Any) -> Logger:
-    """Lightning's W&B logger: one W&B run a stage, grouped by experiment; a resumed stage goes on in its run."""
-    from lightning.pytorch.loggers import WandbLogger  # imports wandb, which only this logger needs
-
-    folder.mkdir(parents=True, exist_ok=True)
-    run_id = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-    return WandbLogger(save_dir=folder, name=f"{experiment}-{stage}", group=experiment, id=run_id, resume="allow", **kwargs)

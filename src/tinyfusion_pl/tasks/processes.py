@@ -25,11 +25,11 @@ def first_alone(make_trainer: Callable[..., Trainer]) -> Iterator[bool]:
     Args:
         make_trainer: Says how many processes there are, and how they find each other.
     """
-    trainer = make_trainer(logger=False, strategy="ddp")
-    environment = trainer.strategy.cluster_environment
-    if trainer.world_size == 1 or PARENT in os.environ or not environment.creates_processes_externally:
+    environment = getattr(make_trainer(logger=False).strategy, "cluster_environment", None)
+    if environment is None or PARENT in os.environ or not environment.creates_processes_externally:
         yield rank_zero_only.rank == 0
         return
+    trainer = make_trainer(logger=False, strategy="ddp")
     trainer.strategy.setup_environment()  # the trainings that follow use the same connections
     group = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=30))
     if trainer.global_rank == 0:

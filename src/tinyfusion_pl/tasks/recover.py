@@ -177,7 +177,8 @@ class Recover:
         if files_sha256(other.path, list(files)) != files:
             say(f"recover: what {other.path} recovered has changed since; it is trained again")
             return None
-        say(f"recover: the same was recovered in {other.path} (recover.shared.reuse=false trains it again)")
+        say(f"recover: the same was recovered in {other.path}, which saves {found['seconds']:.0f} s "
+            "(recover.shared.reuse=false trains it again)")
         rank_zero_only(copy_files)(other.path, folder.path, found["logs"])
         self.save(folder, inputs, load_shallow(other.recovered).state_dict())
         return {**found, "files": files_left(folder.path, [folder.recovered.name])}

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.loggers import Logger
 from torch import nn
 
 from tinyfusion_pl.tasks.evaluate import Evaluate
 from tinyfusion_pl.tasks.folder import Inputs, RunFolder
 from tinyfusion_pl.tasks.learn_mask import LearnMask
+from tinyfusion_pl.tasks.outcomes import objective_of
 from tinyfusion_pl.tasks.recover import Recover
 from tinyfusion_pl.tasks.report import Report
+from tinyfusion_pl.tasks.tracking import check_logger, tracked
 
 
 @dataclass(kw_only=True)
@@ -23,6 +26,10 @@ class Pipeline:
     """`stages`, of ``learn_mask, recover, evaluate, report``, in this order; call it with a run folder. Finished stages are passed over.
 
     Everything is built and checked before anything is written or trained, so a mistake in the last stage's configuration costs nothing.
+    Called, it returns what a sweep minimizes: the final FID, or the distance that was measured in its place; None without an evaluation.
+
+    `logger` is the stages' own (``Fit.logger``): where it is a tracker, as `WandbTracker`, it shows what each stage left, and its run ends
+    with the pipeline.
 
     Raises:
         ValueError: for unknown stages, settings out of range, a pattern or an objective that does not fit the teacher, data that cannot be
@@ -38,6 +45,7 @@ class Pipeline:
     learn_mask: LearnMask
     recover: Recover
     evaluate: Evaluate
+    logger: Callable[..., Logger] | None = None
 
     def __post_init__(self) -> None:
         self.known = {"learn_mask": self.learn_mask, "recover": self.recover, "evaluate": self.evaluate, "report": Report()}
@@ -50,6 +58,7 @@ class Pipeline:
         if set(self.stages) - {"report"}:
             self.data.check_fits(self.teacher)
             self.objective.check_fits(self.teacher)
+        check_logger(self.logger)
         for stage in self.stages:
             self.known[stage].check(self.inputs)
         if "recover" in self.stages:
@@ -63,8 +72,11 @@ class Pipeline:
         for stage in {"learn_mask", "recover"} & set(numbers):
             self.data.check_processes(numbers[stage])
 
-    def __call__(self, *, run_dir: str | Path) -> None:
+    def __call__(self, *, run_dir: str | Path) -> float | None:
         folder = RunFolder(run_dir)
-        for stage in self.stages:
-            gc.collect()  # a Trainer and its module refer to each other: without it two stages' models lie in memory
-            self.known[stage].run(folder, self.inputs)
+        with tracked(self.logger) as ended:
+            for stage in self.stages:
+                gc.collect()  # a Trainer and its module refer to each other: without it two stages' models lie in memory
+                self.known[stage].run(folder, self.inputs)
+                ended(folder.path, stage)
+        return objective_of(folder.path)

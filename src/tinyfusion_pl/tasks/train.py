@@ -24,6 +24,7 @@ from tinyfusion_pl.tasks.fitting import Fit
 from tinyfusion_pl.tasks.folder import Inputs, RunFolder, say
 from tinyfusion_pl.tasks.origins import CONFIGURATION, SAMPLES, check_asked, check_logs, check_origin, files_left, logs_of, needs_remaking
 from tinyfusion_pl.tasks.results import describe
+from tinyfusion_pl.tasks.tracking import tracked
 
 
 @dataclass(kw_only=True)
@@ -100,7 +101,13 @@ def train_denoiser(*, run_dir: str | Path, name: str, seed: int, model: str, obj
     evaluate.check(inputs)
     if begin is not None:
         begin()
-    folder = RunFolder(run_dir)
+    with tracked(train.fit.logger) as ended:
+        _train(RunFolder(run_dir), inputs, denoiser, train, evaluate, recipe)
+        ended(Path(run_dir), "train")
+
+
+def _train(folder: RunFolder, inputs: Inputs, denoiser: nn.Module, train: Train, evaluate: Evaluate, recipe: str | None) -> None:
+    name, seed, objective, data = inputs.name, inputs.seed, inputs.objective, inputs.data
     before = 0 if train.start_from is None else denoiser.source.get(TRAINING_IMAGES)  # None: not known
     started_from = None if train.start_from is None else model_sha256(denoiser)
     parts = {CONFIGURATION: folder.configuration, SAMPLES: data.samples_sha256(), "first weights": started_from}

@@ -18,7 +18,7 @@ from tinyfusion_pl.modules import Denoising
 
 OWN = {  # argument -> what sets it
     "callbacks": "{stage}.fit.callbacks",
-    "logger": "logger=csv, wandb or none",
+    "logger": "logger=csv, wandb, tensorboard or none",
     "default_root_dir": "run_dir",
 }
 

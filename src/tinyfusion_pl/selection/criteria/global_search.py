@@ -68,6 +68,7 @@ class GlobalSearch:
                 average.lerp_(theta, 1 - self.average_decay)
                 history.append({"step": step + 1, "loss": float(losses.mean()), "structure": space.top(average),
                                 "theta": average.clone()})  # fmt: skip
+                problem.on_step(history)
                 problem.progress.step("search", lambda: {
                     "theta": theta, "average": average, "optimizer": optimizer.state_dict(), "generator": generator.get_state(),
                     "history": history,
