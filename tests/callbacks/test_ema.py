@@ -1,6 +1,8 @@
 import pytest
 import torch
 from hydra import compose, initialize_config_module
+from lightning.pytorch import LightningModule, Trainer
+from torch.utils.data import DataLoader
 
 import tinyfusion_pl.cli  # noqa: F401  (registers the resolvers that main.yaml uses)
 from tinyfusion_pl.callbacks import EMAWithWarmup
@@ -29,6 +31,42 @@ def test_an_average_is_that_of_the_formula():
 def test_settings_out_of_range_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         EMAWithWarmup(**wrong)
+
+
+class Line(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.line = torch.nn.Linear(2, 1)
+
+    def training_step(self, batch, batch_idx):
+        return self.line(batch).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def fit(precision, tmp_path):
+    trainer = Trainer(
+        max_steps=2, precision=precision, accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, callbacks=[ema := EMAWithWarmup(decay=0.5)],
+        default_root_dir=tmp_path,
+    )  # fmt: skip
+    module = Line()
+    dtype = torch.float64 if precision == "64-true" else torch.float32
+    trainer.fit(module, DataLoader(torch.randn(4, 2, dtype=dtype), batch_size=2))
+    return ema, module
+
+
+def test_averages_of_a_double_model_are_double(tmp_path):
+    ema, module = fit("64-true", tmp_path)
+    weights = ema._average_model.module.line.weight if ema._average_model is not None else module.line.weight
+    assert weights.dtype == module.line.weight.dtype == torch.float64
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_averages_in_half_precision_are_refused(precision, tmp_path):
+    with pytest.raises(ValueError, match=precision.replace("true", "mixed")):
+        fit(precision, tmp_path)
 
 
 def test_a_recipe_gives_the_average_its_batch():

@@ -75,7 +75,8 @@ class Double(Callback):
 
     def setup(self, trainer, pl_module, stage):
         for tensor in [t for gates in pl_module.depth_gates.stacks for t in (*gates.parameters(), *gates.buffers())]:
-            tensor.data = tensor.data.double()
+            if tensor.is_floating_point():
+                tensor.data = tensor.data.double()
 
 
 def made(case, *, double=True):

@@ -53,7 +53,13 @@ def coarse(monkeypatch):
 def undrawn(monkeypatch):
     """Figures are made but not rendered, which takes most of the time: the names of those that would be saved."""
     names = []
-    monkeypatch.setattr(page_module.figures, "save_figure", lambda figure, path: names.append(path.stem) or b"")
+
+    def save(figure, path):
+        names.append(path.stem)
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+
+    monkeypatch.setattr(page_module.figures, "save_figure", save)
     return names
 
 

@@ -48,11 +48,19 @@ class EMAWithWarmup(WeightAveraging):
 
     # -- weights that are shared out (FSDP2): so is their average ------------------------------------------------------------------
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and trainer.precision in ("16-true", "bf16-true"):
+            raise ValueError(
+                f"The Trainer's precision is {trainer.precision!r}: averages with a decay near 1 do not move in half precision. Use "
+                f"{trainer.precision.replace('true', 'mixed')!r}, or train without averaged weights."
+            )
         if stage != "fit" or not _shards_itself(pl_module):
-            return super().setup(trainer, pl_module, stage)
-        # Lightning would call configure_model, and copy a model that cannot be copied once it is shared out.
-        self._average_model = AveragedModel(pl_module, device=self._device or pl_module.device, use_buffers=self._use_buffers,
-                                            **self._kwargs)
+            super().setup(trainer, pl_module, stage)
+        else:
+            # Lightning would call configure_model, and copy a model that cannot be copied once it is shared out.
+            self._average_model = AveragedModel(pl_module, device=self._device or pl_module.device, use_buffers=self._use_buffers,
+                                                **self._kwargs)
+        if stage == "fit" and trainer.precision == "64-true":  # Lightning makes the module double after this
+            self._average_model.double()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if is_sharded(pl_module):
