@@ -117,7 +117,7 @@ def fast_first(cases):
 @pytest.mark.parametrize("case", fast_first(CASES))
 def test_ddp_has_the_gradients_of_one_process_of_twice_the_batch(runs, case, tmp_path):
     first, second = ranks = ranks_of(runs, case)
-    for name in first["steps"][0].keys() & {"t", "noise", "y", "order"}:
+    for name in first["steps"][0].keys() & {"t", "noise", "order"}:  # labels: test_what_is_drawn_differs_by_rank
         assert not torch.equal(first["steps"][0][name], second["steps"][0][name])
     whole, averages = on_one_process(case, tmp_path, ranks)
     for step, gradients, after in zip(first["steps"], whole.gradients, whole.after, strict=True):

@@ -298,3 +298,12 @@ def test_entries_inside_entries_without_end_are_refused(tmp_path):
 def test_an_entry_by_name_of_no_file_is_refused(tmp_path, place):
     with pytest.raises(ValueError, match="weights is 'best'; give 'ema' or 'raw' .model.weights.*is none"):
         load_pretrained(tmp_path if place == "folder" else place, name="dit_digits", weights="best")
+
+
+def test_the_weights_that_a_search_started_from_are_no_second_set(tmp_path):
+    trained = {"denoiser.a": torch.ones(2), "denoiser.b": torch.ones(3)}
+    before = {name: torch.zeros_like(value) for name, value in trained.items()}
+    torch.save({"state_dict": trained, "callbacks": {"DepthPruningCallback": {"original": before}}}, tmp_path / "last.ckpt")
+    with pytest.warns(UserWarning):
+        found = load_checkpoint(tmp_path / "last.ckpt", weights="ema")
+    assert all(value.eq(1).all() for value in found.values()) and len(found) == 2

@@ -30,6 +30,7 @@ FIXED = frozenset({
     "pos_embed", "freqs", "inv_freq", "freqs_cos", "freqs_sin", "running_mean", "running_var",
     "relative_position_index",
 })
+SEARCH_STATE = "DepthPruningCallback"  # its state in a checkpoint holds the weights that the search started from
 # What wrappers put inside names, anywhere: torch.compile, FSDP, activation checkpointing.
 WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 
@@ -40,6 +41,8 @@ def words(name: str) -> set[str]:
 
 def is_no_model(name: str) -> bool:
     found = words(name)
+    if name == SEARCH_STATE:
+        return True
     return not found.isdisjoint(NO_MODEL) or found >= {"exp", "avg"}
 
 
