@@ -60,6 +60,8 @@ def options_of(function: Callable[..., Any]) -> Parameters:
 @lru_cache
 def _own(function: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter], dict[str, Any]]:
     """Parameters by name, and their hints; none where a builtin does not say them."""
+    if isinstance(function, type) and (function.__init__, function.__new__) == (object.__init__, object.__new__):
+        return {}, {}  # object's own says *args, **kwargs, and takes none
     called = function.__init__ if isinstance(function, type) else function
     try:
         parameters = {name: p for name, p in inspect.signature(called).parameters.items() if name not in SELF}
