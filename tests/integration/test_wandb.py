@@ -187,6 +187,7 @@ def test_the_steps_of_a_search_are_logged(tmp_path):
 
 
 @pytest.mark.usefixtures("_there")
+@pytest.mark.slow  # W&B keeps its settings for the process: it depends on what ran before
 def test_without_an_account_nothing_is_trained(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(wandb, "login", lambda **_: False)
     monkeypatch.setattr("sys.stdin", None)
