@@ -32,7 +32,9 @@ def measure(args: argparse.Namespace, *, compiled: bool, gated: bool) -> None:
     counters.clear()
     model = create_model(args.model, depth=args.depth).to(args.device)
     c = model.config
-    x = torch.randn(args.batch_size, c["in_channels"], c["input_size"], c["input_size"], device=args.device)
+    x = torch.randn(
+        args.batch_size, c["in_channels"], c["input_size"], c["input_size"], device=args.device
+    )
     t = torch.rand(args.batch_size, device=args.device) * 999
     y = torch.randint(c["num_classes"], (args.batch_size,), device=args.device)
     holder = Holder(torch.compile(model) if compiled else model).train()
@@ -45,12 +47,17 @@ def measure(args: argparse.Namespace, *, compiled: bool, gated: bool) -> None:
         holder.model(x, t, y).square().mean().backward()
         seconds.append(time.perf_counter() - start)
     kind = f"{'compiled' if compiled else 'eager'}{' with gates' if gated else ''}"
-    print(f"{args.model} depth {args.depth} batch {args.batch_size} on {args.device}, {kind:19s}: first steps "
-          f"{', '.join(f'{s:.2f}' for s in seconds)} s; {counters['stats']['unique_graphs']} graphs", flush=True)
+    print(
+        f"{args.model} depth {args.depth} batch {args.batch_size} on {args.device}, {kind:19s}: first steps "
+        f"{', '.join(f'{s:.2f}' for s in seconds)} s; {counters['stats']['unique_graphs']} graphs",
+        flush=True,
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="dit_digits")
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--batch-size", type=int, default=16)

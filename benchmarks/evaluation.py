@@ -34,7 +34,12 @@ from tinyfusion_pl.metrics import GenerationMetrics, InceptionFeatures
 from tinyfusion_pl.metrics.functional import frechet_distance, precision_recall
 
 BATCH_SIZE = 32
-SIZES = {"num_pictures": 128, "picture_size": 256, "num_points": 10_000, "dim": 2048}  # of features: num_points, dim
+SIZES = {
+    "num_pictures": 128,
+    "picture_size": 256,
+    "num_points": 10_000,
+    "dim": 2048,
+}  # of features: num_points, dim
 Call = Callable[[], list[float]]
 
 
@@ -47,25 +52,41 @@ def features(kind: str) -> Call:
         path = Path(folder) / "inception.pth"  # the published layout, random values
         torch.save(InceptionFeatures("random").network.state_dict(), path)
         network = InceptionFeatures(path)
-        theirs = create_feature_extractor("inception-v3-compat", ["2048", "logits_unbiased"], cuda=False, verbose=False,
-                                          feature_extractor_weights_path=str(path))
-    pictures = torch.randint(0, 256, (SIZES["num_pictures"], 3, *[SIZES["picture_size"]] * 2), dtype=torch.uint8)
+        theirs = create_feature_extractor(
+            "inception-v3-compat",
+            ["2048", "logits_unbiased"],
+            cuda=False,
+            verbose=False,
+            feature_extractor_weights_path=str(path),
+        )
+    pictures = torch.randint(
+        0, 256, (SIZES["num_pictures"], 3, *[SIZES["picture_size"]] * 2), dtype=torch.uint8
+    )
     metrics = GenerationMetrics(network)
 
     def loop() -> list[float]:
-        found = get_featuresdict_from_dataset(Pictures(pictures), theirs, BATCH_SIZE, cuda=False, save_cpu_ram=True, verbose=False)
+        found = get_featuresdict_from_dataset(
+            Pictures(pictures), theirs, BATCH_SIZE, cuda=False, save_cpu_ram=True, verbose=False
+        )
         return [found[name].double().sum().item() for name in ("2048", "logits_unbiased")]
 
     def alone() -> list[float]:
         found = [metrics.features(batch) for batch in pictures.split(BATCH_SIZE)]
-        return [sum(getattr(batch, name).double().sum().item() for batch in found) for name in ("features", "logits")]
+        return [
+            sum(getattr(batch, name).double().sum().item() for batch in found)
+            for name in ("features", "logits")
+        ]
 
     def update() -> list[float]:
         for batch in pictures.split(BATCH_SIZE):
             metrics.update(batch)
         return [metrics.collection["fid"].samples_sum.sum().item()]
 
-    return {"ours, features alone": alone, "ours, all metrics updated": update, "torch-fidelity's loop": loop}[kind]
+    return {
+        "ours, features alone": alone,
+        "ours, all metrics updated": update,
+        "torch-fidelity's loop": loop,
+    }[kind]
 
 
 class Pictures(torch.utils.data.Dataset):
@@ -82,7 +103,9 @@ class Pictures(torch.utils.data.Dataset):
 def made_up(num: int, *, seed: int) -> Tensor:
     """Features (num, dim) with a spectrum that falls like that of real ones: 64 directions, a rectifier, little noise."""
     generator = torch.Generator().manual_seed(0)
-    directions = torch.randn(64, SIZES["dim"], generator=generator) / torch.arange(1, 65).sqrt().unsqueeze(1)
+    directions = torch.randn(64, SIZES["dim"], generator=generator) / torch.arange(
+        1, 65
+    ).sqrt().unsqueeze(1)
     generator.manual_seed(seed)
     x = (1 + 0.02 * seed) * torch.randn(num, 64, generator=generator) @ directions
     return (x / 4).relu() + 0.02 * torch.randn(num, SIZES["dim"], generator=generator)
@@ -98,7 +121,9 @@ def frechet(kind: str, share: int = 1) -> Call:
 
     def by_sqrtm() -> list[float]:  # the published formula
         root = sqrtm((a @ b).numpy())
-        return [((mu_a - mu_b).square().sum() + a.trace() + b.trace()).item() - 2 * root.trace().real]
+        return [
+            ((mu_a - mu_b).square().sum() + a.trace() + b.trace()).item() - 2 * root.trace().real
+        ]
 
     return {
         "ours": lambda: [frechet_distance(mu_a, a, mu_b, b).item()],
@@ -117,13 +142,18 @@ def neighbours(kind: str) -> Call:
 
     reference, samples = (made_up(SIZES["num_points"], seed=seed) for seed in (1, 4))
 
-    def matrices() -> list[float]:  # all squared distances at once: norms, a product, the (k + 1)-th smallest of each row
+    def matrices() -> list[
+        float
+    ]:  # all squared distances at once: norms, a product, the (k + 1)-th smallest of each row
         def squared(x: Tensor, y: Tensor) -> Tensor:
             return (x.square().sum(1, keepdim=True) - 2 * x @ y.T + y.square().sum(1)).clamp_min(0)
 
         radii_r, radii_s = (squared(x, x).kthvalue(4, dim=1).values for x in (reference, samples))
         between = squared(samples, reference)
-        return [(between <= radii_r).any(1).double().mean().item(), (between <= radii_s.unsqueeze(1)).any(0).double().mean().item()]
+        return [
+            (between <= radii_r).any(1).double().mean().item(),
+            (between <= radii_s.unsqueeze(1)).any(0).double().mean().item(),
+        ]
 
     return {
         "ours": lambda: [x.item() for x in precision_recall(reference, samples)],
@@ -133,12 +163,32 @@ def neighbours(kind: str) -> Call:
 
 
 CASES: dict[str, list[tuple[str, Callable[[str], Call], list[str]]]] = {
-    "features": [("features of {num_pictures} pictures, {picture_size}x{picture_size}", features,
-                  ["ours, features alone", "ours, all metrics updated", "torch-fidelity's loop"])],
-    "frechet": [("Fréchet distance, D = {dim}", frechet, ["ours", "scipy's sqrtm", "torchmetrics' eigvals"]),
-                ("Fréchet distance, D = {dim}, singular", frechet_singular, ["ours", "scipy's sqrtm", "torchmetrics' eigvals"])],
-    "precision_recall": [("precision, recall, {num_points} x {num_points} x {dim}", neighbours,
-                          ["ours", "whole matrices", "torch-fidelity"])],
+    "features": [
+        (
+            "features of {num_pictures} pictures, {picture_size}x{picture_size}",
+            features,
+            ["ours, features alone", "ours, all metrics updated", "torch-fidelity's loop"],
+        )
+    ],
+    "frechet": [
+        (
+            "Fréchet distance, D = {dim}",
+            frechet,
+            ["ours", "scipy's sqrtm", "torchmetrics' eigvals"],
+        ),
+        (
+            "Fréchet distance, D = {dim}, singular",
+            frechet_singular,
+            ["ours", "scipy's sqrtm", "torchmetrics' eigvals"],
+        ),
+    ],
+    "precision_recall": [
+        (
+            "precision, recall, {num_points} x {num_points} x {dim}",
+            neighbours,
+            ["ours", "whole matrices", "torch-fidelity"],
+        )
+    ],
 }
 
 
@@ -148,11 +198,17 @@ def measure(case: Callable[[str], Call], kind: str) -> dict[str, object]:
     Path("/proc/self/clear_refs").write_text("5")  # forget the largest resident set so far (Linux)
     before, start = resident("VmRSS"), time.perf_counter()
     result = call()
-    return {"seconds": time.perf_counter() - start, "peak": resident("VmHWM") - before, "result": result}
+    return {
+        "seconds": time.perf_counter() - start,
+        "peak": resident("VmHWM") - before,
+        "result": result,
+    }
 
 
 def in_child(args: argparse.Namespace, *names: str) -> dict:
-    threads = {name: str(args.threads) for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")}  # scipy's library of its own too
+    threads = {
+        name: str(args.threads) for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    }  # scipy's library of its own too
     sizes = [f"--{name.replace('_', '-')}={size}" for name, size in SIZES.items()]
     command = [sys.executable, __file__, *sizes, "--measure", *names]
     child = subprocess.run(command, env=os.environ | threads, stdout=subprocess.PIPE, check=True)
@@ -165,22 +221,39 @@ def compare(args: argparse.Namespace, group: str, row: int) -> None:
     for _ in range(args.rounds):
         for kind in kinds:
             found[kind].append(in_child(args, group, str(row), kind))
-    seconds = {kind: statistics.median(run["seconds"] for run in runs) for kind, runs in found.items()}
+    seconds = {
+        kind: statistics.median(run["seconds"] for run in runs) for kind, runs in found.items()
+    }
     print(f"\n{title.format(**SIZES):42s} {'seconds':>9s} {'/ ours':>7s} {'peak MiB':>9s}  result")
     for kind, runs in found.items():
         result = "  ".join(f"{x:.9g}" for x in runs[0]["result"])
         peak = max(run["peak"] for run in runs) / 2**20
-        print(f"  {kind:40s} {seconds[kind]:9.2f} {seconds[kind] / seconds[kinds[0]]:7.2f} {peak:9.0f}  {result}", flush=True)
+        print(
+            f"  {kind:40s} {seconds[kind]:9.2f} {seconds[kind] / seconds[kinds[0]]:7.2f} {peak:9.0f}  {result}",
+            flush=True,
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", choices=CASES)
-    parser.add_argument("--rounds", type=int, default=1, help="of each measurement; the median of their times is shown")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=1,
+        help="of each measurement; the median of their times is shown",
+    )
     parser.add_argument("--threads", type=int, default=2)
     for name, size in SIZES.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=size)
-    parser.add_argument("--measure", nargs=3, metavar=("GROUP", "ROW", "KIND"), help="print one measurement as JSON, and end")
+    parser.add_argument(
+        "--measure",
+        nargs=3,
+        metavar=("GROUP", "ROW", "KIND"),
+        help="print one measurement as JSON, and end",
+    )
     args = parser.parse_args()
     SIZES.update({name: getattr(args, name) for name in SIZES})
     if args.measure:

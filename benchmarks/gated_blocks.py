@@ -61,7 +61,9 @@ class Case:
         torch.manual_seed(0)
         self.device = torch.device(args.device)
         self.model = create_model(args.model).to(self.device)
-        with torch.no_grad():  # adaLN-Zero starts every block as the identity; a trained model does not
+        with (
+            torch.no_grad()
+        ):  # adaLN-Zero starts every block as the identity; a trained model does not
             for block in self.model.blocks:
                 block.adaLN_modulation[1].weight.normal_(std=0.02)
         WeightUpdate(weight_update).start(self.model)
@@ -71,11 +73,15 @@ class Case:
         self.y = torch.randint(c["num_classes"], (args.batch_size,), device=self.device)
         shape = (args.batch_size, c["in_channels"], c["input_size"], c["input_size"])
         self.draw = self.objective.draw(torch.randn(shape, device=self.device))
-        self.parameters = [p for p in (*self.model.parameters(), *self.gates.parameters()) if p.requires_grad]
+        self.parameters = [
+            p for p in (*self.model.parameters(), *self.gates.parameters()) if p.requires_grad
+        ]
 
     def loss(self, gather: bool) -> torch.Tensor:
         self.gates.gather = gather
-        return self.objective.losses(self.model(self.draw.x_t, self.draw.t, self.y), self.draw)["loss"].mean()
+        return self.objective.losses(self.model(self.draw.x_t, self.draw.t, self.y), self.draw)[
+            "loss"
+        ].mean()
 
     def step(self, gather: bool) -> float:
         """Seconds of a forward and a backward."""
@@ -104,7 +110,9 @@ class Case:
             before = torch.cuda.memory_allocated()
             self.step(gather)
             return torch.cuda.max_memory_allocated() - before
-        Path("/proc/self/clear_refs").write_text("5")  # forget the largest resident set so far (Linux)
+        Path("/proc/self/clear_refs").write_text(
+            "5"
+        )  # forget the largest resident set so far (Linux)
         before = resident("VmRSS")
         for _ in range(3):
             self.step(gather)
@@ -118,7 +126,14 @@ def resident(field: str) -> int:
 
 
 def peak_in_child(args: argparse.Namespace, weight_update: str, gather: bool) -> int:
-    command = [sys.executable, __file__, *sys.argv[1:], "--peak", weight_update, "gathered" if gather else "plain"]
+    command = [
+        sys.executable,
+        __file__,
+        *sys.argv[1:],
+        "--peak",
+        weight_update,
+        "gathered" if gather else "plain",
+    ]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
@@ -132,11 +147,18 @@ def measure(args: argparse.Namespace, weight_update: str) -> None:
             times[gather].append(case.step(gather))
     gathered, plain = (statistics.median(times[g]) for g in (True, False))
     saved = {g: case.saved_bytes(g) / 2**20 for g in (True, False)}
-    peak = {g: (case.peak_bytes(g) if args.device == "cuda" else peak_in_child(args, weight_update, g)) / 2**20 for g in (True, False)}
-    print(f"{args.model} batch {args.batch_size} pattern {args.pattern} {weight_update:6s} on {args.device}, plain -> gathered: "
-          f"step {plain * 1e3:.0f} -> {gathered * 1e3:.0f} ms ({plain / gathered:.2f}x faster); "
-          f"saved activations {saved[False]:.0f} -> {saved[True]:.0f} MiB ({saved[True] / saved[False]:.2f}x); "
-          f"peak memory {peak[False]:.0f} -> {peak[True]:.0f} MiB ({peak[True] / peak[False]:.2f}x)", flush=True)
+    peak = {
+        g: (case.peak_bytes(g) if args.device == "cuda" else peak_in_child(args, weight_update, g))
+        / 2**20
+        for g in (True, False)
+    }
+    print(
+        f"{args.model} batch {args.batch_size} pattern {args.pattern} {weight_update:6s} on {args.device}, plain -> gathered: "
+        f"step {plain * 1e3:.0f} -> {gathered * 1e3:.0f} ms ({plain / gathered:.2f}x faster); "
+        f"saved activations {saved[False]:.0f} -> {saved[True]:.0f} MiB ({saved[True] / saved[False]:.2f}x); "
+        f"peak memory {peak[False]:.0f} -> {peak[True]:.0f} MiB ({peak[True] / peak[False]:.2f}x)",
+        flush=True,
+    )
 
 
 def serve(args: argparse.Namespace, weight_update: str) -> None:
@@ -149,10 +171,17 @@ def serve(args: argparse.Namespace, weight_update: str) -> None:
 def compare(args: argparse.Namespace, weight_update: str) -> None:
     own = str(Path(__file__).resolve().parents[1] / "src")
     times: dict[str, list[float]] = {own: [], str(Path(args.against).resolve()): []}
-    options = [each for each in sys.argv[1:] if not each.startswith("--against") and each != args.against]
+    options = [
+        each for each in sys.argv[1:] if not each.startswith("--against") and each != args.against
+    ]
     processes = {
-        source: subprocess.Popen([sys.executable, __file__, *options, "--serve", weight_update], env={**os.environ, "PYTHONPATH": source},
-                                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        source: subprocess.Popen(
+            [sys.executable, __file__, *options, "--serve", weight_update],
+            env={**os.environ, "PYTHONPATH": source},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         for source in times
     }
     for _ in range(args.rounds + 2):  # the first two warm up
@@ -163,19 +192,31 @@ def compare(args: argparse.Namespace, weight_update: str) -> None:
     for process in processes.values():
         process.communicate()
     ours, theirs = (statistics.median(each[2:]) for each in times.values())
-    print(f"{args.model} batch {args.batch_size} pattern {args.pattern} {weight_update:6s} on {args.device}, gathered: "
-          f"step {theirs * 1e3:.0f} -> {ours * 1e3:.0f} ms (ratio {ours / theirs:.2f})", flush=True)
+    print(
+        f"{args.model} batch {args.batch_size} pattern {args.pattern} {weight_update:6s} on {args.device}, gathered: "
+        f"step {theirs * 1e3:.0f} -> {ours * 1e3:.0f} ms (ratio {ours / theirs:.2f})",
+        flush=True,
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="dit_digits")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--pattern", default="1:2")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--peak", nargs=2, metavar=("UPDATE", "KIND"), help="print the peak memory of one kind in bytes, and end")
-    parser.add_argument("--against", metavar="SRC", help="compare with another checkout's src folder")
+    parser.add_argument(
+        "--peak",
+        nargs=2,
+        metavar=("UPDATE", "KIND"),
+        help="print the peak memory of one kind in bytes, and end",
+    )
+    parser.add_argument(
+        "--against", metavar="SRC", help="compare with another checkout's src folder"
+    )
     parser.add_argument("--serve", metavar="UPDATE", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:

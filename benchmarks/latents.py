@@ -38,29 +38,59 @@ Loader = Callable[[int], Iterable]
 
 
 def write_ours(folder: Path, num_images: int, content: str) -> Loader:
-    vae = {"source": "none", "num_channels": 4, "downsampling": 8, "scaling_factor": 0.18215, "encoder": "none"}
-    info = LatentsInfo(content=content, dtype="float32", latent_shape=SHAPE, num_samples=num_images, shard_size=SHARD_SIZE, image_size=256,
-                       vae=vae, images="none", listing="none", seed=0, classes=[str(i) for i in range(1000)])
+    vae = {
+        "source": "none",
+        "num_channels": 4,
+        "downsampling": 8,
+        "scaling_factor": 0.18215,
+        "encoder": "none",
+    }
+    info = LatentsInfo(
+        content=content,
+        dtype="float32",
+        latent_shape=SHAPE,
+        num_samples=num_images,
+        shard_size=SHARD_SIZE,
+        image_size=256,
+        vae=vae,
+        images="none",
+        listing="none",
+        seed=0,
+        classes=[str(i) for i in range(1000)],
+    )
     begin(folder, info)
     writer = ShardWriter(folder, info, save_every=SHARD_SIZE)
     for numbers in writer.batches(512):
-        writer.add(torch.tensor(numbers), torch.randn(len(numbers), 2, 8, 32, 32), torch.tensor(numbers) % 1000)
+        writer.add(
+            torch.tensor(numbers),
+            torch.randn(len(numbers), 2, 8, 32, 32),
+            torch.tensor(numbers) % 1000,
+        )
     finish(folder, info)
-    return lambda workers: ImageNetLatents(folder, batch_size=BATCH_SIZE, num_workers=workers).train_dataloader()
+    return lambda workers: ImageNetLatents(
+        folder, batch_size=BATCH_SIZE, num_workers=workers
+    ).train_dataloader()
 
 
 def write_one_file_an_image(folder: Path, num_images: int) -> Loader:
     for kind in ("features", "labels"):
         (folder / f"imagenet256_{kind}").mkdir(parents=True)
     for i in range(num_images):
-        np.save(folder / "imagenet256_features" / f"{i}.npy", np.random.default_rng(i).standard_normal((1, *SHAPE), dtype=np.float32))
+        np.save(
+            folder / "imagenet256_features" / f"{i}.npy",
+            np.random.default_rng(i).standard_normal((1, *SHAPE), dtype=np.float32),
+        )
         np.save(folder / "imagenet256_labels" / f"{i}.npy", np.array([i % 1000]))
-    return lambda workers: ImageNetLatents(folder, batch_size=BATCH_SIZE, num_workers=workers).train_dataloader()
+    return lambda workers: ImageNetLatents(
+        folder, batch_size=BATCH_SIZE, num_workers=workers
+    ).train_dataloader()
 
 
 def write_mapped(folder: Path, num_images: int) -> Loader:
     folder.mkdir(parents=True)
-    array = np.lib.format.open_memmap(folder / "latents.npy", mode="w+", dtype=np.float32, shape=(num_images, *SHAPE))
+    array = np.lib.format.open_memmap(
+        folder / "latents.npy", mode="w+", dtype=np.float32, shape=(num_images, *SHAPE)
+    )
     for i in range(num_images):
         array[i] = np.random.default_rng(i).standard_normal(SHAPE, dtype=np.float32)
     array.flush()
@@ -78,8 +108,12 @@ def write_mapped(folder: Path, num_images: int) -> Loader:
                 self.array = np.load(folder / "latents.npy", mmap_mode="r")
             return torch.from_numpy(np.array(self.array[index])), torch.tensor(index % 1000)
 
-    return lambda workers: DataLoader(Mapped(), batch_size=BATCH_SIZE, sampler=StreamSampler(num_images, num_draws=num_images),
-                                      num_workers=workers)
+    return lambda workers: DataLoader(
+        Mapped(),
+        batch_size=BATCH_SIZE,
+        sampler=StreamSampler(num_images, num_draws=num_images),
+        num_workers=workers,
+    )
 
 
 def write_webdataset(folder: Path, num_images: int) -> Loader:
@@ -88,12 +122,22 @@ def write_webdataset(folder: Path, num_images: int) -> Loader:
     folder.mkdir(parents=True)
     with webdataset.ShardWriter(str(folder / "%05d.tar"), maxcount=SHARD_SIZE, verbose=0) as sink:
         for i in range(num_images):
-            np.save(buffer := io.BytesIO(), np.random.default_rng(i).standard_normal(SHAPE, dtype=np.float32))
+            np.save(
+                buffer := io.BytesIO(),
+                np.random.default_rng(i).standard_normal(SHAPE, dtype=np.float32),
+            )
             sink.write({"__key__": f"{i:08d}", "npy": buffer.getvalue(), "cls": str(i % 1000)})
     urls = sorted(map(str, folder.glob("*.tar")))
 
-    def load(workers: int) -> Iterable:  # sequential shards and a shuffle buffer: it has no random access
-        found = webdataset.WebDataset(urls, shardshuffle=100, empty_check=False).shuffle(1000).decode().to_tuple("npy", "cls")
+    def load(
+        workers: int,
+    ) -> Iterable:  # sequential shards and a shuffle buffer: it has no random access
+        found = (
+            webdataset.WebDataset(urls, shardshuffle=100, empty_check=False)
+            .shuffle(1000)
+            .decode()
+            .to_tuple("npy", "cls")
+        )
         return DataLoader(found.batched(BATCH_SIZE), batch_size=None, num_workers=workers)
 
     return load
@@ -105,10 +149,17 @@ def write_litdata(folder: Path, num_images: int) -> Loader:
 
     cache = Cache(str(folder), chunk_bytes="64MB")
     for i in range(num_images):
-        cache[i] = {"x": torch.from_numpy(np.random.default_rng(i).standard_normal(SHAPE, dtype=np.float32)), "y": i % 1000}
+        cache[i] = {
+            "x": torch.from_numpy(
+                np.random.default_rng(i).standard_normal(SHAPE, dtype=np.float32)
+            ),
+            "y": i % 1000,
+        }
     cache.done()
     cache.merge()
-    return lambda workers: StreamingDataLoader(StreamingDataset(str(folder), shuffle=True), batch_size=BATCH_SIZE, num_workers=workers)
+    return lambda workers: StreamingDataLoader(
+        StreamingDataset(str(folder), shuffle=True), batch_size=BATCH_SIZE, num_workers=workers
+    )
 
 
 def write_hf_datasets(folder: Path, num_images: int) -> Loader:
@@ -117,12 +168,21 @@ def write_hf_datasets(folder: Path, num_images: int) -> Loader:
 
     def rows():
         for i in range(num_images):
-            yield {"x": np.random.default_rng(i).standard_normal(SHAPE, dtype=np.float32), "y": i % 1000}
+            yield {
+                "x": np.random.default_rng(i).standard_normal(SHAPE, dtype=np.float32),
+                "y": i % 1000,
+            }
 
     features = Features({"x": Array3D(SHAPE, "float32"), "y": Value("int64")})
-    HFDataset.from_generator(rows, features=features, cache_dir=str(folder / "cache")).save_to_disk(str(folder / "set"))
-    return lambda workers: DataLoader(load_from_disk(str(folder / "set")).with_format("torch"), batch_size=BATCH_SIZE, num_workers=workers,
-                                      sampler=StreamSampler(num_images, num_draws=num_images))
+    HFDataset.from_generator(rows, features=features, cache_dir=str(folder / "cache")).save_to_disk(
+        str(folder / "set")
+    )
+    return lambda workers: DataLoader(
+        load_from_disk(str(folder / "set")).with_format("torch"),
+        batch_size=BATCH_SIZE,
+        num_workers=workers,
+        sampler=StreamSampler(num_images, num_draws=num_images),
+    )
 
 
 OTHERS = {"webdataset": write_webdataset, "litdata": write_litdata, "datasets": write_hf_datasets}
@@ -149,7 +209,9 @@ def items_per_second(load: Loader, workers: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--num-images", type=int, default=16384)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
     parser.add_argument("--rounds", type=int, default=3)
@@ -159,8 +221,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.folder) as place:
         root, loads = Path(place), {}
         for content in ("moments", "sample"):
-            loads[f"ours, {content}"] = write_ours(root / f"ours, {content}", args.num_images, content)
-        loads["one file an image"] = write_one_file_an_image(root / "one file an image", args.num_images)
+            loads[f"ours, {content}"] = write_ours(
+                root / f"ours, {content}", args.num_images, content
+            )
+        loads["one file an image"] = write_one_file_an_image(
+            root / "one file an image", args.num_images
+        )
         if args.others:
             loads["memory-mapped npy"] = write_mapped(root / "memory-mapped npy", args.num_images)
             for name, write in OTHERS.items():
@@ -168,7 +234,11 @@ def main() -> None:
                     loads[name] = write(root / name, args.num_images)
         for workers in args.workers:
             for cache in ("warm", "cold"):
-                ours = {name: load for name, load in loads.items() if cache == "warm" or name.startswith(("ours", "one file"))}
+                ours = {
+                    name: load
+                    for name, load in loads.items()
+                    if cache == "warm" or name.startswith(("ours", "one file"))
+                }
                 speeds: dict[str, list[float]] = {name: [] for name in ours}
                 for _ in range(args.rounds):
                     for name, load in ours.items():
@@ -178,7 +248,10 @@ def main() -> None:
                 base = statistics.median(speeds["one file an image"])
                 for name, each in speeds.items():
                     speed = statistics.median(each)
-                    print(f"{workers} workers, {cache}: {name:18s} {speed:8.0f} items/s, {speed / base:.2f}x one file an image", flush=True)
+                    print(
+                        f"{workers} workers, {cache}: {name:18s} {speed:8.0f} items/s, {speed / base:.2f}x one file an image",
+                        flush=True,
+                    )
 
 
 if __name__ == "__main__":

@@ -25,7 +25,11 @@ def measure(args: argparse.Namespace) -> dict[int, float]:
     objective, device = GaussianDiffusion(), torch.device(args.device)
     models = {
         depth: create_model(
-            "dit_xl_2", depth=depth, hidden_size=args.width, num_heads=16, input_size=args.input_size
+            "dit_xl_2",
+            depth=depth,
+            hidden_size=args.width,
+            num_heads=16,
+            input_size=args.input_size,
         ).to(device)
         for depth in args.depths
     }
@@ -36,7 +40,12 @@ def measure(args: argparse.Namespace) -> dict[int, float]:
         for depth, model in models.items():
             start = time.perf_counter()
             objective.sample(
-                model.eval(), z, y, sampler="ddim", num_sampling_steps=args.steps, guidance_scale=1.5
+                model.eval(),
+                z,
+                y,
+                sampler="ddim",
+                num_sampling_steps=args.steps,
+                guidance_scale=1.5,
             ).cpu()
             if turn:  # the first warms up
                 seconds[depth].append(time.perf_counter() - start)
@@ -60,7 +69,10 @@ def main() -> None:
     for depth, taken in sorted(seconds.items(), reverse=True):
         ideal, faster = deepest / depth, seconds[deepest] / taken
         points.append((f"D{depth}", ideal, faster))
-        print(f"D{depth}: {faster:.2f}x of an ideal {ideal:.2f}x ({faster / ideal:.3f} of it)", flush=True)
+        print(
+            f"D{depth}: {faster:.2f}x of an ideal {ideal:.2f}x ({faster / ideal:.3f} of it)",
+            flush=True,
+        )
     if args.figure:
         write_speedup(args.figure, points)
 

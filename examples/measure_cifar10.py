@@ -28,26 +28,42 @@ def read_pictures(path: Path, num: int) -> tuple[Tensor, Tensor]:
     with np.load(path, allow_pickle=False) as file:
         blob, offsets, labels = file["blob"], file["offsets"], file["labels"]
     num = min(num, len(labels))
-    decoded = (Image.open(io.BytesIO(blob[offsets[i] : offsets[i + 1]].tobytes())).convert("RGB") for i in range(num))
-    pictures = torch.stack([torch.from_numpy(np.array(picture)) for picture in decoded])  # (N, H, W, 3)
+    decoded = (
+        Image.open(io.BytesIO(blob[offsets[i] : offsets[i + 1]].tobytes())).convert("RGB")
+        for i in range(num)
+    )
+    pictures = torch.stack(
+        [torch.from_numpy(np.array(picture)) for picture in decoded]
+    )  # (N, H, W, 3)
     return pictures.permute(0, 3, 1, 2), torch.from_numpy(labels[:num].astype(np.int64))
 
 
-def main(folder: Path, *, num_reference: int = 50_000, num_samples: int = 10_000, batch_size: int = 500) -> dict[str, float]:
+def main(
+    folder: Path, *, num_reference: int = 50_000, num_samples: int = 10_000, batch_size: int = 500
+) -> dict[str, float]:
     """Measure; returns each metric's number."""
     metrics = GenerationMetrics(load_cifar_resnet(folder / "resnet56-4bfd9763.th"))
-    for part in read_pictures(folder / "cifar10_train_jpegbytes.npz", num_reference)[0].split(batch_size):
+    for part in read_pictures(folder / "cifar10_train_jpegbytes.npz", num_reference)[0].split(
+        batch_size
+    ):
         metrics.update_reference(part)
     pictures, labels = read_pictures(folder / "cifar10_test_jpegbytes.npz", num_samples)
     for part, y in zip(pictures.split(batch_size), labels.split(batch_size)):
         metrics.update(part, y)
     results = metrics.compute()
-    print(json.dumps({"feature_network": metrics.fingerprint(), "metrics": metrics.settings(), **results}, indent=2))
+    print(
+        json.dumps(
+            {"feature_network": metrics.fingerprint(), "metrics": metrics.settings(), **results},
+            indent=2,
+        )
+    )
     return results
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--num-reference", type=int, default=50_000)
     parser.add_argument("--num-samples", type=int, default=10_000)

@@ -23,7 +23,9 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads slow each other down
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "PASSIVE"
+)  # before torch: spinning threads slow each other down
 
 import torch
 from diffusers import FluxTransformer2DModel
@@ -52,8 +54,12 @@ class FlowMatching(LightningModule):
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         latents, prompt_embeds, pooled = (tensor.to(self.dtype) for tensor in batch)
         noise = torch.randn_like(latents)
-        t = torch.randn(len(latents), device=self.device).sigmoid()  # logit-normal, as FLUX and SD3 were trained
-        velocity = predict(self.transformer, interpolate(latents, noise, t), t, prompt_embeds, pooled)
+        t = torch.randn(
+            len(latents), device=self.device
+        ).sigmoid()  # logit-normal, as FLUX and SD3 were trained
+        velocity = predict(
+            self.transformer, interpolate(latents, noise, t), t, prompt_embeds, pooled
+        )
         loss = nn.functional.mse_loss(velocity.float(), pack(noise - latents).float())
         self.log("train/loss", loss, prog_bar=True)
         return loss
@@ -62,8 +68,13 @@ class FlowMatching(LightningModule):
         trained = [p for p in self.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=self.lr, weight_decay=0.0)
         num_steps = int(self.trainer.estimated_stepping_batches)
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps, eta_min=0.05 * self.lr)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(
+            optimizer, num_steps, eta_min=0.05 * self.lr
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
 
 
 def interpolate(latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -76,7 +87,9 @@ def pack(latents: Tensor) -> Tensor:
     return nn.functional.pixel_unshuffle(latents, 2).flatten(2).mT
 
 
-def predict(transformer: nn.Module, x_t: Tensor, t: Tensor, prompt_embeds: Tensor, pooled: Tensor) -> Tensor:
+def predict(
+    transformer: nn.Module, x_t: Tensor, t: Tensor, prompt_embeds: Tensor, pooled: Tensor
+) -> Tensor:
     """The velocity, from the call that FluxPipeline makes. (B, T, 4 C)"""
     height, width = x_t.shape[-2] // 2, x_t.shape[-1] // 2
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
@@ -101,20 +114,28 @@ def open_data(path: str, config: Mapping) -> dict[str, Tensor]:
     """The tensors of a file of cached samples, held against what the model takes."""
     data = load_file(path)
     if missing := [key for key in KEYS if key not in data]:
-        raise ValueError(f"{path} has no {missing}; it holds {sorted(data)}. See --help for the format.")
+        raise ValueError(
+            f"{path} has no {missing}; it holds {sorted(data)}. See --help for the format."
+        )
     channels = {"latents": config["in_channels"] // 4, "prompt_embeds": config["joint_attention_dim"],
                 "pooled_prompt_embeds": config["pooled_projection_dim"]}  # fmt: skip
     axis = {"latents": 1, "prompt_embeds": 2, "pooled_prompt_embeds": 1}
     for key, num in channels.items():
         shape = tuple(data[key].shape)
         if len(shape) <= axis[key] or shape[axis[key]] != num or shape[0] != len(data["latents"]):
-            raise ValueError(f"'{key}' of {path} is {shape}; {num} was expected on axis {axis[key]}, and as many samples in all three.")
+            raise ValueError(
+                f"'{key}' of {path} is {shape}; {num} was expected on axis {axis[key]}, and as many samples in all three."
+            )
     if data["latents"].ndim != 4 or any(size % 2 for size in data["latents"].shape[2:]):
-        raise ValueError(f"'latents' of {path} is {tuple(data['latents'].shape)}; (N, C, H, W) with even H and W was expected.")
+        raise ValueError(
+            f"'latents' of {path} is {tuple(data['latents'].shape)}; (N, C, H, W) with even H and W was expected."
+        )
     return {key: data[key] for key in KEYS}
 
 
-def make_data(config: Mapping, *, num_samples: int = 1024, num_classes: int = 8, size: int = 8) -> dict[str, Tensor]:
+def make_data(
+    config: Mapping, *, num_samples: int = 1024, num_classes: int = 8, size: int = 8
+) -> dict[str, Tensor]:
     """Waves whose direction and channels are their class's, the phase and strength their own; one prompt a class."""
     y = torch.arange(num_samples) % num_classes
     prompts = torch.randn(num_classes, 6, config["joint_attention_dim"])
@@ -123,7 +144,9 @@ def make_data(config: Mapping, *, num_samples: int = 1024, num_classes: int = 8,
     channels = torch.randn(num_classes, config["in_channels"] // 4)[y]
     grid = torch.stack(torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij"))
     phase = (direction * grid).sum(1) + torch.rand(num_samples, 1, 1) * 2 * torch.pi
-    waves = channels[:, :, None, None] * phase.sin()[:, None] * (0.5 + torch.rand(num_samples, 1, 1, 1))
+    waves = (
+        channels[:, :, None, None] * phase.sin()[:, None] * (0.5 + torch.rand(num_samples, 1, 1, 1))
+    )
     return {"latents": waves, "prompt_embeds": prompts[y], "pooled_prompt_embeds": pooled[y]}
 
 
@@ -137,7 +160,11 @@ def velocities(transformer: nn.Module, held_out: list[Tensor]) -> Tensor:
         latents, prompt_embeds, pooled = (tensor.to(p) for tensor in held_out)
         noise = torch.randn(latents.shape, generator=generator).to(p)
         t = t.expand(len(latents)).to(p.device)
-        outputs.append(predict(transformer.eval(), interpolate(latents, noise, t), t, prompt_embeds, pooled).float().cpu())
+        outputs.append(
+            predict(transformer.eval(), interpolate(latents, noise, t), t, prompt_embeds, pooled)
+            .float()
+            .cpu()
+        )
     transformer.train(training)
     return torch.stack(outputs)
 
@@ -148,7 +175,12 @@ def distance(ours: Tensor, teacher: Tensor) -> float:
 
 def row(name: str, model: nn.Module, far: float) -> dict:
     depths = [len(getattr(model, stack)) for stack in STACKS]
-    return {"model": name, "depth": depths, "parameters": sum(p.numel() for p in model.parameters()), "distance": far}
+    return {
+        "model": name,
+        "depth": depths,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "distance": far,
+    }
 
 
 def print_table(rows: list[dict]) -> None:
@@ -169,7 +201,10 @@ def main(args: argparse.Namespace) -> list[dict]:
     num_held_out = min(64, len(samples[0]) // 4)
     held_out = [tensor[:num_held_out] for tensor in samples]
     loader = DataLoader(
-        TensorDataset(*(tensor[num_held_out:] for tensor in samples)), batch_size=args.batch_size, shuffle=True, drop_last=True
+        TensorDataset(*(tensor[num_held_out:] for tensor in samples)),
+        batch_size=args.batch_size,
+        shuffle=True,
+        drop_last=True,
     )
 
     def fit(module: LightningModule, num_steps: int, *callbacks) -> None:
@@ -192,34 +227,59 @@ def main(args: argparse.Namespace) -> list[dict]:
     pruning.detach(module)  # the dense model again, without gates and adapters
     teacher, module.transformer = module.transformer, pruning.shallow_model
     cut = velocities(module.transformer, held_out)
-    recovery = DistillationCallback(teacher, module="transformer", decision=pruning.decision, offload=args.offload_teacher)
+    recovery = DistillationCallback(
+        teacher, module="transformer", decision=pruning.decision, offload=args.offload_teacher
+    )
     fit(module, args.recovery_steps, recovery)
     module.transformer.save_pretrained(output_dir / "recovered")
 
-    recovered = FluxTransformer2DModel.from_pretrained(output_dir / "recovered")  # the plain class: the folder is all it takes
+    recovered = FluxTransformer2DModel.from_pretrained(
+        output_dir / "recovered"
+    )  # the plain class: the folder is all it takes
     rows = [row("teacher", teacher, 0.0), row("cut", recovered, distance(cut, teacher_velocities)),
             row("cut and recovered", recovered, distance(velocities(recovered, held_out), teacher_velocities))]  # fmt: skip
     print_table(rows)
     kept = ", ".join(f"{path} {blocks}" for path, blocks in pruning.decision.kept_blocks.items())
-    print(f"kept blocks: {kept}\nsaved in {output_dir / 'recovered'}, opened by FluxTransformer2DModel.from_pretrained")
+    print(
+        f"kept blocks: {kept}\nsaved in {output_dir / 'recovered'}, opened by FluxTransformer2DModel.from_pretrained"
+    )
     return rows
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output-dir", default="outputs/flux", help="folder of the cut and of the recovered model")
-    parser.add_argument("--model", help="folder of a FLUX in diffusers' format; default: a tiny one, trained first")
-    parser.add_argument("--data", help="safetensors file of cached samples; default: synthetic ones of the model's widths")
-    parser.add_argument("--pattern", nargs=2, default=["1:2", "2:4"], metavar="N:M", help="of the double- and single-stream blocks")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--output-dir", default="outputs/flux", help="folder of the cut and of the recovered model"
+    )
+    parser.add_argument(
+        "--model", help="folder of a FLUX in diffusers' format; default: a tiny one, trained first"
+    )
+    parser.add_argument(
+        "--data",
+        help="safetensors file of cached samples; default: synthetic ones of the model's widths",
+    )
+    parser.add_argument(
+        "--pattern",
+        nargs=2,
+        default=["1:2", "2:4"],
+        metavar="N:M",
+        help="of the double- and single-stream blocks",
+    )
     parser.add_argument("--pretrain-steps", type=int, default=180, help="of the tiny model")
     parser.add_argument("--search-steps", type=int, default=60)
     parser.add_argument("--recovery-steps", type=int, default=120)
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=1e-3, help="of search and recovery; far lower for a real model")
+    parser.add_argument(
+        "--lr", type=float, default=1e-3, help="of search and recovery; far lower for a real model"
+    )
     parser.add_argument("--accelerator", default="auto")
     parser.add_argument("--precision", default="32-true", help="as the Trainer takes it")
     parser.add_argument("--gradient-checkpointing", action="store_true")
-    parser.add_argument("--offload-teacher", action="store_true", help="keep the teacher on the CPU between batches")
+    parser.add_argument(
+        "--offload-teacher", action="store_true", help="keep the teacher on the CPU between batches"
+    )
     return parser
 
 

@@ -20,8 +20,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from tinyfusion_pl import DepthPruningCallback, load_shallow
 
-MODEL = {"name": "timm/vit_tiny_patch16_224",
-         "kwargs": dict(img_size=8, patch_size=2, in_chans=1, num_classes=10, embed_dim=64, depth=8, num_heads=4)}
+MODEL = {
+    "name": "timm/vit_tiny_patch16_224",
+    "kwargs": dict(
+        img_size=8, patch_size=2, in_chans=1, num_classes=10, embed_dim=64, depth=8, num_heads=4
+    ),
+}
 
 
 class Classifier(LightningModule):
@@ -39,16 +43,25 @@ class Classifier(LightningModule):
 
     def configure_optimizers(self):
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr)
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, total_steps=int(self.trainer.estimated_stepping_batches))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, self.lr, total_steps=int(self.trainer.estimated_stepping_batches)
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
 
 
 def digits() -> tuple[DataLoader, tuple[Tensor, Tensor]]:
     """Training batches, and held-out pictures with their labels."""
     images, labels = load_digits(return_X_y=True)
     x, y = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1, torch.tensor(labels)
-    train, held_out = train_test_split(range(len(y)), test_size=0.2, stratify=labels, random_state=0)
-    return DataLoader(TensorDataset(x[train], y[train]), batch_size=64, shuffle=True, drop_last=True), (x[held_out], y[held_out])
+    train, held_out = train_test_split(
+        range(len(y)), test_size=0.2, stratify=labels, random_state=0
+    )
+    return DataLoader(
+        TensorDataset(x[train], y[train]), batch_size=64, shuffle=True, drop_last=True
+    ), (x[held_out], y[held_out])
 
 
 @torch.no_grad()
@@ -59,8 +72,17 @@ def accuracy(model: nn.Module, data: tuple[Tensor, Tensor]) -> float:
 
 def fit(module: LightningModule, loader: DataLoader, num_steps: int, *callbacks) -> None:
     module.train()
-    Trainer(max_steps=num_steps, max_epochs=-1, accelerator="cpu", devices=1, callbacks=list(callbacks), logger=False,
-            enable_checkpointing=False, enable_model_summary=False, gradient_clip_val=1.0).fit(module, loader)
+    Trainer(
+        max_steps=num_steps,
+        max_epochs=-1,
+        accelerator="cpu",
+        devices=1,
+        callbacks=list(callbacks),
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        gradient_clip_val=1.0,
+    ).fit(module, loader)
 
 
 def main(output_dir: str, num_steps: int) -> dict[str, float]:
@@ -70,11 +92,15 @@ def main(output_dir: str, num_steps: int) -> dict[str, float]:
     fit(Classifier(dense), loader, num_steps)
     results = {f"dense, {len(dense.blocks)} blocks": accuracy(dense, held_out)}
 
-    pruning = DepthPruningCallback("1:2", stacks="model.blocks", save_dir=output_dir, model_factory=MODEL)
+    pruning = DepthPruningCallback(
+        "1:2", stacks="model.blocks", save_dir=output_dir, model_factory=MODEL
+    )
     fit(Classifier(dense, lr=1e-3), loader, num_steps // 2, pruning)
 
     shallow = load_shallow(output_dir)  # the folder is all it takes
-    results[f"shallow, {len(shallow.blocks)} blocks, before fine-tuning"] = accuracy(shallow, held_out)
+    results[f"shallow, {len(shallow.blocks)} blocks, before fine-tuning"] = accuracy(
+        shallow, held_out
+    )
     fit(Classifier(shallow, lr=1e-3), loader, num_steps // 2)
     results[f"shallow, {len(shallow.blocks)} blocks, fine-tuned"] = accuracy(shallow, held_out)
 
@@ -85,8 +111,15 @@ def main(output_dir: str, num_steps: int) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output-dir", default="outputs/vit", help="folder of the shallow model")
-    parser.add_argument("--num-steps", type=int, default=500, help="optimizer steps of the dense model; half as many for the others")
+    parser.add_argument(
+        "--num-steps",
+        type=int,
+        default=500,
+        help="optimizer steps of the dense model; half as many for the others",
+    )
     args = parser.parse_args()
     main(args.output_dir, args.num_steps)

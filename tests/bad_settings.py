@@ -383,4 +383,8 @@ callbacks@recover.fit.callbacks=evaluation recover.fit.callbacks.evaluation.num_
 +budget@recover.fit.budget=dit_100k recover.fit.budget.global_batch_size=0 | recover.fit.budget.global_batch_size
 """
 
-BAD = [tuple(part.strip() for part in line.rsplit("|", 1)) for line in TEXT.strip().splitlines() if line and line[0] != "#"]
+BAD = [
+    tuple(part.strip() for part in line.rsplit("|", 1))
+    for line in TEXT.strip().splitlines()
+    if line and line[0] != "#"
+]

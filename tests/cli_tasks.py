@@ -15,7 +15,9 @@ class Part:
 
     def __init__(self, *, pattern: str) -> None:
         if pattern == "5:4":
-            raise ValueError("Pattern '5:4' keeps 5 of 4 blocks. Give N:M with 1 <= N <= M, e.g. '2:4'.")
+            raise ValueError(
+                "Pattern '5:4' keeps 5 of 4 blocks. Give N:M with 1 <= N <= M, e.g. '2:4'."
+            )
         self.pattern = pattern
 
 
@@ -27,7 +29,9 @@ def note(part: Part, *, run_dir: Path, seed: int, stages: list[str]) -> str:
 
 def fail(part: Part, *, run_dir: Path, seed: int, stages: list[str], error: str) -> None:
     if seed == 0:
-        raise {"value": ValueError, "bug": KeyError, "interrupt": KeyboardInterrupt}[error]("it went wrong")
+        raise {"value": ValueError, "bug": KeyError, "interrupt": KeyboardInterrupt}[error](
+            "it went wrong"
+        )
     note(part, run_dir=run_dir, seed=seed, stages=stages)
 
 
@@ -49,7 +53,11 @@ class _Line(LightningModule):
 def train_twice_on_two_processes(*, run_dir: Path, seed: int) -> None:
     """Two fits in one task, as the pipeline has them; every process leaves a file."""
     for _ in range(2):
-        trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", max_steps=1, logger=False, **QUIET)
+        trainer = Trainer(
+            accelerator="cpu", devices=2, strategy="ddp", max_steps=1, logger=False, **QUIET
+        )
         trainer.fit(_Line(), DataLoader(TensorDataset(torch.ones(4, 2)), batch_size=2))
     name = f"rank{trainer.global_rank}.json"
-    write_json(run_dir / name, {"seed": seed, "world_size": trainer.world_size, "process": os.getpid()})
+    write_json(
+        run_dir / name, {"seed": seed, "world_size": trainer.world_size, "process": os.getpid()}
+    )

@@ -24,22 +24,42 @@ def gray16():
 
 def png_of_size(width, height):
     """A PNG file of a few hundred bytes whose header states that size."""
+
     def chunk(kind, content):
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        return (
+            struct.pack(">I", len(content))
+            + kind
+            + content
+            + struct.pack(">I", zlib.crc32(kind + content))
+        )
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 99)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0" * 99))
+        + chunk(b"IEND", b"")
+    )
 
 
 def broken_images(folder):
     """Write one broken image of each kind into `folder`; returns their paths."""
     whole = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8))
     files = {
-        "empty.png": b"", "text.jpg": b"no image at all", "zeros.bmp": bytes(300),
-        "cut.png": saved(whole)[:200], "cut.jpg": saved(whole, "jpeg")[:300], "cut.gif": saved(whole, "gif")[:100],
-        "cut.tif": saved(whole, "tiff")[:60], "cut.webp": saved(whole, "webp")[:60], "header.png": saved(whole)[:20],
-        "bomb.png": png_of_size(20_000, 20_000), "large.png": png_of_size(13_000, 13_000), "none.png": png_of_size(0, 7),
-        "huge.png": png_of_size(2**31 - 1, 2**31 - 1), "huge.ppm": b"P6 99999999999 99999999999 255\n" + bytes(9),
+        "empty.png": b"",
+        "text.jpg": b"no image at all",
+        "zeros.bmp": bytes(300),
+        "cut.png": saved(whole)[:200],
+        "cut.jpg": saved(whole, "jpeg")[:300],
+        "cut.gif": saved(whole, "gif")[:100],
+        "cut.tif": saved(whole, "tiff")[:60],
+        "cut.webp": saved(whole, "webp")[:60],
+        "header.png": saved(whole)[:20],
+        "bomb.png": png_of_size(20_000, 20_000),
+        "large.png": png_of_size(13_000, 13_000),
+        "none.png": png_of_size(0, 7),
+        "huge.png": png_of_size(2**31 - 1, 2**31 - 1),
+        "huge.ppm": b"P6 99999999999 99999999999 255\n" + bytes(9),
         "postscript.png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
         "float.tif": saved(Image.fromarray(GRAY.astype(np.float32)), "tiff"),
         "integers.tif": saved(Image.fromarray(GRAY.astype(np.int32)), "tiff"),

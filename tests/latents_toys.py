@@ -13,14 +13,29 @@ from tinyfusion_pl.data import load_vae
 from tinyfusion_pl.tasks import Extract, extract_latents
 
 NUM_IMAGES, CLASSES = 10, ("n01", "n02", "n10")
-TRAINER = partial(Trainer, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-                  enable_model_summary=False, use_distributed_sampler=False)
+TRAINER = partial(
+    Trainer,
+    accelerator="cpu",
+    devices=1,
+    logger=False,
+    enable_checkpointing=False,
+    enable_progress_bar=False,
+    enable_model_summary=False,
+    use_distributed_sampler=False,
+)
 
 
 def autoencoder(*, seed=0, **overrides):
     torch.manual_seed(seed)
-    settings = {"block_out_channels": (8, 16), "down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2,
-                "layers_per_block": 1, "norm_num_groups": 4, "latent_channels": 4, "sample_size": 16}
+    settings = {
+        "block_out_channels": (8, 16),
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "latent_channels": 4,
+        "sample_size": 16,
+    }
     model = AutoencoderKL(**{**settings, **overrides})
     with torch.no_grad():  # means of the scale of Stable Diffusion's, so that scaled ones have a standard deviation of about 1
         for parameter in model.quant_conv.parameters():
@@ -49,8 +64,11 @@ def pack(path, *, names=True):
     for i in range(NUM_IMAGES):
         image(i).save(buffer := io.BytesIO(), "png")
         files.append(buffer.getvalue())
-    arrays = {"blob": np.frombuffer(b"".join(files), np.uint8), "offsets": np.cumsum([0, *map(len, files)]),
-              "labels": np.arange(NUM_IMAGES, dtype=np.int16) % len(CLASSES)}
+    arrays = {
+        "blob": np.frombuffer(b"".join(files), np.uint8),
+        "offsets": np.cumsum([0, *map(len, files)]),
+        "labels": np.arange(NUM_IMAGES, dtype=np.int16) % len(CLASSES),
+    }
     if names:
         arrays |= {"wnids": np.array(CLASSES), "names": np.array(["tench", "shark", "hen"])}
     np.savez(path, **arrays)
@@ -58,8 +76,18 @@ def pack(path, *, names=True):
 
 
 def extract(folder, images, output, **settings):
-    settings = {"image_size": 8, "shard_size": 4, "save_every": 2, "batch_size": 2, "trainer": TRAINER, "vae": vae_in(folder), **settings}
-    return extract_latents(run_dir=folder, extract=Extract(images=str(images), output=str(output), **settings))
+    settings = {
+        "image_size": 8,
+        "shard_size": 4,
+        "save_every": 2,
+        "batch_size": 2,
+        "trainer": TRAINER,
+        "vae": vae_in(folder),
+        **settings,
+    }
+    return extract_latents(
+        run_dir=folder, extract=Extract(images=str(images), output=str(output), **settings)
+    )
 
 
 def vae_in(folder, **overrides):

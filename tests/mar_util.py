@@ -24,10 +24,17 @@ def golden_mar(golden):
     state = part(golden, "weights")
 
     def depth(stack):
-        return 1 + max(int(k.removeprefix(f"{stack}.").split(".")[0]) for k in state if k.startswith(f"{stack}."))
+        return 1 + max(
+            int(k.removeprefix(f"{stack}.").split(".")[0])
+            for k in state
+            if k.startswith(f"{stack}.")
+        )
 
     num_classes, hidden_size = state["class_emb.weight"].shape
-    num_positions, num_tokens = state["encoder_pos_embed_learned"].shape[1], state["diffusion_pos_embed_learned"].shape[1]
+    num_positions, num_tokens = (
+        state["encoder_pos_embed_learned"].shape[1],
+        state["diffusion_pos_embed_learned"].shape[1],
+    )
     model = MAR(input_size=golden["x"].shape[-1], in_channels=golden["x"].shape[1], hidden_size=hidden_size,
                 encoder_depth=depth("encoder_blocks"), decoder_depth=depth("decoder_blocks"), num_heads=CASES["config"]["heads"],
                 mlp_ratio=state["encoder_blocks.0.mlp.fc1.weight"].shape[0] / hidden_size, num_classes=num_classes,

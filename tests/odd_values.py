@@ -14,7 +14,13 @@ LEFT_OUT = object()
 def places(content, path=()):
     """Paths of all values in plain data, containers included; of a long list the first two."""
     yield path
-    items = content.items() if isinstance(content, dict) else enumerate(content[:2]) if isinstance(content, list) else ()
+    items = (
+        content.items()
+        if isinstance(content, dict)
+        else enumerate(content[:2])
+        if isinstance(content, list)
+        else ()
+    )
     for key, value in items:
         yield from places(value, (*path, key))
 
@@ -36,7 +42,12 @@ def replaced(content, path, value):
 
 def odd_copies(content, *, num=None, seed=0):
     """(place, odd value, the copy): all of them, or a sample of `num` that has each place."""
-    every = [(path, value) for path in places(content) for value in [*ODD, LEFT_OUT] if path or value is not LEFT_OUT]
+    every = [
+        (path, value)
+        for path in places(content)
+        for value in [*ODD, LEFT_OUT]
+        if path or value is not LEFT_OUT
+    ]
     chosen = every
     if num is not None:
         rng = random.Random(seed)

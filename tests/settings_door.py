@@ -53,15 +53,32 @@ def split(line):
 
 def is_group(word):
     key = word.partition("=")[0]
-    return "@" in key or key in ("+experiment", "+debug") or (key in GROUPS and not word.endswith("=null"))
+    return (
+        "@" in key
+        or key in ("+experiment", "+debug")
+        or (key in GROUPS and not word.endswith("=null"))
+    )
 
 
-GROUPS = ("task", "model", "data", "objective", "pruning", "adapter", "distill", "metrics", "logger", "recipe", "runtime",
-          "trainer")
+GROUPS = (
+    "task",
+    "model",
+    "data",
+    "objective",
+    "pruning",
+    "adapter",
+    "distill",
+    "metrics",
+    "logger",
+    "recipe",
+    "runtime",
+    "trainer",
+)
 
 
 def refusal(line, run_dir, monkeypatch):
     """What a command line is refused with, or "" where a run would begin; fails on what the command line would show as a traceback."""
+
     def stop(*_, **__):
         raise Begun
 

@@ -8,7 +8,14 @@ from tinyfusion_pl.pruning import remove_blocks
 
 def small_dit(kept=(0, 2, 3), name="dit", **overrides):
     """A DiT of 4 blocks cut to those `kept`; nothing in it is zero, so that every weight shows in the output."""
-    sizes = {"input_size": 8, "in_channels": 4, "hidden_size": 32, "depth": 4, "num_heads": 4, "num_classes": 10}
+    sizes = {
+        "input_size": 8,
+        "in_channels": 4,
+        "hidden_size": 32,
+        "depth": 4,
+        "num_heads": 4,
+        "num_classes": 10,
+    }
     model = create_model(name, **{**sizes, **overrides})
     with torch.no_grad():
         for parameter in model.parameters():

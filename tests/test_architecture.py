@@ -55,18 +55,31 @@ def violations(source: str, *, room: str, module: str) -> list[str]:
             there = rest[0] if rest else ""
             if there not in ROOMS:
                 found.append(f"{name}: a room imports rooms, not the package's public names")
-            elif there != room and (room, there) != ("__main__", "cli") and ROOMS[there].floor >= here.floor:
-                found.append(f"{name}: {there} (floor {ROOMS[there].floor}) is not below {room} (floor {here.floor})")
-        elif top in ("lightning", "pytorch_lightning", "lightning_fabric") and "Lightning" not in here.may_know:
+            elif (
+                there != room
+                and (room, there) != ("__main__", "cli")
+                and ROOMS[there].floor >= here.floor
+            ):
+                found.append(
+                    f"{name}: {there} (floor {ROOMS[there].floor}) is not below {room} (floor {here.floor})"
+                )
+        elif (
+            top in ("lightning", "pytorch_lightning", "lightning_fabric")
+            and "Lightning" not in here.may_know
+        ):
             found.append(f"{name}: no Lightning in {room}")
         elif top in ("hydra", "omegaconf") and "Hydra" not in here.may_know:
             found.append(f"{name}: no Hydra in {room}")
         elif here.floor <= 4 and top not in sys.stdlib_module_names and top not in here.may_know:
-            found.append(f"{name}: {room} knows {here.may_know.strip(', ')} and the standard library")
+            found.append(
+                f"{name}: {room} knows {here.may_know.strip(', ')} and the standard library"
+            )
     return found
 
 
-FILES = sorted(file for file in PACKAGE.rglob("*.py") if file.parent != PACKAGE or file.name != "__init__.py")
+FILES = sorted(
+    file for file in PACKAGE.rglob("*.py") if file.parent != PACKAGE or file.name != "__init__.py"
+)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
@@ -121,8 +134,12 @@ def modules() -> dict[str, set[str]]:
         names[".".join(("tinyfusion_pl", *(part for part in parts if part != "__init__")))] = file
     found = {}
     for name, file in names.items():
-        imports = imported(file.read_text(), f"{name}.__init__" if file.name == "__init__.py" else name)
-        found[name] = {each if each in names else each.rpartition(".")[0] for each in imports} & set(names) - {name}
+        imports = imported(
+            file.read_text(), f"{name}.__init__" if file.name == "__init__.py" else name
+        )
+        found[name] = {
+            each if each in names else each.rpartition(".")[0] for each in imports
+        } & set(names) - {name}
     return found
 
 

@@ -74,7 +74,9 @@ def test_write_that_does_not_fit_leaves_the_old_file_and_nothing_else(tmp_path, 
 
 @pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
 def test_read_only_folder_is_named_and_stays_empty(read_only_folder, write):
-    with pytest.raises(ArtifactError, match=f"Cannot write {read_only_folder / 'new'}.*Choose a folder"):
+    with pytest.raises(
+        ArtifactError, match=f"Cannot write {read_only_folder / 'new'}.*Choose a folder"
+    ):
         write(read_only_folder / "new")
     assert os.listdir(read_only_folder) == []
 
@@ -148,7 +150,13 @@ def test_what_is_no_json_is_refused_and_nothing_written(tmp_path, obj):
 
 def test_tensors_round_trip_shared_and_strided(tmp_path):
     base = torch.arange(12.0).view(3, 4)
-    tensors = {"base": base, "tied": base, "view": base[1:], "strided": base.t(), "int": torch.tensor(3)}
+    tensors = {
+        "base": base,
+        "tied": base,
+        "view": base[1:],
+        "strided": base.t(),
+        "int": torch.tensor(3),
+    }
     save_tensors(tmp_path / "x.safetensors", tensors, metadata={"pattern": "1:2"})
     loaded = load_tensors(tmp_path / "x.safetensors")
     assert loaded.keys() == tensors.keys()

@@ -71,7 +71,10 @@ def test_a_word_goes_to_its_function(capsys, monkeypatch):
 
 
 def test_compare_prints_the_report_rooms_comparison(capsys, monkeypatch):
-    monkeypatch.setattr("tinyfusion_pl.report.compare", lambda run_dir, other_run_dir: f"{run_dir} against {other_run_dir}")
+    monkeypatch.setattr(
+        "tinyfusion_pl.report.compare",
+        lambda run_dir, other_run_dir: f"{run_dir} against {other_run_dir}",
+    )
     assert cli.main(["compare", "A", "B"]) == 0
     assert capsys.readouterr().out == "A against B\n"
 
@@ -79,12 +82,17 @@ def test_compare_prints_the_report_rooms_comparison(capsys, monkeypatch):
 def test_compare_of_what_is_no_run_is_one_sentence(capsys, tmp_path):
     assert cli.main(["compare", str(tmp_path / "none"), str(tmp_path)]) == 1
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and str(tmp_path / "none") in error and "Traceback" not in error
+    assert (
+        error.startswith("error: ") and str(tmp_path / "none") in error and "Traceback" not in error
+    )
 
 
 def test_an_unknown_word_lists_the_known_ones(capsys):
     assert cli.main(["compre", "A", "B"]) == 2
-    assert re.fullmatch(r"error: Unknown word 'compre'; known are: compare, export\. .*task=.*\n", capsys.readouterr().err)
+    assert re.fullmatch(
+        r"error: Unknown word 'compre'; known are: compare, export\. .*task=.*\n",
+        capsys.readouterr().err,
+    )
 
 
 def test_a_word_with_too_few_arguments_says_what_it_takes(capsys):
@@ -94,7 +102,9 @@ def test_a_word_with_too_few_arguments_says_what_it_takes(capsys):
 
 @pytest.mark.parametrize("argument", ["+experiment=x", "~seed", "seed=1", "-m", "--help"])
 def test_settings_and_flags_are_no_words(argument, monkeypatch):
-    monkeypatch.setattr(command_line, "_run_command", lambda *arguments: pytest.fail("taken for a word"))
+    monkeypatch.setattr(
+        command_line, "_run_command", lambda *arguments: pytest.fail("taken for a word")
+    )
     monkeypatch.setattr(command_line, "_run_task", lambda: None)
     assert cli.main([argument]) == 0
 
@@ -157,7 +167,10 @@ def test_a_folder_of_another_configuration_is_refused_and_left_as_it_is(work, ca
     before = {file: file.read_bytes() for file in Path("mine").iterdir()}
     assert toy("run_dir=mine", "seed=2") == 1
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "mine holds a run of another configuration (seed is 1 there and 2 here)" in error
+    assert (
+        error.count("\n") == 1
+        and "mine holds a run of another configuration (seed is 1 there and 2 here)" in error
+    )
     assert {file: file.read_bytes() for file in Path("mine").iterdir()} == before
     assert toy("run_dir=mine", "seed=1", "task.stages=[z]") == 0
     assert note(Path("mine"))["stages"] == ["z"]
@@ -188,7 +201,10 @@ def told(capsys):
 
 def test_a_wrong_value_is_told_before_anything_is_written(work, capsys):
     assert toy("part.pattern='5:4'") == 1
-    assert told(capsys) == "part.pattern: Pattern '5:4' keeps 5 of 4 blocks. Give N:M with 1 <= N <= M, e.g. '2:4'.\n"
+    assert (
+        told(capsys)
+        == "part.pattern: Pattern '5:4' keeps 5 of 4 blocks. Give N:M with 1 <= N <= M, e.g. '2:4'.\n"
+    )
     assert not Path("runs").exists()
 
 
@@ -209,7 +225,9 @@ def test_a_setting_that_does_not_exist_is_refused(work, capsys):
     assert "Could not override 'sed'" in told(capsys)
 
 
-@pytest.mark.parametrize(("argument", "choice"), [("+experiment=foo", "digits_teacher"), ("data=foo", "digits")])
+@pytest.mark.parametrize(
+    ("argument", "choice"), [("+experiment=foo", "digits_teacher"), ("data=foo", "digits")]
+)
 def test_an_unknown_choice_lists_the_choices(capsys, work, argument, choice):
     assert cli.main([argument]) == 1
     error = told(capsys)
@@ -229,13 +247,17 @@ def test_an_error_of_the_task_is_told_in_one_sentence(work, capsys):
 def test_the_traceback_is_shown_when_asked_for(work, capsys, monkeypatch):
     monkeypatch.setenv("TINYFUSION_TRACEBACK", "1")
     assert toy(config="failing") == 1
-    assert re.match(r"Traceback .*cli_tasks\.py.*error: it went wrong\n$", capsys.readouterr().err, re.DOTALL)
+    assert re.match(
+        r"Traceback .*cli_tasks\.py.*error: it went wrong\n$", capsys.readouterr().err, re.DOTALL
+    )
 
 
 def test_an_error_in_the_code_shows_its_traceback(work, capsys):
     assert toy("task.error=bug", config="failing") == 1
     error = capsys.readouterr().err
-    assert re.match(r"Traceback .*cli_tasks\.py.*error: KeyError\('it went wrong'\)\n$", error, re.DOTALL)
+    assert re.match(
+        r"Traceback .*cli_tasks\.py.*error: KeyError\('it went wrong'\)\n$", error, re.DOTALL
+    )
 
 
 def test_ctrl_c_says_how_to_resume(work, capsys):
@@ -269,15 +291,22 @@ def test_each_job_of_a_sweep_has_the_folder_that_it_has_alone(work):
 def test_a_failing_job_does_not_keep_the_others_from_running(work, capsys):
     assert toy("-m", "seed=0,1", config="failing") == 1
     assert "error: it went wrong\n" in capsys.readouterr().err
-    assert [note(folder)["seed"] for folder in folders(work) if (folder / "note.json").exists()] == [1]
+    assert [
+        note(folder)["seed"] for folder in folders(work) if (folder / "note.json").exists()
+    ] == [1]
 
 
 def test_a_job_of_a_sweep_is_one_run_for_the_processes_that_it_starts(work, monkeypatch):
     seen = []
-    monkeypatch.setattr(command_line, "run", lambda cfg, run_dir: seen.append((sys.argv[1:], run_dir)))
+    monkeypatch.setattr(
+        command_line, "run", lambda cfg, run_dir: seen.append((sys.argv[1:], run_dir))
+    )
     assert toy("-m", "seed=1,2", "hydra.verbose=false", "part.pattern='1:2'") == 0
     for seed, (argv, run_dir) in zip([1, 2], seen):
-        flags, task = ["--config-dir", "c", "--config-name", "toy"], [f"seed={seed}", "part.pattern='1:2'"]
+        flags, task = (
+            ["--config-dir", "c", "--config-name", "toy"],
+            [f"seed={seed}", "part.pattern='1:2'"],
+        )
         assert argv == [*flags, *task, "hydra.verbose=false", "hydra.mode=RUN"]
         with initialize_config_dir(str(work / "c"), version_base="1.3"):
             cfg = compose("toy", [f"seed={seed}", "hydra.searchpath=[pkg://tinyfusion_pl.conf]"])
@@ -297,8 +326,18 @@ def test_other_processes_neither_write_the_configuration_nor_accept_another(work
 @pytest.mark.slow
 def test_two_processes_a_job_run_in_a_sweep(work):
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
-    cli_of = [sys.executable, "-m", "tinyfusion_pl", "--config-dir", "c", "--config-name", "processes"]
-    result = subprocess.run([*cli_of, "-m", "seed=1,2"], env=environment, capture_output=True, text=True, timeout=300)
+    cli_of = [
+        sys.executable,
+        "-m",
+        "tinyfusion_pl",
+        "--config-dir",
+        "c",
+        "--config-name",
+        "processes",
+    ]
+    result = subprocess.run(
+        [*cli_of, "-m", "seed=1,2"], env=environment, capture_output=True, text=True, timeout=300
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     files = list(work.glob("runs/processes/*/rank*.json"))
     found = [json.loads(file.read_text()) | {"file": file.name} for file in files]

@@ -39,7 +39,9 @@ def another(tmp_path):
 
 def test_a_second_process_is_told_who_holds_the_folder(tmp_path, another):
     holder = another(tmp_path / "run")
-    with pytest.raises(ArtifactError, match=rf"run is in use by process {holder.pid} on .*another run_dir"):
+    with pytest.raises(
+        ArtifactError, match=rf"run is in use by process {holder.pid} on .*another run_dir"
+    ):
         with sole_writer(tmp_path / "run", setting="run_dir"):
             pass
     with sole_writer(tmp_path / "other", setting="run_dir"):
@@ -48,7 +50,10 @@ def test_a_second_process_is_told_who_holds_the_folder(tmp_path, another):
 
 def test_a_second_process_is_refused_a_file_and_no_other_in_its_folder(tmp_path, another):
     another(tmp_path / "a.npz", is_folder=False)
-    with pytest.raises(ArtifactError, match="a.npz is in use by process"), sole_writer(tmp_path / "a.npz", setting="x", is_folder=False):
+    with (
+        pytest.raises(ArtifactError, match="a.npz is in use by process"),
+        sole_writer(tmp_path / "a.npz", setting="x", is_folder=False),
+    ):
         pass
     with sole_writer(tmp_path / "b.npz", setting="x", is_folder=False):
         pass
@@ -86,7 +91,11 @@ def test_one_of_many_at_once_writes_at_a_time(tmp_path):
         process.start()
     for process in processes:
         process.join(100)
-    assert faults.empty() and [process.exitcode for process in processes] == [0] * 4 and not any((tmp_path / "run").iterdir())
+    assert (
+        faults.empty()
+        and [process.exitcode for process in processes] == [0] * 4
+        and not any((tmp_path / "run").iterdir())
+    )
 
 
 def test_the_holder_may_ask_again(tmp_path):
@@ -117,17 +126,30 @@ def left(folder, *, host=None, pid=None, age=0.0, name="last.ckpt"):
     """A temporary file as a process would leave it."""
     folder.mkdir(parents=True, exist_ok=True)
     match = TEMPORARY.fullmatch(temporary_path(folder / name).name)
-    path = folder / match.string.replace(match["host"], host or match["host"]).replace(f"-{match['pid']}-", f"-{pid or gone_pid()}-")
+    path = folder / match.string.replace(match["host"], host or match["host"]).replace(
+        f"-{match['pid']}-", f"-{pid or gone_pid()}-"
+    )
     path.write_text("half")
     os.utime(path, (time.time() - age,) * 2)
     return path
 
 
 def test_temporary_files_of_killed_processes_are_removed_at_the_next_start(tmp_path):
-    gone = [left(tmp_path), left(tmp_path / "learn_mask" / "checkpoints"), left(tmp_path / "figures", name="a.png"),
-            left(tmp_path, pid=os.getpid()), left(tmp_path, host="0123abcd", age=4000), left(tmp_path, pid=os.getppid(), age=4000)]
+    gone = [
+        left(tmp_path),
+        left(tmp_path / "learn_mask" / "checkpoints"),
+        left(tmp_path / "figures", name="a.png"),
+        left(tmp_path, pid=os.getpid()),
+        left(tmp_path, host="0123abcd", age=4000),
+        left(tmp_path, pid=os.getppid(), age=4000),
+    ]
     kept = [left(tmp_path, host="0123abcd"), left(tmp_path, pid=os.getppid())]
-    for name in (".hidden", ".report.tmp", "a.tmp-0123abcd-5-0123abcd", f".own.tmp-{host_hash()}-x-0123abcd"):
+    for name in (
+        ".hidden",
+        ".report.tmp",
+        "a.tmp-0123abcd-5-0123abcd",
+        f".own.tmp-{host_hash()}-x-0123abcd",
+    ):
         (tmp_path / name).touch()
         kept.append(tmp_path / name)
     with sole_writer(tmp_path, setting="run_dir"):
@@ -135,7 +157,11 @@ def test_temporary_files_of_killed_processes_are_removed_at_the_next_start(tmp_p
 
 
 def test_only_the_files_own_leftovers_go_beside_a_file(tmp_path):
-    mine, other, below = left(tmp_path, name="a.npz"), left(tmp_path, name="b.npz"), left(tmp_path / "x", name="a.npz")
+    mine, other, below = (
+        left(tmp_path, name="a.npz"),
+        left(tmp_path, name="b.npz"),
+        left(tmp_path / "x", name="a.npz"),
+    )
     with sole_writer(tmp_path / "a.npz", setting="reference.output", is_folder=False):
         assert not mine.exists() and other.exists() and below.exists()
 

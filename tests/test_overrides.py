@@ -22,8 +22,28 @@ CONFIG = """
     task: {_target_: overrides_tasks.note, _partial_: true, place: "${place}", places: "${places}", listed: "${listed}", home: "${home}"}
     """
 ODD = [
-    "epoch=0-step=1.ckpt", "ckpt (1).pt", "ckpt(1).pt", "a#b.pt", "größe.pt", "模型.pt", "a[1].pt", "[a].pt", "{a}.pt", "a}b",
-    "a&b;c", "wow!.pt", "it's.pt", 'say "x".pt', "back\\slash=.pt", "end=\\", "a=b,c=d", "${x}=1", "x^y", "<x>", "`x`", "a=ü (2)[3].pt",
+    "epoch=0-step=1.ckpt",
+    "ckpt (1).pt",
+    "ckpt(1).pt",
+    "a#b.pt",
+    "größe.pt",
+    "模型.pt",
+    "a[1].pt",
+    "[a].pt",
+    "{a}.pt",
+    "a}b",
+    "a&b;c",
+    "wow!.pt",
+    "it's.pt",
+    'say "x".pt',
+    "back\\slash=.pt",
+    "end=\\",
+    "a=b,c=d",
+    "${x}=1",
+    "x^y",
+    "<x>",
+    "`x`",
+    "a=ü (2)[3].pt",
 ]
 
 
@@ -59,14 +79,18 @@ def test_an_odd_path_is_told_with_what_to_type(work, capsys, value):
     assert toy(f"place={value}") == 1
     said = told(capsys)
     assert said.startswith(f"place={value} ")
-    (typed,) = shlex.split(said.partition("so that it is text: ")[2].removesuffix("."))  # as a shell reads it
+    (typed,) = shlex.split(
+        said.partition("so that it is text: ")[2].removesuffix(".")
+    )  # as a shell reads it
     assert toy(typed) == 0
     assert noted()["place"] == value
 
 
 def test_the_sentence_shows_the_quotes(work, capsys):
     assert cli.main(["model.checkpoint=epoch=0-step=1.ckpt"]) == 1
-    assert told(capsys).endswith(""" Quote it, so that it is text: 'model.checkpoint="epoch=0-step=1.ckpt"'.""")
+    assert told(capsys).endswith(
+        """ Quote it, so that it is text: 'model.checkpoint="epoch=0-step=1.ckpt"'."""
+    )
     assert not Path("runs").exists()
 
 
@@ -98,7 +122,9 @@ def test_what_cannot_be_read_is_named_with_a_remedy(work, capsys, argument, expe
     assert not Path("runs").exists()
 
 
-@pytest.mark.parametrize("argument", ["place=~/x=1 (2).pt", 'place="~/x=1 (2).pt"', "place='~/x=1 (2).pt'"])
+@pytest.mark.parametrize(
+    "argument", ["place=~/x=1 (2).pt", 'place="~/x=1 (2).pt"', "place='~/x=1 (2).pt'"]
+)
 def test_a_tilde_is_the_home_folder(work, argument):
     assert toy(argument) == 0
     assert noted()["place"] == str(work / "home" / "x=1 (2).pt")
@@ -107,7 +133,12 @@ def test_a_tilde_is_the_home_folder(work, argument):
 def test_a_tilde_is_found_wherever_a_path_is(work):
     assert toy("+places.mine=~/a.pt", "+places.other='~'") == 0
     home = str(work / "home")
-    assert noted() == {"place": "here", "places": {"mine": f"{home}/a.pt", "other": home}, "listed": [], "home": f"{home}/from_file"}
+    assert noted() == {
+        "place": "here",
+        "places": {"mine": f"{home}/a.pt", "other": home},
+        "listed": [],
+        "home": f"{home}/from_file",
+    }
     assert f"home: {home}/from_file" in Path("runs/toy/config.yaml").read_text()
     assert toy("listed=[~/a,b, ~/c]", "run_dir=list") == 0
     assert noted("list")["listed"] == [f"{home}/a", "b", f"{home}/c"]
@@ -124,7 +155,9 @@ def test_a_run_folder_in_the_home_folder(work, argument):
 
 def test_a_sweep_over_paths_in_the_home_folder(work):
     assert toy("-m", "place=~/a=1,~/b,c", "run_dir='~/${place}'", "name=x") == 0
-    assert toy("-m", "place=~/a=1,~/b,c", "run_dir=~/r/${name}", "name=x,y,z") == 1  # three places share a folder
+    assert (
+        toy("-m", "place=~/a=1,~/b,c", "run_dir=~/r/${name}", "name=x,y,z") == 1
+    )  # three places share a folder
     home = work / "home"
     assert {noted(home / "r" / name)["place"] for name in "xyz"} == {f"{home}/a=1"}
 

@@ -14,10 +14,16 @@ from tinyfusion_pl.tasks.folder import say
 
 def test_names_in_files_cannot_act_on_the_terminal(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    torch.save({"ema": {"\x1b[31mred\x07": torch.zeros(3), "\u202eabc": torch.zeros(2)}}, "hostile.pt")
+    torch.save(
+        {"ema": {"\x1b[31mred\x07": torch.zeros(3), "\u202eabc": torch.zeros(2)}}, "hostile.pt"
+    )
     assert cli.main(["task=learn_mask", "model.checkpoint=hostile.pt", "run_dir=out"]) == 1
     said = "".join(capfd.readouterr())
-    assert r"\x1b[31mred\x07" in said and r"\u202eabc" in said and not set("\x1b\x07\u202e") & set(said)
+    assert (
+        r"\x1b[31mred\x07" in said
+        and r"\u202eabc" in said
+        and not set("\x1b\x07\u202e") & set(said)
+    )
 
 
 def test_names_in_warnings_cannot_either(capfd):
@@ -28,7 +34,13 @@ def test_names_in_warnings_cannot_either(capfd):
     assert r"\x1b[2Jäß" in errors and out == "\\x1b]0;title\\x07 ü\n"
 
 
-@pytest.mark.parametrize("content", [{"\x1b[2Jmine": {"fid": 1.0, "\x1b]0;t\x07": 2.0}, "name": "\x1b[31mx"}, {"teacher": "\x1b[31m"}])
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"\x1b[2Jmine": {"fid": 1.0, "\x1b]0;t\x07": 2.0}, "name": "\x1b[31mx"},
+        {"teacher": "\x1b[31m"},
+    ],
+)
 def test_compare_cannot_either(tmp_path, capfd, content):
     write_json(tmp_path / "\x1b[31mrun" / "metrics.json", content)
     cli.main(["compare", str(tmp_path / "\x1b[31mrun"), str(tmp_path / "\x1b[31mrun")])

@@ -22,11 +22,21 @@ def code_lines(language, text=README):
 
 PAGES = [README, *(page.read_text() for page in sorted((ROOT / "docs").glob("*.md")))]
 LINES = [line for text in PAGES for line in code_lines("bash", text)]
-LAUNCHED = [f"tinyfusion {found[1]}" for line in LINES if (found := re.match(r"(?:srun|torchrun) .*tinyfusion(?:_pl)? (.*)", line))]
-COMMANDS = [line for line in LINES if line.startswith("tinyfusion") and line.split()[1] not in cli.COMMANDS] + LAUNCHED
+LAUNCHED = [
+    f"tinyfusion {found[1]}"
+    for line in LINES
+    if (found := re.match(r"(?:srun|torchrun) .*tinyfusion(?:_pl)? (.*)", line))
+]
+COMMANDS = [
+    line for line in LINES if line.startswith("tinyfusion") and line.split()[1] not in cli.COMMANDS
+] + LAUNCHED
 
 
-PLUGINS = {"_optuna": "optuna_sweeper", "launcher=joblib": "joblib_launcher", "launcher=submitit": "submitit_launcher"}
+PLUGINS = {
+    "_optuna": "optuna_sweeper",
+    "launcher=joblib": "joblib_launcher",
+    "launcher=submitit": "submitit_launcher",
+}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -47,7 +57,9 @@ def test_what_the_page_on_evaluation_names_is_there():
     assert {"inception", "kid", "fd_dinov2", "cmmd", "timm", "digits"} <= groups
     assert all((ROOT / "conf" / "metrics" / f"{name}.yaml").exists() for name in groups)
     files = set(re.findall(r"(?:examples|tests|benchmarks)/[\w/.]+", EVALUATION))
-    assert len(files) >= 3 and all((ROOT / name).exists() or (ROOT / f"{name}.npz").exists() for name in files)
+    assert len(files) >= 3 and all(
+        (ROOT / name).exists() or (ROOT / f"{name}.npz").exists() for name in files
+    )
 
 
 def test_the_sweeps_that_the_docs_name_are_there():
@@ -60,8 +72,13 @@ def test_the_sweeps_that_the_docs_name_are_there():
 
 def test_the_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text()
-    targets = [line.split()[1] for line in code_lines("bash") if line.startswith("make")] + ["test-all"]
-    assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets) and len(targets) == 3
+    targets = [line.split()[1] for line in code_lines("bash") if line.startswith("make")] + [
+        "test-all"
+    ]
+    assert (
+        all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
+        and len(targets) == 3
+    )
 
 
 def test_every_argument_in_the_table_is_one_of_the_callback_with_that_default():
@@ -73,7 +90,10 @@ def test_every_argument_in_the_table_is_one_of_the_callback_with_that_default():
     rows = re.findall(r"^\| (`\w+`[^|]*) \| ([^|]*) \|", README, re.MULTILINE)
     assert len(rows) >= 5
     for names, defaults in rows:
-        names, defaults = re.findall(r"`(\w+)`", names), [d.strip(" `\"") for d in defaults.split(",")]
+        names, defaults = (
+            re.findall(r"`(\w+)`", names),
+            [d.strip(' `"') for d in defaults.split(",")],
+        )
         for name, default in zip(names, defaults):
             assert name in parameters
             if default not in ("", "found", "stated", "all steps"):

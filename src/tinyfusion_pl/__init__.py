@@ -8,11 +8,24 @@ if TYPE_CHECKING:
     from tinyfusion_pl.models import create_model, load_shallow
     from tinyfusion_pl.modules import MaskLearning, Recovery
 
-__all__ = ["DepthPruningCallback", "DistillationCallback", "MaskLearning", "Recovery", "create_model", "load_shallow"]
+__all__ = [
+    "DepthPruningCallback",
+    "DistillationCallback",
+    "MaskLearning",
+    "Recovery",
+    "create_model",
+    "load_shallow",
+]
 
 # Imported when asked for: torch and Lightning take seconds, which `tinyfusion --help` need not wait for.
-_HOMES = {"DepthPruningCallback": "callbacks", "DistillationCallback": "callbacks", "MaskLearning": "modules", "Recovery": "modules",
-          "create_model": "models", "load_shallow": "models"}
+_HOMES = {
+    "DepthPruningCallback": "callbacks",
+    "DistillationCallback": "callbacks",
+    "MaskLearning": "modules",
+    "Recovery": "modules",
+    "create_model": "models",
+    "load_shallow": "models",
+}
 
 
 def __getattr__(name: str) -> Any:

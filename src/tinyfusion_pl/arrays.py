@@ -17,7 +17,9 @@ MAX_RATIO = 100  # of unpacked to packed bytes: arrays compress less, zip bombs 
 MIN_BYTES = 256 << 20  # that any npz may unpack to, however small it is
 
 
-def read_npz(path: str | os.PathLike, *, only: Sequence[str]) -> tuple[dict[str, np.ndarray], list[str]]:
+def read_npz(
+    path: str | os.PathLike, *, only: Sequence[str]
+) -> tuple[dict[str, np.ndarray], list[str]]:
     """The arrays named `only` of an npz file, as far as it holds them, and the names of all its entries.
 
     Raises:
@@ -37,9 +39,13 @@ def read_npz(path: str | os.PathLike, *, only: Sequence[str]) -> tuple[dict[str,
             for name in (name for name in only if name in entries):
                 taken += entries[name].file_size
                 if taken > limit:
-                    raise ValueError(f"its arrays unpack to {taken} bytes or more, its {size} bytes may unpack to {limit}")
+                    raise ValueError(
+                        f"its arrays unpack to {taken} bytes or more, its {size} bytes may unpack to {limit}"
+                    )
                 with archive.open(entries[name]) as file:
-                    arrays[name] = _read_array(file, num_bytes=entries[name].file_size, what=f"{name!r}: ")
+                    arrays[name] = _read_array(
+                        file, num_bytes=entries[name].file_size, what=f"{name!r}: "
+                    )
             return arrays, list(entries)
     except Exception as error:  # what zipfile, zlib and numpy raise for foreign bytes is of a dozen kinds, MemoryError among them
         raise ArtifactError(
@@ -54,7 +60,9 @@ def read_npy(path: str | os.PathLike) -> np.ndarray:
         with open(path, "rb") as file:
             return _read_array(file, num_bytes=size)
     except Exception as error:
-        raise ArtifactError(f"{path} is not a whole npy file of a plain array ({_said(error)})") from error
+        raise ArtifactError(
+            f"{path} is not a whole npy file of a plain array ({_said(error)})"
+        ) from error
 
 
 def check_regular(path: str | os.PathLike) -> os.stat_result:
@@ -68,9 +76,13 @@ def check_regular(path: str | os.PathLike) -> os.stat_result:
     except FileNotFoundError as error:
         raise ArtifactError(f"There is no file {path}. Check the path.") from error
     except (OSError, ValueError) as error:
-        raise ArtifactError(f"Cannot read {path}: {getattr(error, 'strerror', None) or error}.") from error
+        raise ArtifactError(
+            f"Cannot read {path}: {getattr(error, 'strerror', None) or error}."
+        ) from error
     if not stat.S_ISREG(state.st_mode):
-        raise ArtifactError(f"{path} is {kind_of(state.st_mode)}, not a regular file. Give a regular file.")
+        raise ArtifactError(
+            f"{path} is {kind_of(state.st_mode)}, not a regular file. Give a regular file."
+        )
     return state
 
 
@@ -80,7 +92,9 @@ def kind_of(mode: int) -> str:
     return kinds.get(stat.S_IFMT(mode), "a device")
 
 
-def as_floats(array: np.ndarray, *, num_dimensions: int, name: str, path: str | os.PathLike) -> np.ndarray:
+def as_floats(
+    array: np.ndarray, *, num_dimensions: int, name: str, path: str | os.PathLike
+) -> np.ndarray:
     """An array of real numbers as float64 in this machine's byte order; `ArtifactError` for another kind or rank."""
     if array.dtype.kind not in "fiu" or array.ndim != num_dimensions:
         raise ArtifactError(
@@ -94,7 +108,10 @@ def _read_array(file: IO[bytes], *, num_bytes: int, what: str = "") -> np.ndarra
     counting = _Counting(file)
     try:
         version = np.lib.format.read_magic(counting)
-        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
+        read = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }.get(version)
         if read is None:
             raise ValueError(f"npy version {version} is not supported")
         shape, fortran_order, dtype = read(counting)
@@ -102,7 +119,11 @@ def _read_array(file: IO[bytes], *, num_bytes: int, what: str = "") -> np.ndarra
         raise ValueError(f"{what}it is no array: {_said(error)}") from error
     if dtype.hasobject:
         raise ValueError(f"{what}it holds Python objects, which are never loaded")
-    if any(side < 0 for side in shape) or len(shape) > 32 or (not dtype.itemsize and math.prod(shape) > 1):
+    if (
+        any(side < 0 for side in shape)
+        or len(shape) > 32
+        or (not dtype.itemsize and math.prod(shape) > 1)
+    ):
         raise ValueError(f"{what}its shape is {shape}")
     expected = math.prod(shape) * dtype.itemsize  # a Python integer: it does not overflow
     if expected != num_bytes - counting.num_read:

@@ -80,7 +80,9 @@ def write_json(path: str | os.PathLike, obj: Any) -> None:
     try:
         text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"What should go into {path} cannot be written as JSON: {error}.") from error
+        raise ValueError(
+            f"What should go into {path} cannot be written as JSON: {error}."
+        ) from error
     write_text(path, text + "\n")
 
 
@@ -91,7 +93,9 @@ def read_json(path: str | os.PathLike) -> Any:
     except OSError as error:
         raise ArtifactError(f"Cannot read {path}: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path} is not a JSON file ({error}). It may be truncated: make it again.") from error
+        raise ArtifactError(
+            f"{path} is not a JSON file ({error}). It may be truncated: make it again."
+        ) from error
 
 
 def save_tensors(
@@ -102,7 +106,9 @@ def save_tensors(
     for key, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous()
         storage = tensor.untyped_storage().data_ptr()
-        whole[key] = tensor.clone() if storage in storages else tensor  # safetensors refuses shared memory
+        whole[key] = (
+            tensor.clone() if storage in storages else tensor
+        )  # safetensors refuses shared memory
         storages.add(storage)
     with atomic_path(path) as temporary:
         temporary.touch()  # safetensors makes its file readable by the owner only; an existing file keeps its mode
@@ -114,7 +120,9 @@ def save_tensors(
         temporary.chmod(mode)
 
 
-def load_tensors(path: str | os.PathLike, *, only: Sequence[str] | None = None) -> dict[str, Tensor]:
+def load_tensors(
+    path: str | os.PathLike, *, only: Sequence[str] | None = None
+) -> dict[str, Tensor]:
     """The tensors of a safetensors file, or `only` some, on the CPU. `ArtifactError` if it is missing, truncated or something else."""
     try:
         if only is not None:
@@ -138,7 +146,9 @@ def read_metadata(path: str | os.PathLike) -> dict[str, str]:
     except OSError as error:
         raise ArtifactError(f"Cannot read {path}: {error}.") from error
     except SafetensorError as error:
-        raise ArtifactError(f"{path} is not a whole safetensors file ({error}): copy or download it again.") from error
+        raise ArtifactError(
+            f"{path} is not a whole safetensors file ({error}): copy or download it again."
+        ) from error
 
 
 def sha256(path: str | os.PathLike) -> str:
@@ -158,14 +168,18 @@ def tensors_sha256(tensors: Mapping[str, Tensor], *, preface: str = "") -> str:
     digest = hashlib.sha256(preface.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(
+            tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        )
     return digest.hexdigest()
 
 
 def _existing(path: str | os.PathLike) -> Path:
     path = Path(path)
     if path.is_dir():
-        raise ArtifactError(f"{path} is a folder, where a file was expected. Give the file inside it.")
+        raise ArtifactError(
+            f"{path} is a folder, where a file was expected. Give the file inside it."
+        )
     if not path.exists():
         raise ArtifactError(f"There is no file {path}. Check the path.")
     if not path.is_file():
@@ -176,7 +190,9 @@ def _existing(path: str | os.PathLike) -> Path:
 def _cannot_write(path: Path, error: Exception) -> ArtifactError:
     reason = getattr(error, "strerror", None) or str(error)
     remedy = _REMEDIES.get(getattr(error, "errno", None), "Check the path and the disk.")
-    return ArtifactError(f"Cannot write {path}: {reason}. {remedy} Nothing was left behind under that name.")
+    return ArtifactError(
+        f"Cannot write {path}: {reason}. {remedy} Nothing was left behind under that name."
+    )
 
 
 def _sync_folder(folder: Path) -> None:

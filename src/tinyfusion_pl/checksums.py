@@ -49,7 +49,11 @@ def state_sha256(tensors: Mapping[str, Tensor], *, preface: str = "") -> str:
 
 def model_sha256(model: nn.Module) -> str:
     """The SHA-256 of a model as it was loaded: weights and buffers, class, and the arguments that it was built with."""
-    built = [type(model).__name__, getattr(model, "model_name", None), getattr(model, "config", None)]
+    built = [
+        type(model).__name__,
+        getattr(model, "model_name", None),
+        getattr(model, "config", None),
+    ]
     return state_sha256(model.state_dict(), preface=json.dumps(built, sort_keys=True, default=str))
 
 
@@ -58,22 +62,40 @@ def files_sha256(root: Path, names: Sequence[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for name in names:
         path = root / name
-        files = sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path] * path.is_file()
-        whole = (file for file in files if not file.name.startswith("."))  # what a killed process left is hidden
+        files = (
+            sorted(each for each in path.rglob("*") if each.is_file())
+            if path.is_dir()
+            else [path] * path.is_file()
+        )
+        whole = (
+            file for file in files if not file.name.startswith(".")
+        )  # what a killed process left is hidden
         found |= {file.relative_to(root).as_posix(): sha256(file) for file in whole}
     return found
 
 
 def short(checksum: str | None) -> str:
     """The beginning of a checksum, for a message."""
-    return "unknown" if checksum is None else checksum if len(checksum) <= NUM_DIGITS else f"{checksum[:NUM_DIGITS]}..."
+    return (
+        "unknown"
+        if checksum is None
+        else checksum
+        if len(checksum) <= NUM_DIGITS
+        else f"{checksum[:NUM_DIGITS]}..."
+    )
 
 
-def differences(kept: Mapping[str, str] | None, now: Mapping[str, str], *, of: Sequence[str] | None = None) -> str:
+def differences(
+    kept: Mapping[str, str] | None, now: Mapping[str, str], *, of: Sequence[str] | None = None
+) -> str:
     """What of `now` (or of the parts `of` alone) is not as in `kept`, each with both checksums; empty where all is equal."""
     kept = kept or {}
     parts = [name for name in now if of is None or name in of]
-    return ", ".join(f"{name} {short(kept.get(name))} then, {short(now[name])} now" for name in parts if kept.get(name) != now[name])
+    return ", ".join(
+        f"{name} {short(kept.get(name))} then, {short(now[name])} now"
+        for name in parts
+        if kept.get(name) != now[name]
+    )
 
 
 # -- files that carry their checksum
@@ -91,7 +113,11 @@ def read_sealed(path: str | os.PathLike) -> dict[str, Any]:
     try:
         content = read_json(path)
     except ArtifactError as error:
-        reason = "it is truncated or no JSON" if isinstance(error.__cause__, ValueError) else str(error).rstrip(".")
+        reason = (
+            "it is truncated or no JSON"
+            if isinstance(error.__cause__, ValueError)
+            else str(error).rstrip(".")
+        )
         raise Damaged(f"{path} is damaged: {reason}.") from error
     if not isinstance(content, dict) or SEAL not in content:
         raise Damaged(f"{path} has no checksum: it is damaged, or an earlier version wrote it.")
@@ -101,10 +127,14 @@ def read_sealed(path: str | os.PathLike) -> dict[str, Any]:
     return content
 
 
-def save_sealed_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], *, made_from: Origin) -> None:
+def save_sealed_tensors(
+    path: str | os.PathLike, tensors: Mapping[str, Tensor], *, made_from: Origin
+) -> None:
     """Write tensors as safetensors, with what they were `made_from` and the checksum of both."""
     seal = {"made_from": made_from, SEAL: state_sha256(tensors, preface=_canonical(made_from))}
-    save_tensors(path, dict(tensors), metadata={"seal": json.dumps(seal)})  # one entry: the order of several is random
+    save_tensors(
+        path, dict(tensors), metadata={"seal": json.dumps(seal)}
+    )  # one entry: the order of several is random
 
 
 def load_sealed_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], Origin]:

@@ -20,13 +20,17 @@ from tinyfusion_pl.artifacts import TEMPORARY, ArtifactError, host_hash
 LOCK = ".lock"
 # No place for files: whoever writes there is told.
 NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
-ABANDONED_AFTER = 3600.0  # seconds without a change of a temporary file, where its process cannot be looked at
+ABANDONED_AFTER = (
+    3600.0  # seconds without a change of a temporary file, where its process cannot be looked at
+)
 
 _held: set[Path] = set()  # by this process
 
 
 @contextmanager
-def sole_writer(target: str | os.PathLike, *, setting: str, is_folder: bool = True) -> Iterator[None]:
+def sole_writer(
+    target: str | os.PathLike, *, setting: str, is_folder: bool = True
+) -> Iterator[None]:
     """Hold `target` inside the block: no other process that asks for it, on any machine, gets it.
 
     Temporary files of killed processes are removed first. The lock is the operating system's (POSIX
@@ -111,7 +115,11 @@ def _exists(path: Path) -> bool:
 
 
 def _write(descriptor: int) -> None:
-    holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+    holder = {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
     with suppress(OSError):  # a full disk; the lock holds all the same
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(holder).encode(), 0)
@@ -138,13 +146,22 @@ def remove_strays(folder: Path, *, of: Path | None = None) -> None:
     """
     for parent, folders, files in os.walk(folder):
         for name in [*folders, *files]:
-            if (match := TEMPORARY.fullmatch(name)) is None or (of is not None and not _is_of(name, of)):
+            if (match := TEMPORARY.fullmatch(name)) is None or (
+                of is not None and not _is_of(name, of)
+            ):
                 continue
             path = Path(parent, name)
             with suppress(OSError):
-                if _is_gone(match["host"], int(match["pid"])) or time.time() - path.lstat().st_mtime > ABANDONED_AFTER:
+                if (
+                    _is_gone(match["host"], int(match["pid"]))
+                    or time.time() - path.lstat().st_mtime > ABANDONED_AFTER
+                ):
                     shutil.rmtree(path) if name in folders else path.unlink()
-        folders[:] = [] if of is not None else [name for name in folders if TEMPORARY.fullmatch(name) is None]
+        folders[:] = (
+            []
+            if of is not None
+            else [name for name in folders if TEMPORARY.fullmatch(name) is None]
+        )
 
 
 def _is_of(name: str, path: Path) -> bool:
@@ -154,7 +171,9 @@ def _is_of(name: str, path: Path) -> bool:
 def _is_gone(host: str, pid: int) -> bool:
     if host != host_hash():
         return False
-    if pid == os.getpid():  # of an earlier process that had this number, as in a container that was restarted
+    if (
+        pid == os.getpid()
+    ):  # of an earlier process that had this number, as in a container that was restarted
         return True
     try:
         os.kill(pid, 0)

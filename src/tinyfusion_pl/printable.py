@@ -14,7 +14,9 @@ def printable(text: object) -> str:
     written = str(text)
     if written.isprintable():
         return written
-    return "".join(ascii(each)[1:-1] if unicodedata.category(each) in HARMFUL else each for each in written)
+    return "".join(
+        ascii(each)[1:-1] if unicodedata.category(each) in HARMFUL else each for each in written
+    )
 
 
 def printable_lines(text: str) -> str:

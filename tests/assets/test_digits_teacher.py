@@ -16,8 +16,18 @@ ASSETS = files("tinyfusion_pl") / "assets"
 def named_right(denoiser, num_samples):
     data = DigitsDataModule()
     sampler = PictureSampler(
-        denoiser=denoiser, objective=GaussianDiffusion(), latent_shape=data.latent_shape, decode=data.decode, seed=123,
-        sampling={"num_sampling_steps": 25, "sampler": "ddim", "guidance_scale": 1.5, "guidance_channels": None})
+        denoiser=denoiser,
+        objective=GaussianDiffusion(),
+        latent_shape=data.latent_shape,
+        decode=data.decode,
+        seed=123,
+        sampling={
+            "num_sampling_steps": 25,
+            "sampler": "ddim",
+            "guidance_scale": 1.5,
+            "guidance_channels": None,
+        },
+    )
     labels = balanced_labels(num_samples, 10)
     pictures = sampler(torch.arange(num_samples), labels)
     return (load_digits_classifier()(pictures).logits.argmax(1) == labels).float().mean().item()
@@ -43,5 +53,17 @@ def test_what_is_shipped_is_small():
 def test_a_third_of_the_recipe_reaches_95_percent(tmp_path):
     from tinyfusion_pl.cli import main
 
-    assert main(["+experiment=digits_teacher", "train.fit.trainer.max_steps=1300", f"run_dir={tmp_path}"]) == 0
-    assert json.loads((tmp_path / "trained" / "record.json").read_text())["metrics"]["accuracy"] >= 0.95
+    assert (
+        main(
+            [
+                "+experiment=digits_teacher",
+                "train.fit.trainer.max_steps=1300",
+                f"run_dir={tmp_path}",
+            ]
+        )
+        == 0
+    )
+    assert (
+        json.loads((tmp_path / "trained" / "record.json").read_text())["metrics"]["accuracy"]
+        >= 0.95
+    )

@@ -27,7 +27,9 @@ def measured():
 
 @pytest.mark.parametrize("kind", BOUNDS)
 def test_steps_of_a_small_dit_cost_what_is_predicted(measured, kind):
-    found = {name: predicted / real - 1 for name, predicted, real in measured if name.endswith(kind)}
+    found = {
+        name: predicted / real - 1 for name, predicted, real in measured if name.endswith(kind)
+    }
     assert len(found) >= (1 if kind == "parameters" else 4)
     assert all(abs(error) <= BOUNDS[kind] for error in found.values()), found
 
@@ -35,13 +37,17 @@ def test_steps_of_a_small_dit_cost_what_is_predicted(measured, kind):
 def test_gathering_halves_the_backward_of_blocks(measured):
     """A backward pass is two forward passes, and half of the rows are dropped: (1 + 2) / (1 + 1)."""
     real = {name: value for name, _, value in measured}
-    assert real["search, full, plain: FLOPs"] / real["search, full, gathered: FLOPs"] == pytest.approx(1.5, abs=0.02)
+    assert real["search, full, plain: FLOPs"] / real[
+        "search, full, gathered: FLOPs"
+    ] == pytest.approx(1.5, abs=0.02)
 
 
 def test_published_sizes_are_met():
     """Parameters of the published weights: 675.1 M, 8.1 B, 11.9 B."""
     with torch.device("meta"):
-        assert MODELS["DiT-XL/2"].params() == pytest.approx(sum(p.numel() for p in create_model("dit_xl_2").parameters()), rel=0.01)
+        assert MODELS["DiT-XL/2"].params() == pytest.approx(
+            sum(p.numel() for p in create_model("dit_xl_2").parameters()), rel=0.01
+        )
     assert MODELS["SD3.5-L"].params() == pytest.approx(8.06e9, rel=0.02)
     assert MODELS["FLUX.1-dev"].params() == pytest.approx(11.90e9, rel=0.01)
 
@@ -73,10 +79,20 @@ def test_two_stream_models_cost_what_is_predicted(name):
             model = FluxTransformer2DModel(in_channels=64, num_layers=2, num_single_layers=3, attention_head_dim=head,
                                            num_attention_heads=heads, joint_attention_dim=context, pooled_projection_dim=pooled,
                                            guidance_embeds=True, axes_dims_rope=(16, 24, 24))  # fmt: skip
-            arguments = {"hidden_states": torch.zeros(1, image, 64), "timestep": torch.zeros(1), "guidance": torch.zeros(1)}
-        arguments |= {"encoder_hidden_states": torch.zeros(1, text, context), "pooled_projections": torch.zeros(1, pooled)}
+            arguments = {
+                "hidden_states": torch.zeros(1, image, 64),
+                "timestep": torch.zeros(1),
+                "guidance": torch.zeros(1),
+            }
+        arguments |= {
+            "encoder_hidden_states": torch.zeros(1, text, context),
+            "pooled_projections": torch.zeros(1, pooled),
+        }
     if name == "flux":  # positions have values
-        model, arguments = model.to_empty(device="cpu"), {k: torch.zeros(v.shape) for k, v in arguments.items()}
+        model, arguments = (
+            model.to_empty(device="cpu"),
+            {k: torch.zeros(v.shape) for k, v in arguments.items()},
+        )
         arguments |= {"img_ids": torch.zeros(image, 3), "txt_ids": torch.zeros(text, 3)}
     predicted = mmdit(name, num_joint=4 if name == "sd3" else 2, num_single=0 if name == "sd3" else 3, width=width, image=image, text=text,
                       pooled=pooled, guidance=name == "flux", ends_image=name == "sd3", context=context)  # fmt: skip

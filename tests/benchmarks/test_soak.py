@@ -19,5 +19,8 @@ def test_memory_and_files_stay_as_they_are_over_2000_steps(tmp_path):
 
 def test_growth_is_that_after_the_warm_up():
     """50 bytes until step 100, 100 after it, then 1% more, and a file that stays open."""
-    found = [(step, 50 if step <= 100 else 100 + (step > 300), 7 + (step > 300)) for step in range(10, 401, 10)]
+    found = [
+        (step, 50 if step <= 100 else 100 + (step > 300), 7 + (step > 300))
+        for step in range(10, 401, 10)
+    ]
     assert growth(found, warm_up=100) == (pytest.approx(0.01), 1)

@@ -4,7 +4,7 @@ from hydra import compose, initialize_config_module
 from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import DataLoader
 
-import tinyfusion_pl.cli  # noqa: F401  (registers the resolvers that main.yaml uses)
+import tinyfusion_pl.cli
 from tinyfusion_pl.callbacks import EMAWithWarmup
 from tinyfusion_pl.callbacks.ema import scaled_decay, warmed_up_decay
 
@@ -27,7 +27,9 @@ def test_an_average_is_that_of_the_formula():
     assert torch.allclose(average, torch.full((3,), 0.9))
 
 
-@pytest.mark.parametrize("wrong", [{"decay": 1.0}, {"decay": -0.1}, {"batch_size": 0}, {"reference_batch_size": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"decay": 1.0}, {"decay": -0.1}, {"batch_size": 0}, {"reference_batch_size": 0}]
+)
 def test_settings_out_of_range_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         EMAWithWarmup(**wrong)
@@ -59,7 +61,11 @@ def fit(precision, tmp_path):
 
 def test_averages_of_a_double_model_are_double(tmp_path):
     ema, module = fit("64-true", tmp_path)
-    weights = ema._average_model.module.line.weight if ema._average_model is not None else module.line.weight
+    weights = (
+        ema._average_model.module.line.weight
+        if ema._average_model is not None
+        else module.line.weight
+    )
     assert weights.dtype == module.line.weight.dtype == torch.float64
 
 

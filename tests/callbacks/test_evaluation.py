@@ -29,7 +29,13 @@ def denoiser():
 
 
 def evaluation(**kwargs):
-    settings = {"every_n_steps": 2, "sampling": SAMPLING, "num_samples": 11, "batch_size": 4, "num_shown": 4}
+    settings = {
+        "every_n_steps": 2,
+        "sampling": SAMPLING,
+        "num_samples": 11,
+        "batch_size": 4,
+        "num_shown": 4,
+    }
     return EvaluationCallback(GenerationMetrics(load_digits_classifier()), **{**settings, **kwargs})
 
 
@@ -43,11 +49,22 @@ class Loss(Callback):
 
 def fit(folder, *callbacks, max_steps=5, module=None, **kwargs):
     seed_everything(1)
-    module = module or Denoising(denoiser(), objective=GaussianDiffusion(), optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2))
-    trainer = Trainer(accelerator="cpu", devices=1, max_steps=max_steps, callbacks=list(callbacks),
-                      logger=CSVLogger(folder, name="", version=""), enable_checkpointing=False, enable_progress_bar=False,
-                      enable_model_summary=False, default_root_dir=folder,
-                      log_every_n_steps=1, **kwargs)
+    module = module or Denoising(
+        denoiser(), objective=GaussianDiffusion(), optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2)
+    )
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_steps=max_steps,
+        callbacks=list(callbacks),
+        logger=CSVLogger(folder, name="", version=""),
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        log_every_n_steps=1,
+        **kwargs,
+    )
     trainer.fit(module, datamodule=DigitsDataModule(batch_size=8))
     return module
 
@@ -57,7 +74,10 @@ def test_training_goes_on_as_if_nothing_had_been_measured(tmp_path):
     a = fit(tmp_path / "a", EMAWithWarmup(decay=0.9), plain)
     b = fit(tmp_path / "b", EMAWithWarmup(decay=0.9), watched, evaluation())
     assert plain.seen == watched.seen
-    assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(x, y)
+        for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    )
 
 
 def test_the_averaged_weights_are_measured_and_logged_with_a_grid(tmp_path):
@@ -66,13 +86,20 @@ def test_the_averaged_weights_are_measured_and_logged_with_a_grid(tmp_path):
 
         def on_train_batch_end(self, trainer, pl_module, *args):
             if trainer.global_step == 4:
-                average = next(c for c in trainer.callbacks if isinstance(c, EMAWithWarmup))._average_model.module.denoiser
+                average = next(
+                    c for c in trainer.callbacks if isinstance(c, EMAWithWarmup)
+                )._average_model.module.denoiser
                 raw = [p.clone() for p in pl_module.denoiser.parameters()]
                 assert not all(torch.equal(x, y) for x, y in zip(raw, average.parameters()))
                 data, metrics = trainer.datamodule, GenerationMetrics(load_digits_classifier())
                 metrics.update_reference(data.reference_pictures()[0])
-                sampler = PictureSampler(denoiser=average, objective=pl_module.objective, latent_shape=data.latent_shape,
-                                         decode=data.decode, sampling=SAMPLING)
+                sampler = PictureSampler(
+                    denoiser=average,
+                    objective=pl_module.objective,
+                    latent_shape=data.latent_shape,
+                    decode=data.decode,
+                    sampling=SAMPLING,
+                )
                 metrics.update(sampler(torch.arange(11), labels := balanced_labels(11, 10)), labels)
                 self.expected = metrics.compute()
 
@@ -84,8 +111,14 @@ def test_the_averaged_weights_are_measured_and_logged_with_a_grid(tmp_path):
         assert yaml.safe_load(file)["val/protocol"] == callback.protocol
     assert callback.results[4] == pytest.approx(averaged.expected, rel=1e-3)
     with (tmp_path / "metrics.csv").open() as file:
-        logged = {int(row["step"]): float(row["val/fid"]) for row in csv.DictReader(file) if row["val/fid"]}
-    assert logged == pytest.approx({step: result["fid"] for step, result in callback.results.items()})
+        logged = {
+            int(row["step"]): float(row["val/fid"])
+            for row in csv.DictReader(file)
+            if row["val/fid"]
+        }
+    assert logged == pytest.approx(
+        {step: result["fid"] for step, result in callback.results.items()}
+    )
     for step in (2, 4):
         with Image.open(tmp_path / "samples" / f"{step:08d}.png") as grid:
             assert grid.size[1] >= 64
@@ -94,14 +127,25 @@ def test_the_averaged_weights_are_measured_and_logged_with_a_grid(tmp_path):
 def test_it_works_beside_depth_pruning_and_accumulation(tmp_path):
     callback = evaluation(num_shown=0)
     module = MaskLearning(denoiser(), objective=GaussianDiffusion())
-    fit(tmp_path, DepthPruningCallback("1:2"), callback, module=module, max_steps=4, accumulate_grad_batches=2)
+    fit(
+        tmp_path,
+        DepthPruningCallback("1:2"),
+        callback,
+        module=module,
+        max_steps=4,
+        accumulate_grad_batches=2,
+    )
     assert list(callback.results) == [2, 4] and not (tmp_path / "samples").exists()
     assert module.denoiser.training
 
 
 @pytest.mark.parametrize(
     ("settings", "said"),
-    [({"every_n_steps": 0}, "every_n_steps is 0"), ({"num_samples": 1}, "num_samples is 1"), ({"batch_size": 0}, "batch_size is 0")],
+    [
+        ({"every_n_steps": 0}, "every_n_steps is 0"),
+        ({"num_samples": 1}, "num_samples is 1"),
+        ({"batch_size": 0}, "batch_size is 0"),
+    ],
 )
 def test_counts_out_of_range_are_refused(settings, said):
     with pytest.raises(ValueError, match=said):
@@ -109,8 +153,11 @@ def test_counts_out_of_range_are_refused(settings, said):
 
 
 def test_too_few_samples_or_wrong_sampling_stop_before_the_first_step(tmp_path):
-    for settings, said in (({"num_samples": 3}, "'precision_recall' needs 4"),
-                           ({"sampling": {"num_sampling_steps": 0}}, "num_sampling_steps"), ({"labels": "all"}, "labels is 'all'")):
+    for settings, said in (
+        ({"num_samples": 3}, "'precision_recall' needs 4"),
+        ({"sampling": {"num_sampling_steps": 0}}, "num_sampling_steps"),
+        ({"labels": "all"}, "labels is 'all'"),
+    ):
         with pytest.raises(ValueError, match=said):
             fit(tmp_path, evaluation(**settings))
 

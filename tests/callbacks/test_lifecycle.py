@@ -14,9 +14,22 @@ from tinyfusion_pl.callbacks import DepthPruningCallback, EMAWithWarmup
 
 
 def fit(module, *callbacks, folder, ckpt_path=None, **kwargs):
-    kwargs = {"max_steps": 6, "logger": False, "enable_checkpointing": False, "log_every_n_steps": 1, **kwargs}
-    trainer = Trainer(accelerator="cpu", devices=1, callbacks=list(callbacks), default_root_dir=folder, enable_progress_bar=False,
-                      enable_model_summary=False, **kwargs)
+    kwargs = {
+        "max_steps": 6,
+        "logger": False,
+        "enable_checkpointing": False,
+        "log_every_n_steps": 1,
+        **kwargs,
+    }
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=1,
+        callbacks=list(callbacks),
+        default_root_dir=folder,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **kwargs,
+    )
     trainer.fit(module, ckpt_path=ckpt_path, weights_only=None if ckpt_path is None else True)
     return trainer
 
@@ -25,7 +38,9 @@ def fit(module, *callbacks, folder, ckpt_path=None, **kwargs):
 def test_blocks_in_evaluation_mode_are_refused_by_name(tmp_path):
     module = InInit()
     module.model.blocks[2].eval()
-    with pytest.raises(ValueError, match=r"1 gated blocks are in evaluation mode \(blocks.2, .*Call train\(\)"):
+    with pytest.raises(
+        ValueError, match=r"1 gated blocks are in evaluation mode \(blocks.2, .*Call train\(\)"
+    ):
         fit(module, DepthPruningCallback("1:2"), folder=tmp_path)
 
 
@@ -41,7 +56,9 @@ def test_gates_that_never_get_a_gradient_leave_no_decision(tmp_path):
 # -- the original weights --------------------------------------------------------------------------------------------------------------
 class LoadsInSetup(InInit):
     def setup(self, stage):
-        self.model.load_state_dict({k: torch.full_like(v, 0.25) for k, v in self.model.state_dict().items()})
+        self.model.load_state_dict(
+            {k: torch.full_like(v, 0.25) for k, v in self.model.state_dict().items()}
+        )
 
 
 @pytest.mark.parametrize("update", ["lora", "full"])
@@ -53,10 +70,18 @@ def test_discard_gives_back_weights_that_were_loaded_in_setup(update, tmp_path):
 
 def test_discard_gives_back_weights_of_a_dense_checkpoint_that_fit_restored(tmp_path):
     dense = InInit(optimizers_kind="plain")
-    saving = ModelCheckpoint(dirpath=tmp_path, filename="dense", save_last=False, every_n_train_steps=2)
+    saving = ModelCheckpoint(
+        dirpath=tmp_path, filename="dense", save_last=False, every_n_train_steps=2
+    )
     fit(dense, saving, folder=tmp_path, enable_checkpointing=True, max_steps=2)
     callback = DepthPruningCallback("1:2", weight_update="full")
-    fit(InInit(optimizers_kind="plain"), callback, folder=tmp_path, ckpt_path=tmp_path / "dense.ckpt", max_steps=8)
+    fit(
+        InInit(optimizers_kind="plain"),
+        callback,
+        folder=tmp_path,
+        ckpt_path=tmp_path / "dense.ckpt",
+        max_steps=8,
+    )
     assert torch.equal(callback.shallow_model.head.weight, dense.model.head.weight)
     assert not torch.equal(dense.model.head.weight, new_classifier().head.weight)
 
@@ -78,7 +103,10 @@ def test_the_record_takes_the_source_that_the_model_states(tmp_path):
     module = InInit()
     module.model.source = {"path": "dense.pt", "sha256": "ab"}
     fit(module, DepthPruningCallback("1:2"), folder=tmp_path)
-    assert json.loads((tmp_path / "shallow" / "record.json").read_text())["source"] == module.model.source
+    assert (
+        json.loads((tmp_path / "shallow" / "record.json").read_text())["source"]
+        == module.model.source
+    )
 
 
 # -- where the model comes late --------------------------------------------------------------------------------------------------------
@@ -108,7 +136,10 @@ def test_a_folder_that_cannot_be_made_is_named_before_training(tmp_path):
     assert module.trainer.global_step == 0 and (tmp_path / "taken").read_text() == "mine"
 
 
-@pytest.mark.parametrize(("setting", "said"), [({"stacks": []}, "stacks is empty"), ({"anneal_steps": "ten"}, "anneal_steps is ten")])
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [({"stacks": []}, "stacks is empty"), ({"anneal_steps": "ten"}, "anneal_steps is ten")],
+)
 def test_settings_of_the_wrong_kind_are_refused_in_words(setting, said, tmp_path):
     with pytest.raises(ValueError, match=said):
         fit(InInit(), DepthPruningCallback("1:2", **setting), folder=tmp_path)
@@ -121,7 +152,10 @@ def test_another_callback_on_a_gated_module_is_refused_until_the_first_is_detach
     with pytest.raises(ValueError, match="gates of an earlier DepthPruningCallback.*detach"):
         fit(module, DepthPruningCallback("2:4"), folder=tmp_path)
     first.detach(module)
-    assert all(torch.equal(a, b) for a, b in zip(module.model.state_dict().values(), new_classifier().state_dict().values()))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(module.model.state_dict().values(), new_classifier().state_dict().values())
+    )
     second = DepthPruningCallback("2:4", weight_update="full")
     fit(module, second, folder=tmp_path)
     assert second.decision.stacks["blocks"].pattern == "2:4"
@@ -129,7 +163,14 @@ def test_another_callback_on_a_gated_module_is_refused_until_the_first_is_detach
 
 def test_a_resumed_callbacks_next_fit_begins_with_a_new_optimizer(tmp_path):
     saving = ModelCheckpoint(dirpath=tmp_path, filename="last", every_n_train_steps=2)
-    fit(InInit(), DepthPruningCallback("1:2"), saving, folder=tmp_path, max_steps=2, enable_checkpointing=True)
+    fit(
+        InInit(),
+        DepthPruningCallback("1:2"),
+        saving,
+        folder=tmp_path,
+        max_steps=2,
+        enable_checkpointing=True,
+    )
     callback, module = DepthPruningCallback("1:2"), InInit()
     fit(module, callback, folder=tmp_path, ckpt_path=tmp_path / "last.ckpt", max_steps=6)
     assert {int(state["step"]) for state in callback.optimizer._optimizer.state.values()} == {6}
@@ -140,10 +181,24 @@ def test_a_resumed_callbacks_next_fit_begins_with_a_new_optimizer(tmp_path):
 def test_averaged_adapters_and_logits_survive_an_interruption(tmp_path):
     def run(name, max_steps, ckpt_path=None):
         callback = DepthPruningCallback("1:2", delta_w="merge", logits_lr=0.1)
-        saving = ModelCheckpoint(dirpath=tmp_path / name, filename="last", every_n_train_steps=4, enable_version_counter=False)
+        saving = ModelCheckpoint(
+            dirpath=tmp_path / name,
+            filename="last",
+            every_n_train_steps=4,
+            enable_version_counter=False,
+        )
         torch.manual_seed(5)
-        fit(InInit(optimizers_kind="plain"), callback, EMAWithWarmup(decay=0.9), RestoresGenerator(), saving, folder=tmp_path / name,
-            max_steps=max_steps, enable_checkpointing=True, ckpt_path=ckpt_path)
+        fit(
+            InInit(optimizers_kind="plain"),
+            callback,
+            EMAWithWarmup(decay=0.9),
+            RestoresGenerator(),
+            saving,
+            folder=tmp_path / name,
+            max_steps=max_steps,
+            enable_checkpointing=True,
+            ckpt_path=ckpt_path,
+        )
         return callback.shallow_model.state_dict(), new_classifier()
 
     whole, original = run("whole", 8)
@@ -177,10 +232,14 @@ class Taus(Callback):
 @pytest.mark.parametrize("length", [{"max_steps": -1, "max_epochs": 1}, {"max_steps": 16}])
 def test_temperature_reaches_its_end_at_the_last_batch_with_two_optimizers(length, tmp_path):
     taus = Taus()
-    fit(Manual(), DepthPruningCallback("1:2", weight_update="full"), taus, folder=tmp_path, **length)
+    fit(
+        Manual(), DepthPruningCallback("1:2", weight_update="full"), taus, folder=tmp_path, **length
+    )
     assert len(taus.seen) == 8 and taus.seen[0] == 4.0
     assert taus.seen == sorted(taus.seen, reverse=True) and len(set(taus.seen)) == 8
-    assert 0.1 <= taus.seen[-1] < 0.7  # the last of eight steps; 16 optimizer steps end at a fifteenth before it
+    assert (
+        0.1 <= taus.seen[-1] < 0.7
+    )  # the last of eight steps; 16 optimizer steps end at a fifteenth before it
 
 
 @pytest.mark.filterwarnings("ignore:Step .*not finite")
@@ -194,13 +253,24 @@ def test_an_optimizer_that_is_never_finite_stops_the_run_although_another_is(tmp
                 optimizer.step()
 
     with pytest.raises(FloatingPointError, match="3 optimizer steps in a row"):
-        fit(SecondIsNaN(), DepthPruningCallback("1:2", weight_update="full", max_nonfinite=3), folder=tmp_path, max_steps=16)
+        fit(
+            SecondIsNaN(),
+            DepthPruningCallback("1:2", weight_update="full", max_nonfinite=3),
+            folder=tmp_path,
+            max_steps=16,
+        )
 
 
 def test_the_last_decision_is_in_the_file_whatever_is_logged_between(tmp_path):
     for every, steps in ((5, [1, 5, 7]), (0, [7])):
         file = tmp_path / str(every) / "decisions.jsonl"
-        fit(InInit(), DepthPruningCallback("1:2", decisions_path=file), folder=tmp_path, max_steps=7, log_every_n_steps=every)
+        fit(
+            InInit(),
+            DepthPruningCallback("1:2", decisions_path=file),
+            folder=tmp_path,
+            max_steps=7,
+            log_every_n_steps=every,
+        )
         assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == steps
 
 
@@ -211,8 +281,15 @@ def test_a_trainer_that_only_validated_can_save(tmp_path):
 
         val_dataloader = InInit.train_dataloader
 
-    trainer = Trainer(accelerator="cpu", devices=1, callbacks=[DepthPruningCallback("1:2")], logger=False, default_root_dir=tmp_path,
-                      enable_progress_bar=False, enable_model_summary=False)
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=1,
+        callbacks=[DepthPruningCallback("1:2")],
+        logger=False,
+        default_root_dir=tmp_path,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
     trainer.validate(Validates(), verbose=False)
     trainer.save_checkpoint(tmp_path / "x.ckpt")
     assert (tmp_path / "x.ckpt").exists()
@@ -221,12 +298,20 @@ def test_a_trainer_that_only_validated_can_save(tmp_path):
 def test_logits_stay_in_float32_where_the_model_becomes_bfloat16(tmp_path):
     class HalfInput(InInit):
         def training_step(self, batch, batch_idx):
-            return super().training_step((batch[0].to(self.model.head.weight.dtype), batch[1]), batch_idx)
+            return super().training_step(
+                (batch[0].to(self.model.head.weight.dtype), batch[1]), batch_idx
+            )
 
-    module, callback = HalfInput(), DepthPruningCallback("1:2", weight_update="full", logits_lr=1e-4)
+    module, callback = (
+        HalfInput(),
+        DepthPruningCallback("1:2", weight_update="full", logits_lr=1e-4),
+    )
     fit(module, callback, folder=tmp_path, precision="bf16-true")
     assert module.model.stem.weight.dtype == torch.bfloat16
-    assert all(p.dtype == torch.float32 and (p != 0.02).any() and (p - 0.02).abs().max() < 1e-3 for p in callback.gates.logits())
+    assert all(
+        p.dtype == torch.float32 and (p != 0.02).any() and (p - 0.02).abs().max() < 1e-3
+        for p in callback.gates.logits()
+    )
 
 
 # -- a first batch that shows nothing ---------------------------------------------------------------------------------------------------
@@ -240,7 +325,9 @@ class Coupled(InInit):
 
     def training_step(self, batch, batch_idx):
         x, y = batch
-        return super().training_step((x * float("nan") if batch_idx < self.first else x, y), batch_idx)
+        return super().training_step(
+            (x * float("nan") if batch_idx < self.first else x, y), batch_idx
+        )
 
 
 @pytest.mark.filterwarnings("ignore:Step")

@@ -53,9 +53,14 @@ class Base(LightningModule):
         if self.optimizers_kind == "plain":
             return optimizer
         if self.optimizers_kind == "lambda":
-            return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step)]
+            return [optimizer], [
+                torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step)
+            ]
         scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=self.lr, total_steps=1000)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
 
     def train_dataloader(self):
         g = torch.Generator().manual_seed(1)
@@ -98,5 +103,11 @@ class Manual(InInit):
             optimizer.step()
 
     def configure_optimizers(self):
-        return (torch.optim.SGD([*self.model.stem.parameters(), *self.depth_gates.parameters()], lr=0.1),
-                torch.optim.AdamW([*self.model.blocks.parameters(), *self.model.head.parameters()], lr=1e-2))
+        return (
+            torch.optim.SGD(
+                [*self.model.stem.parameters(), *self.depth_gates.parameters()], lr=0.1
+            ),
+            torch.optim.AdamW(
+                [*self.model.blocks.parameters(), *self.model.head.parameters()], lr=1e-2
+            ),
+        )

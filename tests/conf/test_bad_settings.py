@@ -17,7 +17,15 @@ from tinyfusion_pl.cli.errors import sentence
 from tinyfusion_pl.cli.settings import MAX_TOLD, checked
 from tinyfusion_pl.models import pretrained
 
-RAW = ("Traceback", "full_key", "object_type", "hydra.cc", "pydantic", "_target_ = ", "Error in call to target")
+RAW = (
+    "Traceback",
+    "full_key",
+    "object_type",
+    "hydra.cc",
+    "pydantic",
+    "_target_ = ",
+    "Error in call to target",
+)
 OTHERS = ("digits_teacher", "dit_d14", "dit_d7", "mar_d16", "sit_d14")
 GROUPS = [("pruning=learned",), (), *((f"+experiment={name}",) for name in OTHERS), ("callbacks@recover.fit.callbacks=evaluation",),
           ("logger=wandb",), ("sampler@evaluate.sampling=dpm_solver",), ("metrics=kid",), ("metrics=fd_dinov2",), ("adapter=full",),
@@ -38,9 +46,19 @@ def teacher():
 @pytest.fixture
 def _loaded_once(teacher, monkeypatch):
     """The shipped teacher is read once; whatever else is asked for is loaded as ever."""
-    load, plain = pretrained.load_pretrained, {"name": "dit_digits", "weights": "ema", "prefix": "", "variant": None}
-    monkeypatch.setattr(pretrained, "load_pretrained", lambda where, /, **options: (
-        copy.deepcopy(teacher) if where == "shipped" and options == plain else load(where, **options)))
+    load, plain = (
+        pretrained.load_pretrained,
+        {"name": "dit_digits", "weights": "ema", "prefix": "", "variant": None},
+    )
+    monkeypatch.setattr(
+        pretrained,
+        "load_pretrained",
+        lambda where, /, **options: (
+            copy.deepcopy(teacher)
+            if where == "shipped" and options == plain
+            else load(where, **options)
+        ),
+    )
 
 
 @pytest.mark.usefixtures("_loaded_once")
@@ -63,12 +81,28 @@ WRONG = {  # kind of the present value -> values that it cannot have
     "list": ["5", "hot", "nan"],
 }
 # Looked at by what they make, or where they stand (in the table); timm's options have no types.
-ANY = {"pruning.pattern", "pruning.keep", "pruning.units", "search.trials", "search.trial_steps.0", "search.trial_steps.1",
-       "search.trial_steps.2", "pruning.weight_update", "metrics.feature_network.global_pool"}
+ANY = {
+    "pruning.pattern",
+    "pruning.keep",
+    "pruning.units",
+    "search.trials",
+    "search.trial_steps.0",
+    "search.trial_steps.1",
+    "search.trial_steps.2",
+    "pruning.weight_update",
+    "metrics.feature_network.global_pool",
+}
 
 
 def kind_of(value):
-    kinds = ((bool, "bool"), (int, "whole"), (float, "number"), (str, "text"), (dict, "mapping"), (list, "list"))
+    kinds = (
+        (bool, "bool"),
+        (int, "whole"),
+        (float, "number"),
+        (str, "text"),
+        (dict, "mapping"),
+        (list, "list"),
+    )
     return next((kind for hint, kind in kinds if isinstance(value, hint)), "nothing")
 
 
@@ -113,7 +147,9 @@ def drawn(seed, each):
     """(groups, kind) -> [(key, value)]: `each` values for every leaf, drawn with `seed`."""
     draw, rows = random.Random(seed), {}
     for key, (groups, kind) in sorted(places().items()):
-        values = [value for value in WRONG[kind] if value != "hot" or not key.endswith(".devices")]  # a text to Lightning, as "auto"
+        values = [
+            value for value in WRONG[kind] if value != "hot" or not key.endswith(".devices")
+        ]  # a text to Lightning, as "auto"
         for place, value in enumerate(draw.sample(values, min(each, len(values)))):
             rows.setdefault((groups, kind, place), []).append((key, value))
     return rows
@@ -130,7 +166,9 @@ def check_swept(rows):
             for key, value in some.items():
                 said = next((line for line in lines if key in line), None)
                 try:
-                    assert_clear(said if at_once > 1 and said else refused(groups, [f"{key}={value}"]), key)
+                    assert_clear(
+                        said if at_once > 1 and said else refused(groups, [f"{key}={value}"]), key
+                    )
                 except AssertionError as error:
                     wrong.append(f"{key}={value} {groups or ''}: {str(error).splitlines()[0]}")
     assert not wrong, "\n".join(wrong)

@@ -5,7 +5,7 @@ import torch
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 
-import tinyfusion_pl.cli  # noqa: F401  (registers the resolvers that main.yaml uses)
+import tinyfusion_pl.cli
 from tinyfusion_pl.cli.settings import checked
 from tinyfusion_pl.models import load_denoiser
 
@@ -17,8 +17,14 @@ def files(tmp_path_factory):
     state = load_denoiser("dit_digits", checkpoint="shipped").state_dict()
     twice = {key: 2 * value for key, value in state.items()}
     torch.save({"model": state, "smooth": twice}, folder / "entries.pt")
-    torch.save({f"{name}.{key}": value for name, each in (("student", state), ("teacher", twice)) for key, value in each.items()},
-               folder / "prefixes.pt")
+    torch.save(
+        {
+            f"{name}.{key}": value
+            for name, each in (("student", state), ("teacher", twice))
+            for key, value in each.items()
+        },
+        folder / "prefixes.pt",
+    )
     return folder
 
 
@@ -29,7 +35,18 @@ def files(tmp_path_factory):
 @pytest.mark.filterwarnings("ignore:.*(raw weights only|does not say):UserWarning")
 def test_an_entry_and_a_prefix_are_settings(files, file, setting, is_twice):
     with initialize_config_module("tinyfusion_pl.conf", version_base="1.3"):
-        cfg = compose("main", overrides=["task=learn_mask", f"model.checkpoint={files / file}", setting, "run_dir=x", "paths.output_dir=x"])
+        cfg = compose(
+            "main",
+            overrides=[
+                "task=learn_mask",
+                f"model.checkpoint={files / file}",
+                setting,
+                "run_dir=x",
+                "paths.output_dir=x",
+            ],
+        )
     found = instantiate(checked(cfg).model).state_dict()
     expected = load_denoiser("dit_digits", checkpoint="shipped").state_dict()
-    assert all(torch.equal(found[key], (2 if is_twice else 1) * value) for key, value in expected.items())
+    assert all(
+        torch.equal(found[key], (2 if is_twice else 1) * value) for key, value in expected.items()
+    )

@@ -139,7 +139,11 @@ VALID = {
 def test_a_valid_setting_has_its_value(line):
     cfg, expected = passed(line), VALID[line]
     key = line.removeprefix("pruning=learned ").split()[0].partition("=")[0].lstrip("+")
-    if expected is None and "@" in key or key in ("adapter", "logger", "distill", "metrics", "data", "task", "pruning"):
+    if (
+        expected is None
+        and "@" in key
+        or key in ("adapter", "logger", "distill", "metrics", "data", "task", "pruning")
+    ):
         return  # choices of groups, which compose
     value = OmegaConf.select(cfg, key)
     value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
@@ -147,16 +151,23 @@ def test_a_valid_setting_has_its_value(line):
 
 
 @pytest.mark.parametrize("debug", [(), ("+debug=default",), ("+debug=dry_run",)], ids=str)
-@pytest.mark.parametrize("experiment", sorted(file.stem for file in (CONF / "experiment").glob("*.yaml")))
+@pytest.mark.parametrize(
+    "experiment", sorted(file.stem for file in (CONF / "experiment").glob("*.yaml"))
+)
 def test_every_experiment_passes(experiment, debug):
-    if experiment.startswith(("digits", "cifar10", "table", "temperature", "figure")) and debug == ("+debug=dry_run",):
+    if experiment.startswith(("digits", "cifar10", "table", "temperature", "figure")) and debug == (
+        "+debug=dry_run",
+    ):
         pytest.skip("dry_run is for recipes on latents")
     with initialize_config_module("tinyfusion_pl.conf", version_base="1.3"):
         cfg = compose("main", [f"+experiment={experiment}", *debug])
     before = copy.deepcopy(cfg)
     found = checked(cfg)
     for part in set(cfg) - {"run_dir", "hydra", "paths", "task"}:
-        assert OmegaConf.to_container(found, resolve=False)[part] == OmegaConf.to_container(before, resolve=False)[part]
+        assert (
+            OmegaConf.to_container(found, resolve=False)[part]
+            == OmegaConf.to_container(before, resolve=False)[part]
+        )
 
 
 # -- those that take a run to see
@@ -188,13 +199,23 @@ def begun(tmp_path, monkeypatch):
 
 
 def test_null_drops_a_callback(begun):
-    task = begun("learn_mask.fit.callbacks.progress=null", "recover.fit.callbacks.ema=null", "recover.weights=raw")
+    task = begun(
+        "learn_mask.fit.callbacks.progress=null",
+        "recover.fit.callbacks.ema=null",
+        "recover.weights=raw",
+    )
     assert task.learn_mask.fit.callbacks == {} and set(task.recover.fit.callbacks) == {"progress"}
 
 
 def test_a_whole_float_arrives_as_an_integer(begun):
-    task = begun("evaluate.num_samples=5e1", "data.batch_size=8.0", "recover.fit.trainer.max_steps=2e1")
-    assert (task.evaluate.num_samples, task.data.batch_size, task.recover.fit.trainer.keywords["max_steps"]) == (50, 8, 20)
+    task = begun(
+        "evaluate.num_samples=5e1", "data.batch_size=8.0", "recover.fit.trainer.max_steps=2e1"
+    )
+    assert (
+        task.evaluate.num_samples,
+        task.data.batch_size,
+        task.recover.fit.trainer.keywords["max_steps"],
+    ) == (50, 8, 20)
     assert all(type(n) is int for n in (task.evaluate.num_samples, task.data.batch_size))
 
 

@@ -18,7 +18,9 @@ def test_latents_are_the_digits_scaled_to_plus_minus_one():
 def test_class_describes_its_data():
     x, y = DigitsDataModule().train_set()[0]
     assert x.shape == DigitsDataModule.latent_shape
-    assert set(DigitsDataModule().train_set().tensors[1].tolist()) == set(range(DigitsDataModule.num_classes))
+    assert set(DigitsDataModule().train_set().tensors[1].tolist()) == set(
+        range(DigitsDataModule.num_classes)
+    )
 
 
 def test_reference_pictures_are_all_digits_in_256_levels():
@@ -30,13 +32,28 @@ def test_reference_pictures_are_all_digits_in_256_levels():
 
 
 def test_decode_clamps_and_rounds_to_the_nearest_level():
-    latents = torch.tensor([-9.0, -1.0, -0.999, -0.99, 0.0, 0.9, 1.0, 1.5]).view(-1, 1, 1, 1).expand(-1, 1, 8, 8)
-    assert DigitsDataModule().decode(latents)[:, 0, 0, 0].tolist() == [0, 0, 0, 1, 128, 242, 255, 255]
+    latents = (
+        torch.tensor([-9.0, -1.0, -0.999, -0.99, 0.0, 0.9, 1.0, 1.5])
+        .view(-1, 1, 1, 1)
+        .expand(-1, 1, 8, 8)
+    )
+    assert DigitsDataModule().decode(latents)[:, 0, 0, 0].tolist() == [
+        0,
+        0,
+        0,
+        1,
+        128,
+        242,
+        255,
+        255,
+    ]
 
 
 def test_decode_of_half_precision_latents_is_that_of_their_values():
     latents = torch.linspace(-1, 1, 128).view(2, 1, 8, 8).bfloat16()
-    assert torch.equal(DigitsDataModule().decode(latents), DigitsDataModule().decode(latents.float()))
+    assert torch.equal(
+        DigitsDataModule().decode(latents), DigitsDataModule().decode(latents.float())
+    )
 
 
 def test_decode_refuses_other_shapes_and_values_that_are_not_finite():
@@ -46,7 +63,9 @@ def test_decode_refuses_other_shapes_and_values_that_are_not_finite():
         DigitsDataModule().decode(torch.full((1, 1, 8, 8), float("nan")))
 
 
-@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"batch_size": 1.5}, {"seed": -1}, {"num_workers": "2"}])
+@pytest.mark.parametrize(
+    "wrong", [{"batch_size": 0}, {"batch_size": 1.5}, {"seed": -1}, {"num_workers": "2"}]
+)
 def test_wrong_arguments_are_named(wrong):
     (name, value), *_ = wrong.items()
     with pytest.raises(ValueError, match=f"{name} is {value!r}. Give a whole number"):

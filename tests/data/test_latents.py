@@ -70,8 +70,13 @@ def test_a_draw_is_a_scaled_sample_of_a_view_that_seed_and_draw_decide(made):
             index = sampler.draw(seen)
             chance, noise = drawn(3, seen)
             mean, logvar = stored(made / "moments", index)[int(chance < 0.5)].chunk(2)
-            expected = (mean + torch.exp(logvar.clamp(-30, 20) / 2) * torch.from_numpy(noise)) * 0.18215
-            assert torch.allclose(one, expected, atol=1e-6) and label == LatentShards(made / "moments").labels[index]
+            expected = (
+                mean + torch.exp(logvar.clamp(-30, 20) / 2) * torch.from_numpy(noise)
+            ) * 0.18215
+            assert (
+                torch.allclose(one, expected, atol=1e-6)
+                and label == LatentShards(made / "moments").labels[index]
+            )
             assert one.dtype == torch.float32 and label.dtype == torch.int64
             seen, mirrored = seen + 1, mirrored + (chance < 0.5)
     assert 10 < mirrored < 30
@@ -82,7 +87,10 @@ def test_the_same_sample_is_drawn_anew_each_epoch_and_another_seed_draws_others(
     for i, (x, _) in enumerate(stream(made / "moments", 5, seed=0)):
         for j, one in enumerate(x):
             draws.setdefault(StreamSampler(NUM_IMAGES, num_draws=1).draw(4 * i + j), []).append(one)
-    assert all(len(each) == 2 and not torch.equal(*each) for each in draws.values()) and len(draws) == NUM_IMAGES
+    assert (
+        all(len(each) == 2 and not torch.equal(*each) for each in draws.values())
+        and len(draws) == NUM_IMAGES
+    )
     noise = [drawn(seed, draw)[1].flatten().tolist() for seed in range(2) for draw in range(2)]
     assert len({tuple(each) for each in noise}) == 4
 
@@ -105,7 +113,11 @@ def test_posterior_samples_are_those_of_diffusers():
 
 @pytest.mark.parametrize("num_workers", [1, 3])
 def test_workers_give_the_same_batches(made, num_workers):
-    for one, other in zip(stream(made / "moments", 5), stream(made / "moments", 5, num_workers=num_workers), strict=True):
+    for one, other in zip(
+        stream(made / "moments", 5),
+        stream(made / "moments", 5, num_workers=num_workers),
+        strict=True,
+    ):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
@@ -137,7 +149,9 @@ def test_sizes_classes_and_labels_are_those_of_the_images(made):
     module = data(made / "moments")
     assert module.latent_shape == (4, 4, 4) and module.num_classes == 3
     assert module.shards.info.classes == list(CLASSES)
-    assert module.shards.labels.tolist() == [0] * 4 + [1] * 3 + [2] * 3  # class folders, in their order
+    assert (
+        module.shards.labels.tolist() == [0] * 4 + [1] * 3 + [2] * 3
+    )  # class folders, in their order
 
 
 def test_half_precision_shards_are_read_as_float32(made, tmp_path):
@@ -159,7 +173,9 @@ def test_decode_undoes_encode_through_the_vae_that_made_them(made):
 @pytest.mark.parametrize("packed", [False, True])
 def test_reference_pictures_are_centre_crops_of_the_size_that_decode_gives(made, tmp_path, packed):
     images = pack(tmp_path / "images.npz") if packed else made / "images"
-    pictures, labels = data(made / "moments", vae=vae_in(made), pictures=images).reference_pictures()
+    pictures, labels = data(
+        made / "moments", vae=vae_in(made), pictures=images
+    ).reference_pictures()
     assert pictures.shape == (NUM_IMAGES, 3, 8, 8) and pictures.dtype == torch.uint8
     assert sorted(labels.tolist()) == [0] * 4 + [1] * 3 + [2] * 3
 
@@ -184,34 +200,59 @@ def test_the_published_layout_is_read_by_number_and_not_scaled_again(folders):
     module = data(folders)
     assert module.latent_shape == (4, 2, 2) and module.num_classes == 1000
     x, y = next(iter(module.train_dataloader()))
-    assert torch.equal(x, torch.cat([torch.from_numpy(published(label)) for label in y.tolist()]))  # (4, 4, 2, 2)
+    assert torch.equal(
+        x, torch.cat([torch.from_numpy(published(label)) for label in y.tolist()])
+    )  # (4, 4, 2, 2)
 
 
 def test_the_published_layout_is_checked(folders, tmp_path):
     features = folders / "imagenet256_features"
     with pytest.raises(ValueError, match="labels 0 to 11, but the model knows the classes 0 to 9"):
         data(folders).check_fits(model(num_classes=10, input_size=2))
-    np.save(features / "7.npy", np.random.default_rng(0).normal(size=(1, 4, 4, 4)).astype(np.float32))
+    np.save(
+        features / "7.npy", np.random.default_rng(0).normal(size=(1, 4, 4, 4)).astype(np.float32)
+    )
     with pytest.raises(ArtifactError, match=r"7.npy is \(4, 4, 4\), the others are \(4, 2, 2\)"):
         data(folders)
     (features / "7.npy").write_bytes(b"cut")
     with pytest.raises(ArtifactError, match=r"7.npy or its label .* cannot be read"):
         data(folders)
     (features / "7.npy").unlink()
-    with pytest.raises(ValueError, match="holds 11 latents, .* 12 labels; each N.npy must be in both"):
+    with pytest.raises(
+        ValueError, match="holds 11 latents, .* 12 labels; each N.npy must be in both"
+    ):
         data(folders)
     for i in range(12):
-        np.save(features / f"{i}.npy", np.random.default_rng(i).normal(0, 5.5, (1, 4, 2, 2)).astype(np.float32))
-    with pytest.raises(ValueError, match="standard deviation of 5.* not been multiplied by the VAE's scaling factor"):
+        np.save(
+            features / f"{i}.npy",
+            np.random.default_rng(i).normal(0, 5.5, (1, 4, 2, 2)).astype(np.float32),
+        )
+    with pytest.raises(
+        ValueError,
+        match="standard deviation of 5.* not been multiplied by the VAE's scaling factor",
+    ):
         data(folders)
 
 
-@pytest.mark.parametrize(("kind", "content", "said"), [
-    ("labels", np.array([1000]), "labels/500.npy has the label 1000, but the model knows the classes 0 to 999"),
-    ("labels", np.array([-1]), "labels/500.npy has the label -1"),
-    ("features", np.full((1, 4, 2, 2), np.nan, np.float32), "features/500.npy holds values that are not finite"),
-])
-def test_a_published_file_that_was_not_looked_at_before_training_is_checked_when_it_is_read(folders, kind, content, said):
+@pytest.mark.parametrize(
+    ("kind", "content", "said"),
+    [
+        (
+            "labels",
+            np.array([1000]),
+            "labels/500.npy has the label 1000, but the model knows the classes 0 to 999",
+        ),
+        ("labels", np.array([-1]), "labels/500.npy has the label -1"),
+        (
+            "features",
+            np.full((1, 4, 2, 2), np.nan, np.float32),
+            "features/500.npy holds values that are not finite",
+        ),
+    ],
+)
+def test_a_published_file_that_was_not_looked_at_before_training_is_checked_when_it_is_read(
+    folders, kind, content, said
+):
     for i in range(12, 1200):
         np.save(folders / "imagenet256_features" / f"{i}.npy", published(i))
         np.save(folders / "imagenet256_labels" / f"{i}.npy", np.array([i % 1000]))
@@ -236,13 +277,22 @@ def test_a_published_latent_that_goes_missing_in_training_is_named(folders):
     next(batches)
     for path in (folders / "imagenet256_features").iterdir():
         path.unlink()
-    with pytest.raises(ArtifactError, match=r"imagenet256_features/\d+.npy or its label .* cannot be read"):
+    with pytest.raises(
+        ArtifactError, match=r"imagenet256_features/\d+.npy or its label .* cannot be read"
+    ):
         next(batches)
 
 
 # -- what is refused before training
 def model(**overrides):
-    settings = {"depth": 1, "hidden_size": 16, "num_heads": 2, "in_channels": 4, "input_size": 4, "num_classes": 3}
+    settings = {
+        "depth": 1,
+        "hidden_size": 16,
+        "num_heads": 2,
+        "in_channels": 4,
+        "input_size": 4,
+        "num_classes": 3,
+    }
     return create_model("dit_digits", **{**settings, **overrides})
 
 
@@ -251,32 +301,61 @@ def test_a_model_that_fits_is_accepted(made):
 
 
 def test_labels_by_order_warn_for_a_model_of_more_classes(made):
-    with pytest.warns(UserWarning, match="3 classes, labelled 0 to 2 in the order of their names, and the model has 1000.*class_to_idx"):
+    with pytest.warns(
+        UserWarning,
+        match="3 classes, labelled 0 to 2 in the order of their names, and the model has 1000.*class_to_idx",
+    ):
         data(made / "moments").check_fits(model(num_classes=1000))
-    data(made / "moments", class_to_idx="order").check_fits(model(num_classes=1000))  # the user knows
+    data(made / "moments", class_to_idx="order").check_fits(
+        model(num_classes=1000)
+    )  # the user knows
 
 
-@pytest.mark.parametrize(("settings", "said"), [
-    ({"input_size": 8}, r"latents are \(C, H, W\) = \(4, 4, 4\), the model takes \(4, 8, 8\)"),
-    ({"in_channels": 16}, r"\(4, 4, 4\), the model takes \(16, 4, 4\)"),
-    ({"num_classes": 2}, r"labels 0 to 2, but the model knows the classes 0 to 1\. Give a model with num_classes > 2"),
-])
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"input_size": 8}, r"latents are \(C, H, W\) = \(4, 4, 4\), the model takes \(4, 8, 8\)"),
+        ({"in_channels": 16}, r"\(4, 4, 4\), the model takes \(16, 4, 4\)"),
+        (
+            {"num_classes": 2},
+            r"labels 0 to 2, but the model knows the classes 0 to 1\. Give a model with num_classes > 2",
+        ),
+    ],
+)
 def test_latents_that_do_not_fit_the_model_are_refused(made, settings, said):
     with pytest.raises(ValueError, match=said):
         data(made / "moments").check_fits(model(**settings))
 
 
 def test_latents_of_another_scale_are_refused(made):
-    with pytest.raises(ValueError, match=r"scaled by 0.18215, but data.scaling_factor is 0.2325.*data=imagenet_latents_mar"):
+    with pytest.raises(
+        ValueError,
+        match=r"scaled by 0.18215, but data.scaling_factor is 0.2325.*data=imagenet_latents_mar",
+    ):
         data(made / "moments", scaling_factor=0.2325)
 
 
 def test_a_vae_that_does_not_match_is_refused(made):
-    flat = {"block_out_channels": (8,), "down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}
-    for vae, said in ((VAE(autoencoder(seed=4), source="other"), "is not the one that made the latents .* encoders differ"),
-                      (VAE(autoencoder(latent_channels=16), source="other"), "latents of 16 channels, those in .* have 4"),
-                      (VAE(autoencoder(), source="other", scaling_factor=0.5), "VAE of other are scaled by 0.5, but data.scaling_factor"),
-                      (VAE(autoencoder(**flat), source="other"), "4 pixels from latents of 4; .* of 8 pixels")):
+    flat = {
+        "block_out_channels": (8,),
+        "down_block_types": ("DownEncoderBlock2D",),
+        "up_block_types": ("UpDecoderBlock2D",),
+    }
+    for vae, said in (
+        (
+            VAE(autoencoder(seed=4), source="other"),
+            "is not the one that made the latents .* encoders differ",
+        ),
+        (
+            VAE(autoencoder(latent_channels=16), source="other"),
+            "latents of 16 channels, those in .* have 4",
+        ),
+        (
+            VAE(autoencoder(), source="other", scaling_factor=0.5),
+            "VAE of other are scaled by 0.5, but data.scaling_factor",
+        ),
+        (VAE(autoencoder(**flat), source="other"), "4 pixels from latents of 4; .* of 8 pixels"),
+    ):
         with pytest.raises(ValueError, match=said):
             data(made / "moments", vae=lambda vae=vae: vae).check_decode()
 
@@ -284,24 +363,35 @@ def test_a_vae_that_does_not_match_is_refused(made):
 def test_a_missing_vae_or_reference_says_what_to_give(made):
     with pytest.raises(ValueError, match=r"data.vae is not set. Give vae@data.vae=sd"):
         data(made / "moments").decode(torch.zeros(1, 4, 4, 4))
-    with pytest.raises(ValueError, match="Give evaluate.reference=FILE.npz .* or data.pictures=PATH"):
+    with pytest.raises(
+        ValueError, match="Give evaluate.reference=FILE.npz .* or data.pictures=PATH"
+    ):
         data(made / "moments", vae=vae_in(made)).reference_pictures()
     with pytest.raises(ValueError, match=r"are \(N, 4, 4, 4\); these are \(1, 4, 8, 8\)"):
         data(made / "moments", vae=vae_in(made)).decode(torch.zeros(1, 4, 8, 8))
 
 
 def test_missing_latents_say_how_to_get_them(tmp_path):
-    with pytest.raises(ValueError, match="data.root is not set.*task=extract_latents.*imagenet256_features"):
+    with pytest.raises(
+        ValueError, match="data.root is not set.*task=extract_latents.*imagenet256_features"
+    ):
         data(None)
-    with pytest.raises(ValueError, match="There is no .*imagenet256_features and no .*imagenet256_labels.*task=extract_latents"):
+    with pytest.raises(
+        ValueError,
+        match="There is no .*imagenet256_features and no .*imagenet256_labels.*task=extract_latents",
+    ):
         data(tmp_path)
-    with pytest.raises(ArtifactError, match="holds no latents.json: task=extract_latents makes such a folder"):
+    with pytest.raises(
+        ArtifactError, match="holds no latents.json: task=extract_latents makes such a folder"
+    ):
         LatentShards(tmp_path)
 
 
 def test_an_unfinished_extraction_is_refused(root):
     (root / "latents.json").rename(root / "extraction.json")
-    with pytest.raises(ArtifactError, match="not finished: run the same task=extract_latents command again"):
+    with pytest.raises(
+        ArtifactError, match="not finished: run the same task=extract_latents command again"
+    ):
         data(root)
 
 
@@ -310,7 +400,11 @@ def broken(root, change):
     change(path)
     with pytest.raises(ArtifactError) as error:
         data(root)
-    assert "1 of 3 shards cannot be used" in str(error.value) and str(path) in str(error.value) and "extract again" in str(error.value)
+    assert (
+        "1 of 3 shards cannot be used" in str(error.value)
+        and str(path) in str(error.value)
+        and "extract again" in str(error.value)
+    )
     return str(error.value)
 
 
@@ -323,19 +417,37 @@ def resave(change):
     return apply
 
 
-@pytest.mark.parametrize(("change", "said"), [
-    (lambda path: path.unlink(), "it is missing"),
-    (lambda path: path.write_bytes(path.read_bytes()[:-100]), "bytes instead of"),
-    (lambda path: path.write_bytes(path.read_bytes() + b"more"), "bytes instead of"),
-    (lambda path: path.write_bytes(path.read_bytes()[:20]), "it is cut, or no safetensors file"),
-    (lambda path: path.write_bytes(b""), "it is cut, or no safetensors file"),
-    (lambda path: path.write_bytes((20).to_bytes(8, "little") + b"\xff" * 100), "it is no safetensors file"),
-    (lambda path: shutil.copy(path.parent / "shard-00000.safetensors", path), "another place in this one"),
-    (lambda path: save_file({"a": torch.zeros(1)}, path), "another extraction"),
-    (resave(lambda tensors: tensors.update(latents=tensors["latents"][:, :1].clone())), r"\[4, 1, 8, 4, 4\]"),
-    (resave(lambda tensors: tensors.update(latents=tensors["latents"].half())), "F16 instead of float32"),
-    (resave(lambda tensors: tensors.pop("labels")), "it has no 'labels'"),
-])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda path: path.unlink(), "it is missing"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-100]), "bytes instead of"),
+        (lambda path: path.write_bytes(path.read_bytes() + b"more"), "bytes instead of"),
+        (
+            lambda path: path.write_bytes(path.read_bytes()[:20]),
+            "it is cut, or no safetensors file",
+        ),
+        (lambda path: path.write_bytes(b""), "it is cut, or no safetensors file"),
+        (
+            lambda path: path.write_bytes((20).to_bytes(8, "little") + b"\xff" * 100),
+            "it is no safetensors file",
+        ),
+        (
+            lambda path: shutil.copy(path.parent / "shard-00000.safetensors", path),
+            "another place in this one",
+        ),
+        (lambda path: save_file({"a": torch.zeros(1)}, path), "another extraction"),
+        (
+            resave(lambda tensors: tensors.update(latents=tensors["latents"][:, :1].clone())),
+            r"\[4, 1, 8, 4, 4\]",
+        ),
+        (
+            resave(lambda tensors: tensors.update(latents=tensors["latents"].half())),
+            "F16 instead of float32",
+        ),
+        (resave(lambda tensors: tensors.pop("labels")), "it has no 'labels'"),
+    ],
+)
 def test_a_broken_shard_is_named_before_training(root, change, said):
     import re
 
@@ -344,7 +456,9 @@ def test_a_broken_shard_is_named_before_training(root, change, said):
 
 def test_a_broken_description_is_named(root):
     content = read_json(root / "latents.json")
-    write_json(root / "latents.json", {key: value for key, value in content.items() if key != "dtype"})
+    write_json(
+        root / "latents.json", {key: value for key, value in content.items() if key != "dtype"}
+    )
     with pytest.raises(ArtifactError, match="latents.json does not describe latents .*'dtype'"):
         data(root)
     (root / "latents.json").write_text(json.dumps(content)[:-20])
@@ -361,7 +475,10 @@ def test_a_shard_that_goes_missing_in_training_names_itself(root, num_workers):
         path.unlink()
     if num_workers:  # a worker opens files when it starts on its first batch; those that it has open it goes on reading
         batches = iter(module.train_dataloader())
-    with pytest.raises(ArtifactError, match=r"Sample \d+ cannot be read: shard .*moments/shard-0000\d.safetensors: No such file"):
+    with pytest.raises(
+        ArtifactError,
+        match=r"Sample \d+ cannot be read: shard .*moments/shard-0000\d.safetensors: No such file",
+    ):
         next(batches)
 
 
@@ -370,7 +487,10 @@ def test_a_shard_that_is_cut_in_training_names_itself_and_ends_no_process(root):
     shards.read(2, 0)  # it is open by now
     with open(root / "shard-00000.safetensors", "r+b") as file:
         file.truncate(2000)
-    with pytest.raises(ArtifactError, match="Sample 3 .*shard-00000.safetensors was whole when training began and is cut now"):
+    with pytest.raises(
+        ArtifactError,
+        match="Sample 3 .*shard-00000.safetensors was whole when training began and is cut now",
+    ):
         shards.read(3, 1)
 
 
@@ -379,7 +499,10 @@ def test_values_that_are_not_finite_name_their_shard(root):
     with open(root / "shard-00000.safetensors", "r+b") as file:
         file.seek(shards.offsets[0])
         file.write(np.array(np.nan, "<f4").tobytes())
-    with pytest.raises(ArtifactError, match="Sample 0 in shard .*shard-00000.safetensors holds values that are not finite"):
+    with pytest.raises(
+        ArtifactError,
+        match="Sample 0 in shard .*shard-00000.safetensors holds values that are not finite",
+    ):
         shards.read(0, 0)
 
 
@@ -392,9 +515,15 @@ def overwrite(root, value):
         save_file(tensors, path, metadata=metadata)
 
 
-@pytest.mark.parametrize(("value", "said"), [(0.0, "Sample 0 in shard .* holds the number 0 alone"), (0.5, "number 0.5 alone"),
-                                             (1e30, r"holds values up to 1e\+30: the file is damaged"),
-                                             (float("nan"), "holds values that are not finite")])
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (0.0, "Sample 0 in shard .* holds the number 0 alone"),
+        (0.5, "number 0.5 alone"),
+        (1e30, r"holds values up to 1e\+30: the file is damaged"),
+        (float("nan"), "holds values that are not finite"),
+    ],
+)
 def test_shards_of_values_that_no_latent_has_are_refused(root, value, said):
     overwrite(root, value)
     with pytest.raises(ArtifactError, match=said):
@@ -406,13 +535,26 @@ def rescaled(made, tmp_path, request):
     """Samples of standard deviation `request.param` once they are scaled."""
     root = shutil.copytree(made / "sample", tmp_path / "sample")
     for path in root.glob("shard-*"):
-        tensors, metadata = load_file(path), shard_metadata(LatentShards(root).info, int(path.stem[-5:]))
-        save_file({**tensors, "latents": torch.randn(tensors["latents"].shape) * request.param / 0.18215}, path, metadata=metadata)
+        tensors, metadata = (
+            load_file(path),
+            shard_metadata(LatentShards(root).info, int(path.stem[-5:])),
+        )
+        save_file(
+            {**tensors, "latents": torch.randn(tensors["latents"].shape) * request.param / 0.18215},
+            path,
+            metadata=metadata,
+        )
     return root
 
 
-@pytest.mark.parametrize(("rescaled", "said"), [(0.1, "standard deviation of 0.1.*, where about 1 is usual: they were scaled before"),
-                                                (5.5, "standard deviation of 5.*where about 1 is usual")], indirect=["rescaled"])
+@pytest.mark.parametrize(
+    ("rescaled", "said"),
+    [
+        (0.1, "standard deviation of 0.1.*, where about 1 is usual: they were scaled before"),
+        (5.5, "standard deviation of 5.*where about 1 is usual"),
+    ],
+    indirect=["rescaled"],
+)
 def test_shards_of_an_unusual_scale_are_reported(rescaled, said):
     with pytest.warns(UserWarning, match=said):
         data(rescaled)
@@ -420,7 +562,10 @@ def test_shards_of_an_unusual_scale_are_reported(rescaled, said):
 
 @pytest.mark.parametrize("rescaled", [1e-6, 100], indirect=True)
 def test_shards_of_an_impossible_scale_are_refused(rescaled):
-    with pytest.raises(ArtifactError, match="where about 1 is usual: they are damaged|samples looked at hold values up to"):
+    with pytest.raises(
+        ArtifactError,
+        match="where about 1 is usual: they are damaged|samples looked at hold values up to",
+    ):
         data(rescaled)
 
 
@@ -429,17 +574,44 @@ def test_values_of_1e30_in_training_name_their_shard(root):
     with open(root / "shard-00000.safetensors", "r+b") as file:
         file.seek(shards.offsets[0])
         file.write(np.array(1e30, "<f4").tobytes())
-    with pytest.raises(ArtifactError, match=r"Sample 0 in shard .*shard-00000.safetensors holds values up to 1e\+30"):
+    with pytest.raises(
+        ArtifactError,
+        match=r"Sample 0 in shard .*shard-00000.safetensors holds values up to 1e\+30",
+    ):
         shards.read(0, 0)
 
 
-@pytest.mark.parametrize(("key", "value"), [
-    ("num_samples", "10"), ("num_samples", 10.0), ("num_samples", -1), ("num_samples", 10**15), ("num_samples", None), ("shard_size", 0),
-    ("latent_shape", [4, 4]), ("latent_shape", "444"), ("latent_shape", None), ("latent_shape", [4, 4, 0]), ("vae", None), ("vae", {}),
-    ("vae", {"scaling_factor": "1", "source": "", "encoder": ""}), ("classes", None), ("classes", []), ("classes", [1, 2, 3]),
-    ("classes", {"a": 1}), ("indices", [1]), ("indices", ["0", "1", "2"]), ("skipped", {"a": 99}), ("skipped", []), ("content", "mean"),
-    ("content", []), ("dtype", {}), ("image_size", True), ("unknown", 1),
-])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_samples", "10"),
+        ("num_samples", 10.0),
+        ("num_samples", -1),
+        ("num_samples", 10**15),
+        ("num_samples", None),
+        ("shard_size", 0),
+        ("latent_shape", [4, 4]),
+        ("latent_shape", "444"),
+        ("latent_shape", None),
+        ("latent_shape", [4, 4, 0]),
+        ("vae", None),
+        ("vae", {}),
+        ("vae", {"scaling_factor": "1", "source": "", "encoder": ""}),
+        ("classes", None),
+        ("classes", []),
+        ("classes", [1, 2, 3]),
+        ("classes", {"a": 1}),
+        ("indices", [1]),
+        ("indices", ["0", "1", "2"]),
+        ("skipped", {"a": 99}),
+        ("skipped", []),
+        ("content", "mean"),
+        ("content", []),
+        ("dtype", {}),
+        ("image_size", True),
+        ("unknown", 1),
+    ],
+)
 def test_a_description_of_odd_types_is_named(root, key, value):
     content = read_json(root / "latents.json")
     write_json(root / "latents.json", {**content, key: value})

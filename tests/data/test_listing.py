@@ -25,12 +25,23 @@ def labels(folder, **settings):
 
 
 def test_hidden_files_and_folders_are_ignored_and_said(tmp_path):
-    fill(tmp_path, "b/1.png", "c/2.png", ".ipynb_checkpoints/0.png", "__MACOSX/b/1.png", "b/._1.png", "c/.hidden/3.png", "@eaDir/4.png")
+    fill(
+        tmp_path,
+        "b/1.png",
+        "c/2.png",
+        ".ipynb_checkpoints/0.png",
+        "__MACOSX/b/1.png",
+        "b/._1.png",
+        "c/.hidden/3.png",
+        "@eaDir/4.png",
+    )
     (tmp_path / "Thumbs.db").write_bytes(b"")
     (tmp_path / ".ipynb_checkpoints" / "empty").mkdir()
     found, images = labels(tmp_path)
     assert found == {"b/1.png": 0, "c/2.png": 1} and images.classes == ["b", "c"]
-    assert any("6 hidden files or folders" in said and ".ipynb_checkpoints" in said for said in images.said)
+    assert any(
+        "6 hidden files or folders" in said and ".ipynb_checkpoints" in said for said in images.said
+    )
     flat = PictureFolder(tmp_path)
     assert [str(path.relative_to(tmp_path)) for path in flat.paths] == list(found)
     assert any("6 hidden files or folders" in said for said in flat.said)
@@ -47,10 +58,19 @@ def test_folders_named_by_number_are_sorted_by_number(tmp_path):
     assert any("torchvision's ImageFolder sorts them as text" in said for said in images.said)
 
 
-@pytest.mark.parametrize(("names", "said"), [
-    (("1", "2", "10"), "are numbers, but not 0 to 2: 1 gets the label 0, 10 gets 2.*class_to_idx=FILE"),
-    (("class_2", "class_10", "class_1"), "as text, as torchvision does: class_10 comes before class_2.*class_to_idx=FILE"),
-])
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (
+            ("1", "2", "10"),
+            "are numbers, but not 0 to 2: 1 gets the label 0, 10 gets 2.*class_to_idx=FILE",
+        ),
+        (
+            ("class_2", "class_10", "class_1"),
+            "as text, as torchvision does: class_10 comes before class_2.*class_to_idx=FILE",
+        ),
+    ],
+)
 def test_an_order_that_may_be_another_is_said(tmp_path, names, said):
     import re
 
@@ -70,7 +90,10 @@ def test_linked_folders_are_followed_by_all_readers(tmp_path):
     (tmp_path / "images" / "c").symlink_to(tmp_path / "elsewhere" / "c")
     expected = {"b/0.png": 0, "c/1.png": 1, "c/deep/2.png": 1}
     assert labels(tmp_path / "images")[0] == expected
-    assert {str(path.relative_to(tmp_path / "images")) for path in PictureFolder(tmp_path / "images").paths} == set(expected)
+    assert {
+        str(path.relative_to(tmp_path / "images"))
+        for path in PictureFolder(tmp_path / "images").paths
+    } == set(expected)
 
 
 def test_links_in_a_loop_end_and_are_said(tmp_path):
@@ -78,19 +101,41 @@ def test_links_in_a_loop_end_and_are_said(tmp_path):
     (tmp_path / "b" / "up").symlink_to(tmp_path)
     (tmp_path / "b" / "self").symlink_to(tmp_path / "b" / "self")
     found, images = labels(tmp_path)
-    assert found == {"b/1.png": 0} and any("1 links to a folder that they are in (b/up)" in said for said in images.said)
+    assert found == {"b/1.png": 0} and any(
+        "1 links to a folder that they are in (b/up)" in said for said in images.said
+    )
     assert len(PictureFolder(tmp_path)) == 1
 
 
 def test_endings_are_the_same_for_all_readers_in_any_case(tmp_path):
-    endings = ("png", "PNG", "jpg", "JPEG", "jfif", "gif", "Gif", "bmp", "webp", "tif", "TIFF", "ppm", "pgm", "avif", "jp2", "tga")
+    endings = (
+        "png",
+        "PNG",
+        "jpg",
+        "JPEG",
+        "jfif",
+        "gif",
+        "Gif",
+        "bmp",
+        "webp",
+        "tif",
+        "TIFF",
+        "ppm",
+        "pgm",
+        "avif",
+        "jp2",
+        "tga",
+    )
     fill(tmp_path, *(f"b/{i}.{ending}" for i, ending in enumerate(endings)))
     for name in ("b/notes.txt", "b/noending", "b/labels.json"):
         (tmp_path / name).write_text("")
     found, images = labels(tmp_path)
     assert len(found) == len(PictureFolder(tmp_path)) == len(endings)
     assert all(images[i][0].shape == (3, 4, 4) for i in range(len(images)))
-    assert any("3 files that are no images by their ending" in said and "1 .txt" in said for said in images.said)
+    assert any(
+        "3 files that are no images by their ending" in said and "1 .txt" in said
+        for said in images.said
+    )
 
 
 def test_a_folder_named_like_an_image_is_a_folder(tmp_path):
@@ -101,20 +146,32 @@ def test_a_folder_named_like_an_image_is_a_folder(tmp_path):
 
 def test_images_beside_class_folders_are_said(tmp_path):
     found, images = labels(fill(tmp_path, "b/1.png", "stray.png"))
-    assert found == {"b/1.png": 0} and any("1 images outside of class folders (stray.png)" in said for said in images.said)
+    assert found == {"b/1.png": 0} and any(
+        "1 images outside of class folders (stray.png)" in said for said in images.said
+    )
 
 
 def test_class_folders_without_images_are_named(tmp_path):
     fill(tmp_path, "b/1.png", "d/2.png")
     (tmp_path / "c").mkdir()
-    with pytest.raises(ValueError, match=r"1 of the 3 class folders of .* hold no images \(c\).*class_to_idx=order"):
+    with pytest.raises(
+        ValueError, match=r"1 of the 3 class folders of .* hold no images \(c\).*class_to_idx=order"
+    ):
         labels(tmp_path)
     found, images = labels(tmp_path, class_to_idx="order")
-    assert found == {"b/1.png": 0, "d/2.png": 2} and any("without images: c" in said for said in images.said)
+    assert found == {"b/1.png": 0, "d/2.png": 2} and any(
+        "without images: c" in said for said in images.said
+    )
 
 
-@pytest.mark.parametrize(("names", "said"), [((), "it has no class folders"), (("c/notes.txt",), "class folders hold no images"),
-                                             (("1.png",), "1 images outside of class folders")])
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ((), "it has no class folders"),
+        (("c/notes.txt",), "class folders hold no images"),
+        (("1.png",), "1 images outside of class folders"),
+    ],
+)
 def test_a_folder_without_images_says_what_it_holds(tmp_path, names, said):
     fill(tmp_path, *names)
     with pytest.raises(ValueError, match=said):
@@ -131,7 +188,9 @@ def test_class_folders_are_those_of_torchvision(tmp_path):
 
     fill(tmp_path, "n2/b.png", "n2/a/z.png", "n2/a1.png", "n1/10.png", "n1/9.png", "n1/B.png")
     (tmp_path / "n2" / "linked").symlink_to(tmp_path / "n1")
-    expected = [(os.path.relpath(path, tmp_path), label) for path, label in ImageFolder(tmp_path).samples]
+    expected = [
+        (os.path.relpath(path, tmp_path), label) for path, label in ImageFolder(tmp_path).samples
+    ]
     assert list(labels(tmp_path)[0].items()) == expected
 
 

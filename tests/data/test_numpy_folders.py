@@ -14,12 +14,17 @@ def write(folder, latents, labels=None):
         (folder / f"imagenet256_{kind}").mkdir(parents=True)
     for i, each in enumerate(latents):
         np.save(folder / "imagenet256_features" / f"{i}.npy", each)
-        np.save(folder / "imagenet256_labels" / f"{i}.npy", np.array([i]) if labels is None else labels[i])
+        np.save(
+            folder / "imagenet256_labels" / f"{i}.npy",
+            np.array([i]) if labels is None else labels[i],
+        )
     return folder
 
 
 def latents(num=40, *, std=1.0, dtype=np.float32):
-    return [(np.random.default_rng(i).normal(size=(1, 4, 4, 4)) * std).astype(dtype) for i in range(num)]
+    return [
+        (np.random.default_rng(i).normal(size=(1, 4, 4, 4)) * std).astype(dtype) for i in range(num)
+    ]
 
 
 def data(root, **settings):
@@ -32,9 +37,14 @@ def test_latents_scaled_once_are_accepted(tmp_path, dtype):
     assert np.allclose(module.train_set()[3][0], latents(dtype=dtype)[3][0].astype(np.float32))
 
 
-@pytest.mark.parametrize(("scaling_factor", "std"), [(0.18215, 0.184), (0.2325, 0.2325), (0.18215, 0.033)])
+@pytest.mark.parametrize(
+    ("scaling_factor", "std"), [(0.18215, 0.184), (0.2325, 0.2325), (0.18215, 0.033)]
+)
 def test_latents_scaled_twice_are_refused(tmp_path, scaling_factor, std):
-    with pytest.raises(ValueError, match=rf"standard deviation of {std:.2f}.*multiplied by .* \({scaling_factor}\) twice"):
+    with pytest.raises(
+        ValueError,
+        match=rf"standard deviation of {std:.2f}.*multiplied by .* \({scaling_factor}\) twice",
+    ):
         data(write(tmp_path, latents(std=std)), scaling_factor=scaling_factor)
 
 
@@ -43,7 +53,10 @@ def test_latents_that_were_not_scaled_are_refused(tmp_path):
         data(write(tmp_path, latents(std=5.5)))
 
 
-@pytest.mark.parametrize(("value", "said"), [(0.0, "0.npy holds the number 0 alone"), (1.0, "0.npy holds the number 1 alone")])
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [(0.0, "0.npy holds the number 0 alone"), (1.0, "0.npy holds the number 1 alone")],
+)
 def test_constant_latents_are_refused(tmp_path, value, said):
     with pytest.raises(ArtifactError, match=said):
         data(write(tmp_path, [np.full((1, 4, 4, 4), value, np.float32)] * 40))
@@ -61,13 +74,23 @@ def test_a_file_of_zeros_among_others_is_refused(tmp_path, place):
 
 def test_some_latents_of_another_scale_are_reported(tmp_path):
     mixed = [each * 0.18 if i % 4 == 0 else each for i, each in enumerate(latents())]
-    with pytest.warns(UserWarning, match=r"of the 32 latents .* another scale than the others \(0.npy: standard deviation 0.1"):
+    with pytest.warns(
+        UserWarning,
+        match=r"of the 32 latents .* another scale than the others \(0.npy: standard deviation 0.1",
+    ):
         data(write(tmp_path, mixed))
 
 
 @pytest.mark.parametrize("place", [0, 5])
-@pytest.mark.parametrize(("value", "said"), [(1e30, "holds values up to 1e\\+30"), (np.nan, "not finite"), (-np.inf, "not finite"),
-                                             (-2e4, "holds values up to 2e\\+04")])
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (1e30, "holds values up to 1e\\+30"),
+        (np.nan, "not finite"),
+        (-np.inf, "not finite"),
+        (-2e4, "holds values up to 2e\\+04"),
+    ],
+)
 def test_values_that_no_latent_has_are_refused(tmp_path, place, value, said):
     found = latents(200)
     found[place][0, 1, 2, 3] = value
@@ -77,18 +100,31 @@ def test_values_that_no_latent_has_are_refused(tmp_path, place, value, said):
         module.train_set()[place]
 
 
-@pytest.mark.parametrize(("content", "said"), [
-    (np.zeros((1, 4, 4, 4), np.int32), "it is int32; latents are floats"),
-    (np.zeros((1, 4, 4, 4), np.complex64), "it is complex64"),
-    (np.array("text"), "it is <U4"),
-])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (np.zeros((1, 4, 4, 4), np.int32), "it is int32; latents are floats"),
+        (np.zeros((1, 4, 4, 4), np.complex64), "it is complex64"),
+        (np.array("text"), "it is <U4"),
+    ],
+)
 def test_latents_of_another_type_are_named(tmp_path, content, said):
     with pytest.raises(ArtifactError, match=f"features/0.npy .* cannot be read: {said}"):
         data(write(tmp_path, [content, *latents()[1:]]))
 
 
-@pytest.mark.parametrize("label", [np.array([1.5]), np.array([True]), np.array(["1"]), np.arange(2), np.array([]), np.array([-1]),
-                                   np.array([2**40])])
+@pytest.mark.parametrize(
+    "label",
+    [
+        np.array([1.5]),
+        np.array([True]),
+        np.array(["1"]),
+        np.arange(2),
+        np.array([]),
+        np.array([-1]),
+        np.array([2**40]),
+    ],
+)
 def test_labels_of_another_type_are_named(tmp_path, label):
     with pytest.raises(ArtifactError, match="labels"):
         data(write(tmp_path, latents(), labels=[label] * 40))

@@ -20,7 +20,12 @@ def packed(path, labels, *, size=6):
         Image.fromarray(image).save(file, format="PNG")
         files.append(file.getvalue())
     offsets = np.cumsum([0, *map(len, files)])
-    np.savez(path, blob=np.frombuffer(b"".join(files), np.uint8), offsets=offsets, labels=np.array(labels))
+    np.savez(
+        path,
+        blob=np.frombuffer(b"".join(files), np.uint8),
+        offsets=offsets,
+        labels=np.array(labels),
+    )
     return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
 

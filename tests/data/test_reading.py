@@ -29,14 +29,18 @@ def as_array(pixels):
 @pytest.mark.parametrize("num_channels", [1, 3])
 def test_16_bits_are_scaled_to_8(kind, num_channels):
     pixels, notes = read(saved(gray16(), kind), num_channels=num_channels)
-    assert np.array_equal(as_array(pixels), np.repeat(GRAY[..., None], num_channels, 2)) and not notes
+    assert (
+        np.array_equal(as_array(pixels), np.repeat(GRAY[..., None], num_channels, 2)) and not notes
+    )
     assert pixels.float().mean() == 127
 
 
 def test_16_bits_of_either_byte_order_are_scaled():
     for mode in ("I;16", "I;16B", "I;16L"):
         order = ">" if mode == "I;16B" else "<"
-        image = Image.frombytes(mode, (16, 16), (GRAY.astype(np.uint16) * 257).astype(f"{order}u2").tobytes())
+        image = Image.frombytes(
+            mode, (16, 16), (GRAY.astype(np.uint16) * 257).astype(f"{order}u2").tobytes()
+        )
         assert np.array_equal(ImageReader(num_channels=1).convert(image)[0][0].numpy(), GRAY)
 
 
@@ -46,11 +50,23 @@ def test_12_bit_files_are_scaled_by_their_own_range():
     assert (ImageReader().convert(image)[0] == 255).all()
 
 
-@pytest.mark.parametrize(("image", "said"), [
-    (Image.fromarray(GRAY.astype(np.float32) / 255), "floats between 0 and 0.99.*, which may mean 0..1 or 0..255"),
-    (Image.fromarray(GRAY.astype(np.int32)), "32-bit integers between 0 and 254, which may mean 0..65535 or 0..255"),
-    (Image.fromarray(GRAY.astype(np.uint16)), "16 bits, but no value above 254: 8-bit values in a 16-bit file, or an almost black image"),
-])
+@pytest.mark.parametrize(
+    ("image", "said"),
+    [
+        (
+            Image.fromarray(GRAY.astype(np.float32) / 255),
+            "floats between 0 and 0.99.*, which may mean 0..1 or 0..255",
+        ),
+        (
+            Image.fromarray(GRAY.astype(np.int32)),
+            "32-bit integers between 0 and 254, which may mean 0..65535 or 0..255",
+        ),
+        (
+            Image.fromarray(GRAY.astype(np.uint16)),
+            "16 bits, but no value above 254: 8-bit values in a 16-bit file, or an almost black image",
+        ),
+    ],
+)
 def test_numbers_that_mean_two_things_are_refused(image, said):
     with pytest.raises(BrokenImage, match=said):
         read(saved(image, "tiff"))
@@ -60,7 +76,9 @@ def test_dark_16_bits_are_noted():
     image = Image.fromarray(np.full((4, 4), 4000, dtype=np.uint16))
     pixels, notes = read(saved(image))
     assert (pixels == round(4000 / 257)).all() and notes == Note.DARK
-    assert not read(saved(Image.fromarray(np.zeros((4, 4), dtype=np.uint16))))[1]  # black either way
+    assert not read(saved(Image.fromarray(np.zeros((4, 4), dtype=np.uint16))))[
+        1
+    ]  # black either way
 
 
 @pytest.mark.parametrize("mode", ["RGB", "CMYK", "YCbCr", "HSV", "RGBX", "L", "1", "P"])
@@ -90,15 +108,23 @@ def test_transparency_is_ignored_and_noted(mode):
             colors = np.array(shown.convert("RGB"))
         pixels, notes = ImageReader().convert(shown)
         assert notes == note
-        assert np.abs(as_array(pixels).astype(int) - colors).max() <= (2 if mode in ("RGBa", "La") else 0)  # multiplied and divided
+        assert np.abs(as_array(pixels).astype(int) - colors).max() <= (
+            2 if mode in ("RGBa", "La") else 0
+        )  # multiplied and divided
 
 
 def test_palettes_and_color_keys_with_transparency_are_noted():
     palette = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16), "L").convert("P")
     for content in (saved(palette, transparency=3), saved(palette, transparency=bytes(range(256)))):
         pixels, notes = read(content)
-        assert np.array_equal(as_array(pixels)[..., 0].ravel(), np.arange(256)) and notes == Note.TRANSPARENT
-    assert read(saved(Image.new("RGB", (2, 2), (1, 2, 3)), transparency=(1, 2, 3)))[1] == Note.TRANSPARENT
+        assert (
+            np.array_equal(as_array(pixels)[..., 0].ravel(), np.arange(256))
+            and notes == Note.TRANSPARENT
+        )
+    assert (
+        read(saved(Image.new("RGB", (2, 2), (1, 2, 3)), transparency=(1, 2, 3)))[1]
+        == Note.TRANSPARENT
+    )
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg"])
@@ -114,7 +140,9 @@ def test_the_first_frame_of_an_animation_is_taken_and_noted():
     frames = [Image.new("RGB", (6, 6), color) for color in ("red", "blue")]
     for kind in ("gif", "tiff", "webp", "png"):
         options = {"lossless": True} if kind == "webp" else {}
-        pixels, notes = read(saved(frames[0], kind, save_all=True, append_images=frames[1:], **options))
+        pixels, notes = read(
+            saved(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+        )
         assert pixels[:, 0, 0].tolist() == [255, 0, 0] and notes == Note.ANIMATED, kind
 
 
@@ -143,15 +171,30 @@ def test_every_broken_image_is_one_sentence(tmp_path):
         with pytest.raises(BrokenImage) as error:
             ImageReader().read(path)
         assert str(error.value) and "\n" not in str(error.value)
-    for name, kind in (("pipe.png", "a named pipe"), ("device.png", "a device"), ("empty.png", "the file is empty")):
+    for name, kind in (
+        ("pipe.png", "a named pipe"),
+        ("device.png", "a device"),
+        ("empty.png", "the file is empty"),
+    ):
         with pytest.raises(BrokenImage, match=kind):
             ImageReader().read(tmp_path / name)
 
 
 def test_corrupt_bytes_never_raise_anything_else():
     generator, image = np.random.default_rng(0), Image.fromarray(COLORS)
-    kinds = {"png": {}, "jpeg": {}, "gif": {}, "bmp": {}, "tiff": {"compression": "tiff_lzw"}, "webp": {}, "ppm": {}, "jpeg2000": {},
-             "pcx": {}, "sgi": {}, "qoi": {}}
+    kinds = {
+        "png": {},
+        "jpeg": {},
+        "gif": {},
+        "bmp": {},
+        "tiff": {"compression": "tiff_lzw"},
+        "webp": {},
+        "ppm": {},
+        "jpeg2000": {},
+        "pcx": {},
+        "sgi": {},
+        "qoi": {},
+    }
     for kind, options in kinds.items():
         content = np.frombuffer(saved(image, kind, **options), np.uint8)
         for i in range(40):
@@ -159,7 +202,10 @@ def test_corrupt_bytes_never_raise_anything_else():
             places = generator.integers(0, min(len(broken), 64 if i % 2 else len(broken)), 4)
             broken[places] = generator.integers(0, 256, 4)
             try:
-                pixels, _ = read(broken[: generator.integers(1, len(broken)) if i % 3 else None].tobytes(), max_pixels=100_000)
+                pixels, _ = read(
+                    broken[: generator.integers(1, len(broken)) if i % 3 else None].tobytes(),
+                    max_pixels=100_000,
+                )
             except BrokenImage as error:
                 assert str(error)
             else:
@@ -184,9 +230,19 @@ def test_a_failing_disk_is_no_broken_image(tmp_path, monkeypatch):
 def doors(folder):
     """Name -> the one image of ``folder/images/n01`` through each way that images come in, (3, 16, 16)."""
     content = (folder / "images" / "n01" / "a.png").read_bytes()
-    np.savez(folder / "packed.npz", blob=np.frombuffer(content, np.uint8), offsets=[0, len(content)], labels=[0])
+    np.savez(
+        folder / "packed.npz",
+        blob=np.frombuffer(content, np.uint8),
+        offsets=[0, len(content)],
+        labels=[0],
+    )
     made = ImageNetLatents.__new__(ImageNetLatents)
-    made.pictures, made.class_to_idx, made.latent_shape, made._vae = folder / "images", None, (4, 8, 8), vae_in(folder)()
+    made.pictures, made.class_to_idx, made.latent_shape, made._vae = (
+        folder / "images",
+        None,
+        (4, 8, 8),
+        vae_in(folder)(),
+    )
     files = PictureFiles(image_size=16)
     return {
         "extraction": open_images(folder / "images", image_size=16)[0][0],
@@ -194,17 +250,30 @@ def doors(folder):
         "data.pictures": made.reference_pictures()[0][0],
         "measure": next(iter(files.batches(folder / "images")))[1][0],
         "measure of npz": next(iter(files.batches(folder / "packed.npz")))[1][0],
-        "dataset": PictureDataset([Image.open(folder / "images" / "n01" / "a.png")], image_size=16)[0],
+        "dataset": PictureDataset([Image.open(folder / "images" / "n01" / "a.png")], image_size=16)[
+            0
+        ],
     }
 
 
-@pytest.mark.parametrize("image", [gray16(), Image.fromarray(COLORS).convert("CMYK"), Image.fromarray(COLORS).convert("P"),
-                                   Image.fromarray(GRAY), Image.fromarray(COLORS)], ids=["I;16", "CMYK", "P", "L", "RGB"])
+@pytest.mark.parametrize(
+    "image",
+    [
+        gray16(),
+        Image.fromarray(COLORS).convert("CMYK"),
+        Image.fromarray(COLORS).convert("P"),
+        Image.fromarray(GRAY),
+        Image.fromarray(COLORS),
+    ],
+    ids=["I;16", "CMYK", "P", "L", "RGB"],
+)
 def test_every_door_reads_the_same_pixels(tmp_path, image):
     (tmp_path / "images" / "n01").mkdir(parents=True)
     content = saved(image, "tiff" if image.mode == "CMYK" else "png")
     (tmp_path / "images" / "n01" / "a.png").write_bytes(content)
     found = doors(tmp_path)
-    assert len(found) == 6 and all(torch.equal(pixels, found["measure"]) for pixels in found.values())
+    assert len(found) == 6 and all(
+        torch.equal(pixels, found["measure"]) for pixels in found.values()
+    )
     if image.mode == "I;16":
         assert found["measure"].float().mean() == 127

@@ -91,7 +91,9 @@ def batches(first, last):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_run_resumed_from_a_model_checkpoint_sees_the_rest_of_the_batches(tmp_path, accumulate, num_workers):
+def test_run_resumed_from_a_model_checkpoint_sees_the_rest_of_the_batches(
+    tmp_path, accumulate, num_workers
+):
     data = Numbered(batch_size=BATCH_SIZE, num_workers=num_workers)
     saving = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=3, save_top_k=-1)
     limits = {"max_steps": 8, "accumulate_grad_batches": accumulate}
@@ -109,7 +111,12 @@ def test_run_interrupted_in_mid_step_sees_that_batch_again(tmp_path):
         fit(Eyes(interrupt_at=5), callbacks=[saving], max_steps=9)
     for _ in range(2):  # and a second interruption, of the resumed run
         with pytest.raises(Interrupted):
-            fit(resumed := Eyes(interrupt_at=1), callbacks=[saving], max_steps=9, ckpt_path=tmp_path / "x.ckpt")
+            fit(
+                resumed := Eyes(interrupt_at=1),
+                callbacks=[saving],
+                max_steps=9,
+                ckpt_path=tmp_path / "x.ckpt",
+            )
     assert resumed.seen == batches(6, 7)
     fit(resumed := Eyes(), max_steps=9, ckpt_path=tmp_path / "x.ckpt")
     assert resumed.seen == batches(7, 9)
@@ -126,12 +133,21 @@ def test_run_that_reached_its_end_goes_on_when_given_more_steps(tmp_path, num_wo
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("step", [4, 6, 9])
-def test_run_counted_in_epochs_resumes_in_the_middle_and_at_the_end_of_one(tmp_path, step, num_workers):
+def test_run_counted_in_epochs_resumes_in_the_middle_and_at_the_end_of_one(
+    tmp_path, step, num_workers
+):
     data = Numbered(batch_size=BATCH_SIZE, num_workers=num_workers)
     saving = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     trainer = fit(whole := Eyes(), data, callbacks=[saving], max_epochs=3)
-    assert trainer.num_training_batches == 6 and whole.seen == batches(0, 18)  # 23 samples fill 5.75 batches
-    trainer = fit(resumed := Eyes(ask_for_steps=True), data, max_epochs=3, ckpt_path=tmp_path / f"step={step}.ckpt")
+    assert trainer.num_training_batches == 6 and whole.seen == batches(
+        0, 18
+    )  # 23 samples fill 5.75 batches
+    trainer = fit(
+        resumed := Eyes(ask_for_steps=True),
+        data,
+        max_epochs=3,
+        ckpt_path=tmp_path / f"step={step}.ckpt",
+    )
     assert resumed.seen == batches(step, 18) and trainer.current_epoch == 3
 
 
@@ -192,7 +208,10 @@ def test_two_processes_see_disjoint_halves_of_each_global_batch(tmp_path, use_di
     ddp = {"strategy": "ddp_fork", "devices": 2, "use_distributed_sampler": use_distributed_sampler}
     fit(WriteSeen(tmp_path), Numbered(batch_size=2), max_steps=8, **ddp)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    together = [[i for pair in zip(*halves, strict=True) for i in pair] for halves in zip(*ranks, strict=True)]
+    together = [
+        [i for pair in zip(*halves, strict=True) for i in pair]
+        for halves in zip(*ranks, strict=True)
+    ]
     assert together == batches(0, 8)  # the batches of 4 that one process sees
 
 

@@ -29,7 +29,9 @@ def test_stream_started_anywhere_is_the_rest_of_the_whole(start):
 
 def test_ranks_interleave_to_the_stream_of_one_process():
     ranks = [draws(8, start=6, rank=rank, num_replicas=3) for rank in range(3)]
-    assert [index for together in zip(*ranks, strict=True) for index in together] == draws(24, start=6)
+    assert [index for together in zip(*ranks, strict=True) for index in together] == draws(
+        24, start=6
+    )
 
 
 def test_last_batch_of_an_epoch_goes_on_into_the_next():

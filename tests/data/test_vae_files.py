@@ -70,7 +70,11 @@ def same(loaded, state):
     return all(torch.equal(found[key], value.float()) for key, value in state.items())
 
 
-@pytest.mark.parametrize("names", [dict, older, lambda state: older(state, convolutions=True)], ids=["today's", "older", "convolutions"])
+@pytest.mark.parametrize(
+    "names",
+    [dict, older, lambda state: older(state, convolutions=True)],
+    ids=["today's", "older", "convolutions"],
+)
 @pytest.mark.parametrize("name", ["vae.pt", "vae.ckpt", f"{PLAIN}.bin", f"{PLAIN}.safetensors"])
 def test_a_file_loads_with_the_names_of_any_time(tmp_path, state, names, name):
     assert same(load_vae(write(names(state), tmp_path / name)), state)
@@ -78,7 +82,10 @@ def test_a_file_loads_with_the_names_of_any_time(tmp_path, state, names, name):
 
 @pytest.mark.parametrize("prefix", ["module.", "vae.", "first_stage_model."])
 def test_a_prefix_is_taken_off_and_said(tmp_path, state, prefix):
-    write({"state_dict": {prefix + key: value for key, value in older(state).items()}}, tmp_path / "vae.ckpt")
+    write(
+        {"state_dict": {prefix + key: value for key, value in older(state).items()}},
+        tmp_path / "vae.ckpt",
+    )
     with pytest.warns(UserWarning, match=f"the prefix '{prefix}' was taken off"):
         assert same(load_vae(tmp_path / "vae.ckpt"), state)
 
@@ -98,8 +105,13 @@ def test_a_folder_of_one_variant_loads_and_says_so(tmp_path, model, state, name)
 
 def test_a_variant_is_taken_by_option_beside_the_plain_file(tmp_path, model, state):
     folder_of(tmp_path, model, state, f"{PLAIN}.safetensors")
-    write({key: value + 1 for key, value in half(state).items()}, tmp_path / f"{PLAIN}.fp16.safetensors")
-    assert same(load_vae(tmp_path), state) and same(load_vae(tmp_path, variant="fp16"), {k: v + 1 for k, v in half(state).items()})
+    write(
+        {key: value + 1 for key, value in half(state).items()},
+        tmp_path / f"{PLAIN}.fp16.safetensors",
+    )
+    assert same(load_vae(tmp_path), state) and same(
+        load_vae(tmp_path, variant="fp16"), {k: v + 1 for k, v in half(state).items()}
+    )
     with pytest.raises(ArtifactError, match="no weights of variant 'bf16'; it has .*fp16"):
         load_vae(tmp_path, variant="bf16")
 
@@ -133,7 +145,9 @@ def test_a_scaling_factor_that_is_none_is_named(tmp_path, model, value):
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "scaling_factor": value}))
-    with pytest.raises(ValueError, match="scaling_factor is .* in the config of .*give a number > 0"):
+    with pytest.raises(
+        ValueError, match="scaling_factor is .* in the config of .*give a number > 0"
+    ):
         load_vae(tmp_path)
     assert load_vae(tmp_path, scaling_factor=0.5).scaling_factor == 0.5
 
@@ -148,4 +162,6 @@ def test_any_odd_value_of_a_config_is_one_sentence(tmp_path, model):
             try:
                 load_vae(tmp_path)
             except (ValueError, ArtifactError) as error:
-                assert str(tmp_path) in str(error) and len(str(error)) < 1500, f"{where} {value!r:.60}: {str(error)[:1500]}"
+                assert str(tmp_path) in str(error) and len(str(error)) < 1500, (
+                    f"{where} {value!r:.60}: {str(error)[:1500]}"
+                )

@@ -46,7 +46,9 @@ def test_feature_loss_by_an_element_wise_computation(mask):
         total = 0.0
         s_in = (s - s.mean()).abs() < 2 * s.std()
         t_in = (t - t.mean()).abs() < 2 * t.std()
-        for a, b, keep_a, keep_b in zip(s.flatten(), t.flatten(), s_in.flatten(), t_in.flatten(), strict=True):
+        for a, b, keep_a, keep_b in zip(
+            s.flatten(), t.flatten(), s_in.flatten(), t_in.flatten(), strict=True
+        ):
             if mask == "joint" and not (keep_a and keep_b):
                 continue
             a = a if mask == "none" or keep_a else 0.0
@@ -58,12 +60,19 @@ def test_feature_loss_by_an_element_wise_computation(mask):
 
 def test_massive_activations_drown_the_loss_only_without_a_mask():
     student, teacher = spiky(0), spiky(1)
-    assert feature_loss(student, teacher, mask="none").min() > 100 * feature_loss(student, teacher, mask="joint").max()
+    assert (
+        feature_loss(student, teacher, mask="none").min()
+        > 100 * feature_loss(student, teacher, mask="joint").max()
+    )
 
 
-@pytest.mark.parametrize("kwargs, message", [
-    ({"mask": "both"}, "'reference', 'joint', 'none'"), ({"num_sigma": 0.0}, "num_sigma is 0.0"),
-])
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"mask": "both"}, "'reference', 'joint', 'none'"),
+        ({"num_sigma": 0.0}, "num_sigma is 0.0"),
+    ],
+)
 def test_unknown_masks_are_refused(kwargs, message):
     with pytest.raises(ValueError, match=message):
         feature_loss(spiky(0), spiky(1), **kwargs)
@@ -74,10 +83,14 @@ def test_hidden_states_of_unequal_widths_are_refused():
         feature_loss(spiky(0), spiky(1, d=6))
 
 
-@pytest.mark.parametrize("kwargs, message", [
-    ({"weight_kd": -1.0}, "weight_kd"), ({"weight_kd": 0.0, "weight_data": 0.0, "weight_feature": 0.0}, "nothing would be learned"),
-    ({"feature_mask": "x"}, "feature mask"),
-])
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"weight_kd": -1.0}, "weight_kd"),
+        ({"weight_kd": 0.0, "weight_data": 0.0, "weight_feature": 0.0}, "nothing would be learned"),
+        ({"feature_mask": "x"}, "feature mask"),
+    ],
+)
 def test_wrong_weights_are_refused(kwargs, message):
     with pytest.raises(ValueError, match=message):
         Distillation(**kwargs)
@@ -86,17 +99,27 @@ def test_wrong_weights_are_refused(kwargs, message):
 def test_fine_tuning_never_calls_a_teacher(batch):
     objective, draw, y = batch
     losses = Distillation(weight_kd=0.0, weight_data=1.0, weight_feature=0.0).losses(
-        tiny(2), None, objective, draw, y, pairs={"blocks": [(0, 1)]}, feature_weight=0.0)
-    assert losses.keys() == {"loss", "loss_data"} and torch.equal(losses["loss"], losses["loss_data"])
+        tiny(2), None, objective, draw, y, pairs={"blocks": [(0, 1)]}, feature_weight=0.0
+    )
+    assert losses.keys() == {"loss", "loss_data"} and torch.equal(
+        losses["loss"], losses["loss_data"]
+    )
 
 
 def test_total_is_the_weighted_sum_and_the_feature_term_goes_with_its_weight(batch):
     objective, draw, y = batch
     student, teacher = tiny(2), tiny(4)
     pairs = {"blocks": [(0, 1), (1, 3)]}
-    losses = Distillation().losses(student, teacher, objective, draw, y, pairs=pairs, feature_weight=0.5)
-    torch.testing.assert_close(losses["loss"], 0.9 * losses["loss_kd"] + 0.1 * losses["loss_data"] + 0.5 * losses["loss_feature"])
-    assert "loss_feature" not in Distillation().losses(student, teacher, objective, draw, y, pairs=pairs, feature_weight=0.0)
+    losses = Distillation().losses(
+        student, teacher, objective, draw, y, pairs=pairs, feature_weight=0.5
+    )
+    torch.testing.assert_close(
+        losses["loss"],
+        0.9 * losses["loss_kd"] + 0.1 * losses["loss_data"] + 0.5 * losses["loss_feature"],
+    )
+    assert "loss_feature" not in Distillation().losses(
+        student, teacher, objective, draw, y, pairs=pairs, feature_weight=0.0
+    )
 
 
 def test_the_teacher_is_run_without_a_graph_on_the_same_inputs(batch):
@@ -109,7 +132,9 @@ def test_the_teacher_is_run_without_a_graph_on_the_same_inputs(batch):
 
     for model in (student, teacher):
         model.register_forward_hook(spy)
-    Distillation().losses(student, teacher, objective, draw, y, pairs={}, feature_weight=0.0)["loss"].mean().backward()
+    Distillation().losses(student, teacher, objective, draw, y, pairs={}, feature_weight=0.0)[
+        "loss"
+    ].mean().backward()
     (_, args, with_graph), (_, teacher_args, teacher_graph) = seen
     assert with_graph and not teacher_graph
     assert all(a is b for a, b in zip(args, teacher_args, strict=True))
@@ -118,7 +143,9 @@ def test_the_teacher_is_run_without_a_graph_on_the_same_inputs(batch):
 
 def test_the_feature_weight_falls_in_a_straight_line_to_zero():
     distillation = Distillation(weight_feature=1e-2)
-    assert [distillation.feature_weight(step, 5) for step in range(5)] == pytest.approx([0.01, 0.0075, 0.005, 0.0025, 0.0])
+    assert [distillation.feature_weight(step, 5) for step in range(5)] == pytest.approx(
+        [0.01, 0.0075, 0.005, 0.0025, 0.0]
+    )
     assert distillation.feature_weight(0, 1) == 0.0  # where the published schedule divides by zero
 
 

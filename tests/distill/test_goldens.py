@@ -12,9 +12,21 @@ def test_against_reference_every_term_total_and_gradients(file):
     student, teacher = new_dit(part(golden, "student")), new_dit(part(golden, "teacher"))
     objective = GaussianDiffusion()
     draw = objective.draw(golden["x0"], t=golden["t"], noise=golden["noise"])
-    losses = Distillation().losses(student, teacher, objective, draw, golden["y"], feature_weight=1e-2,
-                                   pairs={"blocks": [tuple(pair) for pair in golden["pairs"].tolist()]})
-    for ours, theirs in {"loss": "loss", "loss_data": "gt", "loss_kd": "kd_loss", "loss_feature": "feat_loss"}.items():
+    losses = Distillation().losses(
+        student,
+        teacher,
+        objective,
+        draw,
+        golden["y"],
+        feature_weight=1e-2,
+        pairs={"blocks": [tuple(pair) for pair in golden["pairs"].tolist()]},
+    )
+    for ours, theirs in {
+        "loss": "loss",
+        "loss_data": "gt",
+        "loss_kd": "kd_loss",
+        "loss_feature": "feat_loss",
+    }.items():
         assert_near(losses[ours], golden[f"loss.{theirs}"], 1e-5, ours)
     output, teacher_output = (m(draw.x_t, draw.t, golden["y"]) for m in (student, teacher))
     terms = objective.distillation_losses(output, teacher_output, draw)

@@ -28,9 +28,16 @@ def by_hand(student, teacher, size=16):
                 intercept = mean_y - slope * mean_x
                 slopes.append(slope)
                 intercepts.append(intercept)
-                elements += [(slope.detach() * a + intercept.detach() - b) ** 2 for a, b in zip(x, y, strict=True)]
-        coarse = sum((a - 1) ** 2 + b**2 for a, b in zip(slopes, intercepts, strict=True)) / len(slopes)
-        off = sum(abs(a - 1) for a in slopes) / len(slopes) + sum(abs(b) for b in intercepts) / len(slopes)
+                elements += [
+                    (slope.detach() * a + intercept.detach() - b) ** 2
+                    for a, b in zip(x, y, strict=True)
+                ]
+        coarse = sum((a - 1) ** 2 + b**2 for a, b in zip(slopes, intercepts, strict=True)) / len(
+            slopes
+        )
+        off = sum(abs(a - 1) for a in slopes) / len(slopes) + sum(abs(b) for b in intercepts) / len(
+            slopes
+        )
         found.append(coarse + (1 - min(1.0, float(off.detach()))) * sum(elements) / len(elements))
     return torch.stack(found)
 
@@ -49,11 +56,15 @@ def test_loss_and_gradient_are_those_of_the_loop(num_elements, noise):
     ours, expected = lift_loss(student, teacher), by_hand(student, teacher)
     torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-6)
     grads = [torch.autograd.grad(loss.sum(), student)[0] for loss in (ours, expected)]
-    torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-4)  # of up to 0.04; 1e-6 beside a small variance
+    torch.testing.assert_close(
+        *grads, rtol=1e-3, atol=1e-4
+    )  # of up to 0.04; 1e-6 beside a small variance
 
 
 def test_the_gradient_is_that_of_finite_differences():
-    student, teacher = predictions((1, 1, 20), noise=3.0)  # far off: the detached fine term has weight 0
+    student, teacher = predictions(
+        (1, 1, 20), noise=3.0
+    )  # far off: the detached fine term has weight 0
     assert torch.autograd.gradcheck(lambda s: lift_loss(s, teacher), student)
 
 
@@ -85,11 +96,16 @@ def test_channels_may_be_on_any_axis_but_the_first():
         torch.testing.assert_close(moved, expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("shapes, kwargs, message", [
-    (((2, 3, 4), (2, 3, 5)), {}, "differ in shape"), (((2, 3, 4),) * 2, {"channel_axis": 3}, "channel_axis is 3"),
-    (((2, 3, 4),) * 2, {"channel_axis": 0}, "channel_axis is 0"), (((2, 3),) * 2, {}, "has 1"),
-    (((2, 3, 4),) * 2, {"group_size": 1}, "group_size is 1"),
-])
+@pytest.mark.parametrize(
+    "shapes, kwargs, message",
+    [
+        (((2, 3, 4), (2, 3, 5)), {}, "differ in shape"),
+        (((2, 3, 4),) * 2, {"channel_axis": 3}, "channel_axis is 3"),
+        (((2, 3, 4),) * 2, {"channel_axis": 0}, "channel_axis is 0"),
+        (((2, 3),) * 2, {}, "has 1"),
+        (((2, 3, 4),) * 2, {"group_size": 1}, "group_size is 1"),
+    ],
+)
 def test_what_cannot_be_sorted_is_refused(shapes, kwargs, message):
     with pytest.raises(ValueError, match=message):
         lift_loss(*map(torch.randn, shapes), **kwargs)
@@ -108,7 +124,9 @@ class Fixed(nn.Module):
 
 def distilled(objective, draw, output, teacher_output):
     distillation = Distillation(output_loss="lift", weight_feature=0.0)
-    losses = distillation.losses(Fixed(output), Fixed(teacher_output), objective, draw, None, pairs={}, feature_weight=0.0)
+    losses = distillation.losses(
+        Fixed(output), Fixed(teacher_output), objective, draw, None, pairs={}, feature_weight=0.0
+    )
     torch.testing.assert_close(losses["loss"], 0.9 * losses["loss_kd"] + 0.1 * losses["loss_data"])
     return losses["loss_kd"]
 
@@ -119,7 +137,9 @@ def test_gaussian_diffusion_compares_epsilon_and_keeps_the_variance():
     output, teacher = torch.randn(3, 4, 5, 5), torch.randn(3, 4, 5, 5)
     expected = by_hand(output[:, :2].flatten(2), teacher[:, :2].flatten(2))
     variance = objective.distillation_losses(output, teacher, draw)["vb_kd"]
-    torch.testing.assert_close(distilled(objective, draw, output, teacher), expected.float() + variance)
+    torch.testing.assert_close(
+        distilled(objective, draw, output, teacher), expected.float() + variance
+    )
 
 
 def test_an_interpolant_compares_its_weighted_prediction():
@@ -128,16 +148,22 @@ def test_an_interpolant_compares_its_weighted_prediction():
     output, teacher = torch.randn(3, 2, 5, 5), torch.randn(3, 2, 5, 5)
     sigma = 1 - draw.t.view(-1, 1, 1)
     expected = by_hand(output.flatten(2) * sigma, teacher.flatten(2) * sigma)
-    torch.testing.assert_close(distilled(objective, draw, output, teacher), expected.float(), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(
+        distilled(objective, draw, output, teacher), expected.float(), rtol=1e-3, atol=1e-5
+    )
 
 
 def test_mar_compares_all_noised_tokens_of_a_sample():
     objective = MaskedAutoregression(num_noised=2)
     draw = objective.draw(torch.randn(3, 4, 4, 4), num_masked=10)
     output, teacher = torch.randn(3, 2, 10, 8), torch.randn(3, 2, 10, 8)
-    pair = [torch.stack([x[i, :, :, :4].reshape(20, 4).T for i in range(3)]) for x in (output, teacher)]
+    pair = [
+        torch.stack([x[i, :, :, :4].reshape(20, 4).T for i in range(3)]) for x in (output, teacher)
+    ]
     variance = objective.distillation_losses(output, teacher, draw)["vb_kd"]
-    torch.testing.assert_close(distilled(objective, draw, output, teacher), by_hand(*pair).float() + variance)
+    torch.testing.assert_close(
+        distilled(objective, draw, output, teacher), by_hand(*pair).float() + variance
+    )
 
 
 class Tokens(LightningModule):
@@ -160,10 +186,14 @@ class Tokens(LightningModule):
 def test_the_callback_adds_it_to_the_loss_of_any_module():
     module, teacher, x = Tokens(), nn.Linear(3, 3), torch.randn(2, 20, 3)
     before = copy.deepcopy(module.transformer)
-    callback = DistillationCallback(teacher, weight_feature=0.0, output_loss="lift", channel_axis=-1)
+    callback = DistillationCallback(
+        teacher, weight_feature=0.0, output_loss="lift", channel_axis=-1
+    )
     Trainer(max_steps=1, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
             enable_model_summary=False, callbacks=[callback]).fit(module, DataLoader(x, batch_size=2))  # fmt: skip
     output = before(x)
     kd = by_hand(output.transpose(1, 2), teacher(x).detach().transpose(1, 2)).mean()
-    expected = torch.autograd.grad(0.1 * output.square().mean() + 0.9 * kd.float(), before.weight)[0]
+    expected = torch.autograd.grad(0.1 * output.square().mean() + 0.9 * kd.float(), before.weight)[
+        0
+    ]
     torch.testing.assert_close(module.grad, expected, rtol=1e-3, atol=1e-6)

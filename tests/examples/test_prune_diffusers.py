@@ -9,7 +9,16 @@ from safetensors.torch import save_file
 
 diffusers = pytest.importorskip("diffusers")
 EXAMPLE = Path(__file__).parents[2] / "examples" / "prune_diffusers.py"
-STEPS = ["--pretrain-steps", "25", "--search-steps", "3", "--recovery-steps", "20", "--batch-size", "16"]
+STEPS = [
+    "--pretrain-steps",
+    "25",
+    "--search-steps",
+    "3",
+    "--recovery-steps",
+    "20",
+    "--batch-size",
+    "16",
+]
 COMMON = ["--lr", "3e-3", "--accelerator", "cpu"]
 
 
@@ -39,7 +48,9 @@ def test_recovery_brings_the_cut_model_nearer_to_its_teacher(tiny_run):
 
 def test_both_models_open_with_the_plain_class(tiny_run):
     for name in ("cut", "recovered"):
-        model, info = diffusers.FluxTransformer2DModel.from_pretrained(tiny_run[0] / name, output_loading_info=True)
+        model, info = diffusers.FluxTransformer2DModel.from_pretrained(
+            tiny_run[0] / name, output_loading_info=True
+        )
         assert not any(info.values())
         assert (model.config.num_layers, model.config.num_single_layers) == (1, 2)
 
@@ -53,7 +64,9 @@ def test_the_table_has_a_line_for_each_model(example, capsys):
 
 def test_a_model_and_data_of_ones_own(example, tmp_path):
     torch.manual_seed(0)
-    diffusers.FluxTransformer2DModel(**example["TINY"]).save_pretrained(tmp_path / "pipeline" / "transformer")
+    diffusers.FluxTransformer2DModel(**example["TINY"]).save_pretrained(
+        tmp_path / "pipeline" / "transformer"
+    )
     data = {"latents": torch.randn(24, 4, 4, 6), "prompt_embeds": torch.randn(24, 5, 24).bfloat16(),
             "pooled_prompt_embeds": torch.randn(24, 16)}  # fmt: skip
     save_file(data, tmp_path / "data.safetensors")
@@ -68,7 +81,15 @@ def test_a_model_and_data_of_ones_own(example, tmp_path):
     ({"latents": (8, 4, 4, 5)}, "even H and W"), ({"pooled_prompt_embeds": (7, 16)}, "as many samples"),
 ])  # fmt: skip
 def test_data_of_the_wrong_shape_is_refused(example, tmp_path, change, message):
-    shapes = {"latents": (8, 4, 4, 4), "prompt_embeds": (8, 5, 24), "pooled_prompt_embeds": (8, 16), **change}
-    save_file({key: torch.randn(shape) for key, shape in shapes.items() if shape}, tmp_path / "data.safetensors")
+    shapes = {
+        "latents": (8, 4, 4, 4),
+        "prompt_embeds": (8, 5, 24),
+        "pooled_prompt_embeds": (8, 16),
+        **change,
+    }
+    save_file(
+        {key: torch.randn(shape) for key, shape in shapes.items() if shape},
+        tmp_path / "data.safetensors",
+    )
     with pytest.raises(ValueError, match=message):
         example["open_data"](str(tmp_path / "data.safetensors"), example["TINY"])

@@ -19,7 +19,9 @@ class Fitted(LightningModule):
         return sample_of(self.transformer(*args, **kwargs)).float().square().mean()
 
     def configure_optimizers(self):
-        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad] or self.parameters(), lr=1e-2)
+        return torch.optim.AdamW(
+            [p for p in self.parameters() if p.requires_grad] or self.parameters(), lr=1e-2
+        )
 
     def train_dataloader(self):
         return DataLoader(TensorDataset(torch.zeros(12, 1)))

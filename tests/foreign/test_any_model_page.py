@@ -48,7 +48,10 @@ def structure_of(gates):
 def gated_against_cut(model, gates, make_inputs):
     """The largest difference between dropping blocks by gates and a model without them."""
     args, kwargs = make_inputs(3)
-    with quiet(model, seed=1), gates.masks.forced({g.path: earliest_drops(g) for g in gates.stacks}):
+    with (
+        quiet(model, seed=1),
+        gates.masks.forced({g.path: earliest_drops(g) for g in gates.stacks}),
+    ):
         by_gates = sample_of(model(*args, **kwargs))
     bare = copy.deepcopy(model)
     remove_gates(bare)
@@ -65,7 +68,10 @@ def reopens(name, cut, dense, gates, make_inputs, folder):
                      "block_probabilities": []} for path in kept}  # fmt: skip
     save_shallow(folder, cut, {"stacks": stacks})
     if (folder / "config.json").exists():
-        opened, how = of(ZOO[name].library, type(cut).__name__).from_pretrained(folder), "`from_pretrained`"
+        opened, how = (
+            of(ZOO[name].library, type(cut).__name__).from_pretrained(folder),
+            "`from_pretrained`",
+        )
     else:
         opened, how = load_shallow(folder, model=dense), "`load_shallow(path, model=dense)`"
     outputs = []
@@ -80,11 +86,19 @@ def measured_row(name, folder):
     model, make_inputs, stacks = ZOO[name].build()
     dense, by_search = copy.deepcopy(model), found(model)
     model.train()
-    pattern = {p: "1:2" if len(get_stack(model, p)) % 2 == 0 else f"1:{len(get_stack(model, p))}" for p in stacks}
+    pattern = {
+        p: "1:2" if len(get_stack(model, p)) % 2 == 0 else f"1:{len(get_stack(model, p))}"
+        for p in stacks
+    }
     gates = DepthGates(model, pattern, stacks=stacks)
     cut, difference = gated_against_cut(model, gates, make_inputs)
     verify(model, gates, *make_inputs(2))
-    plans = {g.path: next(p for each in gates.gated_forwards if each.gates is g for p in each.plans.values()) for g in gates.stacks}
+    plans = {
+        g.path: next(
+            p for each in gates.gated_forwards if each.gates is g for p in each.plans.values()
+        )
+        for g in gates.stacks
+    }
     streams = dict.fromkeys(code(plan.streams.names) for plan in plans.values())
     plain = dict.fromkeys(plan.plain_because for plan in plans.values() if plan.plain_because)
     assert difference <= ROUNDING
@@ -96,12 +110,16 @@ def measured_row(name, folder):
 
 
 def refusal_row(name):
-    model, make_inputs, stacks = COUPLED[name]() if callable(COUPLED[name]) else COUPLED[name].build()
+    model, make_inputs, stacks = (
+        COUPLED[name]() if callable(COUPLED[name]) else COUPLED[name].build()
+    )
     model.train()
     gates = DepthGates(model, "1:2", stacks=stacks)
     with pytest.raises(ValueError, match="cannot be pruned as it is called") as error:
         verify(model, gates, *make_inputs(2))
-    where, why = re.search(r"Stack '([^']*)'.* cut out of \w+, (.*?)(?: So the shallow|$)", str(error.value)).groups()
+    where, why = re.search(
+        r"Stack '([^']*)'.* cut out of \w+, (.*?)(?: So the shallow|$)", str(error.value)
+    ).groups()
     why = re.sub(r"the outputs differ by .* \(they reach [^)]*\); ", "", why)
     return f"| {name.replace('_', ' ')} | `{type(model).__name__}` | `{where}` | {why} |"
 

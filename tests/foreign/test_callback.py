@@ -59,28 +59,49 @@ def test_plain_from_pretrained_opens_what_fit_left(name, tmp_path):
     # The kept blocks have the weights that they had before the fit.
     for path, blocks in kept.items():
         for new, old in enumerate(blocks):
-            pairs = zip(get_stack(opened, path)[new].parameters(), get_stack(dense, path)[old].parameters(), strict=True)
+            pairs = zip(
+                get_stack(opened, path)[new].parameters(),
+                get_stack(dense, path)[old].parameters(),
+                strict=True,
+            )
             assert all(torch.equal(a, b) for a, b in pairs)
 
 
 @pytest.mark.parametrize("name", ["vit", "swin", "encoder_batch_first", "encoder_sequence_first"])
 def test_models_without_a_config_load_into_a_dense_one(name, tmp_path):
     model, make_inputs, stacks = ZOO[name].build()
-    callback = DepthPruningCallback("1:2", stacks=[f"transformer.{path}" for path in stacks], save_dir=tmp_path / "shallow")
+    callback = DepthPruningCallback(
+        "1:2", stacks=[f"transformer.{path}" for path in stacks], save_dir=tmp_path / "shallow"
+    )
     fit(Fitted(model, make_inputs), callback, folder=tmp_path)
     loaded = load_shallow(tmp_path / "shallow", model=ZOO[name].build().model)
     call = make_inputs(2)
-    torch.testing.assert_close(output(loaded, call), output(callback.shallow_model, call), rtol=0, atol=0)
-    assert all(len(get_stack(loaded, path)) == len(kept) for path, kept in callback.decision.kept_blocks.items())
+    torch.testing.assert_close(
+        output(loaded, call), output(callback.shallow_model, call), rtol=0, atol=0
+    )
+    assert all(
+        len(get_stack(loaded, path)) == len(kept)
+        for path, kept in callback.decision.kept_blocks.items()
+    )
 
 
 def test_a_language_models_cache_is_off_only_while_it_is_gated(tmp_path):
     model, make_inputs, _ = ZOO["llama"].build()
-    module, callback = Fitted(model, lambda b: ((), {"input_ids": make_inputs(b)[1]["input_ids"]})), DepthPruningCallback("1:2")
+    module, callback = (
+        Fitted(model, lambda b: ((), {"input_ids": make_inputs(b)[1]["input_ids"]})),
+        DepthPruningCallback("1:2"),
+    )
     assert model.config.use_cache is True  # the default, which the training step does not touch
     fit(module, callback, folder=tmp_path)
-    assert module.transformer.config.use_cache is False and callback.shallow_model.config.use_cache is True
-    assert not any(plan.plain_because for gated in callback.gates.gated_forwards for plan in gated.plans.values())
+    assert (
+        module.transformer.config.use_cache is False
+        and callback.shallow_model.config.use_cache is True
+    )
+    assert not any(
+        plan.plain_because
+        for gated in callback.gates.gated_forwards
+        for plan in gated.plans.values()
+    )
     callback.detach(module)
     assert module.transformer.config.use_cache is True
 
@@ -94,9 +115,15 @@ def test_a_longer_frozen_text_encoder_is_left_alone(nested, tmp_path):
     class WithText(Fitted):
         def training_step(self, batch, batch_idx):
             parts = self.pipe if nested else self
-            hidden = parts.text_encoder(input_ids=torch.randint(0, 50, (3, 7))).last_hidden_state[..., :12]
+            hidden = parts.text_encoder(input_ids=torch.randint(0, 50, (3, 7))).last_hidden_state[
+                ..., :12
+            ]
             args, kwargs = self.make_inputs(3)
-            return sample_of(parts.transformer(*args, **{**kwargs, "encoder_hidden_states": hidden})).square().mean()
+            return (
+                sample_of(parts.transformer(*args, **{**kwargs, "encoder_hidden_states": hidden}))
+                .square()
+                .mean()
+            )
 
     module = WithText(model, make_inputs)
     if nested:
@@ -112,7 +139,9 @@ def test_a_longer_frozen_text_encoder_is_left_alone(nested, tmp_path):
     assert all(torch.equal(before[key], value) for key, value in text.state_dict().items())
     assert not any(p.requires_grad for p in text.parameters())
     opened = type(model).from_pretrained(tmp_path / "shallow")
-    torch.testing.assert_close(output(opened, call := make_inputs(2)), output(callback.shallow_model, call), rtol=0, atol=0)
+    torch.testing.assert_close(
+        output(opened, call := make_inputs(2)), output(callback.shallow_model, call), rtol=0, atol=0
+    )
 
 
 # -- what it refuses -----------------------------------------------------------------------------
@@ -152,7 +181,9 @@ def test_more_vace_layers_than_a_group_keeps_are_refused(tmp_path):
     module = Fitted(model, make_inputs)
     with pytest.raises(ValueError, match="keeps 1 of the units 0..1.*have to stay"):
         fit(module, DepthPruningCallback("1:2"), folder=tmp_path)
-    assert module.trainer.global_step == 0 and all("lora" not in name for name, _ in module.named_parameters())
+    assert module.trainer.global_step == 0 and all(
+        "lora" not in name for name, _ in module.named_parameters()
+    )
 
 
 @pytest.mark.parametrize("name", ["swin", "unet2d"])

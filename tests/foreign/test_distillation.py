@@ -32,7 +32,11 @@ class Module(LightningModule):
         return sample_of(self.transformer(*args, **kwargs)).square().mean()
 
     def on_before_optimizer_step(self, optimizer):
-        self.grads = {name: p.grad.clone() for name, p in self.transformer.named_parameters() if p.grad is not None}
+        self.grads = {
+            name: p.grad.clone()
+            for name, p in self.transformer.named_parameters()
+            if p.grad is not None
+        }
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.transformer.parameters(), lr=0.1)
@@ -45,7 +49,11 @@ def models(name, **config):
     call = make_inputs(3)
     copied = copy.deepcopy(teacher)
     sizes = {path: len(get_stack(copied, path)) for path in stacks}
-    gates = DepthGates(copied, {path: "1:2" if size % 2 == 0 else f"1:{size}" for path, size in sizes.items()}, stacks=stacks)
+    gates = DepthGates(
+        copied,
+        {path: "1:2" if size % 2 == 0 else f"1:{size}" for path, size in sizes.items()},
+        stacks=stacks,
+    )
     decision = gates.decide()
     remove_gates(copied)
     student = remove_blocks(copied, decision.kept_blocks)
@@ -68,11 +76,19 @@ def run(model, call, stacks):
     states, handles = {}, []
     for path in stacks:
         for i, block in enumerate(get_stack(model, path)):
+
             def keep(module, args, output, place=(path, i)):
                 items = [output] if isinstance(output, Tensor) else list(output)
                 tensors = [each if isinstance(each, Tensor) else None for each in items]
-                axis = 1 if any(getattr(m, "batch_first", True) is False for m in module.modules()) else 0
-                states[place] = [each if each is None else each.movedim(axis, 0) for each in tensors]
+                axis = (
+                    1
+                    if any(getattr(m, "batch_first", True) is False for m in module.modules())
+                    else 0
+                )
+                states[place] = [
+                    each if each is None else each.movedim(axis, 0) for each in tensors
+                ]
+
             handles.append(block.register_forward_hook(keep))
     args, kwargs = call
     output = model(*args, **kwargs)
@@ -83,7 +99,9 @@ def run(model, call, stacks):
 
 
 def by_hand(student, teacher, decision, call, num_sigma=2.0):
-    (ours, mine), (theirs, its) = (run(model, call, decision.stacks) for model in (student, teacher))
+    (ours, mine), (theirs, its) = (
+        run(model, call, decision.stacks) for model in (student, teacher)
+    )
     of_pairs = []
     for path, stack in decision.stacks.items():
         for s, t in stack.layer_pairs():
@@ -93,7 +111,10 @@ def by_hand(student, teacher, decision, call, num_sigma=2.0):
                     continue
                 of_samples = []
                 for x, y in zip(a, b.detach(), strict=True):
-                    x_in, y_in = (((z - z.mean()).abs() < num_sigma * z.std()).float() for z in (x.detach(), y))
+                    x_in, y_in = (
+                        ((z - z.mean()).abs() < num_sigma * z.std()).float()
+                        for z in (x.detach(), y)
+                    )
                     of_samples.append((x * x_in - y * y_in).square().mean())
                 of_streams.append(sum(of_samples) / len(of_samples))
             of_pairs.append(sum(of_streams) / len(of_streams))
@@ -101,7 +122,9 @@ def by_hand(student, teacher, decision, call, num_sigma=2.0):
     return sum(kd) / len(kd), sum(of_pairs) / len(of_pairs), ours[0].square().mean()
 
 
-@pytest.mark.parametrize("name", [*MAIN, *(pytest.param(name, marks=pytest.mark.slow) for name in IN_CLASSES)])
+@pytest.mark.parametrize(
+    "name", [*MAIN, *(pytest.param(name, marks=pytest.mark.slow) for name in IN_CLASSES)]
+)
 def test_a_step_has_the_losses_and_gradients_by_hand(name):
     teacher, student, decision, call = models(name, **CONFIG.get(name, {}))
     before = copy.deepcopy(student).train()
@@ -115,4 +138,6 @@ def test_a_step_has_the_losses_and_gradients_by_hand(name):
     (0.1 * data + 0.9 * kd + 0.5 * feature).backward()
     for parameter, p in before.named_parameters():
         expected = torch.zeros_like(p) if p.grad is None else p.grad
-        torch.testing.assert_close(module.grads.get(parameter, torch.zeros_like(p)), expected, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(
+            module.grads.get(parameter, torch.zeros_like(p)), expected, rtol=1e-3, atol=1e-5
+        )

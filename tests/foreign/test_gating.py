@@ -20,7 +20,10 @@ STREAMS = {  # what each model's blocks carry, from its own source code
 
 def gated(name, **kwargs):
     model, make_inputs, stacks = ZOO[name].build()
-    patterns = {path: "1:2" if len(get_stack(model, path)) % 2 == 0 else f"1:{len(get_stack(model, path))}" for path in stacks}
+    patterns = {
+        path: "1:2" if len(get_stack(model, path)) % 2 == 0 else f"1:{len(get_stack(model, path))}"
+        for path in stacks
+    }
     model.train()
     return model, make_inputs, DepthGates(model, patterns, stacks=stacks, **kwargs)
 
@@ -46,8 +49,15 @@ def test_dropping_by_gates_equals_cutting_out(name):
     with quiet(cut, seed=1):
         expected = sample_of(cut(*args, **kwargs))
     torch.testing.assert_close(by_gates, expected, rtol=1e-5, atol=1e-6)
-    assert not torch.allclose(whole, expected, rtol=1e-3, atol=1e-4), "dropping blocks changed nothing: the test is empty"
-    streams = {n for gated in gates.gated_forwards for plan in gated.plans.values() for n in plan.streams.names}
+    assert not torch.allclose(whole, expected, rtol=1e-3, atol=1e-4), (
+        "dropping blocks changed nothing: the test is empty"
+    )
+    streams = {
+        n
+        for gated in gates.gated_forwards
+        for plan in gated.plans.values()
+        for n in plan.streams.names
+    }
     assert STREAMS.get(name, streams) == streams
 
 
@@ -81,13 +91,24 @@ def test_gathered_gradients_equal_the_plain_formula(name):
             for gate in gates.gated_forwards:
                 gate.block.training = True  # masks, while what is inside stays quiet
             output = sample_of(model(*args, **kwargs))
-        (output.float() * torch.sin(torch.arange(output.numel())).view(output.shape)).sum().backward()
+        (
+            output.float() * torch.sin(torch.arange(output.numel())).view(output.shape)
+        ).sum().backward()
         tensors = [*gates.logits(), *(p for p in model.parameters() if p.requires_grad)]
-        results.append([output.detach(), *(torch.zeros_like(t) if t.grad is None else t.grad.clone() for t in tensors)])
+        results.append(
+            [
+                output.detach(),
+                *(torch.zeros_like(t) if t.grad is None else t.grad.clone() for t in tensors),
+            ]
+        )
     assert any(g.abs().max() > 0 for g in results[1][1 : 1 + len(gates.logits())])
     for ours, plain in zip(*results, strict=True):
-        torch.testing.assert_close(ours, plain, rtol=2e-3, atol=2e-3 * float(plain.abs().max().clamp_min(1e-2)))
-    assert not any(plan.plain_because for gated in gates.gated_forwards for plan in gated.plans.values())
+        torch.testing.assert_close(
+            ours, plain, rtol=2e-3, atol=2e-3 * float(plain.abs().max().clamp_min(1e-2))
+        )
+    assert not any(
+        plan.plain_because for gated in gates.gated_forwards for plan in gated.plans.values()
+    )
 
 
 @pytest.mark.slow  # the rows of the page on any transformer check the same
@@ -103,7 +124,9 @@ def test_verification_accepts_it(name):
 
 @pytest.mark.parametrize("name", COUPLED)
 def test_what_depends_on_a_blocks_place_is_refused(name):
-    model, make_inputs, stacks = COUPLED[name]() if callable(COUPLED[name]) else COUPLED[name].build()
+    model, make_inputs, stacks = (
+        COUPLED[name]() if callable(COUPLED[name]) else COUPLED[name].build()
+    )
     model.train()
     gates = DepthGates(model, "1:2", stacks=stacks)
     args, kwargs = make_inputs(2)
@@ -132,7 +155,9 @@ def test_sequence_first_layers_gate_samples_not_tokens(batch_size):
     gates = DepthGates(model, "1:2", stacks="layers")
     x = torch.randn(9, batch_size, 16)
     out = model(x)
-    masks = torch.stack([gates.masks.column(gates.stacks[0], i, batch_size) for i in range(4)], 1).detach()
+    masks = torch.stack(
+        [gates.masks.column(gates.stacks[0], i, batch_size) for i in range(4)], 1
+    ).detach()
     bare = copy.deepcopy(model)
     remove_gates(bare)
     h = x
@@ -156,7 +181,9 @@ def test_a_block_with_a_cache_runs_once_with_whole_gradients():
         grads.append([p.grad.clone() for p in gates.logits()])
         remove_gates(model)
     for with_cache, without in zip(*grads, strict=True):
-        torch.testing.assert_close(with_cache, without, rtol=1e-4, atol=1e-4 * float(without.abs().max()))
+        torch.testing.assert_close(
+            with_cache, without, rtol=1e-4, atol=1e-4 * float(without.abs().max())
+        )
 
 
 def test_what_is_found_is_what_is_gated():
@@ -167,11 +194,23 @@ def test_what_is_found_is_what_is_gated():
 def test_a_call_of_nan_is_not_verified_but_the_next_one_is():
     from tinyfusion_pl.pruning.first_call import FirstCallCheck
 
-    model, make_inputs, gates = gated("dit_diffusers" if "dit_diffusers" in ZOO else next(iter(ZOO)))
+    model, make_inputs, gates = gated(
+        "dit_diffusers" if "dit_diffusers" in ZOO else next(iter(ZOO))
+    )
     check = FirstCallCheck(model, gates, {g.path: g.path for g in gates.stacks})
     args, kwargs = make_inputs(3)
-    broken = tuple(torch.full_like(a, torch.nan) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args)
-    spoiled = {k: torch.full_like(v, torch.nan) if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in kwargs.items()}
+    broken = tuple(
+        torch.full_like(a, torch.nan)
+        if isinstance(a, torch.Tensor) and a.is_floating_point()
+        else a
+        for a in args
+    )
+    spoiled = {
+        k: torch.full_like(v, torch.nan)
+        if isinstance(v, torch.Tensor) and v.is_floating_point()
+        else v
+        for k, v in kwargs.items()
+    }
     model(*broken, **spoiled)
     assert check.unverified
     model(*args, **kwargs)

@@ -807,5 +807,8 @@ def test_it_is_found_verified_cut_and_reopened(name, tmp_path):
 def test_what_is_given_to_blocks_by_their_place_is_refused(name):
     model, make_inputs = build(name)
     _, gates = started(model)
-    with pytest.raises(ValueError, match="cannot be pruned as it is called: with block .* depends on which blocks come before it"):
+    with pytest.raises(
+        ValueError,
+        match="cannot be pruned as it is called: with block .* depends on which blocks come before it",
+    ):
         verify(model, gates, (), make_inputs(2))

@@ -71,11 +71,15 @@ def outcome(folder):
              for role in ("teacher", "pruned", "recovered")}  # fmt: skip
     for name in ("shallow", "recovered"):
         found[f"{name} weights"] = load_tensors(folder / name / "model.safetensors")
-        found[f"{name} decision"] = json.loads((folder / name / "record.json").read_text())["stacks"]
+        found[f"{name} decision"] = json.loads((folder / name / "record.json").read_text())[
+            "stacks"
+        ]
     for stage in ("learn_mask", "recover"):
         found[f"{stage} logs"] = rows(folder / "logs" / stage / "metrics.csv")
         checkpoint = torch.load(folder / stage / "checkpoints" / "last.ckpt", weights_only=True)
-        found[f"{stage} checkpoint"] = {key: checkpoint[key] for key in CHECKPOINTED if key in checkpoint}
+        found[f"{stage} checkpoint"] = {
+            key: checkpoint[key] for key in CHECKPOINTED if key in checkpoint
+        }
     if (decisions := folder / "learn_mask" / "decisions.jsonl").exists():
         found["decisions"] = [json.loads(line) for line in decisions.read_text().splitlines()]
     return found

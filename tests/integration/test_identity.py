@@ -57,7 +57,11 @@ def out(finished, tmp_path):
 
 def mine(folder):
     """What was measured of the model `mine`, without its speed."""
-    return {key: value for key, value in read_json(folder / "metrics.json")["mine"].items() if key != "images_per_second"}
+    return {
+        key: value
+        for key, value in read_json(folder / "metrics.json")["mine"].items()
+        if key != "images_per_second"
+    }
 
 
 # -- weights that were replaced
@@ -95,7 +99,9 @@ def test_kept_batches_of_a_replaced_model_are_not_used(run, tmp_path, monkeypatc
         run(*EVALUATE)
     torch.save({"ema": state(0.5)}, "last.pt")
     code, said = run(*EVALUATE)
-    assert code == 0 and "3 finished batches" in said and "made from something else (weights" in said
+    assert (
+        code == 0 and "3 finished batches" in said and "made from something else (weights" in said
+    )
     assert run(*EVALUATE, run_dir="fresh")[0] == 0
     assert mine(tmp_path / "out") == mine(tmp_path / "fresh")
 
@@ -107,8 +113,15 @@ def test_a_teacher_replaced_after_mask_learning_is_refused(run, tmp_path):
     torch.save({"ema": state(0.5)}, "teacher.pt")
     for task in ("recover", "evaluate"):
         code, said = run(*given, f"task={task}")
-        assert code == 1 and "learn_mask in out was made from something else" in said and "teacher" in said, task
-    assert not (tmp_path / "out" / "recover").exists() and not (tmp_path / "out" / "metrics.json").exists()
+        assert (
+            code == 1
+            and "learn_mask in out was made from something else" in said
+            and "teacher" in said
+        ), task
+    assert (
+        not (tmp_path / "out" / "recover").exists()
+        and not (tmp_path / "out" / "metrics.json").exists()
+    )
 
 
 @pytest.mark.slow
@@ -119,7 +132,10 @@ def test_a_teacher_replaced_during_mask_learning_is_refused(run, tmp_path):
     (tmp_path / "out" / "stages" / "learn_mask.json").unlink()
     torch.save({"ema": state(0.5)}, "teacher.pt")
     code, said = run(*given)
-    assert code == 1 and "last.ckpt cannot be resumed: it was made from something else (teacher" in said
+    assert (
+        code == 1
+        and "last.ckpt cannot be resumed: it was made from something else (teacher" in said
+    )
 
 
 # -- a shallow model of another run
@@ -130,11 +146,20 @@ def test_a_shallow_model_put_in_during_recovery_is_refused(run, out, tmp_path):
     shutil.rmtree(out / "shallow")
     shutil.copytree(tmp_path / "other" / "shallow", out / "shallow")
     code, said = run("task=recover")
-    assert code == 1 and f"{'out/shallow/model.safetensors'} (checksum" in said and not (out / "recovered").exists()
-    mark = out / "stages" / "learn_mask.json"  # whatever is done about the mark, the checkpoint knows where it started
+    assert (
+        code == 1
+        and f"{'out/shallow/model.safetensors'} (checksum" in said
+        and not (out / "recovered").exists()
+    )
+    mark = (
+        out / "stages" / "learn_mask.json"
+    )  # whatever is done about the mark, the checkpoint knows where it started
     write_sealed(mark, {**read_sealed(mark), "files": {}})
     code, said = run("task=recover")
-    assert code == 1 and "last.ckpt cannot be resumed: it was made from something else (shallow" in said
+    assert (
+        code == 1
+        and "last.ckpt cannot be resumed: it was made from something else (shallow" in said
+    )
 
 
 # -- what is there already is looked at
@@ -150,7 +175,11 @@ def truncate(path, place):
 
 def test_a_whole_run_is_verified_and_not_run_again(run, out):
     code, said = run()
-    assert code == 0 and said.count("done before") == 3 and not {"damaged", "gone", "again"} & set(said.split())
+    assert (
+        code == 0
+        and said.count("done before") == 3
+        and not {"damaged", "gone", "again"} & set(said.split())
+    )
 
 
 @pytest.mark.parametrize("task, name, damage", [
@@ -172,14 +201,20 @@ def test_a_damaged_mark_of_a_training_is_named(run, out):
     assert code == 1 and "out/stages/learn_mask.json" in said and "Delete it" in said
 
 
-@pytest.mark.parametrize("name", [pytest.param("shallow", marks=pytest.mark.slow), "recovered/model.safetensors"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("shallow", marks=pytest.mark.slow), "recovered/model.safetensors"]
+)
 def test_a_lost_model_is_made_again_from_the_last_checkpoint(run, out, name):
     stage = "learn_mask" if name == "shallow" else "recover"
     held = {path.relative_to(out): sha256(path) for path in out.rglob("*.safetensors")}
     shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink()
     if name == "shallow":
         code, said = run("task=evaluate")
-        assert code == 0 and "gone from out, though learn_mask was finished" in said and "no pruned model" in said
+        assert (
+            code == 0
+            and "gone from out, though learn_mask was finished" in said
+            and "no pruned model" in said
+        )
     code, said = run("task.stages=[learn_mask,recover]")
     assert code == 0 and f"{stage}: {name}" in said and "made again from" in said
     assert {path: sha256(out / path) for path in held if path.parts[0] != "samples.safetensors"} == {
@@ -193,12 +228,16 @@ def test_a_lost_model_without_a_checkpoint_is_an_error(run, out):
     assert code == 1 and "so is its last checkpoint" in said
 
 
-@pytest.mark.parametrize("damage", [flip, pytest.param(None, marks=pytest.mark.slow)], ids=["flipped", "lost"])
+@pytest.mark.parametrize(
+    "damage", [flip, pytest.param(None, marks=pytest.mark.slow)], ids=["flipped", "lost"]
+)
 def test_metrics_that_are_damaged_or_lost_are_written_again(run, out, damage):
     whole = (out / "metrics.json").read_bytes()
     damage(out / "metrics.json", 0.5) if damage else (out / "metrics.json").unlink()
     code, said = run("task=evaluate")
-    assert code == 0 and "metrics.json is" in said and "written again from what was measured" in said
+    assert (
+        code == 0 and "metrics.json is" in said and "written again from what was measured" in said
+    )
     assert (out / "metrics.json").read_bytes() == whole
 
 
@@ -209,14 +248,19 @@ def test_metrics_that_are_damaged_or_lost_are_written_again(run, out, damage):
 ])  # fmt: skip
 def test_a_damaged_result_is_made_again(run, out, name):
     before = read_json(out / "metrics.json")
-    shown = {key: value.clone() for key, value in load_tensors(out / "samples.safetensors").items()}  # not the mapped file
+    shown = {
+        key: value.clone() for key, value in load_tensors(out / "samples.safetensors").items()
+    }  # not the mapped file
     flip(out / name, 0.4)
     code, said = run("task=evaluate")
     assert code == 0 and f"out/{name}" in said and "made again" in said.lower()
     after = read_json(out / "metrics.json")
     for role in ("teacher", "pruned", "recovered"):
         assert {**after[role], "images_per_second": 0} == {**before[role], "images_per_second": 0}
-    assert all(torch.equal(value, shown[key]) for key, value in load_tensors(out / "samples.safetensors").items())
+    assert all(
+        torch.equal(value, shown[key])
+        for key, value in load_tensors(out / "samples.safetensors").items()
+    )
     assert "done before" in run("task=evaluate")[1]
 
 
@@ -238,13 +282,21 @@ def test_a_stage_that_was_trained_otherwise_is_not_taken_for_finished(run, out, 
     assert content["num_steps"] == 4 and content["seed"] == 0
     write_sealed(mark, {**content, "num_steps": 2})
     code, said = run(f"task={stage}")
-    assert code == 1 and f"{stage} in out was finished with other settings (num_steps 2 then, 4 now)" in said
+    assert (
+        code == 1
+        and f"{stage} in out was finished with other settings (num_steps 2 then, 4 now)" in said
+    )
 
 
 def test_training_samples_that_were_replaced_are_refused(run, out, monkeypatch):
     monkeypatch.setattr(DigitsDataModule, "samples_sha256", lambda self: "f" * 64)
     code, said = run("task=recover")
-    assert code == 1 and "was made from something else" in said and "samples" in said and "ffffffffffff... now" in said
+    assert (
+        code == 1
+        and "was made from something else" in said
+        and "samples" in said
+        and "ffffffffffff... now" in said
+    )
 
 
 def test_a_replaced_reference_is_measured_against_anew(run, tmp_path):
@@ -260,14 +312,21 @@ def test_a_replaced_reference_is_measured_against_anew(run, tmp_path):
 
 def test_every_mark_states_the_configuration(out):
     marks = [json.loads(path.read_text()) for path in (out / "stages").iterdir()]
-    assert len({mark["configuration"] for mark in marks}) == 1 and all(len(mark["sha256"]) == 64 for mark in marks)
+    assert len({mark["configuration"] for mark in marks}) == 1 and all(
+        len(mark["sha256"]) == 64 for mark in marks
+    )
 
 
 @pytest.mark.parametrize("size", [pytest.param(0, marks=pytest.mark.slow), 0.6])
 def test_a_truncated_configuration_is_not_taken_for_another(run, out, size):
     truncate(out / "config.yaml", size)
     code, said = run()
-    assert code == 1 and "out/config.yaml does not end with its own hash" in said and "truncated" in said and "delete it" in said
+    assert (
+        code == 1
+        and "out/config.yaml does not end with its own hash" in said
+        and "truncated" in said
+        and "delete it" in said
+    )
 
 
 def test_an_interrupted_run_is_not_taken_over_after_config_yaml_is_lost(run, out):
@@ -278,7 +337,10 @@ def test_an_interrupted_run_is_not_taken_over_after_config_yaml_is_lost(run, out
         path.unlink()
     before = {path: sha256(path) for path in out.rglob("*") if path.is_file()}
     code, said = run("seed=1", "task=learn_mask")
-    assert code == 1 and "last.ckpt cannot be resumed: it was made from something else (configuration" in said
+    assert (
+        code == 1
+        and "last.ckpt cannot be resumed: it was made from something else (configuration" in said
+    )
     assert {path: sha256(path) for path in out.rglob("*") if path.is_file()} == before
     assert run("task=learn_mask")[0] == 0
 

@@ -34,7 +34,9 @@ def uninterrupted(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("seed", [pytest.param(seed, marks=[] if seed == 0 else pytest.mark.slow) for seed in range(7)])
+@pytest.mark.parametrize(
+    "seed", [pytest.param(seed, marks=[] if seed == 0 else pytest.mark.slow) for seed in range(7)]
+)
 def test_a_run_ended_at_random_steps_resumes_exactly(uninterrupted, tmp_path, seed):
     """Three times each: fits save where the step ends, before or after its gradients; SIGKILL loses up to three steps."""
     draws, folder, left = random.Random(seed), tmp_path / "run", NUM_COUNTED
@@ -44,7 +46,11 @@ def test_a_run_ended_at_random_steps_resumes_exactly(uninterrupted, tmp_path, se
         if kind == signal.SIGKILL:
             assert code == -signal.SIGKILL
         else:
-            assert code == EXIT_CODE and f"Stopped by {kind.name}. Rerun the same command to resume." in said and "Traceback" not in said
+            assert (
+                code == EXIT_CODE
+                and f"Stopped by {kind.name}. Rerun the same command to resume." in said
+                and "Traceback" not in said
+            )
         left -= kill - (3 if kind == signal.SIGKILL else 1)  # a batch of samples is not waited for
     code, _, num_steps = run(command(folder, STAGES))
     assert code == 0 and num_steps <= left
@@ -61,7 +67,9 @@ def test_ctrl_c_in_each_stage_says_how_to_resume(uninterrupted, tmp_path, kill):
     assert run(command(folder))[0] == 0
     found, whole = outcome(folder), outcome(uninterrupted)
     assert [key for key in whole if not same(found[key], whole[key])] == []
-    assert all(role in (folder / "report.html").read_text() for role in ("teacher", "pruned", "recovered"))
+    assert all(
+        role in (folder / "report.html").read_text() for role in ("teacher", "pruned", "recovered")
+    )
 
 
 def test_a_finished_run_is_not_run_again(uninterrupted):
@@ -75,8 +83,15 @@ def test_the_run_folder_holds_what_it_should(uninterrupted):
     metrics = json.loads((uninterrupted / "metrics.json").read_text())
     for role, depth in {"teacher": 12, "pruned": 6, "recovered": 6}.items():
         assert metrics[role]["depth"] == depth
-        assert {"num_params", "fid", "inception_score", "accuracy", "images_per_second"} < metrics[role].keys()
+        assert {"num_params", "fid", "inception_score", "accuracy", "images_per_second"} < metrics[
+            role
+        ].keys()
     assert metrics["seconds"].keys() == {"learn_mask", "recover", "evaluate"}
     assert metrics["protocol"]["seed"] == 0 and metrics["protocol"]["num_samples"] == 20
-    for name in ("config.yaml", "shallow/model.safetensors", "recovered/model.safetensors", "samples.safetensors"):
+    for name in (
+        "config.yaml",
+        "shallow/model.safetensors",
+        "recovered/model.safetensors",
+        "samples.safetensors",
+    ):
         assert (uninterrupted / name).stat().st_size > 0

@@ -10,9 +10,17 @@ from pathlib import Path
 
 import pytest
 
-COMMAND = ["run_dir=out", "pruning=learned",
-           "+debug=default", "data.batch_size=4", "task.stages=[learn_mask]", "learn_mask.fit.trainer.max_steps=2000",
-           "learn_mask.fit.checkpoint_every_n_steps=2", "runtime.devices=2", "runtime.accelerator=cpu"]
+COMMAND = [
+    "run_dir=out",
+    "pruning=learned",
+    "+debug=default",
+    "data.batch_size=4",
+    "task.stages=[learn_mask]",
+    "learn_mask.fit.trainer.max_steps=2000",
+    "learn_mask.fit.checkpoint_every_n_steps=2",
+    "runtime.devices=2",
+    "runtime.accelerator=cpu",
+]
 
 
 def child_of(pid, *, within=60.0):
@@ -33,7 +41,11 @@ def child_of(pid, *, within=60.0):
 @contextmanager
 def two_in_training(folder):
     """(the first process, the id of the second one) of a command that is killed afterwards."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "NODE_RANK", "MASTER_PORT", "WORLD_SIZE")}
+    environment = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("LOCAL_RANK", "NODE_RANK", "MASTER_PORT", "WORLD_SIZE")
+    }
     process = subprocess.Popen([sys.executable, "-m", "tinyfusion_pl", *COMMAND], cwd=folder, env=environment, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
     try:
@@ -56,7 +68,11 @@ def test_sigterm_to_one_process_ends_both(tmp_path, rank):
     with two_in_training(tmp_path) as (process, other):
         os.kill(other if rank else process.pid, signal.SIGTERM)
         said, _ = process.communicate(timeout=30)
-    assert process.returncode == 75 and "Rerun the same command to resume" in said and "Traceback" not in said
+    assert (
+        process.returncode == 75
+        and "Rerun the same command to resume" in said
+        and "Traceback" not in said
+    )
     assert is_gone(other) and not list((tmp_path / "out" / "stages").glob("*"))
 
 

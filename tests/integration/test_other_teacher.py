@@ -15,7 +15,10 @@ def teachers(tmp_path):
     """A copy of the shipped teacher, and one whose predictions are zero."""
     state = load_pretrained("shipped").state_dict()
     save_tensors(tmp_path / "same.safetensors", state)
-    save_tensors(tmp_path / "other.safetensors", {k: v * (not k.startswith("final_layer.linear")) for k, v in state.items()})
+    save_tensors(
+        tmp_path / "other.safetensors",
+        {k: v * (not k.startswith("final_layer.linear")) for k, v in state.items()},
+    )
     return tmp_path
 
 
@@ -37,7 +40,16 @@ def test_the_student_learns_from_the_teacher_named(teachers):
 
 def test_hidden_states_of_unpaired_blocks_are_refused(teachers, capsys):
     command = [word for word in COMMAND if not word.startswith("distill")]
-    assert main([*command, f"recover.teacher={teachers / 'same.safetensors'}", f"run_dir={teachers / 'run'}"]) == 1
+    assert (
+        main(
+            [
+                *command,
+                f"recover.teacher={teachers / 'same.safetensors'}",
+                f"run_dir={teachers / 'run'}",
+            ]
+        )
+        == 1
+    )
     assert "distill=output" in capsys.readouterr().err and not (teachers / "run").exists()
 
 

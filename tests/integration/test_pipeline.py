@@ -26,7 +26,12 @@ def _there(tmp_path, monkeypatch):
 
 
 def test_full_updates_train_the_weights_although_recovery_freezes_its_teacher(tmp_path):
-    assert cli.main([*SMALL, "adapter=full", "pruning.delta_w=merge", "task.stages=[learn_mask,recover]"]) == 0
+    assert (
+        cli.main(
+            [*SMALL, "adapter=full", "pruning.delta_w=merge", "task.stages=[learn_mask,recover]"]
+        )
+        == 0
+    )
     teacher = load_denoiser("dit_digits", checkpoint="shipped").state_dict()
     shallow = load_tensors(tmp_path / "out" / "shallow" / "model.safetensors")
     assert not torch.equal(shallow["x_embedder.proj.weight"], teacher["x_embedder.proj.weight"])
@@ -34,11 +39,22 @@ def test_full_updates_train_the_weights_although_recovery_freezes_its_teacher(tm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", [["trainer=ddp"], ["trainer=fsdp2", "adapter=full"]], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize(
+    "strategy", [["trainer=ddp"], ["trainer=fsdp2", "adapter=full"]], ids=["ddp", "fsdp2"]
+)
 def test_two_processes_run_every_stage(tmp_path, strategy):
-    environment = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "NODE_RANK", "MASTER_PORT", "WORLD_SIZE")}
-    done = subprocess.run([sys.executable, "-m", "tinyfusion_pl", *SMALL, *ON_TWO, *strategy], env=environment, capture_output=True,
-                          text=True, timeout=600)
+    environment = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("LOCAL_RANK", "NODE_RANK", "MASTER_PORT", "WORLD_SIZE")
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "tinyfusion_pl", *SMALL, *ON_TWO, *strategy],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "MEMBER: 2/2" in done.stdout + done.stderr
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
@@ -47,14 +63,21 @@ def test_two_processes_run_every_stage(tmp_path, strategy):
 
 
 def test_stages_on_different_numbers_of_processes_are_refused_with_what_to_do(tmp_path, capfd):
-    assert cli.main([*SMALL, "learn_mask.fit.trainer.devices=2", "learn_mask.fit.trainer.accelerator=cpu"]) == 1
+    assert (
+        cli.main(
+            [*SMALL, "learn_mask.fit.trainer.devices=2", "learn_mask.fit.trainer.accelerator=cpu"]
+        )
+        == 1
+    )
     said = capfd.readouterr().err
     assert "learn_mask 2, recover 1, evaluate 1" in said and "Set runtime.devices" in said
     assert "task=learn_mask, task=recover, task=evaluate" in said
     assert not (tmp_path / "out").exists()
 
 
-def test_a_checkpoint_that_does_not_fit_on_the_disk_leaves_the_last_one_and_the_run_goes_on_afterwards(tmp_path, monkeypatch, capfd):
+def test_a_checkpoint_that_does_not_fit_on_the_disk_leaves_the_last_one_and_the_run_goes_on_afterwards(
+    tmp_path, monkeypatch, capfd
+):
     steps = [*SMALL, "task=learn_mask", "learn_mask.fit.checkpoint_every_n_steps=2"]
     checkpoint, num = tmp_path / "out" / "learn_mask" / "checkpoints" / "last.ckpt", 0
 
@@ -83,8 +106,14 @@ def test_a_checkpoint_that_does_not_fit_on_the_disk_leaves_the_last_one_and_the_
         patch.setattr(checkpoint_io, "open", opened, raising=False)
         assert cli.main(steps) == 1
     said = capfd.readouterr().err
-    assert f"Cannot write {checkpoint}: No space left on device. Free some space" in said and "Traceback" not in said
-    assert torch.load(checkpoint, weights_only=True)["global_step"] == 2 and len(list(checkpoint.parent.iterdir())) == 1
+    assert (
+        f"Cannot write {checkpoint}: No space left on device. Free some space" in said
+        and "Traceback" not in said
+    )
+    assert (
+        torch.load(checkpoint, weights_only=True)["global_step"] == 2
+        and len(list(checkpoint.parent.iterdir())) == 1
+    )
     assert cli.main(steps) == 0
 
 
@@ -99,11 +128,23 @@ def test_a_truncated_checkpoint_of_an_interrupted_stage_is_told_with_what_to_do(
 
 
 @pytest.mark.filterwarnings("ignore:Step")
-@pytest.mark.parametrize("arguments, stage, left", [
-    (["task=learn_mask"], "learn_mask", "shallow"), (["+experiment=digits_teacher"], "train", "trained")])
-def test_a_short_fit_with_nothing_but_nan_losses_fails_and_fails_again(arguments, stage, left, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(DigitsDataModule, "train_set", lambda self: torch.utils.data.TensorDataset(
-        torch.full((64, 1, 8, 8), float("nan")), torch.zeros(64, dtype=torch.long)))
+@pytest.mark.parametrize(
+    "arguments, stage, left",
+    [
+        (["task=learn_mask"], "learn_mask", "shallow"),
+        (["+experiment=digits_teacher"], "train", "trained"),
+    ],
+)
+def test_a_short_fit_with_nothing_but_nan_losses_fails_and_fails_again(
+    arguments, stage, left, tmp_path, monkeypatch, capfd
+):
+    monkeypatch.setattr(
+        DigitsDataModule,
+        "train_set",
+        lambda self: torch.utils.data.TensorDataset(
+            torch.full((64, 1, 8, 8), float("nan")), torch.zeros(64, dtype=torch.long)
+        ),
+    )
     for _ in range(2):  # the second time from the checkpoint of the last step
         assert cli.main([*arguments, *SMALL, f"{stage}.fit.checkpoint_every_n_steps=4"]) == 1
         said = capfd.readouterr().err

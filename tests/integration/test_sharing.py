@@ -8,7 +8,13 @@ from tinyfusion_pl.cli import main
 from tinyfusion_pl.cli.arms import record_arm
 from tinyfusion_pl.tasks import SharedResults
 
-SMALL = ["+debug=default", "data.batch_size=8", "evaluate.num_timing_rounds=0", "evaluate.num_draws=16", "pruning.num_samples=16"]
+SMALL = [
+    "+debug=default",
+    "data.batch_size=8",
+    "evaluate.num_timing_rounds=0",
+    "evaluate.num_draws=16",
+    "pruning.num_samples=16",
+]
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +31,10 @@ def sweep(tmp_path_factory):
 
 def arms(sweep):
     records = [json.loads(file.read_text()) for file in sorted((sweep / "arms").glob("*.json"))]
-    return {record["settings"]["pruning.criterion.kept"]: sweep / record["run_dir"] for record in records}
+    return {
+        record["settings"]["pruning.criterion.kept"]: sweep / record["run_dir"]
+        for record in records
+    }
 
 
 def mark(run, stage):
@@ -36,7 +45,10 @@ def test_a_teacher_is_measured_once_for_all_arms(sweep):
     runs = list(arms(sweep).values())
     measured_in = {mark(run, "evaluate_teacher").get("run_dir", str(run)) for run in runs}
     assert len(runs) == 3 and len(measured_in) == 1
-    assert len({json.dumps(json.loads((run / "metrics.json").read_text())["teacher"]) for run in runs}) == 1
+    assert (
+        len({json.dumps(json.loads((run / "metrics.json").read_text())["teacher"]) for run in runs})
+        == 1
+    )
 
 
 def test_features_of_the_reference_are_computed_once_for_all_arms(sweep):
@@ -48,7 +60,9 @@ def test_equal_choices_are_recovered_once(sweep):
     first, same, other = (found[key] for key in ("[0, 1, 2, 3]", "[3, 2, 1, 0]", "[0, 2, 4, 6]"))
     assert "run_dir" not in mark(first, "recover") and "run_dir" not in mark(other, "recover")
     assert mark(same, "recover")["run_dir"] == str(first)
-    weights = [(run / "recovered" / "model.safetensors").read_bytes() for run in (first, same, other)]
+    weights = [
+        (run / "recovered" / "model.safetensors").read_bytes() for run in (first, same, other)
+    ]
     assert weights[0] == weights[1] != weights[2]
 
 
@@ -58,9 +72,18 @@ def test_the_sweep_ends_in_one_table(sweep):
 
 
 def test_a_single_run_shares_nothing_unless_asked_to(sweep, tmp_path, capfd):
-    command = [*SMALL, "pruning=index", "pruning.keep=4", "pruning.criterion.kept=[0,2,4,6]", "name=toy", f"run_dir={tmp_path / 'run'}"]
+    command = [
+        *SMALL,
+        "pruning=index",
+        "pruning.keep=4",
+        "pruning.criterion.kept=[0,2,4,6]",
+        "name=toy",
+        f"run_dir={tmp_path / 'run'}",
+    ]
     assert main([*command, f"paths.results={sweep / 'results'}"]) == 0
-    assert "was measured in" in capfd.readouterr().out and "run_dir" in mark(tmp_path / "run", "recover")
+    assert "was measured in" in capfd.readouterr().out and "run_dir" in mark(
+        tmp_path / "run", "recover"
+    )
     mine = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert main([*command[:-1], f"run_dir={tmp_path / 'alone'}"]) == 0
     assert "was measured in" not in capfd.readouterr().out
@@ -75,7 +98,9 @@ def test_a_folder_of_shared_results_needs_the_settings_that_decide_them(tmp_path
 
 def test_a_rerun_under_other_defaults_takes_the_place_of_its_arm(tmp_path):
     for run_dir in ("old", "new"):
-        record_arm(sweep_dir=tmp_path, run_dir=tmp_path / run_dir, overrides=["pruning=first", "seed=0"])
+        record_arm(
+            sweep_dir=tmp_path, run_dir=tmp_path / run_dir, overrides=["pruning=first", "seed=0"]
+        )
     (file,) = (tmp_path / "arms").glob("*.json")
     assert json.loads(file.read_text())["run_dir"] == "new"
 
@@ -87,6 +112,22 @@ def test_a_changed_result_is_not_reused(sweep, tmp_path, capfd):
         content = json.loads(file.read_text())
         content["result"]["fid"] = 0.0
         (results / file.name).write_text(json.dumps(content))
-    command = [*SMALL, "pruning=index", "pruning.keep=4", "pruning.criterion.kept=[0,2,4,6]", "name=toy"]
-    assert main([*command, f"run_dir={tmp_path / 'run'}", f"paths.results={results}", "task.stages=[learn_mask,recover]"]) == 0
+    command = [
+        *SMALL,
+        "pruning=index",
+        "pruning.keep=4",
+        "pruning.criterion.kept=[0,2,4,6]",
+        "name=toy",
+    ]
+    assert (
+        main(
+            [
+                *command,
+                f"run_dir={tmp_path / 'run'}",
+                f"paths.results={results}",
+                "task.stages=[learn_mask,recover]",
+            ]
+        )
+        == 0
+    )
     assert "cannot be used" in capfd.readouterr().out

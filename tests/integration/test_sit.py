@@ -11,7 +11,14 @@ from tinyfusion_pl.artifacts import read_json
 from tinyfusion_pl.models import SiT, load_decision, load_shallow
 from tinyfusion_pl.objectives import Interpolants
 
-TINY = {"input_size": 8, "in_channels": 1, "hidden_size": 16, "depth": 4, "num_heads": 2, "num_classes": 10}
+TINY = {
+    "input_size": 8,
+    "in_channels": 1,
+    "hidden_size": 16,
+    "depth": 4,
+    "num_heads": 2,
+    "num_classes": 10,
+}
 
 
 def sit():
@@ -27,16 +34,29 @@ class Logits(Callback):
     """The gates' logits before the first step and after the last."""
 
     def on_train_start(self, trainer, pl_module):
-        self.before = {name: p.detach().clone() for name, p in pl_module.depth_gates.named_parameters()}
+        self.before = {
+            name: p.detach().clone() for name, p in pl_module.depth_gates.named_parameters()
+        }
 
     def on_train_batch_end(self, trainer, pl_module, *args):
-        self.after = {name: p.detach().clone() for name, p in pl_module.depth_gates.named_parameters()}
+        self.after = {
+            name: p.detach().clone() for name, p in pl_module.depth_gates.named_parameters()
+        }
 
 
 def fit(module, folder, *callbacks):
     data = TensorDataset(torch.randn(32, 1, 8, 8), torch.arange(32) % 10)
-    trainer = Trainer(accelerator="cpu", devices=1, max_steps=4, callbacks=list(callbacks), logger=False, enable_checkpointing=False,
-                      enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder)
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_steps=4,
+        callbacks=list(callbacks),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+    )
     trainer.fit(module, DataLoader(data, batch_size=8))
     return trainer
 
@@ -46,16 +66,23 @@ def test_masks_are_learned_and_the_shallow_sit_recovers_from_its_teacher(predict
     objective, teacher = Interpolants(prediction=prediction), sit()
     logits = Logits()
     fit(MaskLearning(sit(), objective=objective), tmp_path, DepthPruningCallback("1:2"), logits)
-    assert len(logits.before) == 2 and not any(torch.equal(logits.before[name], logits.after[name]) for name in logits.before)
+    assert len(logits.before) == 2 and not any(
+        torch.equal(logits.before[name], logits.after[name]) for name in logits.before
+    )
     shallow, decision = load_shallow(tmp_path / "shallow"), load_decision(tmp_path / "shallow")
     assert type(shallow) is SiT and len(shallow.blocks) == 2
     for new, old in enumerate(decision.kept_blocks["blocks"]):
         assert torch.equal(shallow.blocks[new].attn.qkv.weight, teacher.blocks[old].attn.qkv.weight)
 
     before = shallow.blocks[0].attn.qkv.weight.clone()
-    trainer = fit(Recovery(shallow, teacher=teacher, decision=decision, objective=objective), tmp_path)
+    trainer = fit(
+        Recovery(shallow, teacher=teacher, decision=decision, objective=objective), tmp_path
+    )
     logged = trainer.callback_metrics
-    assert all(logged[f"train/{name}"].isfinite() and logged[f"train/{name}"] > 0 for name in ("loss_data", "loss_kd"))
+    assert all(
+        logged[f"train/{name}"].isfinite() and logged[f"train/{name}"] > 0
+        for name in ("loss_data", "loss_kd")
+    )
     assert not torch.equal(shallow.blocks[0].attn.qkv.weight, before)
 
 
@@ -64,10 +91,27 @@ def quick(tmp_path, monkeypatch):
     """Runs the command line on the digits with a tiny SiT in a checkpoint; returns its metrics, if it went well."""
     monkeypatch.chdir(tmp_path)
     torch.save({"ema": sit().state_dict()}, "tiny.pt")
-    model = ["model=sit_xl_2", "model.name=sit_s_2", "model.checkpoint=tiny.pt", *(f"+model.{key}={value}" for key, value in TINY.items())]
+    model = [
+        "model=sit_xl_2",
+        "model.name=sit_s_2",
+        "model.checkpoint=tiny.pt",
+        *(f"+model.{key}={value}" for key, value in TINY.items()),
+    ]
 
     def run(*arguments, code=0):
-        assert cli.main([*model, "objective=sit", "run_dir=run", "data.batch_size=32", *arguments, "+debug=default"]) == code
+        assert (
+            cli.main(
+                [
+                    *model,
+                    "objective=sit",
+                    "run_dir=run",
+                    "data.batch_size=32",
+                    *arguments,
+                    "+debug=default",
+                ]
+            )
+            == code
+        )
         return code or read_json(tmp_path / "run" / "metrics.json")
 
     return run
@@ -91,6 +135,18 @@ def test_the_ode_samples_by_config(quick):
 
 @pytest.mark.parametrize("sampler", ["dpm_solver", "unipc"])
 def test_a_scheduler_of_diffusers_samples_the_shipped_teacher_by_config(sampler, tmp_path):
-    assert cli.main([f"sampler@evaluate.sampling={sampler}", "task=evaluate", f"run_dir={tmp_path / 'run'}", "+debug=default"]) == 0
+    assert (
+        cli.main(
+            [
+                f"sampler@evaluate.sampling={sampler}",
+                "task=evaluate",
+                f"run_dir={tmp_path / 'run'}",
+                "+debug=default",
+            ]
+        )
+        == 0
+    )
     protocol = read_json(tmp_path / "run" / "metrics.json")["protocol"]
-    assert protocol["sampler"] == "diffusers" and protocol["scheduler"]["name"].endswith("MultistepScheduler")
+    assert protocol["sampler"] == "diffusers" and protocol["scheduler"]["name"].endswith(
+        "MultistepScheduler"
+    )

@@ -10,7 +10,13 @@ from tinyfusion_pl import cli
 from tinyfusion_pl.tasks import LearnMask, RunFolder
 
 FORK = multiprocessing.get_context("fork")
-SMALL = ["run_dir=out", "pruning=learned", "data.batch_size=8", "+debug=default", "task.stages=[learn_mask]"]
+SMALL = [
+    "run_dir=out",
+    "pruning=learned",
+    "data.batch_size=8",
+    "+debug=default",
+    "task.stages=[learn_mask]",
+]
 
 
 @pytest.fixture
@@ -50,7 +56,9 @@ def test_a_second_command_in_a_run_folder_is_refused(running, tmp_path, capfd):
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     for other in ([], ["seed=1"]):
         assert f"in use by process {running.pid}" in refused(*other)
-    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+    assert {
+        path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()
+    } == before
     (tmp_path / "go").touch()
     running.join(100)
     assert running.exitcode == 0 and (tmp_path / "out" / "shallow" / "record.json").exists()

@@ -13,7 +13,9 @@ def published(path):
     """A file of random weights, named as DataParallel names them."""
     torch.manual_seed(0)
     resnet = ResNet()
-    torch.save({"state_dict": {f"module.{name}": x for name, x in resnet.state_dict().items()}}, path)
+    torch.save(
+        {"state_dict": {f"module.{name}": x for name, x in resnet.state_dict().items()}}, path
+    )
     return resnet.eval()
 
 
@@ -25,7 +27,9 @@ def test_features_are_those_before_the_linear_layer(tmp_path):
         mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
         x = (images / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
         maps = resnet.layer3(resnet.layer2(resnet.layer1(F.relu(resnet.bn1(resnet.conv1(x))))))
-    assert sum(p.numel() for p in resnet.parameters()) == 853_018  # He et al. 1512.03385, table 6: 0.85M
+    assert (
+        sum(p.numel() for p in resnet.parameters()) == 853_018
+    )  # He et al. 1512.03385, table 6: 0.85M
     assert torch.allclose(found.features, maps.mean((2, 3)), atol=1e-4)
     assert torch.allclose(found.logits, resnet.linear(maps.mean((2, 3))), atol=1e-4)
     assert found.spatial.shape == (3, 448)

@@ -18,7 +18,9 @@ def test_shipped_classifier_names_97_percent_of_the_held_out_digits():
     assert (record["split"]["held_out"], record["split"]["seed"]) == (HELD_OUT, SPLIT_SEED)
     accuracy = held_out_accuracy(load_digits_classifier())
     assert accuracy >= 0.97
-    assert accuracy == pytest.approx(record["held_out_accuracy"], abs=1.5 / 360)  # another machine may round one over
+    assert accuracy == pytest.approx(
+        record["held_out_accuracy"], abs=1.5 / 360
+    )  # another machine may round one over
 
 
 def test_shipped_file_is_the_one_of_its_record():
@@ -33,11 +35,16 @@ def test_split_parts_every_digit_and_sees_the_data_modules_pictures():
 
     def rows(pictures, labels):
         return sorted(
-            [*picture, label] for picture, label in zip(pictures.flatten(1).tolist(), labels.tolist(), strict=True)
+            [*picture, label]
+            for picture, label in zip(pictures.flatten(1).tolist(), labels.tolist(), strict=True)
         )
 
-    assert rows(torch.cat([train, test]), torch.cat([train_labels, test_labels])) == rows(pictures, labels)
-    assert torch.bincount(test_labels).min() >= 34  # stratified: 174 to 183 of each digit, a fifth of them
+    assert rows(torch.cat([train, test]), torch.cat([train_labels, test_labels])) == rows(
+        pictures, labels
+    )
+    assert (
+        torch.bincount(test_labels).min() >= 34
+    )  # stratified: 174 to 183 of each digit, a fifth of them
 
 
 def test_classifier_gives_features_and_logits_and_takes_no_gradient():
@@ -51,7 +58,9 @@ def test_classifier_gives_features_and_logits_and_takes_no_gradient():
 def test_logits_do_not_depend_on_the_rest_of_the_batch():
     pictures, _ = DigitsDataModule().reference_pictures()
     classifier = load_digits_classifier()
-    torch.testing.assert_close(classifier(pictures[:7]).logits[3:], classifier(pictures[3:7]).logits)
+    torch.testing.assert_close(
+        classifier(pictures[:7]).logits[3:], classifier(pictures[3:7]).logits
+    )
 
 
 @pytest.mark.parametrize(
@@ -70,7 +79,14 @@ def test_other_pictures_are_refused_with_a_reason(pictures, message):
 
 @pytest.mark.slow
 def test_recipe_run_from_its_seed_makes_a_classifier_as_good(tmp_path):
-    command = [sys.executable, "-W", "error::RuntimeWarning", "-m", "tinyfusion_pl.metrics.classifier", tmp_path]
+    command = [
+        sys.executable,
+        "-W",
+        "error::RuntimeWarning",
+        "-m",
+        "tinyfusion_pl.metrics.classifier",
+        tmp_path,
+    ]
     subprocess.run(command, check=True)
     record, shipped = read_json(tmp_path / "record.json"), read_json(ASSETS / "record.json")
     assert record["held_out_accuracy"] >= 0.97

@@ -18,7 +18,11 @@ RNG = np.random.default_rng(0)
 
 
 def rows(num, dim, seed=0, shift=0.0):
-    return torch.from_numpy(np.random.default_rng(seed).normal(size=(num, dim)) @ np.random.default_rng(9).normal(size=(dim, dim)) + shift)
+    return torch.from_numpy(
+        np.random.default_rng(seed).normal(size=(num, dim))
+        @ np.random.default_rng(9).normal(size=(dim, dim))
+        + shift
+    )
 
 
 def statistics(x):
@@ -32,7 +36,9 @@ def by_square_root(a, b):
 
 def test_against_scipys_square_root():
     a, b = rows(50, 8), rows(70, 8, seed=1, shift=0.3)
-    assert frechet_distance(*statistics(a), *statistics(b)).item() == pytest.approx(by_square_root(a, b), rel=1e-10)
+    assert frechet_distance(*statistics(a), *statistics(b)).item() == pytest.approx(
+        by_square_root(a, b), rel=1e-10
+    )
 
 
 def test_against_the_analytic_distance_of_diagonal_covariances():
@@ -45,7 +51,9 @@ def test_against_the_analytic_distance_of_diagonal_covariances():
 def test_equal_statistics_have_distance_zero_and_the_order_does_not_matter():
     a, b = statistics(rows(30, 6)), statistics(rows(30, 6, seed=1))
     assert frechet_distance(*a, *a).item() == pytest.approx(0, abs=1e-9)
-    assert frechet_distance(*a, *b).item() == pytest.approx(frechet_distance(*b, *a).item(), rel=1e-10)
+    assert frechet_distance(*a, *b).item() == pytest.approx(
+        frechet_distance(*b, *a).item(), rel=1e-10
+    )
 
 
 @pytest.mark.parametrize("num", [2, 5, 20])
@@ -53,25 +61,35 @@ def test_singular_covariances_of_few_samples_give_the_distance_of_their_limit(nu
     a, b = statistics(rows(num, 20)), statistics(rows(num + 3, 20, seed=1))
     # A little noise makes both regular; the distance is continuous.
     noise = 1e-10 * torch.eye(20, dtype=torch.float64)
-    limit = ((a[0] - b[0]) ** 2).sum() + a[1].trace() + b[1].trace() - 2 * scipy.linalg.sqrtm(
-        np.asarray((a[1] + noise) @ (b[1] + noise))).real.trace()
+    limit = (
+        ((a[0] - b[0]) ** 2).sum()
+        + a[1].trace()
+        + b[1].trace()
+        - 2 * scipy.linalg.sqrtm(np.asarray((a[1] + noise) @ (b[1] + noise))).real.trace()
+    )
     assert frechet_distance(*a, *b).item() == pytest.approx(float(limit), rel=1e-4)
     assert frechet_distance(*a, *a).item() == pytest.approx(0, abs=1e-5 * a[1].trace().item())
 
 
-def test_a_singular_and_a_regular_covariance_give_one_distance_in_either_order_without_eigenvectors(monkeypatch):
+def test_a_singular_and_a_regular_covariance_give_one_distance_in_either_order_without_eigenvectors(
+    monkeypatch,
+):
     few, many = statistics(rows(4, 12)), statistics(rows(300, 12, seed=1))
     monkeypatch.setattr(torch.linalg, "eigh", None)
     both = [frechet_distance(*x, *y).item() for x, y in ((few, many), (many, few))]
     lower = np.linalg.cholesky(many[1].numpy())
     root = np.sqrt(np.linalg.svd(lower.T @ few[1].numpy() @ lower, compute_uv=False)).sum()
-    expected = float((few[0] - many[0]).square().sum() + few[1].trace() + many[1].trace()) - 2 * root
+    expected = (
+        float((few[0] - many[0]).square().sum() + few[1].trace() + many[1].trace()) - 2 * root
+    )
     assert both == pytest.approx([expected, expected], rel=1e-6)
 
 
 def test_a_covariance_of_zeros_leaves_the_other_ones_trace():
     mean, sigma = statistics(rows(30, 4))
-    assert frechet_distance(mean, torch.zeros(4, 4), mean, sigma).item() == pytest.approx(sigma.trace().item())
+    assert frechet_distance(mean, torch.zeros(4, 4), mean, sigma).item() == pytest.approx(
+        sigma.trace().item()
+    )
 
 
 @pytest.mark.parametrize(
@@ -80,7 +98,10 @@ def test_a_covariance_of_zeros_leaves_the_other_ones_trace():
         ((torch.zeros(3), torch.eye(3), torch.zeros(4), torch.eye(4)), r"mu_b \(4,\)"),
         ((torch.zeros(3), torch.eye(4), torch.zeros(3), torch.eye(3)), r"sigma_a \(4, 4\)"),
         ((torch.zeros(1, 3), torch.eye(3), torch.zeros(3), torch.eye(3)), r"mu_a \(1, 3\)"),
-        ((torch.zeros(3), torch.eye(3) * float("nan"), torch.zeros(3), torch.eye(3)), "sigma_a holds values that are not finite"),
+        (
+            (torch.zeros(3), torch.eye(3) * float("nan"), torch.zeros(3), torch.eye(3)),
+            "sigma_a holds values that are not finite",
+        ),
     ],
 )
 def test_statistics_that_do_not_fit_are_refused(given, said):
@@ -109,7 +130,9 @@ def test_certain_and_even_samples_score_the_number_of_classes():
 def naive(reference, samples, k):
     def inside(points, centres):
         radii = [np.sort(((c - centres) ** 2).sum(1))[k] for c in centres]
-        return np.mean([any(((p - c) ** 2).sum() <= r for c, r in zip(centres, radii)) for p in points])
+        return np.mean(
+            [any(((p - c) ** 2).sum() <= r for c, r in zip(centres, radii)) for p in points]
+        )
 
     reference, samples = np.asarray(reference), np.asarray(samples)
     return inside(samples, reference), inside(reference, samples)
@@ -126,8 +149,9 @@ def test_precision_and_recall_against_the_definition(k):
 @pytest.mark.parametrize("precision", ["float32", "float64", "adm_float16"])
 def test_blocks_of_rows_give_the_numbers_of_the_whole(precision):
     reference, samples = rows(1200, 4).float(), rows(1500, 4, seed=1, shift=0.5).float()
-    assert precision_recall(reference, samples, precision=precision, max_block_mib=1) == precision_recall(
-        reference, samples, precision=precision, max_block_mib=1024)
+    assert precision_recall(
+        reference, samples, precision=precision, max_block_mib=1
+    ) == precision_recall(reference, samples, precision=precision, max_block_mib=1024)
 
 
 class LargestTensor(TorchDispatchMode):
@@ -145,7 +169,10 @@ class LargestTensor(TorchDispatchMode):
 
 
 def test_no_tensor_of_distances_or_squares_is_larger_than_the_memory_given():
-    reference, samples = torch.randn(1500, 400), torch.randn(2500, 400)  # 2.3 and 3.8 MiB; all distances would take 14 and 24
+    reference, samples = (
+        torch.randn(1500, 400),
+        torch.randn(2500, 400),
+    )  # 2.3 and 3.8 MiB; all distances would take 14 and 24
     for max_block_mib in (1, 2):
         with LargestTensor() as largest:
             precision_recall(reference, samples, max_block_mib=max_block_mib)
@@ -160,7 +187,9 @@ def test_equal_sets_are_inside_each_other_and_distant_ones_outside():
 
 def test_half_precision_that_overflows_falls_back_on_float32():
     reference, samples = 1e3 * rows(40, 3).float(), 1e3 * rows(30, 3, seed=1).float()
-    assert precision_recall(reference, samples, precision="adm_float16") == precision_recall(reference, samples)
+    assert precision_recall(reference, samples, precision="adm_float16") == precision_recall(
+        reference, samples
+    )
 
 
 @pytest.mark.parametrize(
@@ -187,8 +216,13 @@ def test_kernel_distance_against_the_unbiased_formula():
         return (np.asarray(a) @ np.asarray(b).T / 4 + 1) ** 3
 
     n = 12
-    expected = sum((k := kernel(a, a)).sum() - np.trace(k) for a in (x, y)) / (n * (n - 1)) - 2 * kernel(x, y).mean()
-    ours = kernel_inception_distance(x, y, num_subsets=3, subset_size=12)  # every subset is the whole
+    expected = (
+        sum((k := kernel(a, a)).sum() - np.trace(k) for a in (x, y)) / (n * (n - 1))
+        - 2 * kernel(x, y).mean()
+    )
+    ours = kernel_inception_distance(
+        x, y, num_subsets=3, subset_size=12
+    )  # every subset is the whole
     assert ours.item() == pytest.approx(expected, rel=1e-9)
 
 
@@ -199,7 +233,9 @@ def test_kernel_distance_depends_on_its_seed_alone():
     torch.manual_seed(2)
     assert kernel_inception_distance(x, y, num_subsets=5, subset_size=10) == first
     assert kernel_inception_distance(x, y, num_subsets=5, subset_size=10, seed=1) != first
-    with pytest.raises(ValueError, match="Subsets of 31 need as many reference pictures; there are 30"):
+    with pytest.raises(
+        ValueError, match="Subsets of 31 need as many reference pictures; there are 30"
+    ):
         kernel_inception_distance(x, y, subset_size=31)
 
 
@@ -207,7 +243,12 @@ def test_gaussian_mmd_against_the_double_sum():
     x, y = rows(7, 3), rows(9, 3, seed=1)
 
     def mean(a, b):
-        return np.mean([[np.exp(-((p - q) ** 2).sum() / (2 * 2.0**2)) for q in np.asarray(b)] for p in np.asarray(a)])
+        return np.mean(
+            [
+                [np.exp(-((p - q) ** 2).sum() / (2 * 2.0**2)) for q in np.asarray(b)]
+                for p in np.asarray(a)
+            ]
+        )
 
     expected = 1000 * (mean(x, x) + mean(y, y) - 2 * mean(x, y))
     assert gaussian_mmd(x, y, sigma=2.0).item() == pytest.approx(expected, rel=1e-8)
@@ -218,8 +259,14 @@ def test_gaussian_mmd_against_the_double_sum():
 
 def test_arrays_are_taken_as_tensors_are():
     a, b = (torch.randn(30, 4, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
-    for function in (precision_recall, lambda x, y: kernel_inception_distance(x, y, num_subsets=3, subset_size=10), gaussian_mmd):
-        assert torch.equal(torch.as_tensor(function(a.numpy(), b.numpy())), torch.as_tensor(function(a, b)))
+    for function in (
+        precision_recall,
+        lambda x, y: kernel_inception_distance(x, y, num_subsets=3, subset_size=10),
+        gaussian_mmd,
+    ):
+        assert torch.equal(
+            torch.as_tensor(function(a.numpy(), b.numpy())), torch.as_tensor(function(a, b))
+        )
     assert inception_score(a.numpy()) == inception_score(a)
 
 

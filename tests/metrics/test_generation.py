@@ -58,9 +58,15 @@ REAL, MADE = pictures(40, seed=1), pictures(30, seed=2, low=60)
 
 def every_metric():
     """All of them, in blocks of 7 samples, so that it matters which sample is which."""
-    return {"fid": FrechetDistance(5), "sfid": FrechetDistance(2, of="spatial"), "inception_score": InceptionScore(3, block_size=7),
-            "precision_recall": PrecisionRecall(5, k=2), "accuracy": LabelAccuracy(3),
-            "kid": KernelInceptionDistance(5, num_subsets=4, subset_size=10), "mmd": GaussianMMD(3, of="logits")}
+    return {
+        "fid": FrechetDistance(5),
+        "sfid": FrechetDistance(2, of="spatial"),
+        "inception_score": InceptionScore(3, block_size=7),
+        "precision_recall": PrecisionRecall(5, k=2),
+        "accuracy": LabelAccuracy(3),
+        "kid": KernelInceptionDistance(5, num_subsets=4, subset_size=10),
+        "mmd": GaussianMMD(3, of="logits"),
+    }
 
 
 @pytest.fixture
@@ -150,7 +156,9 @@ def test_reset_of_the_reference_asks_for_a_new_one(metrics):
     metrics.update(MADE)
     metrics.reset(reference=True)
     metrics.update(MADE)
-    with pytest.raises(ValueError, match="needs 2 or more reference pictures and has 0: call update"):
+    with pytest.raises(
+        ValueError, match="needs 2 or more reference pictures and has 0: call update"
+    ):
         metrics.compute()
 
 
@@ -191,20 +199,28 @@ def test_blocks_of_the_score_are_of_the_samples_numbers():
     logits = Toy().requires_grad_(False)(MADE).logits
     for part in torch.randperm(30).split(7):
         score.update(logits[part], indices=part)
-    assert score.compute().item() == pytest.approx(np.mean([inception_score(logits[i : i + 10]) for i in (0, 10, 20)]), rel=1e-9)
+    assert score.compute().item() == pytest.approx(
+        np.mean([inception_score(logits[i : i + 10]) for i in (0, 10, 20)]), rel=1e-9
+    )
 
 
 def test_a_sample_that_is_measured_twice_is_refused_by_its_number(metrics):
     metrics.update(MADE[:20], indices=torch.arange(20))
-    metrics.update(MADE[20:], indices=torch.arange(17, 27))  # as a sampler that pads its last batch would
-    with pytest.raises(ValueError, match=r"3 samples were measured more than once \(numbers \[17, 18, 19\]\)"):
+    metrics.update(
+        MADE[20:], indices=torch.arange(17, 27)
+    )  # as a sampler that pads its last batch would
+    with pytest.raises(
+        ValueError, match=r"3 samples were measured more than once \(numbers \[17, 18, 19\]\)"
+    ):
         metrics.compute()
 
 
 def test_features_that_are_not_finite_are_counted_refused_and_not_added(metrics):
     features = metrics.features(MADE)
     features.features[[2, 5]] = float("nan")
-    with pytest.raises(ValueError, match=r"2 of 30 pictures have features that are not finite \(places \[2, 5\]"):
+    with pytest.raises(
+        ValueError, match=r"2 of 30 pictures have features that are not finite \(places \[2, 5\]"
+    ):
         metrics.update_features(features, labels(30))
     metrics.reset()
     metrics.update(MADE, labels(30))
@@ -217,8 +233,11 @@ def reference_files(folder):
     metrics.update_reference(REAL)
     given = {"statistics": metrics.statistics(), "num_pictures": 40}
     features = Toy().requires_grad_(False)(REAL).features
-    kinds = {"pictures": {"pictures": REAL}, "own": {**given, "features": features, "network": metrics.fingerprint()},
-             "both": {**given, "pictures": REAL}}
+    kinds = {
+        "pictures": {"pictures": REAL},
+        "own": {**given, "features": features, "network": metrics.fingerprint()},
+        "both": {**given, "pictures": REAL},
+    }
     for name, content in kinds.items():
         Reference(path=folder / f"{name}.npz", **content).write()
     mean, covariance = given["statistics"]["features"]
@@ -243,7 +262,9 @@ def test_statistics_alone_are_enough_for_distances_and_for_nothing_else(tmp_path
     metrics.set_reference(reference)
     metrics.update(MADE)
     assert metrics.compute() == pytest.approx({"fid": expected(MADE, labels(30))["fid"]}, rel=1e-9)
-    with pytest.raises(ValueError, match="statistics of features: not enough for '.*', which needs pictures"):
+    with pytest.raises(
+        ValueError, match="statistics of features: not enough for '.*', which needs pictures"
+    ):
         GenerationMetrics(Toy()).set_reference(reference)
 
 
@@ -254,17 +275,26 @@ def test_a_reference_of_other_weights_is_refused(tmp_path):
 
 
 def test_settings_hold_what_decides_a_number_and_memory_only_where_it_does():
-    assert GenerationMetrics(Toy(), metrics={"pr": PrecisionRecall(5, max_block_mib=7)}).settings()["pr"] == {
-        "metric": "PrecisionRecall", "of": "features", "k": 3, "precision": "float32"}
-    half = GenerationMetrics(Toy(), metrics={"pr": PrecisionRecall(5, max_block_mib=7, precision="adm_float16")})
+    assert GenerationMetrics(Toy(), metrics={"pr": PrecisionRecall(5, max_block_mib=7)}).settings()[
+        "pr"
+    ] == {"metric": "PrecisionRecall", "of": "features", "k": 3, "precision": "float32"}
+    half = GenerationMetrics(
+        Toy(), metrics={"pr": PrecisionRecall(5, max_block_mib=7, precision="adm_float16")}
+    )
     assert half.settings()["pr"]["max_block_mib"] == 7
     protocol = half.protocol(num_samples=3)
-    assert protocol == {"num_samples": 3, "feature_network": half.fingerprint(), "metrics": half.settings()}
+    assert protocol == {
+        "num_samples": 3,
+        "feature_network": half.fingerprint(),
+        "metrics": half.settings(),
+    }
 
 
 def test_a_metric_of_another_width_is_refused_at_once():
-    for metric, said in ((FrechetDistance(6), "looks at 6 features, but the feature network has 5"),
-                         (FrechetDistance(4, of="spatial"), "looks at 4 spatial, but the feature network has 2")):
+    for metric, said in (
+        (FrechetDistance(6), "looks at 6 features, but the feature network has 5"),
+        (FrechetDistance(4, of="spatial"), "looks at 4 spatial, but the feature network has 2"),
+    ):
         with pytest.raises(ValueError, match=said):
             GenerationMetrics(Toy(), metrics={"x": metric})
     with pytest.raises(ValueError, match="metrics.x is a int"):
@@ -330,9 +360,13 @@ def test_wrong_pictures_are_refused_and_nothing_counted(metrics):
 
 
 def test_wrong_labels_are_refused_and_nothing_counted(metrics):
-    with pytest.raises(ValueError, match=r"30 pictures need labels of shape \(30,\); these are \(29,\)"):
+    with pytest.raises(
+        ValueError, match=r"30 pictures need labels of shape \(30,\); these are \(29,\)"
+    ):
         metrics.update(MADE, labels(29))
-    with pytest.raises(ValueError, match="go from 0 to 29, but the feature network names classes 0 to 2"):
+    with pytest.raises(
+        ValueError, match="go from 0 to 29, but the feature network names classes 0 to 2"
+    ):
         metrics.update(MADE, torch.arange(30))
     metrics.update(MADE[:20], labels(20))
     metrics.update(MADE[20:])
@@ -343,8 +377,13 @@ def test_wrong_labels_are_refused_and_nothing_counted(metrics):
 def one_of_several(rank, folder, sizes):
     """Each process sees its share, in batches of its own number; all must get what one process gets of everything."""
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=len(sizes),
-                                         timeout=timedelta(seconds=60))
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/meet",
+        rank=rank,
+        world_size=len(sizes),
+        timeout=timedelta(seconds=60),
+    )
     metrics = GenerationMetrics(Toy(), metrics=every_metric())
     metrics.update_reference(REAL[rank :: len(sizes)])
     mine = torch.arange(30)[sum(sizes[:rank]) : sum(sizes[: rank + 1])]
@@ -371,7 +410,9 @@ def test_processes_give_the_numbers_of_one(tmp_path, sizes):
     whole = GenerationMetrics(Toy(), metrics=every_metric())
     whole.update_reference(REAL)
     whole.update(MADE, labels(30))
-    torch.multiprocessing.start_processes(one_of_several, (tmp_path, sizes), nprocs=len(sizes), start_method="fork")
+    torch.multiprocessing.start_processes(
+        one_of_several, (tmp_path, sizes), nprocs=len(sizes), start_method="fork"
+    )
     for rank in range(len(sizes)):
         results = torch.load(tmp_path / f"{rank}.pt")
         assert "generated pictures and has 0" in results.pop("empty")

@@ -10,7 +10,12 @@ import torch
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
 from tinyfusion_pl.artifacts import ArtifactError
-from tinyfusion_pl.metrics import FrechetDistance, GenerationMetrics, InceptionFeatures, InceptionScore
+from tinyfusion_pl.metrics import (
+    FrechetDistance,
+    GenerationMetrics,
+    InceptionFeatures,
+    InceptionScore,
+)
 
 
 @pytest.fixture
@@ -28,7 +33,11 @@ def empty_hub(tmp_path, monkeypatch):
 def test_weights_file_gives_features_and_logits_of_colour_pictures(weights_path):
     network = InceptionFeatures(weights_path)
     features, logits, spatial = network(torch.randint(0, 256, (2, 3, 32, 48), dtype=torch.uint8))
-    assert features.shape == (2, network.num_features) and logits.shape == (2, 1008) and spatial.shape == (2, 2023)
+    assert (
+        features.shape == (2, network.num_features)
+        and logits.shape == (2, 1008)
+        and spatial.shape == (2, 2023)
+    )
     torch.testing.assert_close(logits, features @ network.network.fc.weight.T)  # without bias
     with pytest.raises(ValueError, match="sees colour pictures .* these are grey ones"):
         network(torch.zeros(2, 1, 32, 32, dtype=torch.uint8))
@@ -45,7 +54,8 @@ def test_offline_error_names_url_place_and_option(empty_hub):
     with pytest.raises(ArtifactError) as error:
         InceptionFeatures()
     assert all(
-        part in str(error.value) for part in (URL_INCEPTION_V3, str(empty_hub), "weights_path", "no route to host")
+        part in str(error.value)
+        for part in (URL_INCEPTION_V3, str(empty_hub), "weights_path", "no route to host")
     )
 
 
@@ -53,7 +63,10 @@ def test_random_weights_are_the_same_each_time_and_say_so():
     pictures = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     with pytest.warns(UserWarning, match="InceptionV3 is randomly initialised.*means nothing"):
         one, two = InceptionFeatures("random"), InceptionFeatures("random")
-    assert torch.equal(one(pictures).features, two(pictures).features) and one(pictures).features.std() > 0
+    assert (
+        torch.equal(one(pictures).features, two(pictures).features)
+        and one(pictures).features.std() > 0
+    )
 
 
 class Code:
@@ -65,7 +78,9 @@ def test_pickle_with_code_in_it_is_refused_and_not_run(tmp_path):
     code = Code()
     code.path = str(tmp_path / "ran")
     torch.save({"fc.weight": code}, tmp_path / "x.pth")
-    with pytest.raises(ArtifactError, match="x.pth does not hold torch-fidelity's InceptionV3 weights"):
+    with pytest.raises(
+        ArtifactError, match="x.pth does not hold torch-fidelity's InceptionV3 weights"
+    ):
         InceptionFeatures(tmp_path / "x.pth")
     assert not (tmp_path / "ran").exists()
 
@@ -78,11 +93,16 @@ def test_missing_truncated_and_foreign_files_are_named(tmp_path, weights_path):
     torch.save({"blocks.0.weight": torch.zeros(3)}, tmp_path / "other")
     torch.save([1, 2], tmp_path / "list")
     for name in ("cut", "page", "other", "list"):
-        with pytest.raises(ArtifactError, match=f"{name} does not hold torch-fidelity's InceptionV3 weights .*again"):
+        with pytest.raises(
+            ArtifactError,
+            match=f"{name} does not hold torch-fidelity's InceptionV3 weights .*again",
+        ):
             InceptionFeatures(tmp_path / name)
 
 
-def test_spatial_features_are_seven_channels_of_the_first_branch_of_mixed_6d_in_height_width_channel_order(weights_path):
+def test_spatial_features_are_seven_channels_of_the_first_branch_of_mixed_6d_in_height_width_channel_order(
+    weights_path,
+):
     network, inner = InceptionFeatures(weights_path), {}
     branch = network.network.Mixed_6d.branch1x1
     branch.conv.register_forward_hook(lambda module, args, output: inner.update(conv=output))
@@ -95,7 +115,9 @@ def test_spatial_features_are_seven_channels_of_the_first_branch_of_mixed_6d_in_
 
 def test_pictures_are_resized_as_tensorflow_1_did(weights_path):
     network, inner = InceptionFeatures(weights_path), {}
-    network.network.Conv2d_1a_3x3.register_forward_pre_hook(lambda module, args: inner.update(x=args[0]))
+    network.network.Conv2d_1a_3x3.register_forward_pre_hook(
+        lambda module, args: inner.update(x=args[0])
+    )
     picture = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
     network(picture)
     # Bilinear, no half-pixel shift, no antialias: output i looks at i * 64 / 299.
@@ -104,11 +126,17 @@ def test_pictures_are_resized_as_tensorflow_1_did(weights_path):
         y0, x0 = int(y), int(x)
         y1, x1 = min(y0 + 1, 63), min(x0 + 1, 63)
         p, v, u = picture[0].double(), y - y0, x - x0
-        mixed = (1 - v) * ((1 - u) * p[:, y0, x0] + u * p[:, y0, x1]) + v * ((1 - u) * p[:, y1, x0] + u * p[:, y1, x1])
-        torch.testing.assert_close(inner["x"][0, :, i, j].double(), (mixed - 128) / 128, atol=1e-5, rtol=0)
+        mixed = (1 - v) * ((1 - u) * p[:, y0, x0] + u * p[:, y0, x1]) + v * (
+            (1 - u) * p[:, y1, x0] + u * p[:, y1, x1]
+        )
+        torch.testing.assert_close(
+            inner["x"][0, :, i, j].double(), (mixed - 128) / 128, atol=1e-5, rtol=0
+        )
 
 
-def test_labels_give_no_accuracy_since_inceptions_classes_are_in_an_order_of_their_own(weights_path):
+def test_labels_give_no_accuracy_since_inceptions_classes_are_in_an_order_of_their_own(
+    weights_path,
+):
     metrics = GenerationMetrics(InceptionFeatures(weights_path))
     assert metrics.names == ["fid", "sfid", "inception_score", "precision_recall"]
 

@@ -17,7 +17,9 @@ def new_model(depth=2):
 @pytest.fixture
 def states():
     """Two different state dicts of one model: averaged and raw."""
-    return tuple({k: torch.randn_like(v) for k, v in new_model().state_dict().items()} for _ in range(2))
+    return tuple(
+        {k: torch.randn_like(v) for k, v in new_model().state_dict().items()} for _ in range(2)
+    )
 
 
 def assert_same(found, expected):
@@ -42,7 +44,10 @@ def test_a_bare_state_dict_is_read(tmp_path, states, zipped):
 
 def test_a_published_training_checkpoint_gives_averaged_or_raw_weights(tmp_path, states):
     args = argparse.Namespace(model="DiT-XL/2", lr=1e-4)
-    torch.save({"model": states[1], "ema": states[0], "opt": {"state": {}}, "args": args}, tmp_path / "0400000.pt")
+    torch.save(
+        {"model": states[1], "ema": states[0], "opt": {"state": {}}, "args": args},
+        tmp_path / "0400000.pt",
+    )
     assert_same(load_checkpoint(tmp_path / "0400000.pt"), states[0])
     assert_same(load_checkpoint(tmp_path / "0400000.pt", weights="raw"), states[1])
 
@@ -79,10 +84,16 @@ def test_a_lightning_checkpoint_gives_the_part_under_a_prefix(tmp_path):
 
 def test_weight_averaging_keeps_both_and_the_choice_is_obeyed(tmp_path, states):
     averaged, raw = ({f"denoiser.{k}": v for k, v in state.items()} for state in states)
-    torch.save({"state_dict": averaged, "current_model_state": raw, "epoch": 1}, tmp_path / "last.ckpt")
+    torch.save(
+        {"state_dict": averaged, "current_model_state": raw, "epoch": 1}, tmp_path / "last.ckpt"
+    )
     assert_same(load_checkpoint(tmp_path / "last.ckpt", prefix="denoiser."), states[0])
-    assert_same(load_checkpoint(tmp_path / "last.ckpt", weights="raw", prefix="denoiser."), states[1])
-    assert_same(load_checkpoint(tmp_path / "last.ckpt"), states[0])  # this project's own prefix is known
+    assert_same(
+        load_checkpoint(tmp_path / "last.ckpt", weights="raw", prefix="denoiser."), states[1]
+    )
+    assert_same(
+        load_checkpoint(tmp_path / "last.ckpt"), states[0]
+    )  # this project's own prefix is known
 
 
 @pytest.mark.parametrize("weights", ["EMA", "model", ""])
@@ -105,7 +116,9 @@ class Code:
 def test_a_checkpoint_with_code_is_refused_by_name_and_never_runs(tmp_path, states, zipped):
     torch.save({"ema": states[0], "extra": Code(tmp_path / "ran")}, tmp_path / "evil.pt",
                _use_new_zipfile_serialization=zipped)  # fmt: skip
-    with pytest.raises(ArtifactError, match=r"evil\.pt is refused: it holds a pickled \w+\.mkdir.*safetensors"):
+    with pytest.raises(
+        ArtifactError, match=r"evil\.pt is refused: it holds a pickled \w+\.mkdir.*safetensors"
+    ):
         load_checkpoint(tmp_path / "evil.pt")
     assert not (tmp_path / "ran").exists()
 
@@ -137,10 +150,14 @@ def test_a_truncated_file_is_named_and_not_called_code(tmp_path, states, form, k
     assert str(path) in text(error) and "refused" not in text(error)
 
 
-@pytest.mark.parametrize("content", [b"<html>404</html>", b"version https://git-lfs.github.com/spec/v1", bytes(1000)])
+@pytest.mark.parametrize(
+    "content", [b"<html>404</html>", b"version https://git-lfs.github.com/spec/v1", bytes(1000)]
+)
 def test_a_file_of_another_kind_is_not_called_code(tmp_path, content):
     (tmp_path / "page.pt").write_bytes(content)
-    with pytest.raises(ArtifactError, match=r"page\.pt cannot be read: it is truncated or no torch checkpoint"):
+    with pytest.raises(
+        ArtifactError, match=r"page\.pt cannot be read: it is truncated or no torch checkpoint"
+    ):
         load_checkpoint(tmp_path / "page.pt")
 
 
@@ -161,7 +178,11 @@ def test_weights_arrive_in_the_model(tmp_path, states, as_file):
 
 def test_a_prefix_holds_for_a_given_state_dict_too(states):
     model = new_model()
-    load_weights(model, {**{f"net.{k}": v for k, v in states[0].items()}, "other.weight": torch.ones(1)}, prefix="net.")
+    load_weights(
+        model,
+        {**{f"net.{k}": v for k, v in states[0].items()}, "other.weight": torch.ones(1)},
+        prefix="net.",
+    )
     assert_same(model.state_dict(), states[0])
 
 

@@ -12,8 +12,15 @@ from tinyfusion_pl.artifacts import ArtifactError
 from tinyfusion_pl.models import load_denoiser, load_pretrained, load_shallow, save_shallow
 from tinyfusion_pl.pruning import remove_blocks
 
-SIZES = {"num_attention_heads": 4, "attention_head_dim": 8, "in_channels": 4, "out_channels": 8, "num_layers": 3, "sample_size": 8,
-         "num_embeds_ada_norm": 10}
+SIZES = {
+    "num_attention_heads": 4,
+    "attention_head_dim": 8,
+    "in_channels": 4,
+    "out_channels": 8,
+    "num_layers": 3,
+    "sample_size": 8,
+    "num_embeds_ada_norm": 10,
+}
 
 
 def their_model(**overrides):
@@ -36,11 +43,16 @@ def outputs(ours, theirs):
 def rewrite(folder, **changes):
     config = json.loads((folder / "config.json").read_text())
     config.update(changes)
-    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    (folder / "config.json").write_text(
+        json.dumps({k: v for k, v in config.items() if v is not None})
+    )
 
 
-@pytest.mark.parametrize("save", [{"safe_serialization": True}, {"safe_serialization": False}, {"max_shard_size": "40KB"}],
-                         ids=["safetensors", "bin", "several files"])
+@pytest.mark.parametrize(
+    "save",
+    [{"safe_serialization": True}, {"safe_serialization": False}, {"max_shard_size": "40KB"}],
+    ids=["safetensors", "bin", "several files"],
+)
 @pytest.mark.parametrize("pipeline", [True, False], ids=["pipeline", "model"])
 def test_a_folder_of_diffusers_loads_with_equal_outputs(tmp_path, save, pipeline):
     theirs = their_model()
@@ -51,8 +63,17 @@ def test_a_folder_of_diffusers_loads_with_equal_outputs(tmp_path, save, pipeline
     assert relative(found, expected) < 1e-6
 
 
-@pytest.mark.parametrize("overrides", [{"norm_eps": 1e-6}, {"norm_eps": 1e-3}, {"out_channels": 4}, {"out_channels": None},
-                                       {"patch_size": 4}, {"num_layers": 1}])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"norm_eps": 1e-6},
+        {"norm_eps": 1e-3},
+        {"out_channels": 4},
+        {"out_channels": None},
+        {"patch_size": 4},
+        {"num_layers": 1},
+    ],
+)
 def test_sizes_and_epsilon_are_those_of_the_config(tmp_path, overrides):
     theirs = their_model(**overrides)
     theirs.save_pretrained(tmp_path)
@@ -62,11 +83,19 @@ def test_sizes_and_epsilon_are_those_of_the_config(tmp_path, overrides):
 def test_a_config_of_old_diffusers_states_less_and_loads_alike(tmp_path):
     theirs = their_model()
     theirs.save_pretrained(tmp_path)
-    rewrite(tmp_path, _class_name="Transformer2DModel", norm_eps=None, num_vector_embeds=None, cross_attention_dim=None)
+    rewrite(
+        tmp_path,
+        _class_name="Transformer2DModel",
+        norm_eps=None,
+        num_vector_embeds=None,
+        cross_attention_dim=None,
+    )
     assert relative(*outputs(load_pretrained(tmp_path), theirs)) < 1e-6
 
 
-def test_without_the_shift_the_outputs_are_far_off_and_with_shift_0_there_too_they_are_equal(tmp_path):
+def test_without_the_shift_the_outputs_are_far_off_and_with_shift_0_there_too_they_are_equal(
+    tmp_path,
+):
     theirs = their_model()
     theirs.save_pretrained(tmp_path)
     published = load_pretrained(tmp_path, frequency_shift=0)
@@ -100,22 +129,32 @@ def test_blocks_whose_embedders_differ_are_refused(tmp_path):
     with torch.no_grad():
         theirs.transformer_blocks[2].norm1.emb.class_embedder.embedding_table.weight[0, 0] += 1e-3
     theirs.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="embedders of blocks 0 and 2 differ .class_embedder.*fine-tuning in diffusers"):
+    with pytest.raises(
+        ValueError,
+        match="embedders of blocks 0 and 2 differ .class_embedder.*fine-tuning in diffusers",
+    ):
         load_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize(("changes", "error", "said"), [
-    ({"_class_name": "UNet2DModel"}, ArtifactError, "'UNet2DModel'.*'DiTTransformer2DModel'"),
-    ({"_class_name": None}, ArtifactError, "is of a None"),
-    ({"num_layers": None}, ArtifactError, "does not say num_layers"),
-    ({"num_layers": 4}, ArtifactError, r"lacks transformer_blocks\.3.*4 blocks"),
-    ({"num_layers": 2}, ArtifactError, r"holds what DiT has not: transformer_blocks\.2.*2 blocks"),
-    ({"norm_type": "ada_norm"}, ValueError, "norm_type='ada_norm'"),
-    ({"activation_fn": "geglu"}, ValueError, "activation_fn='geglu'"),
-    ({"dropout": 0.1}, ValueError, "dropout=0.1"),
-    ({"out_channels": 5}, ValueError, "out_channels=5"),
-    ({"attention_head_dim": 16}, ValueError, r"of another shape: .* instead of"),
-])
+@pytest.mark.parametrize(
+    ("changes", "error", "said"),
+    [
+        ({"_class_name": "UNet2DModel"}, ArtifactError, "'UNet2DModel'.*'DiTTransformer2DModel'"),
+        ({"_class_name": None}, ArtifactError, "is of a None"),
+        ({"num_layers": None}, ArtifactError, "does not say num_layers"),
+        ({"num_layers": 4}, ArtifactError, r"lacks transformer_blocks\.3.*4 blocks"),
+        (
+            {"num_layers": 2},
+            ArtifactError,
+            r"holds what DiT has not: transformer_blocks\.2.*2 blocks",
+        ),
+        ({"norm_type": "ada_norm"}, ValueError, "norm_type='ada_norm'"),
+        ({"activation_fn": "geglu"}, ValueError, "activation_fn='geglu'"),
+        ({"dropout": 0.1}, ValueError, "dropout=0.1"),
+        ({"out_channels": 5}, ValueError, "out_channels=5"),
+        ({"attention_head_dim": 16}, ValueError, r"of another shape: .* instead of"),
+    ],
+)
 def test_a_config_that_does_not_fit_is_one_sentence(tmp_path, changes, error, said):
     their_model().save_pretrained(tmp_path)
     rewrite(tmp_path, **changes)
@@ -127,10 +166,15 @@ def test_missing_and_truncated_weights_are_named(tmp_path):
     their_model().save_pretrained(tmp_path)
     file = tmp_path / "diffusion_pytorch_model.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
-    with pytest.raises(ArtifactError, match="diffusion_pytorch_model.safetensors is not a whole safetensors file"):
+    with pytest.raises(
+        ArtifactError, match="diffusion_pytorch_model.safetensors is not a whole safetensors file"
+    ):
         load_pretrained(tmp_path)
     file.unlink()
-    with pytest.raises(ArtifactError, match="has no weights: diffusion_pytorch_model.safetensors or diffusion_pytorch_model.bin"):
+    with pytest.raises(
+        ArtifactError,
+        match="has no weights: diffusion_pytorch_model.safetensors or diffusion_pytorch_model.bin",
+    ):
         load_pretrained(tmp_path)
 
 
@@ -139,11 +183,15 @@ def test_a_file_of_diffusers_without_its_config_is_told_from_a_dit(tmp_path):
     file = tmp_path / "diffusion_pytorch_model.safetensors"
     with pytest.raises(ValueError, match="diffusers' DiT"):
         load_pretrained(file)
-    with pytest.raises(ValueError, match="another family .diffusers' DiT. than dit_xl_2's .DiT or SiT."):
+    with pytest.raises(
+        ValueError, match="another family .diffusers' DiT. than dit_xl_2's .DiT or SiT."
+    ):
         load_pretrained(file, name="dit_xl_2", hidden_size=32, num_heads=4, depth=1)
 
 
-@pytest.mark.parametrize("setting", [{"frequency_shift": 2}, {"frequency_shift": 0.5}, {"norm2_eps": 0}])
+@pytest.mark.parametrize(
+    "setting", [{"frequency_shift": 2}, {"frequency_shift": 0.5}, {"norm2_eps": 0}]
+)
 def test_options_out_of_range_are_refused(setting):
     with pytest.raises(ValueError, match=next(iter(setting))):
         small_dit(**setting)

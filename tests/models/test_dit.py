@@ -7,7 +7,14 @@ import torch
 from goldens_util import assert_near, golden_files, load, new_dit, part
 from tinyfusion_pl.models import DiT, create_model
 
-SMALL = {"input_size": 8, "in_channels": 2, "hidden_size": 16, "depth": 3, "num_heads": 2, "num_classes": 5}
+SMALL = {
+    "input_size": 8,
+    "in_channels": 2,
+    "hidden_size": 16,
+    "depth": 3,
+    "num_heads": 2,
+    "num_classes": 5,
+}
 
 
 def trained_like(**overrides):
@@ -97,10 +104,14 @@ def test_bf16_autocast_gives_the_same_to_its_precision_and_trains_every_weight()
     expected = model(x, t, y)
     with torch.autocast("cpu", torch.bfloat16):
         output = model(x, t, y)
-    assert output.dtype == x.dtype and not torch.equal(output, expected)  # what goes in comes out, whatever is between
+    assert output.dtype == x.dtype and not torch.equal(
+        output, expected
+    )  # what goes in comes out, whatever is between
     assert_near(output.float(), expected, 0.05)
     output.float().square().sum().backward()
-    assert all(p.grad.isfinite().all() for name, p in model.named_parameters() if name != "pos_embed")
+    assert all(
+        p.grad.isfinite().all() for name, p in model.named_parameters() if name != "pos_embed"
+    )
 
 
 @pytest.mark.parametrize(

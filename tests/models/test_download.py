@@ -33,7 +33,11 @@ class Server:
                 found = outer.files[self.path]
                 body, headers = found if isinstance(found, tuple) else (found, {})
                 self.send_response(200)
-                for key, value in {"Content-Type": "application/octet-stream", "Content-Length": len(body), **headers}.items():
+                for key, value in {
+                    "Content-Type": "application/octet-stream",
+                    "Content-Length": len(body),
+                    **headers,
+                }.items():
                     if value is not None:
                         self.send_header(key, value)
                 self.end_headers()
@@ -79,7 +83,9 @@ def left_in(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-@pytest.mark.parametrize("known", [{}, {"size": len(BODY)}, {"sha256": SHA256}, {"size": len(BODY), "sha256": SHA256}])
+@pytest.mark.parametrize(
+    "known", [{}, {"size": len(BODY)}, {"sha256": SHA256}, {"size": len(BODY), "sha256": SHA256}]
+)
 def test_a_whole_file_arrives_under_its_name_and_nothing_beside_it(server, cache, known):
     server.files["/a.pt"] = BODY
     assert fetch(f"{server.url}/a.pt", cache / "a.pt", **known) == cache / "a.pt"
@@ -96,7 +102,9 @@ def test_a_file_that_is_there_is_not_asked_for(server, cache):
 @pytest.mark.parametrize("sent", [0, 1, 1 << 20, len(BODY) - 1])
 def test_a_cut_connection_leaves_nothing_and_is_told_with_both_lengths(server, cache, sent):
     server.files["/a.pt"] = BODY[:sent], {"Content-Length": len(BODY)}
-    with pytest.raises(ArtifactError, match=rf"a\.pt did not come whole .*{sent} of {len(BODY)} bytes.*Run again") as error:
+    with pytest.raises(
+        ArtifactError, match=rf"a\.pt did not come whole .*{sent} of {len(BODY)} bytes.*Run again"
+    ) as error:
         fetch(f"{server.url}/a.pt", cache / "a.pt")
     assert str(cache / "a.pt") in str(error.value) and left_in(cache) == []
     server.files["/a.pt"] = BODY
@@ -112,7 +120,9 @@ def test_without_a_stated_length_the_known_size_is_held_against_what_came(server
 
 def test_a_whole_file_of_another_size_or_checksum_is_not_kept(server, cache):
     server.files["/a.pt"] = BODY[::-1]
-    with pytest.raises(ArtifactError, match=rf"is not a\.pt: its checksum is .* file {SHA256[:12]}"):
+    with pytest.raises(
+        ArtifactError, match=rf"is not a\.pt: its checksum is .* file {SHA256[:12]}"
+    ):
         fetch(f"{server.url}/a.pt", cache / "a.pt", sha256=SHA256)
     with pytest.raises(ArtifactError, match=f"{len(BODY)} of 7 bytes"):
         fetch(f"{server.url}/a.pt", cache / "a.pt", size=7)
@@ -122,7 +132,10 @@ def test_a_whole_file_of_another_size_or_checksum_is_not_kept(server, cache):
 def test_404_names_the_url_and_the_place(server, cache):
     with pytest.raises(NotOnServer) as error:
         fetch(f"{server.url}/none.pt", cache / "none.pt")
-    assert all(words in str(error.value) for words in ("404", f"{server.url}/none.pt", str(cache / "none.pt")))
+    assert all(
+        words in str(error.value)
+        for words in ("404", f"{server.url}/none.pt", str(cache / "none.pt"))
+    )
     assert left_in(cache) == []
 
 
@@ -146,9 +159,12 @@ def test_an_interrupted_download_leaves_nothing(server, cache, monkeypatch):
 
     class Bar:
         def __init__(self, **_): ...
-        def __enter__(self): return self
+        def __enter__(self):
+            return self
+
         def __exit__(self, *_): ...
-        def update(self, _): raise KeyboardInterrupt
+        def update(self, _):
+            raise KeyboardInterrupt
 
     monkeypatch.setattr("tinyfusion_pl.models.download.tqdm", Bar)
     with pytest.raises(KeyboardInterrupt):
@@ -168,10 +184,15 @@ def test_the_bar_is_told_the_whole_and_every_byte(server, cache, monkeypatch):
     told = []
 
     class Bar:
-        def __init__(self, *, total, desc, **_): told.append((total, desc))
-        def __enter__(self): return self
+        def __init__(self, *, total, desc, **_):
+            told.append((total, desc))
+
+        def __enter__(self):
+            return self
+
         def __exit__(self, *_): ...
-        def update(self, num): told.append(num)
+        def update(self, num):
+            told.append(num)
 
     monkeypatch.setattr("tinyfusion_pl.models.download.tqdm", Bar)
     server.files["/a.pt"] = BODY
@@ -184,7 +205,10 @@ def test_the_bar_is_told_the_whole_and_every_byte(server, cache, monkeypatch):
 def tiny(server, monkeypatch, tmp_path):
     """A published name whose file is a digits DiT of 3 blocks on the server."""
     model = create_model("dit_digits", depth=3)
-    torch.save({"ema": model.state_dict(), "model": create_model("dit_digits", depth=3).state_dict()}, tmp_path / "file")
+    torch.save(
+        {"ema": model.state_dict(), "model": create_model("dit_digits", depth=3).state_dict()},
+        tmp_path / "file",
+    )
     server.files["/Tiny.pt"] = (tmp_path / "file").read_bytes()
     record = Published(model="dit_digits", url=f"{server.url}/Tiny.pt", kwargs={"depth": 3})
     monkeypatch.setitem(PUBLISHED, "Tiny.pt", record)
@@ -192,7 +216,10 @@ def tiny(server, monkeypatch, tmp_path):
 
 
 def same_weights(model, other):
-    return all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
+    return all(
+        torch.equal(a, b)
+        for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True)
+    )
 
 
 def test_a_published_name_is_downloaded_once_then_read_from_the_cache(server, tiny, cache):
@@ -200,8 +227,12 @@ def test_a_published_name_is_downloaded_once_then_read_from_the_cache(server, ti
         model = load_pretrained("Tiny.pt")
         assert same_weights(model, tiny) and len(model.blocks) == 3 and not model.training
     assert server.asked == ["/Tiny.pt"] and left_in(cache) == ["Tiny.pt"]
-    assert model.source == {"path": "Tiny.pt", "weights": "ema", "url": f"{server.url}/Tiny.pt",
-                            "sha256": hashlib.sha256(server.files["/Tiny.pt"]).hexdigest()}
+    assert model.source == {
+        "path": "Tiny.pt",
+        "weights": "ema",
+        "url": f"{server.url}/Tiny.pt",
+        "sha256": hashlib.sha256(server.files["/Tiny.pt"]).hexdigest(),
+    }
 
 
 def test_configurations_take_published_names_too(server, tiny):
@@ -209,16 +240,24 @@ def test_configurations_take_published_names_too(server, tiny):
 
 
 def test_a_published_name_without_a_checkpoint_says_what_to_give(tiny):
-    with pytest.raises(ValueError, match="Tiny.pt .http.*Tiny.pt.* to download it, or give model.checkpoint=PATH"):
+    with pytest.raises(
+        ValueError, match="Tiny.pt .http.*Tiny.pt.* to download it, or give model.checkpoint=PATH"
+    ):
         load_denoiser("dit_digits")
 
 
-def test_a_published_name_of_another_family_is_refused_before_any_download(server, tiny, monkeypatch):
-    monkeypatch.setitem(PUBLISHED, "DiT-XL-2-256x256.pt", Published(model="dit_xl_2", url=f"{server.url}/x"))
+def test_a_published_name_of_another_family_is_refused_before_any_download(
+    server, tiny, monkeypatch
+):
+    monkeypatch.setitem(
+        PUBLISHED, "DiT-XL-2-256x256.pt", Published(model="dit_xl_2", url=f"{server.url}/x")
+    )
     from tinyfusion_pl.models import registry
 
     monkeypatch.setitem(registry._FACTORIES, "toy", registry.partial(torch.nn.Linear, 1, 1))
-    with pytest.raises(ValueError, match="DiT-XL-2-256x256.pt is of dit_xl_2, another family than toy"):
+    with pytest.raises(
+        ValueError, match="DiT-XL-2-256x256.pt is of dit_xl_2, another family than toy"
+    ):
         load_pretrained("DiT-XL-2-256x256.pt", name="toy")
     assert server.asked == []
 
@@ -226,7 +265,9 @@ def test_a_published_name_of_another_family_is_refused_before_any_download(serve
 def test_a_cached_file_that_is_not_the_published_one_is_told(server, tiny, monkeypatch):
     load_pretrained("Tiny.pt")
     monkeypatch.setitem(PUBLISHED, "Tiny.pt", replace(PUBLISHED["Tiny.pt"], sha256=SHA256))
-    with pytest.raises(ArtifactError, match=f"is not the published Tiny.pt.*{SHA256[:12]}.*Remove it"):
+    with pytest.raises(
+        ArtifactError, match=f"is not the published Tiny.pt.*{SHA256[:12]}.*Remove it"
+    ):
         load_pretrained("Tiny.pt")
 
 
@@ -237,21 +278,37 @@ def test_a_file_under_the_cwd_comes_before_the_published_name(server, tiny, tmp_
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
-def test_a_published_diffusers_folder_is_fetched_in_the_form_the_server_has(server, cache, monkeypatch, tmp_path, suffix):
+def test_a_published_diffusers_folder_is_fetched_in_the_form_the_server_has(
+    server, cache, monkeypatch, tmp_path, suffix
+):
     from diffusers import DiTTransformer2DModel
 
-    theirs = DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, sample_size=4,
-                                   num_embeds_ada_norm=5)
+    theirs = DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        sample_size=4,
+        num_embeds_ada_norm=5,
+    )
     for block in theirs.transformer_blocks:
         block.norm1.emb.load_state_dict(theirs.transformer_blocks[0].norm1.emb.state_dict())
     theirs.save_pretrained(tmp_path / "theirs", safe_serialization=suffix == "safetensors")
     for file in (tmp_path / "theirs").iterdir():
         server.files[f"/transformer/{file.name}"] = file.read_bytes()
-    monkeypatch.setitem(PUBLISHED, "someone/Tiny", Published(model="dit", url=server.url, file="someone--Tiny", is_folder=True))
+    monkeypatch.setitem(
+        PUBLISHED,
+        "someone/Tiny",
+        Published(model="dit", url=server.url, file="someone--Tiny", is_folder=True),
+    )
     for _ in range(2):
         model = load_pretrained("someone/Tiny")
     assert model.config["frequency_shift"] == 1 and len(model.blocks) == 2
-    assert left_in(cache / "someone--Tiny" / "transformer") == ["config.json", f"diffusion_pytorch_model.{suffix}"]
+    assert left_in(cache / "someone--Tiny" / "transformer") == [
+        "config.json",
+        f"diffusion_pytorch_model.{suffix}",
+    ]
     assert len(server.asked) == {"safetensors": 2, "bin": 3}[suffix]
 
 
@@ -261,12 +318,22 @@ def test_every_published_record_is_an_https_address_and_a_place_of_its_own():
     assert all(record.url.startswith("https://") for record in PUBLISHED.values())
 
 
-@pytest.mark.parametrize(("name", "depth", "input_size"), [
-    ("DiT-XL-2-256x256.pt", 28, 32), ("DiT-XL-2-512x512.pt", 28, 64), ("TinyDiT-D14-MaskedKD-500K.pt", 14, 32)])
+@pytest.mark.parametrize(
+    ("name", "depth", "input_size"),
+    [
+        ("DiT-XL-2-256x256.pt", 28, 32),
+        ("DiT-XL-2-512x512.pt", 28, 64),
+        ("TinyDiT-D14-MaskedKD-500K.pt", 14, 32),
+    ],
+)
 def test_published_names_stand_for_the_published_sizes(name, depth, input_size):
     with torch.device("meta"):
         model = create_model(PUBLISHED[name].model, **PUBLISHED[name].kwargs)
-    assert (len(model.blocks), model.config["input_size"], model.config["hidden_size"]) == (depth, input_size, 1152)
+    assert (len(model.blocks), model.config["input_size"], model.config["hidden_size"]) == (
+        depth,
+        input_size,
+        1152,
+    )
 
 
 @pytest.mark.parametrize("name", ["DiT-XL-2-256x256.pt", "facebook/DiT-XL-2-256"])

@@ -13,8 +13,20 @@ NUM_CLASSES = 5
 
 # A registered name of the family -> arguments that make it tiny.
 FAMILIES = {
-    "dit_xl_2": {"input_size": 8, "hidden_size": 32, "depth": 3, "num_heads": 2, "num_classes": NUM_CLASSES},
-    "sit_xl_2": {"input_size": 8, "hidden_size": 32, "depth": 3, "num_heads": 2, "num_classes": NUM_CLASSES},
+    "dit_xl_2": {
+        "input_size": 8,
+        "hidden_size": 32,
+        "depth": 3,
+        "num_heads": 2,
+        "num_classes": NUM_CLASSES,
+    },
+    "sit_xl_2": {
+        "input_size": 8,
+        "hidden_size": 32,
+        "depth": 3,
+        "num_heads": 2,
+        "num_classes": NUM_CLASSES,
+    },
 }
 
 
@@ -56,7 +68,10 @@ def test_the_denoiser_compiles_without_a_graph_break_to_the_same_numbers(name):
     with torch.no_grad():
         assert_near(compiled(*inputs), model(*inputs), 1e-5)
     target = torch.randn_like(model(*inputs))
-    expected, found = gradients(model.train(), inputs, target), gradients(compiled.train(), inputs, target)
+    expected, found = (
+        gradients(model.train(), inputs, target),
+        gradients(compiled.train(), inputs, target),
+    )
     for key, value in expected.items():
         assert_near(found[f"_orig_mod.{key}"], value, 1e-4, key)
 
@@ -95,12 +110,18 @@ def test_activation_checkpointing_recomputes_every_block_and_gives_equal_gradien
 
 
 def test_a_share_of_the_blocks_is_recomputed():
-    model = create_model("dit", input_size=8, hidden_size=16, depth=4, num_heads=2, activation_checkpointing=0.5).train()
+    model = create_model(
+        "dit", input_size=8, hidden_size=16, depth=4, num_heads=2, activation_checkpointing=0.5
+    ).train()
     calls = [0] * 4
     for i, block in enumerate(model.blocks):
         block.register_forward_pre_hook(lambda *_, i=i: calls.__setitem__(i, calls[i] + 1))
     for _ in range(2):
-        model(torch.randn(2, 4, 8, 8), torch.zeros(2), torch.zeros(2, dtype=torch.long)).square().mean().backward()
+        model(
+            torch.randn(2, 4, 8, 8), torch.zeros(2), torch.zeros(2, dtype=torch.long)
+        ).square().mean().backward()
     assert calls == [2, 4, 2, 4]
-    with pytest.raises(ValueError, match=r"activation_checkpointing is 1\.5; give true, false, or a share"):
+    with pytest.raises(
+        ValueError, match=r"activation_checkpointing is 1\.5; give true, false, or a share"
+    ):
         create_model("dit", depth=1, activation_checkpointing=1.5)

@@ -19,8 +19,14 @@ def test_against_reference_output_guided_output_and_every_block(file):
     for key in (k for k in golden if k.startswith("cfg.output_scale_")):
         scale, half = float(key.rsplit("_", 1)[1]), len(golden["cfg.x"]) // 2
         with torch.no_grad():
-            out = guided(model, golden["cfg.x"][:half], golden["cfg.t"][:half], golden["cfg.y"][:half], guidance_scale=scale,
-                         guidance_channels=3)
+            out = guided(
+                model,
+                golden["cfg.x"][:half],
+                golden["cfg.t"][:half],
+                golden["cfg.y"][:half],
+                guidance_scale=scale,
+                guidance_channels=3,
+            )
         assert_near(out, golden[key][:half], 1e-5, key)
 
 

@@ -16,7 +16,12 @@ def batch(n=3, num_visible=6, num_noised=2, **sizes):
     c, num_tokens = sizes.get("in_channels", 3), 16
     order = torch.rand(n, num_tokens).argsort(1)
     masked = order[:, num_visible:]
-    x = MaskedTokens(torch.randn(n, num_tokens, c), order[:, :num_visible], masked, torch.randn(n, num_noised, masked.shape[1], c))
+    x = MaskedTokens(
+        torch.randn(n, num_tokens, c),
+        order[:, :num_visible],
+        masked,
+        torch.randn(n, num_noised, masked.shape[1], c),
+    )
     return x, torch.randint(1000, x.noised.shape[:3]), torch.tensor([0, 4, 5])[:n]
 
 
@@ -27,13 +32,20 @@ def num_params(name, **overrides):
 
 @pytest.mark.parametrize(
     ("name", "overrides", "millions"),
-    [("mar_base", {}, 208), ("mar_large", {}, 479), ("MAR-H", {}, 943), ("mar_large", {"encoder_depth": 8, "decoder_depth": 8}, 277)],
+    [
+        ("mar_base", {}, 208),
+        ("mar_large", {}, 479),
+        ("MAR-H", {}, 943),
+        ("mar_large", {"encoder_depth": 8, "decoder_depth": 8}, 277),
+    ],
 )
 def test_parameter_counts_are_the_published_ones_with_the_head(name, overrides, millions):
     assert abs(num_params(name, **overrides) - millions) < 1
 
 
-@pytest.mark.parametrize(("alias", "name"), [("MAR-B", "mar_base"), ("MAR-L", "mar_large"), ("MAR-H", "mar_huge")])
+@pytest.mark.parametrize(
+    ("alias", "name"), [("MAR-B", "mar_base"), ("MAR-L", "mar_large"), ("MAR-H", "mar_huge")]
+)
 def test_published_names_are_aliases(alias, name):
     with torch.device("meta"):
         assert create_model(alias, encoder_depth=1, decoder_depth=1).model_name == name
@@ -52,7 +64,9 @@ def test_against_reference_encoder_and_decoder(file):
 
 def test_masked_tokens_are_not_looked_at_and_visible_ones_are():
     model, (x, t, y) = trained_like().eval(), batch()
-    hidden = torch.full_like(x.tokens, float("nan")).scatter(1, x.visible[..., None].expand(-1, -1, 3), 0.5)
+    hidden = torch.full_like(x.tokens, float("nan")).scatter(
+        1, x.visible[..., None].expand(-1, -1, 3), 0.5
+    )
     seen = x._replace(tokens=hidden)
     assert model(seen, t, y).isfinite().all()
     other = seen._replace(tokens=hidden + 1)
@@ -88,9 +102,15 @@ def test_the_head_treats_each_noised_version_on_its_own():
     model, (x, t, y) = trained_like().eval(), batch()
     expected = model(x, t, y)
     for m in range(2):
-        assert_near(model(x._replace(noised=x.noised[:, m:m + 1]), t[:, m:m + 1], y), expected[:, m:m + 1], 1e-5)
+        assert_near(
+            model(x._replace(noised=x.noised[:, m : m + 1]), t[:, m : m + 1], y),
+            expected[:, m : m + 1],
+            1e-5,
+        )
     z, other = torch.randn(7, 16), torch.randn(7, 3)
-    alone = torch.cat([model.head(other[i:i + 1], torch.tensor([i]), z[i:i + 1]) for i in range(7)])
+    alone = torch.cat(
+        [model.head(other[i : i + 1], torch.tensor([i]), z[i : i + 1]) for i in range(7)]
+    )
     assert_near(model.head(other, torch.arange(7), z), alone, 1e-5)
 
 
@@ -139,7 +159,9 @@ def test_recomputed_activations_give_the_same_gradients_with_dropout():
     kept = gradients()
     saved = []
     model.activation_checkpointing = True
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor
+    ):
         recomputed = gradients()
     for name, ours, theirs in zip(dict(model.named_parameters()), recomputed, kept, strict=True):
         assert_near(ours, theirs, 1e-5, name)
@@ -150,12 +172,19 @@ def test_recomputed_activations_give_the_same_gradients_with_dropout():
 def test_compiles_without_graph_breaks_whatever_the_number_of_visible_tokens():
     model = trained_like(encoder_depth=1, decoder_depth=1, head_depth=1, **NO_DROPOUT)
     torch._dynamo.reset()
-    whole, encode, decode = (torch.compile(part, fullgraph=True, backend="eager") for part in (model, model.encode, model.decode))
+    whole, encode, decode = (
+        torch.compile(part, fullgraph=True, backend="eager")
+        for part in (model, model.encode, model.decode)
+    )
     for num_visible in (4, 6):
         x, t, y = batch(num_visible=num_visible)
         assert_near(whole(x, t, y), model(x, t, y), 1e-5)
         hidden = encode(x.tokens, x.visible, y)
-        assert_near(decode(hidden, x.visible), model.decode(model.encode(x.tokens, x.visible, y), x.visible), 1e-5)
+        assert_near(
+            decode(hidden, x.visible),
+            model.decode(model.encode(x.tokens, x.visible, y), x.visible),
+            1e-5,
+        )
 
 
 def test_config_is_json_and_rebuilds_the_model():
@@ -168,8 +197,9 @@ def test_config_is_json_and_rebuilds_the_model():
 
 
 def test_encoder_and_decoder_are_the_stacks_and_the_head_is_not():
-    assert {path: len(stack) for path, stack in find_stacks(trained_like(decoder_depth=3)).items()} == {
-        "encoder_blocks": 2, "decoder_blocks": 3}
+    assert {
+        path: len(stack) for path, stack in find_stacks(trained_like(decoder_depth=3)).items()
+    } == {"encoder_blocks": 2, "decoder_blocks": 3}
 
 
 def test_a_shallow_mar_is_saved_with_its_depths_and_loads(tmp_path):
@@ -185,7 +215,9 @@ def test_a_shallow_mar_is_saved_with_its_depths_and_loads(tmp_path):
     loaded = load_shallow(tmp_path / "shallow")
     assert (len(loaded.encoder_blocks), len(loaded.decoder_blocks)) == (2, 1)
     assert torch.equal(loaded(x, t, y), shallow.eval()(x, t, y))
-    assert_near(loaded(x, t, y), model.eval()(x, t, y), 1e-6)  # the gates' decision leaves out the same blocks
+    assert_near(
+        loaded(x, t, y), model.eval()(x, t, y), 1e-6
+    )  # the gates' decision leaves out the same blocks
 
 
 def test_gates_give_every_gradient_that_the_plain_formula_gives():
@@ -239,6 +271,10 @@ def test_labels_beyond_the_null_label_are_an_error():
 
 def test_attention_is_scaled_dot_product_attention(monkeypatch):
     called, attention = [], nn.functional.scaled_dot_product_attention
-    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", lambda *a, **k: called.append(1) or attention(*a, **k))
+    monkeypatch.setattr(
+        nn.functional,
+        "scaled_dot_product_attention",
+        lambda *a, **k: called.append(1) or attention(*a, **k),
+    )
     trained_like()(*batch())
     assert len(called) == 4

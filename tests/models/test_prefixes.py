@@ -63,7 +63,9 @@ def test_weights_that_fit_in_two_places_are_refused(tmp_path, others):
         lambda: load_pretrained(tmp_path / "file.ckpt", **OPTIONS),
         lambda: load_weights(small_dit((0, 2)), tmp_path / "file.ckpt"),
     ):
-        with pytest.raises(ValueError, match=f"fit under each of (?=.*{others})(?=.*student).*prefix="):
+        with pytest.raises(
+            ValueError, match=f"fit under each of (?=.*{others})(?=.*student).*prefix="
+        ):
             load()
     assert same(load_pretrained(tmp_path / "file.ckpt", prefix="student.", **OPTIONS))
 

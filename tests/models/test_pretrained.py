@@ -10,9 +10,24 @@ from lightning.pytorch import LightningModule, Trainer
 from goldens_util import CASES, assert_near, golden_files, load, part
 from small_dit_model import small_dit
 from tinyfusion_pl.artifacts import ArtifactError, save_tensors
-from tinyfusion_pl.models import Denoiser, DiT, create_model, load_denoiser, load_pretrained, register_model, registry, save_shallow
+from tinyfusion_pl.models import (
+    Denoiser,
+    DiT,
+    create_model,
+    load_denoiser,
+    load_pretrained,
+    register_model,
+    registry,
+    save_shallow,
+)
 
-SIZES = {"input_size": 8, "in_channels": 4, "hidden_size": 32, "num_heads": 4, "num_classes": 10}  # of small_dit, but for the depth
+SIZES = {
+    "input_size": 8,
+    "in_channels": 4,
+    "hidden_size": 32,
+    "num_heads": 4,
+    "num_classes": 10,
+}  # of small_dit, but for the depth
 
 
 class SiT(DiT):
@@ -25,11 +40,20 @@ class MAR(Denoiser):
     STACKS = {"encoder_blocks": "encoder_depth", "decoder_blocks": "decoder_depth"}
 
     def __init__(self, *, width=768, encoder_depth=3, decoder_depth=3, num_classes=5):
-        super().__init__({"width": width, "encoder_depth": encoder_depth, "decoder_depth": decoder_depth, "num_classes": num_classes})
-        block = lambda: torch.nn.ModuleDict({"norm1": torch.nn.LayerNorm(width)})  # noqa: E731
+        super().__init__(
+            {
+                "width": width,
+                "encoder_depth": encoder_depth,
+                "decoder_depth": decoder_depth,
+                "num_classes": num_classes,
+            }
+        )
+        block = lambda: torch.nn.ModuleDict({"norm1": torch.nn.LayerNorm(width)})
         self.encoder_blocks = torch.nn.ModuleList(block() for _ in range(encoder_depth))
         self.decoder_blocks = torch.nn.ModuleList(block() for _ in range(decoder_depth))
-        self.diffloss = torch.nn.ModuleDict({"net": torch.nn.ModuleDict({"input_proj": torch.nn.Linear(4, 8)})})
+        self.diffloss = torch.nn.ModuleDict(
+            {"net": torch.nn.ModuleDict({"input_proj": torch.nn.Linear(4, 8)})}
+        )
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +91,12 @@ class Module(LightningModule):
 
 
 def lightning_checkpoint(model, path):
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    quiet = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
     trainer = Trainer(accelerator="cpu", max_steps=1, **quiet)
     trainer.fit(Module(model), torch.utils.data.DataLoader(torch.ones(1, 1)))
     trainer.save_checkpoint(path)
@@ -77,10 +106,25 @@ NAMESPACE = argparse.Namespace(model="DiT-D14/2", image_size=256, lr=1e-4)
 FORMS = {
     "bare.pt": lambda model, path: torch.save(model.state_dict(), path),
     "ema.pt": lambda model, path: torch.save(
-        {"ema": model.state_dict(), "model": noisy(model.state_dict()), "opt": {}, "args": NAMESPACE}, path),
+        {
+            "ema": model.state_dict(),
+            "model": noisy(model.state_dict()),
+            "opt": {},
+            "args": NAMESPACE,
+        },
+        path,
+    ),
     "mar.pth": lambda model, path: torch.save(
-        {"model": noisy(model.state_dict()), "model_ema": model.state_dict(), "optimizer": {"state": {}}, "epoch": 399, "scaler": {},
-         "args": NAMESPACE}, path),
+        {
+            "model": noisy(model.state_dict()),
+            "model_ema": model.state_dict(),
+            "optimizer": {"state": {}},
+            "epoch": 399,
+            "scaler": {},
+            "args": NAMESPACE,
+        },
+        path,
+    ),
     "model.safetensors": lambda model, path: save_tensors(path, model.state_dict()),
     "last.ckpt": lightning_checkpoint,
     "shallow": lambda model, path: save_shallow(path, model, {"stacks": {}}),
@@ -102,7 +146,9 @@ def test_every_form_loads_as_a_configured_model_of_its_own_depth(tmp_path, form)
     model = small_dit(kept=(0, 3), name="dit_xl_2")
     state = {k: v.clone() for k, v in model.state_dict().items()}
     FORMS[form](model, tmp_path / form)
-    loaded = load_denoiser("dit_xl_2", checkpoint=tmp_path / form, **SIZES)  # its registered depth is 28
+    loaded = load_denoiser(
+        "dit_xl_2", checkpoint=tmp_path / form, **SIZES
+    )  # its registered depth is 28
     assert same(loaded, state) and len(loaded.blocks) == loaded.config["depth"] == 2
 
 
@@ -115,12 +161,24 @@ def test_raw_weights_by_option(tmp_path, model, form):
         load_pretrained(tmp_path / form, weights="best", num_heads=4)
 
 
-@pytest.mark.parametrize("overrides", [{"patch_size": 4}, {"learn_sigma": False}, {"mlp_ratio": 2.0}, {"input_size": 16},
-                                       {"in_channels": 1}, {"num_classes": 3}, {"class_dropout_prob": 0.0}])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"patch_size": 4},
+        {"learn_sigma": False},
+        {"mlp_ratio": 2.0},
+        {"input_size": 16},
+        {"in_channels": 1},
+        {"num_classes": 3},
+        {"class_dropout_prob": 0.0},
+    ],
+)
 def test_every_size_but_the_heads_is_read_from_the_shapes(tmp_path, overrides):
     model = small_dit(**overrides)
     FORMS["bare.pt"](model, tmp_path / "bare.pt")
-    classes = {"num_classes": 10} if "class_dropout_prob" in overrides else {}  # a table of 10 rows: 10 classes, or 9 and the null label
+    classes = (
+        {"num_classes": 10} if "class_dropout_prob" in overrides else {}
+    )  # a table of 10 rows: 10 classes, or 9 and the null label
     assert load_pretrained(tmp_path / "bare.pt", num_heads=4, **classes).config == model.config
 
 
@@ -142,8 +200,10 @@ def test_a_shallow_published_file_of_a_registered_width_needs_no_argument_at_all
     assert (loaded.model_name, loaded.config) == ("dit_digits", model.config)
 
 
-@pytest.mark.parametrize(("name", "depth", "input_size"), [
-    ("dit_xl_2", 14, 32), ("dit_xl_2", 28, 64), ("dit_l_4", 7, 32), ("dit_b_2", 12, 32)])
+@pytest.mark.parametrize(
+    ("name", "depth", "input_size"),
+    [("dit_xl_2", 14, 32), ("dit_xl_2", 28, 64), ("dit_l_4", 7, 32), ("dit_b_2", 12, 32)],
+)
 def test_published_sizes_are_told_by_their_shapes(name, depth, input_size):
     from tinyfusion_pl.models.families import name_and_sizes
 
@@ -175,8 +235,14 @@ def test_a_copy_of_a_published_file_under_its_name_is_what_the_name_says(tmp_pat
 
 def test_two_stacks_are_read_each_and_the_width_tells_the_published_size(tmp_path):
     model = create_model("mar_base", encoder_depth=2, decoder_depth=4)
-    torch.save({"model": noisy(model.state_dict()), "model_ema": model.state_dict(), "args": argparse.Namespace(model="mar_base")},
-               tmp_path / "checkpoint-last.pth")
+    torch.save(
+        {
+            "model": noisy(model.state_dict()),
+            "model_ema": model.state_dict(),
+            "args": argparse.Namespace(model="mar_base"),
+        },
+        tmp_path / "checkpoint-last.pth",
+    )
     save_tensors(tmp_path / "plain.safetensors", model.state_dict())
     for file in ("checkpoint-last.pth", "plain.safetensors"):
         for name in (None, "mar_base"):
@@ -192,7 +258,9 @@ def test_lists_that_are_one_stack_count_together():
         STACKS = {"encoder_blocks+decoder_blocks": "depth"}
 
     register_model("paired", Paired)
-    assert depths_of(MAR(width=8, encoder_depth=2, decoder_depth=11).state_dict(), "paired") == {"depth": 13}
+    assert depths_of(MAR(width=8, encoder_depth=2, decoder_depth=11).state_dict(), "paired") == {
+        "depth": 13
+    }
 
 
 def test_a_mar_of_an_unknown_width_is_asked_for_its_name(tmp_path):
@@ -202,13 +270,17 @@ def test_a_mar_of_an_unknown_width_is_asked_for_its_name(tmp_path):
 
 
 # -- families that look alike
-def test_what_looks_like_a_dit_and_says_nothing_is_one_unless_the_name_says_otherwise(tmp_path, model):
+def test_what_looks_like_a_dit_and_says_nothing_is_one_unless_the_name_says_otherwise(
+    tmp_path, model
+):
     FORMS["bare.pt"](model, tmp_path / "bare.pt")
     assert type(load_pretrained(tmp_path / "bare.pt", num_heads=4)) is DiT
     assert type(load_pretrained(tmp_path / "bare.pt", name="sit_xl_2", **SIZES)) is SiT
 
 
-def test_the_half_of_the_last_layer_that_a_sit_does_not_train_tells_which_of_both_a_file_is_of(tmp_path, model):
+def test_the_half_of_the_last_layer_that_a_sit_does_not_train_tells_which_of_both_a_file_is_of(
+    tmp_path, model
+):
     sit = create_model("sit_s_2", depth=1, **SIZES)
     x, t, y = torch.randn(2, 4, 8, 8), torch.rand(2), torch.arange(2)
     optimizer = torch.optim.AdamW(sit.parameters(), lr=1e-2)
@@ -225,19 +297,33 @@ def test_the_half_of_the_last_layer_that_a_sit_does_not_train_tells_which_of_bot
 
 
 def test_the_arguments_of_its_training_tell_a_sit(tmp_path, model):
-    torch.save({"ema": model.state_dict(), "args": argparse.Namespace(model="SiT-XL/2")}, tmp_path / "0400000.pt")
+    torch.save(
+        {"ema": model.state_dict(), "args": argparse.Namespace(model="SiT-XL/2")},
+        tmp_path / "0400000.pt",
+    )
     loaded = load_pretrained(tmp_path / "0400000.pt", num_heads=4)
     assert type(loaded) is SiT and len(loaded.blocks) == 3
-    with pytest.raises(ValueError, match=r"0400000\.pt is of sit_xl_2, another family than dit_xl_2.*model\.name=sit_xl_2"):
+    with pytest.raises(
+        ValueError,
+        match=r"0400000\.pt is of sit_xl_2, another family than dit_xl_2.*model\.name=sit_xl_2",
+    ):
         load_denoiser("dit_xl_2", checkpoint=tmp_path / "0400000.pt", **SIZES)
 
 
-@pytest.mark.parametrize(("file", "name", "other"), [
-    ("DiT-XL-2-256x256.pt", "sit_xl_2", "dit_xl_2"), ("TinyDiT-D14-MaskedKD-500K.pt", "sit_xl_2", "dit_xl_2"),
-    ("SiT-XL-2-256x256.pt", "dit_xl_2", "sit_xl_2"), ("SiT-XL-2-256.pt", "dit_xl_2", "sit_xl_2")])
+@pytest.mark.parametrize(
+    ("file", "name", "other"),
+    [
+        ("DiT-XL-2-256x256.pt", "sit_xl_2", "dit_xl_2"),
+        ("TinyDiT-D14-MaskedKD-500K.pt", "sit_xl_2", "dit_xl_2"),
+        ("SiT-XL-2-256x256.pt", "dit_xl_2", "sit_xl_2"),
+        ("SiT-XL-2-256.pt", "dit_xl_2", "sit_xl_2"),
+    ],
+)
 def test_a_published_file_name_of_the_other_family_is_refused(tmp_path, model, file, name, other):
     FORMS["bare.pt"](model, tmp_path / file)
-    with pytest.raises(ValueError, match=f"{file} is of {other}, another family than {name}.*name={other}"):
+    with pytest.raises(
+        ValueError, match=f"{file} is of {other}, another family than {name}.*name={other}"
+    ):
         load_denoiser(name, checkpoint=tmp_path / file, **SIZES)
 
 
@@ -250,9 +336,15 @@ def test_a_record_of_another_model_is_refused(tmp_path, model):
 def test_keys_of_another_family_are_told_as_such(tmp_path, model):
     FORMS["bare.pt"](model, tmp_path / "dit.pt")
     save_tensors(tmp_path / "mar.safetensors", MAR(width=16).state_dict())
-    with pytest.raises(ValueError, match=r"dit\.pt holds weights of another family \(DiT or SiT\) than mar_base's \(MAR\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"dit\.pt holds weights of another family \(DiT or SiT\) than mar_base's \(MAR\)",
+    ):
         load_pretrained(tmp_path / "dit.pt", name="mar_base")
-    with pytest.raises(ValueError, match=r"mar\.safetensors holds weights of another family \(MAR\) than dit_digits's \(DiT or SiT\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"mar\.safetensors holds weights of another family \(MAR\) than dit_digits's \(DiT or SiT\)",
+    ):
         load_denoiser("dit_digits", checkpoint=tmp_path / "mar.safetensors")
 
 
@@ -263,7 +355,10 @@ def test_goldens_of_other_families_are_recognised(family):
 
     files = [file.values[0] for file in golden_files(f"{family}*") if file.values[0]]
     for file in files:
-        assert family_of(part(load(file), "weights")) == {"uvit": "U-ViT", "udit": "U-DiT", "mar": "MAR", "sit": "DiT or SiT"}[family]
+        assert (
+            family_of(part(load(file), "weights"))
+            == {"uvit": "U-ViT", "udit": "U-DiT", "mar": "MAR", "sit": "DiT or SiT"}[family]
+        )
     if not files:
         pytest.skip(f"no {family} among the goldens")
 
@@ -271,7 +366,9 @@ def test_goldens_of_other_families_are_recognised(family):
 # -- what does not fit
 def test_a_foreign_state_dict_is_asked_for_its_name(tmp_path):
     save_tensors(tmp_path / "other.safetensors", torch.nn.Linear(2, 2).state_dict())
-    with pytest.raises(ValueError, match=r"cannot be told from .*other\.safetensors which model.*name='dit_xl_2'"):
+    with pytest.raises(
+        ValueError, match=r"cannot be told from .*other\.safetensors which model.*name='dit_xl_2'"
+    ):
         load_pretrained(tmp_path / "other.safetensors")
 
 
@@ -285,13 +382,22 @@ def test_truncated_files_are_named(tmp_path, model, form):
 
 
 def test_wrong_shapes_are_named(tmp_path, model):
-    save_tensors(tmp_path / "m.safetensors", {**model.state_dict(), "blocks.1.attn.proj.bias": torch.zeros(33)})
-    with pytest.raises(ValueError, match=r"m\.safetensors does not fit dit: 1 of another shape: blocks\.1\.attn\.proj\.bias \(33,\)"):
+    save_tensors(
+        tmp_path / "m.safetensors",
+        {**model.state_dict(), "blocks.1.attn.proj.bias": torch.zeros(33)},
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"m\.safetensors does not fit dit: 1 of another shape: blocks\.1\.attn\.proj\.bias \(33,\)",
+    ):
         load_pretrained(tmp_path / "m.safetensors", num_heads=4)
 
 
 def test_what_is_missing_is_told_with_what_could_be_meant(tmp_path):
-    with pytest.raises(ArtifactError, match="There is no checkpoint at .*DiT-XL-256.pt. Did you mean DiT-XL-2-256x256.pt"):
+    with pytest.raises(
+        ArtifactError,
+        match="There is no checkpoint at .*DiT-XL-256.pt. Did you mean DiT-XL-2-256x256.pt",
+    ):
         load_pretrained(tmp_path / "DiT-XL-256.pt")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ArtifactError, match=r"empty holds no model: record\.json .*config\.json"):
@@ -310,7 +416,9 @@ def test_an_altered_or_half_copied_shallow_folder_is_told(tmp_path, model):
 
 def test_arguments_beside_a_record_arrive(tmp_path, model):
     save_shallow(tmp_path / "shallow", model, {"stacks": {}})
-    assert load_pretrained(tmp_path / "shallow", activation_checkpointing=True).activation_checkpointing
+    assert load_pretrained(
+        tmp_path / "shallow", activation_checkpointing=True
+    ).activation_checkpointing
 
 
 def test_a_trained_folder_whose_record_has_no_decision_loads(tmp_path, model):
@@ -326,5 +434,8 @@ def test_shipped_weights_belong_to_their_model():
     shipped = load_pretrained("shipped")
     assert shipped.model_name == "dit_digits" and shipped.source["path"] == "shipped:digits_teacher"
     assert same(load_denoiser("dit_digits", checkpoint="shipped"), shipped.state_dict())
-    with pytest.raises(ValueError, match="ships weights for dit_digits, not for 'dit_xl_2'; give model.checkpoint=PATH"):
+    with pytest.raises(
+        ValueError,
+        match="ships weights for dit_digits, not for 'dit_xl_2'; give model.checkpoint=PATH",
+    ):
         load_denoiser("dit_xl_2", checkpoint="shipped")

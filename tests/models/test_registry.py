@@ -23,7 +23,9 @@ def test_patterns_list_the_names_that_match():
 def test_overrides_replace_arguments():
     model = create_model("dit_digits", depth=2, learn_sigma=False)
     assert len(model.blocks) == 2
-    assert model(torch.zeros(1, 1, 8, 8), torch.zeros(1), torch.zeros(1, dtype=torch.int64)).shape == (1, 1, 8, 8)
+    assert model(
+        torch.zeros(1, 1, 8, 8), torch.zeros(1), torch.zeros(1, dtype=torch.int64)
+    ).shape == (1, 1, 8, 8)
 
 
 def test_a_registered_model_is_made_by_its_name_and_alias(monkeypatch):

@@ -6,7 +6,14 @@ import torch
 from tinyfusion_pl.models import DiT, SiT, create_model, list_models, load_shallow, save_shallow
 from tinyfusion_pl.pruning import remove_blocks
 
-SMALL = {"input_size": 8, "in_channels": 2, "hidden_size": 16, "depth": 3, "num_heads": 2, "num_classes": 5}
+SMALL = {
+    "input_size": 8,
+    "in_channels": 2,
+    "hidden_size": 16,
+    "depth": 3,
+    "num_heads": 2,
+    "num_classes": 5,
+}
 
 
 def trained_like(**overrides):
@@ -22,7 +29,9 @@ def batch():
     return torch.randn(3, 2, 8, 8), torch.tensor([0.0, 0.3, 1.0]), torch.tensor([0, 4, 5])
 
 
-@pytest.mark.parametrize(("name", "millions"), [("SiT-S/2", 33), ("SiT-B/2", 130), ("SiT-L/2", 458), ("SiT-XL/2", 675)])
+@pytest.mark.parametrize(
+    ("name", "millions"), [("SiT-S/2", 33), ("SiT-B/2", 130), ("SiT-L/2", 458), ("SiT-XL/2", 675)]
+)
 def test_parameter_counts_are_the_published_ones(name, millions):
     with torch.device("meta"):
         model = create_model(name)
@@ -35,7 +44,11 @@ def test_every_published_size_and_patch_is_there_under_both_names():
     with torch.device("meta"):
         for size, patch in sizes:
             model = create_model(f"SiT-{size}/{patch}", depth=1)
-            assert type(model) is SiT and model.model_name == f"sit_{size.lower()}_{patch}" and model.config["patch_size"] == patch
+            assert (
+                type(model) is SiT
+                and model.model_name == f"sit_{size.lower()}_{patch}"
+                and model.config["patch_size"] == patch
+            )
 
 
 def test_it_computes_the_first_half_of_the_dit_with_the_same_weights():

@@ -10,10 +10,22 @@ from tinyfusion_pl.models import create_model, list_models
 from tinyfusion_pl.pruning import get_stack
 
 PUBLISHED = {  # model, arguments -> millions of parameters
-    ("DiT-XL/2", ()): 675, ("DiT-XL/2", (("depth", 19),)): 459, ("DiT-XL/2", (("depth", 14),)): 340, ("DiT-XL/2", (("depth", 7),)): 173,
-    ("DiT-L/2", ()): 458, ("DiT-B/2", ()): 130, ("SiT-XL/2", ()): 675, ("MAR-B", ()): 208, ("MAR-L", ()): 479,
-    ("MAR-L", (("decoder_depth", 8), ("encoder_depth", 8))): 277, ("U-ViT-H/2", ()): 501, ("U-ViT-L/2", ()): 287, ("U-DiT-L", ()): 916,
-    ("U-DiT-L", (("merged", True),)): 810, ("U-DiT-B", ()): 231, ("U-DiT-B", (("merged", True),)): 204,
+    ("DiT-XL/2", ()): 675,
+    ("DiT-XL/2", (("depth", 19),)): 459,
+    ("DiT-XL/2", (("depth", 14),)): 340,
+    ("DiT-XL/2", (("depth", 7),)): 173,
+    ("DiT-L/2", ()): 458,
+    ("DiT-B/2", ()): 130,
+    ("SiT-XL/2", ()): 675,
+    ("MAR-B", ()): 208,
+    ("MAR-L", ()): 479,
+    ("MAR-L", (("decoder_depth", 8), ("encoder_depth", 8))): 277,
+    ("U-ViT-H/2", ()): 501,
+    ("U-ViT-L/2", ()): 287,
+    ("U-DiT-L", ()): 916,
+    ("U-DiT-L", (("merged", True),)): 810,
+    ("U-DiT-B", ()): 231,
+    ("U-DiT-B", (("merged", True),)): 204,
 }
 PAGE = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
 ROWS = re.findall(r"^\| `(\w+)` \| `([\w/-]+)` \| (\d+) \| ([\d.]+) \|$", PAGE, re.MULTILINE)
@@ -43,7 +55,11 @@ def test_the_page_states_depth_and_parameters_of_each_model(name, published, dep
 
 
 def test_the_page_has_a_row_for_each_size():
-    sizes = {re.sub(r"_[248]$", "", name) for name in list_models() if name not in ("dit", "dit_digits", "dit_digits_deep", "dit_cifar10")}
+    sizes = {
+        re.sub(r"_[248]$", "", name)
+        for name in list_models()
+        if name not in ("dit", "dit_digits", "dit_digits_deep", "dit_cifar10")
+    }
     assert {re.sub(r"_2$", "", name) for name, *_ in ROWS} == sizes
 
 

@@ -10,9 +10,22 @@ from tinyfusion_pl.models import UDiT, create_model, load_shallow, merged, save_
 from tinyfusion_pl.models.udit import rotate, rotation
 from tinyfusion_pl.pruning import DepthGates, find_stacks, remove_blocks, remove_gates
 
-DEPTHS = ("depth_encoder_1", "depth_encoder_2", "depth_latent", "depth_decoder_2", "depth_decoder_1")
+DEPTHS = (
+    "depth_encoder_1",
+    "depth_encoder_2",
+    "depth_latent",
+    "depth_decoder_2",
+    "depth_decoder_1",
+)
 STAGES = ["encoder_level_1", "encoder_level_2", "latent", "decoder_level_2", "decoder_level_1"]
-SMALL = {"input_size": 8, "in_channels": 2, "hidden_size": 8, "num_heads": 2, "num_classes": 5, **dict.fromkeys(DEPTHS, 1)}
+SMALL = {
+    "input_size": 8,
+    "in_channels": 2,
+    "hidden_size": 8,
+    "num_heads": 2,
+    "num_classes": 5,
+    **dict.fromkeys(DEPTHS, 1),
+}
 
 
 def small(**overrides):
@@ -20,7 +33,11 @@ def small(**overrides):
 
 
 def batch(n=3, size=8):
-    return torch.randn(n, 2, size, size), torch.tensor([0, 500, 999])[:n], torch.tensor([0, 4, 5])[:n]
+    return (
+        torch.randn(n, 2, size, size),
+        torch.tensor([0, 500, 999])[:n],
+        torch.tensor([0, 4, 5])[:n],
+    )
 
 
 def of_golden(golden):
@@ -29,12 +46,21 @@ def of_golden(golden):
     hidden_size, in_channels = state["x_embedder.proj.weight"].shape[:2]
     num_rows = len(state["y_embedder_1.embedding_table.weight"])
     num_classes = CASES.get("udit", {}).get("ncls", num_rows)
-    depths = {depth: len({key.split(".")[1] for key in state if key.startswith(f"{stage}.")}) for depth, stage in zip(DEPTHS, STAGES)}
-    model = UDiT(input_size=golden["x"].shape[-1], in_channels=in_channels, hidden_size=hidden_size, **depths,
-                 num_heads=len(state["latent.0.attn1.logit_scale"]), num_classes=num_classes,
-                 class_dropout_prob=float(num_rows > num_classes),
-                 mlp_ratio=len(state["latent.0.mlp1.dwconv.0.bias"]) / (4 * hidden_size),
-                 learn_sigma=golden["output"].shape[1] == 2 * in_channels)
+    depths = {
+        depth: len({key.split(".")[1] for key in state if key.startswith(f"{stage}.")})
+        for depth, stage in zip(DEPTHS, STAGES)
+    }
+    model = UDiT(
+        input_size=golden["x"].shape[-1],
+        in_channels=in_channels,
+        hidden_size=hidden_size,
+        **depths,
+        num_heads=len(state["latent.0.attn1.logit_scale"]),
+        num_classes=num_classes,
+        class_dropout_prob=float(num_rows > num_classes),
+        mlp_ratio=len(state["latent.0.mlp1.dwconv.0.bias"]) / (4 * hidden_size),
+        learn_sigma=golden["output"].shape[1] == 2 * in_channels,
+    )
     model.load_state_dict(state)
     return model.eval()
 
@@ -45,7 +71,9 @@ def of_golden(golden):
 def test_against_reference_output(file, form):
     golden = load(file)
     with torch.no_grad():
-        assert_near(form(of_golden(golden))(golden["x"], golden["t"], golden["y"]), golden["output"], 1e-5)
+        assert_near(
+            form(of_golden(golden))(golden["x"], golden["t"], golden["y"]), golden["output"], 1e-5
+        )
 
 
 @pytest.mark.golden
@@ -59,7 +87,12 @@ def test_bf16_autocast_stays_within_2_percent_of_the_reference(file):
 
 
 @pytest.mark.parametrize(
-    ("name", "millions"), [("U-DiT-L", {False: 916, True: 810}), ("udit_b", {False: 231, True: 204}), ("U-DiT-S", {False: 59, True: 52})]
+    ("name", "millions"),
+    [
+        ("U-DiT-L", {False: 916, True: 810}),
+        ("udit_b", {False: 231, True: 204}),
+        ("U-DiT-S", {False: 59, True: 52}),
+    ],
 )
 @pytest.mark.parametrize("form", [False, True], ids=["published", "merged"])
 def test_parameter_counts_are_the_published_ones(name, millions, form):
@@ -74,7 +107,12 @@ def test_rotary_products_depend_on_the_distance_in_rows_and_in_columns_only():
     products = rotate(q.expand(25, 12), by) @ rotate(k.expand(25, 12), by).T  # (T, T)
     products = products.view(grid, grid, grid, grid)
     torch.testing.assert_close(products[1:, 2:, 1:, 2:], products[:-1, :-2, :-1, :-2])
-    assert not torch.allclose(products[0, 1, 0, 0], products[1, 0, 0, 0]) and by.shape == (1, 2, 25, 6)
+    assert not torch.allclose(products[0, 1, 0, 0], products[1, 0, 0, 0]) and by.shape == (
+        1,
+        2,
+        25,
+        6,
+    )
     assert torch.equal(rotate(q[None].expand(25, 12), by)[0], q)
 
 
@@ -85,13 +123,19 @@ def test_merging_changes_no_model_and_no_output_but_the_number_of_parameters():
     one = merged(model)
     with torch.no_grad():
         assert_near(one(x, t, y), model(x, t, y), 1e-5)
-    assert one.config == {**model.config, "merged": True} and one.model_name == "udit_s" and not one.training
+    assert (
+        one.config == {**model.config, "merged": True}
+        and one.model_name == "udit_s"
+        and not one.training
+    )
     assert all(torch.equal(value, before[k]) for k, value in model.state_dict().items())
     assert sum(p.numel() for p in one.parameters()) < sum(p.numel() for p in model.parameters())
     with torch.no_grad():
         for p in one.parameters():
             p.zero_()
-        assert all(torch.equal(value, before[k]) for k, value in model.state_dict().items())  # no memory in common
+        assert all(
+            torch.equal(value, before[k]) for k, value in model.state_dict().items()
+        )  # no memory in common
     twice = merged(one)
     assert twice is not one and twice.state_dict().keys() == one.state_dict().keys()
 
@@ -102,7 +146,11 @@ def test_config_is_json_and_rebuilds_the_model():
     again.load_state_dict(model.state_dict())
     x, t, _ = batch()
     y = torch.tensor([0, 1, 4])
-    assert torch.equal(model(x, t, y), again(x, t, y)) and not again.has_null_label and again(x, t, y).shape == x.shape
+    assert (
+        torch.equal(model(x, t, y), again(x, t, y))
+        and not again.has_null_label
+        and again(x, t, y).shape == x.shape
+    )
 
 
 def test_a_new_model_is_the_identity_in_every_block_and_gives_zero():
@@ -115,7 +163,9 @@ def test_a_new_model_is_the_identity_in_every_block_and_gives_zero():
 def test_compiles_in_one_graph_to_the_same_numbers():
     model, (x, t, y) = small().eval(), batch()
     with torch.no_grad():
-        torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(x, t, y), model(x, t, y))
+        torch.testing.assert_close(
+            torch.compile(model, fullgraph=True, backend="eager")(x, t, y), model(x, t, y)
+        )
 
 
 def test_bfloat16_weights_give_the_same_to_their_precision():
@@ -140,8 +190,12 @@ def test_activation_checkpointing_gives_the_same_gradients():
 
 @pytest.mark.parametrize(
     ("wrong", "said"),
-    [({"input_size": 12}, "input_size 12 is no multiple of 8"), ({"depth_latent": 0}, "depth_latent=0"),
-     ({"num_heads": 4}, r"hidden_size 8 .* 4 times num_heads \(4\)"), ({"class_dropout_prob": 2}, "class_dropout_prob is 2")],
+    [
+        ({"input_size": 12}, "input_size 12 is no multiple of 8"),
+        ({"depth_latent": 0}, "depth_latent=0"),
+        ({"num_heads": 4}, r"hidden_size 8 .* 4 times num_heads \(4\)"),
+        ({"class_dropout_prob": 2}, "class_dropout_prob is 2"),
+    ],
 )
 def test_sizes_that_do_not_fit_are_named(wrong, said):
     with pytest.raises(ValueError, match=said):
@@ -184,7 +238,11 @@ def test_the_pruned_model_computes_what_the_gated_one_decided():
 
 def test_gathered_samples_give_the_gradients_of_the_plain_formula():
     x, t, y = batch(size=16)
-    sizes = {**SMALL, "input_size": 16, "depth_latent": 2}  # more than one token in the latent stage's attention
+    sizes = {
+        **SMALL,
+        "input_size": 16,
+        "depth_latent": 2,
+    }  # more than one token in the latent stage's attention
     grads, state = [], small(**sizes).state_dict()
     for gather in (True, False):
         model = UDiT(**sizes)
@@ -204,18 +262,38 @@ def test_mask_learning_leaves_a_shallow_model_that_loads(tmp_path):
     dense = small(**dict.fromkeys(DEPTHS, 2))
     original = copy.deepcopy(dense)
     dense.model_name = "udit_s"
-    callback = learn_masks(dense, {**dict.fromkeys(STAGES, "1:2"), "latent": "2:2"}, tmp_path, learn_sigma=True, weight_update="full")
-    assert all((logits != 0.02).any() for gates in callback.gates.stacks for logits in gates.logits if len(logits) > 1)
+    callback = learn_masks(
+        dense,
+        {**dict.fromkeys(STAGES, "1:2"), "latent": "2:2"},
+        tmp_path,
+        learn_sigma=True,
+        weight_update="full",
+    )
+    assert all(
+        (logits != 0.02).any()
+        for gates in callback.gates.stacks
+        for logits in gates.logits
+        if len(logits) > 1
+    )
     shallow = load_shallow(tmp_path / "shallow")
     assert [shallow.config[name] for name in DEPTHS] == [1, 1, 2, 1, 1]
     x, t, y = batch()
     with torch.no_grad():
         expected = remove_blocks(original, callback.decision.kept_blocks).eval()(x, t, y)
         assert torch.equal(shallow(x, t, y), expected)
-        folder = save_shallow(tmp_path / "merged", merged(shallow), {"stacks": callback.decision.as_dict()})
+        folder = save_shallow(
+            tmp_path / "merged", merged(shallow), {"stacks": callback.decision.as_dict()}
+        )
         assert_near(load_shallow(folder)(x, t, y), expected, 1e-5)
 
 
 def test_a_pattern_that_does_not_divide_a_stage_names_it(tmp_path):
-    with pytest.raises(ValueError, match="Stack 'denoiser.encoder_level_2': .* depth 3.* pattern of its own"):
-        learn_masks(small(**{**dict.fromkeys(DEPTHS, 2), "depth_encoder_2": 3}), "1:2", tmp_path, learn_sigma=True)
+    with pytest.raises(
+        ValueError, match="Stack 'denoiser.encoder_level_2': .* depth 3.* pattern of its own"
+    ):
+        learn_masks(
+            small(**{**dict.fromkeys(DEPTHS, 2), "depth_encoder_2": 3}),
+            "1:2",
+            tmp_path,
+            learn_sigma=True,
+        )

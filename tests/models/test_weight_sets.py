@@ -46,7 +46,10 @@ def test_averaged_weights_are_known_by_many_names(tmp_path, name):
     path = file_of(tmp_path, {"model": RAW, name: AVERAGED, "opt": {"state": {}}, "step": 5})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert took(path)[::2] == ("ema", "ema") and took(path, weights="raw")[::2] == ("raw", "raw")
+        assert took(path)[::2] == ("ema", "ema") and took(path, weights="raw")[::2] == (
+            "raw",
+            "raw",
+        )
     assert took(path)[1] == (None if name == "ema" else name)
 
 
@@ -181,15 +184,34 @@ def test_two_averages_by_rate_are_both_named(tmp_path):
     assert took(path, weights="ema.0.999") == ("ema", "ema.0.999", "ema")
 
 
-@pytest.mark.parametrize("content", [{"decay": torch.tensor([0.9]), "step": torch.tensor([3])}, torch.ones(99)])
+@pytest.mark.parametrize(
+    "content", [{"decay": torch.tensor([0.9]), "step": torch.tensor([3])}, torch.ones(99)]
+)
 def test_an_average_of_something_else_is_not_taken(tmp_path, content):
-    with pytest.warns(UserWarning, match="raw weights only.*What is under 'ema' is no state dict, and was not read"):
+    with pytest.warns(
+        UserWarning,
+        match="raw weights only.*What is under 'ema' is no state dict, and was not read",
+    ):
         assert took(file_of(tmp_path, {"model": RAW, "ema": content})) == ("raw", "model", "raw")
 
 
 def test_a_prefix_of_an_unknown_name_is_recorded_as_unstated(tmp_path):
-    path = file_of(tmp_path, {"state_dict": {f"{p}.{k}": v for p, s in (("model", RAW), ("smooth", AVERAGED)) for k, v in s.items()}})
-    with pytest.raises(ValueError, match="fit under each of 'model.' and 'smooth.'.*prefix='smooth.'"), pytest.warns(UserWarning):
+    path = file_of(
+        tmp_path,
+        {
+            "state_dict": {
+                f"{p}.{k}": v
+                for p, s in (("model", RAW), ("smooth", AVERAGED))
+                for k, v in s.items()
+            }
+        },
+    )
+    with (
+        pytest.raises(
+            ValueError, match="fit under each of 'model.' and 'smooth.'.*prefix='smooth.'"
+        ),
+        pytest.warns(UserWarning),
+    ):
         load_pretrained(path, **OPTIONS)
     with pytest.warns(UserWarning, match="does not say whether they are averaged"):
         assert took(path, prefix="smooth.")[::2] == ("unstated", "ema")
@@ -237,7 +259,10 @@ def test_zeros_that_a_model_begins_with_are_fine(tmp_path):
 
 
 def test_single_zero_tensors_are_named(tmp_path):
-    state = {**AVERAGED, "blocks.1.attn.qkv.weight": torch.zeros_like(AVERAGED["blocks.1.attn.qkv.weight"])}
+    state = {
+        **AVERAGED,
+        "blocks.1.attn.qkv.weight": torch.zeros_like(AVERAGED["blocks.1.attn.qkv.weight"]),
+    }
     with pytest.warns(UserWarning, match=r"1 of .* all zero.*blocks\.1\.attn\.qkv\.weight"):
         load_pretrained(file_of(tmp_path, {"ema": state}), **OPTIONS)
 
@@ -249,7 +274,9 @@ def test_weights_that_are_not_finite_are_named(tmp_path, value, form):
     state["blocks.1.mlp.fc1.bias"][3] = value
     path = tmp_path / form
     (save_tensors(path, state) if "safetensors" in form else torch.save({"ema": state}, path))
-    with pytest.raises(ArtifactError, match=rf"{form}.*not finite, in 1 of .*blocks\.1\.mlp\.fc1\.bias"):
+    with pytest.raises(
+        ArtifactError, match=rf"{form}.*not finite, in 1 of .*blocks\.1\.mlp\.fc1\.bias"
+    ):
         load_pretrained(path, **OPTIONS)
 
 
@@ -276,7 +303,16 @@ def test_the_name_of_the_training_does_not_hide_the_weights(tmp_path):
 
 
 def test_a_prefix_that_is_given_finds_its_names_beside_an_average(tmp_path):
-    path = file_of(tmp_path, {"state_dict": {f"{p}.{k}": v for p, s in (("net", RAW), ("net_ema", AVERAGED)) for k, v in s.items()}})
+    path = file_of(
+        tmp_path,
+        {
+            "state_dict": {
+                f"{p}.{k}": v
+                for p, s in (("net", RAW), ("net_ema", AVERAGED))
+                for k, v in s.items()
+            }
+        },
+    )
     assert took(path, prefix="net_ema.")[::2] == ("ema", "ema")
     with pytest.warns(UserWarning, match="raw weights only"):
         assert took(path, prefix="net.")[::2] == ("raw", "raw")
@@ -296,14 +332,19 @@ def test_entries_inside_entries_without_end_are_refused(tmp_path):
 
 @pytest.mark.parametrize("place", ["shipped", "random", "folder"])
 def test_an_entry_by_name_of_no_file_is_refused(tmp_path, place):
-    with pytest.raises(ValueError, match="weights is 'best'; give 'ema' or 'raw' .model.weights.*is none"):
+    with pytest.raises(
+        ValueError, match="weights is 'best'; give 'ema' or 'raw' .model.weights.*is none"
+    ):
         load_pretrained(tmp_path if place == "folder" else place, name="dit_digits", weights="best")
 
 
 def test_the_weights_that_a_search_started_from_are_no_second_set(tmp_path):
     trained = {"denoiser.a": torch.ones(2), "denoiser.b": torch.ones(3)}
     before = {name: torch.zeros_like(value) for name, value in trained.items()}
-    torch.save({"state_dict": trained, "callbacks": {"DepthPruningCallback": {"original": before}}}, tmp_path / "last.ckpt")
+    torch.save(
+        {"state_dict": trained, "callbacks": {"DepthPruningCallback": {"original": before}}},
+        tmp_path / "last.ckpt",
+    )
     with pytest.warns(UserWarning):
         found = load_checkpoint(tmp_path / "last.ckpt", weights="ema")
     assert all(value.eq(1).all() for value in found.values()) and len(found) == 2

@@ -23,7 +23,16 @@ def learn_masks(denoiser, pattern, folder, *, learn_sigma, max_steps=3, **kwargs
     x = torch.randn(8, c["in_channels"], c["input_size"], c["input_size"])
     data = DataLoader(TensorDataset(x, torch.arange(8) % c["num_classes"]), batch_size=4)
     callback = DepthPruningCallback(pattern, save_dir=folder / "shallow", **kwargs)
-    trainer = Trainer(accelerator="cpu", devices=1, max_steps=max_steps, callbacks=[callback], logger=False, enable_checkpointing=False,
-                      enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder)
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_steps=max_steps,
+        callbacks=[callback],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+    )
     trainer.fit(MaskLearning(denoiser, objective=GaussianDiffusion(learn_sigma=learn_sigma)), data)
     return callback

@@ -29,7 +29,9 @@ def test_adamw_is_fused_on_a_gpu_alone(monkeypatch):
     assert plain.param_groups[0]["fused"] is None
     monkeypatch.setattr(optimizers, "FUSED_ON", ("cpu",))  # as if this were one
     fused, found = stepped(fuse=True)
-    assert fused.param_groups[0]["fused"] is True and not hasattr(fused, "_step_supports_amp_scaling")
+    assert fused.param_groups[0]["fused"] is True and not hasattr(
+        fused, "_step_supports_amp_scaling"
+    )
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     restored, _ = stepped(fuse=True)
     restored.load_state_dict(fused.state_dict())
@@ -44,7 +46,9 @@ def test_what_an_optimizer_was_told_stays(monkeypatch, told):
 
 def test_without_bitsandbytes_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
-    with pytest.raises(ValueError, match=r"pip install 'tinyfusion_pl\[eight_bit\]', or give optimizer=adamw"):
+    with pytest.raises(
+        ValueError, match=r"pip install 'tinyfusion_pl\[eight_bit\]', or give optimizer=adamw"
+    ):
         adamw_8bit([nn.Parameter(torch.zeros(1))], lr=1e-3)
 
 
@@ -61,7 +65,10 @@ def test_eight_bits_learn_what_thirty_two_do():
             optimizer.step()
         found.append(parameter.detach())
     assert (found[0] - found[1]).abs().mean() < 0.02
-    assert sum(v.nbytes for v in optimizer.state[parameter].values() if torch.is_tensor(v)) > 8 * parameter.numel()
+    assert (
+        sum(v.nbytes for v in optimizer.state[parameter].values() if torch.is_tensor(v))
+        > 8 * parameter.numel()
+    )
 
 
 @pytest.mark.parametrize("name", ["dit_digits"])
@@ -76,5 +83,8 @@ def test_a_lowered_teacher_says_the_same_under_autocast(name):
     with torch.autocast("cpu", torch.bfloat16):
         t, y = torch.tensor([1.0, 500.0, 999.0]), torch.tensor([0, 1, 2])
         assert torch.equal(half(x, t, y), model(x, t, y))
-    assert model.blocks[0].mlp.fc1.weight.dtype == torch.float32 and half.blocks[0].mlp.fc1.weight.dtype == torch.bfloat16
+    assert (
+        model.blocks[0].mlp.fc1.weight.dtype == torch.float32
+        and half.blocks[0].mlp.fc1.weight.dtype == torch.bfloat16
+    )
     assert list(half.state_dict()) == list(model.state_dict())

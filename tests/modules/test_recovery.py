@@ -19,7 +19,9 @@ PAIRS = {"blocks": [[0, 1], [1, 3]]}
 
 
 def denoiser(depth=4):
-    model = create_model("dit_digits", depth=depth, hidden_size=16, num_heads=2, input_size=4, num_classes=5)
+    model = create_model(
+        "dit_digits", depth=depth, hidden_size=16, num_heads=2, input_size=4, num_classes=5
+    )
     for p in model.parameters():
         nn.init.normal_(p, std=0.2)
     return model
@@ -27,12 +29,25 @@ def denoiser(depth=4):
 
 def loader():
     g = torch.Generator().manual_seed(1)
-    return DataLoader(TensorDataset(torch.randn(32, 1, 4, 4, generator=g), torch.zeros(32, dtype=torch.long)), batch_size=4)
+    return DataLoader(
+        TensorDataset(torch.randn(32, 1, 4, 4, generator=g), torch.zeros(32, dtype=torch.long)),
+        batch_size=4,
+    )
 
 
 def fit(module, *callbacks, max_steps=4, folder=None, **kwargs):
-    trainer = Trainer(accelerator="cpu", devices=1, max_steps=max_steps, callbacks=list(callbacks), logger=False,
-                      enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder, **kwargs)
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_steps=max_steps,
+        callbacks=list(callbacks),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        **kwargs,
+    )
     trainer.fit(module, loader())
     return trainer
 
@@ -52,8 +67,12 @@ class Weights(Callback):
 
 
 def recovery(**kwargs):
-    settings = {"teacher": denoiser(), "distillation": Distillation(pairs=PAIRS), "objective": GaussianDiffusion(),
-                "optimizer": lambda p: torch.optim.AdamW(p, lr=1e-2)}
+    settings = {
+        "teacher": denoiser(),
+        "distillation": Distillation(pairs=PAIRS),
+        "objective": GaussianDiffusion(),
+        "optimizer": lambda p: torch.optim.AdamW(p, lr=1e-2),
+    }
     return Recovery(denoiser(2), **{**settings, **kwargs})
 
 
@@ -61,18 +80,26 @@ def test_the_teacher_is_frozen_and_neither_in_checkpoints_nor_optimizers_nor_cop
     module = recovery()
     before = copy.deepcopy(module.teacher.state_dict())
     trainer = fit(module, folder=tmp_path)
-    assert all(torch.equal(value, before[name]) for name, value in module.teacher.state_dict().items())
-    assert not module.teacher.training and not any(p.requires_grad for p in module.teacher.parameters())
+    assert all(
+        torch.equal(value, before[name]) for name, value in module.teacher.state_dict().items()
+    )
+    assert not module.teacher.training and not any(
+        p.requires_grad for p in module.teacher.parameters()
+    )
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
     assert saved.keys() == {f"denoiser.{name}" for name in module.denoiser.state_dict()}
     assert copy.deepcopy(module).teacher is module.teacher
     mine = {id(p) for p in module.teacher.parameters()}
-    assert not mine & {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
+    assert not mine & {
+        id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]
+    }
 
 
 def test_fine_tuning_needs_no_teacher(tmp_path):
-    module = recovery(teacher=None, distillation=Distillation(weight_kd=0.0, weight_data=1.0, weight_feature=0.0))
+    module = recovery(
+        teacher=None, distillation=Distillation(weight_kd=0.0, weight_data=1.0, weight_feature=0.0)
+    )
     watch = Weights()
     fit(module, watch, folder=tmp_path)
     assert any(not torch.equal(watch.raw[0][k], watch.raw[-1][k]) for k in watch.raw[0])
@@ -90,15 +117,26 @@ def test_the_feature_weight_falls_to_zero_by_step(tmp_path):
         assert logged["train/loss"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_averaged_weights_follow_the_warmed_up_formula_and_both_kinds_are_in_the_checkpoint(tmp_path):
-    module, watch = Denoising(denoiser(), objective=GaussianDiffusion(), optimizer=lambda p: torch.optim.SGD(p, lr=0.1)), Weights()
+def test_averaged_weights_follow_the_warmed_up_formula_and_both_kinds_are_in_the_checkpoint(
+    tmp_path,
+):
+    module, watch = (
+        Denoising(
+            denoiser(),
+            objective=GaussianDiffusion(),
+            optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
+        ),
+        Weights(),
+    )
 
     class Save(Callback):
         def on_train_end(self, trainer, pl_module):
             trainer.save_checkpoint(tmp_path / "last.ckpt")
 
     fit(module, watch, Save(), EMAWithWarmup(decay=0.3), max_steps=6, folder=tmp_path)
-    raw, averaged = (load_checkpoint(tmp_path / "last.ckpt", weights=kind) for kind in ("raw", "ema"))
+    raw, averaged = (
+        load_checkpoint(tmp_path / "last.ckpt", weights=kind) for kind in ("raw", "ema")
+    )
     name = "blocks.1.mlp.fc1.weight"
     steps = [state[f"denoiser.{name}"] for state in watch.raw]
     assert torch.equal(raw[name], steps[-1])
@@ -109,7 +147,9 @@ def test_averaged_weights_follow_the_warmed_up_formula_and_both_kinds_are_in_the
         expected = decay * expected + (1 - decay) * weights.double()
     torch.testing.assert_close(averaged[name].double(), expected, rtol=1e-5, atol=1e-6)
     assert not torch.equal(averaged[name], raw[name])
-    assert torch.equal(module.denoiser.state_dict()[name], averaged[name])  # Lightning leaves the averaged ones in the module
+    assert torch.equal(
+        module.denoiser.state_dict()[name], averaged[name]
+    )  # Lightning leaves the averaged ones in the module
 
 
 def test_weights_can_be_frozen_while_the_gates_learn(tmp_path):
@@ -146,23 +186,44 @@ def test_a_denoiser_that_was_left_in_evaluation_mode_learns_its_mask(tmp_path):
 def test_a_denoiser_in_bfloat16_learns(tmp_path):
     module = MaskLearning(denoiser(), objective=GaussianDiffusion())
     before = module.denoiser.final_layer.linear.weight.detach().bfloat16()
-    fit(module, DepthPruningCallback("1:2", weight_update="full"), folder=tmp_path, precision="bf16-true")
+    fit(
+        module,
+        DepthPruningCallback("1:2", weight_update="full"),
+        folder=tmp_path,
+        precision="bf16-true",
+    )
     after = module.denoiser.final_layer.linear.weight
-    assert after.dtype == torch.bfloat16 and after.isfinite().all() and not torch.equal(after, before)
+    assert (
+        after.dtype == torch.bfloat16 and after.isfinite().all() and not torch.equal(after, before)
+    )
 
 
-@pytest.mark.parametrize("pairs", [{"blocks": [[0, 99]]}, {"blocks": [[2, 3]]}, {"blocks": [[-1, 0]]}, {"layers": [[0, 0]]}])
+@pytest.mark.parametrize(
+    "pairs",
+    [{"blocks": [[0, 99]]}, {"blocks": [[2, 3]]}, {"blocks": [[-1, 0]]}, {"layers": [[0, 0]]}],
+)
 def test_pairs_outside_the_stacks_are_refused_at_once(pairs):
     with pytest.raises(ValueError, match="does not fit|There is nothing at 'layers'"):
         recovery(distillation=Distillation(pairs=pairs))
 
 
 def test_dropping_labels_needs_a_null_label():
-    plain = create_model("dit_digits", depth=2, hidden_size=16, num_heads=2, input_size=4, class_dropout_prob=0.0)
-    with pytest.raises(ValueError, match="label_dropout is 0.1, but the denoiser has no null label"):
+    plain = create_model(
+        "dit_digits", depth=2, hidden_size=16, num_heads=2, input_size=4, class_dropout_prob=0.0
+    )
+    with pytest.raises(
+        ValueError, match="label_dropout is 0.1, but the denoiser has no null label"
+    ):
         MaskLearning(plain, objective=GaussianDiffusion())
     MaskLearning(plain, objective=GaussianDiffusion(), label_dropout=0.0)
-    sampler = PictureSampler(denoiser=plain, objective=GaussianDiffusion(), latent_shape=(1, 4, 4), decode=lambda x: x,
-                             sampling={"num_sampling_steps": 2, "guidance_scale": 1.5})
-    with pytest.raises(ValueError, match="guidance_scale is 1.5, but the denoiser has no null label"):
+    sampler = PictureSampler(
+        denoiser=plain,
+        objective=GaussianDiffusion(),
+        latent_shape=(1, 4, 4),
+        decode=lambda x: x,
+        sampling={"num_sampling_steps": 2, "guidance_scale": 1.5},
+    )
+    with pytest.raises(
+        ValueError, match="guidance_scale is 1.5, but the denoiser has no null label"
+    ):
         sampler.check()

@@ -35,7 +35,13 @@ class Oracle:
         self.asked.append((len(x), t.tolist(), y.tolist()))
         alpha, sigma, d_alpha, d_sigma = path_at(self.path, t)
         mean = (2.0 * y - 5).view(-1, 1, 1, 1).double()
-        score = -(x.double() - alpha * mean) / (alpha**2 * self.spread**2 + sigma**2)  # of N(alpha mean, alpha^2 spread^2 + sigma^2)
+        score = -(x.double() - alpha * mean) / (
+            alpha**2 * self.spread**2 + sigma**2
+        )  # of N(alpha mean, alpha^2 spread^2 + sigma^2)
         data = mean - alpha * self.spread**2 * score
-        outputs = {"score": score, "noise": -sigma * score, "velocity": d_alpha * data - d_sigma * sigma * score}
+        outputs = {
+            "score": score,
+            "noise": -sigma * score,
+            "velocity": d_alpha * data - d_sigma * sigma * score,
+        }
         return outputs[self.prediction].float()

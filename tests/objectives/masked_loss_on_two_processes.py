@@ -16,21 +16,30 @@ NUM_SAMPLES, NUM_MASKED = (2, 3), (15, 5)
 
 
 def work(rank, folder):
-    distributed.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2
+    )
     torch.manual_seed(3)
     student, teacher = trained_like(**NO_DROPOUT), trained_like(**NO_DROPOUT, encoder_depth=3)
     batches = [{"draw": {"x0": torch.randn(n, 3, 4, 4), "order": torch.rand(n, 16).argsort(1), "num_masked": k,
                          "t": torch.randint(1, 1000, (n, 2, k)), "noise": torch.randn(n, 2, k, 3)},
                 "y": torch.arange(n) + 2} for n, k in zip(NUM_SAMPLES, NUM_MASKED)]  # fmt: skip
     if rank == 0:
-        torch.save({"student": student, "teacher": teacher, "batches": batches}, folder / "start.pt")
+        torch.save(
+            {"student": student, "teacher": teacher, "batches": batches}, folder / "start.pt"
+        )
     objective, batch = MaskedAutoregression(num_noised=2), batches[rank]
     draw = objective.draw(**batch["draw"])
-    parallel = DistributedDataParallel(student)  # named, for it reduces gradients only while it lives
+    parallel = DistributedDataParallel(
+        student
+    )  # named, for it reduces gradients only while it lives
     output = parallel(draw.x_t, draw.t, batch["y"])
     with torch.no_grad():
         teacher_output = teacher(draw.x_t, draw.t, batch["y"])
-    losses = objective.losses(output, draw)["loss"] + objective.distillation_losses(output, teacher_output, draw)["loss_kd"]
+    losses = (
+        objective.losses(output, draw)["loss"]
+        + objective.distillation_losses(output, teacher_output, draw)["loss_kd"]
+    )
     losses.mean().backward()
     gradients = {name: p.grad for name, p in student.named_parameters()}
     torch.save({"loss": losses.mean().detach(), "gradients": gradients}, folder / f"rank{rank}.pt")

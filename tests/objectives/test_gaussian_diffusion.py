@@ -40,7 +40,9 @@ def step_distribution(output, x_t, t):
 def test_a_draw_is_the_closed_form_of_the_forward_process(objective):
     x0, noise = torch.randn(4, 2, 4, 4), torch.randn(4, 2, 4, 4)
     draw = objective.draw(x0, t=T, noise=noise)
-    signal = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)[T].view(-1, 1, 1, 1)
+    signal = (
+        (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)[T].view(-1, 1, 1, 1)
+    )
     assert_near(draw.x_t, signal.sqrt() * x0 + (1 - signal).sqrt() * noise, 1e-6)
     assert draw.x0 is x0 and draw.noise is noise and draw.t is T
 
@@ -53,7 +55,9 @@ def test_every_timestep_is_drawn_and_noise_is_standard_normal(objective):
 
 def test_vb_is_the_divergence_from_the_true_step_in_bits(objective):
     draw, output = drawn(objective), torch.randn(4, 4, 4, 4)
-    perfect = torch.cat([draw.noise, torch.full_like(draw.noise, -1)], 1)  # the posterior q(x_{t-1} | x_t, x_0)
+    perfect = torch.cat(
+        [draw.noise, torch.full_like(draw.noise, -1)], 1
+    )  # the posterior q(x_{t-1} | x_t, x_0)
     p, q = (step_distribution(o, draw.x_t, draw.t) for o in (output, perfect))
     expected = kl_divergence(q, p).flatten(1).mean(1) / math.log(2)
     assert_near(objective.losses(output, draw)["vb"][1:], expected[1:], 1e-4)
@@ -62,7 +66,11 @@ def test_vb_is_the_divergence_from_the_true_step_in_bits(objective):
 def test_vb_of_the_first_step_is_the_likelihood_of_the_data_in_bits(objective):
     draw, output = drawn(objective), torch.randn(4, 4, 4, 4)
     p = step_distribution(output, draw.x_t, draw.t)
-    nats = discretized_gaussian_log_likelihood(draw.x0.double(), p.mean, p.stddev.log()).flatten(1).mean(1)
+    nats = (
+        discretized_gaussian_log_likelihood(draw.x0.double(), p.mean, p.stddev.log())
+        .flatten(1)
+        .mean(1)
+    )
     assert_near(objective.losses(output, draw)["vb"][:1], -nats[:1] / math.log(2), 1e-4)
 
 
@@ -77,7 +85,9 @@ def test_loss_is_the_sum_of_its_terms_and_mse_looks_at_epsilon_alone(objective):
 @pytest.mark.parametrize("term", ["vb", "vb_kd"])
 def test_variational_terms_teach_the_variance_only(objective, term):
     draw, output = drawn(objective), torch.randn(4, 4, 4, 4, requires_grad=True)
-    terms = objective.losses(output, draw) | objective.distillation_losses(output, torch.randn(4, 4, 4, 4), draw)
+    terms = objective.losses(output, draw) | objective.distillation_losses(
+        output, torch.randn(4, 4, 4, 4), draw
+    )
     terms[term].sum().backward()
     of_epsilon, of_variance = output.grad.chunk(2, 1)
     assert not of_epsilon.any()
@@ -87,7 +97,9 @@ def test_variational_terms_teach_the_variance_only(objective, term):
 @pytest.mark.parametrize("term", ["mse", "mse_kd"])
 def test_square_errors_teach_the_mean_only(objective, term):
     draw, output = drawn(objective), torch.randn(4, 4, 4, 4, requires_grad=True)
-    terms = objective.losses(output, draw) | objective.distillation_losses(output, torch.randn(4, 4, 4, 4), draw)
+    terms = objective.losses(output, draw) | objective.distillation_losses(
+        output, torch.randn(4, 4, 4, 4), draw
+    )
     terms[term].sum().backward()
     of_epsilon, of_variance = output.grad.chunk(2, 1)
     assert of_epsilon.any() and not of_variance.any()
@@ -136,7 +148,11 @@ def test_a_denoiser_that_is_not_finite_is_not_hidden(objective, bad):
     draw, output = drawn(objective), torch.randn(4, 4, 4, 4)
     output[:, 1, 2, 2] = bad
     assert not objective.losses(output, draw)["loss"].isfinite().any()
-    assert not objective.distillation_losses(output, torch.zeros_like(output), draw)["loss_kd"].isfinite().any()
+    assert (
+        not objective.distillation_losses(output, torch.zeros_like(output), draw)["loss_kd"]
+        .isfinite()
+        .any()
+    )
 
 
 @pytest.mark.parametrize("position", ["mean", "variance"])
@@ -161,7 +177,9 @@ def test_the_likelihood_is_that_of_the_normal_distribution_in_the_bin():
     upper, lower = normal.cdf(values + 1 / 255), normal.cdf(values - 1 / 255)
     upper[-1], lower[0] = 1, 0
     mean, log_scale = torch.full_like(values, 0.2), torch.full_like(values, math.log(0.3))
-    wrong = (discretized_gaussian_log_likelihood(values, mean, log_scale).exp() - (upper - lower)).abs()
+    wrong = (
+        discretized_gaussian_log_likelihood(values, mean, log_scale).exp() - (upper - lower)
+    ).abs()
     # The published losses approximate the distribution function to 1.8e-4; only the two open bins see that undiminished.
     assert wrong[1:-1].max() < 2e-5 and wrong.max() < 2e-4
 
@@ -185,7 +203,10 @@ def test_a_respaced_process_has_the_noise_of_the_whole_one_at_its_steps(objectiv
 
 def test_a_copy_gives_the_same_losses(objective):
     draw, output = drawn(objective), torch.randn(4, 4, 4, 4)
-    assert torch.equal(copy.deepcopy(objective).losses(output, draw)["loss"], objective.losses(output, draw)["loss"])
+    assert torch.equal(
+        copy.deepcopy(objective).losses(output, draw)["loss"],
+        objective.losses(output, draw)["loss"],
+    )
 
 
 @pytest.mark.parametrize(
@@ -210,5 +231,7 @@ def test_the_fewest_timesteps_give_finite_losses():
 @pytest.mark.parametrize(("learn_sigma", "channels", "expected"), [(True, 2, 4), (False, 4, 2)])
 def test_a_denoiser_with_other_channels_is_named(learn_sigma, channels, expected):
     objective = GaussianDiffusion(learn_sigma=learn_sigma)
-    with pytest.raises(ValueError, match=f"{channels} channels for latents of 2; .* expects {expected}"):
+    with pytest.raises(
+        ValueError, match=f"{channels} channels for latents of 2; .* expects {expected}"
+    ):
         objective.losses(torch.zeros(4, channels, 4, 4), drawn(objective))

@@ -35,7 +35,9 @@ class Zero(nn.Module):
 def test_a_registered_sampler_is_available_by_name(to_data):
     objective, z = GaussianDiffusion(learn_sigma=False), torch.randn(2, 1, 4, 4)
     assert objective.num_noises(sampler="to_data", num_sampling_steps=1) == 0
-    sampled = objective.sample(Zero(), z, torch.zeros(2).long(), sampler="to_data", num_sampling_steps=1)
+    sampled = objective.sample(
+        Zero(), z, torch.zeros(2).long(), sampler="to_data", num_sampling_steps=1
+    )
     signal = 1 - 1e-4  # of the first timestep of the linear schedule; the predicted noise is 0
     assert torch.allclose(sampled, z / signal**0.5, atol=1e-6)
 

@@ -17,7 +17,11 @@ def case(path, t=T):
     """Data, noise, x_t, and what each prediction should be of them, in float64 from the definitions."""
     x0, noise = torch.randn(len(t), 2, 3, 3), torch.randn(len(t), 2, 3, 3)
     alpha, sigma, d_alpha, d_sigma = path_at(path, t)
-    targets = {"velocity": d_alpha * x0 + d_sigma * noise, "noise": noise.double(), "score": -noise / sigma}
+    targets = {
+        "velocity": d_alpha * x0 + d_sigma * noise,
+        "noise": noise.double(),
+        "score": -noise / sigma,
+    }
     return x0, noise, alpha * x0 + sigma * noise, targets
 
 
@@ -53,14 +57,18 @@ def test_predictions_turn_into_each_other(path, prediction, wanted):
 
 
 @pytest.mark.parametrize(("path", "prediction"), BOTH)
-def test_a_perfect_prediction_has_no_loss_and_the_loss_is_the_mean_square_of_its_error(path, prediction):
+def test_a_perfect_prediction_has_no_loss_and_the_loss_is_the_mean_square_of_its_error(
+    path, prediction
+):
     x0, noise, _, targets = case(path)
     objective = Interpolants(path=path, prediction=prediction)
     draw = objective.draw(x0, t=T, noise=noise)
     perfect, error = targets[prediction].float(), torch.randn(4, 2, 3, 3)
     assert objective.losses(perfect, draw)["loss"].max() < 1e-6
     seen = error * path_at(path, T)[1] if prediction == "score" else error
-    assert_near(objective.losses(perfect + error, draw)["loss"], seen.square().flatten(1).mean(1), 1e-3)
+    assert_near(
+        objective.losses(perfect + error, draw)["loss"], seen.square().flatten(1).mean(1), 1e-3
+    )
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -91,11 +99,25 @@ def test_the_likelihood_weighting_is_the_scores_error_times_the_diffusion(path, 
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize(("prediction", "loss_weighting"), [("velocity", "none"), *(
-    (prediction, weighting) for prediction in ("noise", "score") for weighting in ("none", "velocity", "likelihood"))])
-def test_a_student_equal_to_its_teacher_has_nothing_to_learn_and_no_gradient_reaches_the_teacher(path, prediction, loss_weighting):
+@pytest.mark.parametrize(
+    ("prediction", "loss_weighting"),
+    [
+        ("velocity", "none"),
+        *(
+            (prediction, weighting)
+            for prediction in ("noise", "score")
+            for weighting in ("none", "velocity", "likelihood")
+        ),
+    ],
+)
+def test_a_student_equal_to_its_teacher_has_nothing_to_learn_and_no_gradient_reaches_the_teacher(
+    path, prediction, loss_weighting
+):
     objective = Interpolants(path=path, prediction=prediction, loss_weighting=loss_weighting)
-    draw, output = objective.draw(torch.randn(4, 2, 3, 3)), torch.randn(4, 2, 3, 3, requires_grad=True)
+    draw, output = (
+        objective.draw(torch.randn(4, 2, 3, 3)),
+        torch.randn(4, 2, 3, 3, requires_grad=True),
+    )
     same = objective.distillation_losses(output, output.detach().clone(), draw)
     assert same.keys() == {"loss_kd"} and torch.equal(same["loss_kd"], torch.zeros(4))
     teacher = torch.randn(4, 2, 3, 3, requires_grad=True)
@@ -106,15 +128,25 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn_and_no_gradient_rea
 @pytest.mark.parametrize("prediction", ["velocity", "noise"])
 def test_distillation_is_the_mean_square_difference_of_the_outputs(prediction):
     objective = Interpolants(prediction=prediction)
-    draw, output, teacher = objective.draw(torch.randn(4, 2, 3, 3)), torch.randn(4, 2, 3, 3), torch.randn(4, 2, 3, 3)
-    assert_near(objective.distillation_losses(output, teacher, draw)["loss_kd"], (output - teacher).square().flatten(1).mean(1), 1e-6)
+    draw, output, teacher = (
+        objective.draw(torch.randn(4, 2, 3, 3)),
+        torch.randn(4, 2, 3, 3),
+        torch.randn(4, 2, 3, 3),
+    )
+    assert_near(
+        objective.distillation_losses(output, teacher, draw)["loss_kd"],
+        (output - teacher).square().flatten(1).mean(1),
+        1e-6,
+    )
 
 
 @pytest.mark.parametrize(("path", "prediction"), BOTH)
 def test_drawn_times_are_uniform_and_keep_off_singular_ends(path, prediction):
     objective = Interpolants(path=path, prediction=prediction)
     draw = objective.draw(torch.randn(20000, 1, 1, 1))
-    start, end = {("linear", "velocity"): (0, 0), ("gvp", "velocity"): (0, 0)}.get((path, prediction), (1e-3, 1e-3))
+    start, end = {("linear", "velocity"): (0, 0), ("gvp", "velocity"): (0, 0)}.get(
+        (path, prediction), (1e-3, 1e-3)
+    )
     if path == "vp":
         start, end = 0, 1e-5
     assert start <= draw.t.min() < start + 1e-3 and 1 - end - 1e-3 < draw.t.max() <= 1 - end + 1e-7
@@ -132,7 +164,9 @@ def test_half_precision_outputs_are_compared_in_float32():
     objective, output = Interpolants(), torch.randn(4, 2, 3, 3).bfloat16()
     draw = objective.draw(torch.randn(4, 2, 3, 3))
     losses = objective.losses(output, draw)
-    assert losses["loss"].dtype == torch.float32 and torch.equal(losses["loss"], objective.losses(output.float(), draw)["loss"])
+    assert losses["loss"].dtype == torch.float32 and torch.equal(
+        losses["loss"], objective.losses(output.float(), draw)["loss"]
+    )
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -146,7 +180,9 @@ def test_a_value_that_is_not_finite_stays_in_its_sample_and_is_not_hidden(bad):
 def test_a_denoiser_with_a_learned_variance_is_refused_by_name():
     objective = Interpolants()
     draw = objective.draw(torch.randn(4, 2, 3, 3))
-    with pytest.raises(ValueError, match=r"\(4, 4, 3, 3\) for latents of shape \(4, 2, 3, 3\).*a SiT"):
+    with pytest.raises(
+        ValueError, match=r"\(4, 4, 3, 3\) for latents of shape \(4, 2, 3, 3\).*a SiT"
+    ):
         objective.losses(torch.zeros(4, 4, 3, 3), draw)
     with pytest.raises(ValueError, match="2 channels for latents of 2"):  # and the other way round
         GaussianDiffusion().losses(torch.zeros(4, 2, 3, 3), draw)
@@ -155,7 +191,10 @@ def test_a_denoiser_with_a_learned_variance_is_refused_by_name():
 def test_a_copy_gives_the_same_losses():
     objective, output = Interpolants(path="gvp", prediction="noise"), torch.randn(4, 2, 3, 3)
     draw = objective.draw(torch.randn(4, 2, 3, 3))
-    assert torch.equal(copy.deepcopy(objective).losses(output, draw)["loss"], objective.losses(output, draw)["loss"])
+    assert torch.equal(
+        copy.deepcopy(objective).losses(output, draw)["loss"],
+        objective.losses(output, draw)["loss"],
+    )
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,9 @@ class Oracle:
         self.asked.append((len(x), t.tolist(), y.tolist()))
         a = SIGNAL[t].view(-1, 1, 1, 1)
         mean = (2.0 * y - 5).view(-1, 1, 1, 1)
-        epsilon = ((1 - a).sqrt() * (x.double() - a.sqrt() * mean) / (a * self.spread**2 + 1 - a)).float()
+        epsilon = (
+            (1 - a).sqrt() * (x.double() - a.sqrt() * mean) / (a * self.spread**2 + 1 - a)
+        ).float()
         return torch.cat([epsilon, torch.full_like(x, -1.0)], 1) if self.learn_sigma else epsilon
 
 
@@ -35,7 +37,9 @@ def labels(n):
 def test_data_of_one_point_is_found_exactly(learn_sigma, sampler, eta, num_sampling_steps):
     z, y = torch.randn(5, 1, 2, 2), labels(5)
     objective, oracle = GaussianDiffusion(learn_sigma=learn_sigma), Oracle(learn_sigma=learn_sigma)
-    x = objective.sample(oracle, z, y, sampler=sampler, eta=eta, num_sampling_steps=num_sampling_steps)
+    x = objective.sample(
+        oracle, z, y, sampler=sampler, eta=eta, num_sampling_steps=num_sampling_steps
+    )
     assert_near(x, (2.0 * y - 5).view(-1, 1, 1, 1).expand_as(x), 1e-3)
 
 
@@ -55,23 +59,31 @@ def test_the_denoiser_is_asked_at_the_original_timesteps_from_the_noisiest():
 
 def test_without_guidance_the_batch_is_not_doubled():
     oracle = Oracle()
-    GaussianDiffusion().sample(oracle, torch.randn(3, 1, 2, 2), labels(3), num_sampling_steps=2, guidance_scale=1.0)
+    GaussianDiffusion().sample(
+        oracle, torch.randn(3, 1, 2, 2), labels(3), num_sampling_steps=2, guidance_scale=1.0
+    )
     assert [(n, y) for n, _, y in oracle.asked] == [(3, [0, 1, 2])] * 2
 
 
 def test_guidance_asks_for_the_null_label_beside_each_label():
     oracle = Oracle()
-    GaussianDiffusion().sample(oracle, torch.randn(3, 1, 2, 2), labels(3), num_sampling_steps=2, guidance_scale=1.5)
+    GaussianDiffusion().sample(
+        oracle, torch.randn(3, 1, 2, 2), labels(3), num_sampling_steps=2, guidance_scale=1.5
+    )
     assert [(n, y) for n, _, y in oracle.asked] == [(6, [0, 1, 2, 5, 5, 5])] * 2
 
 
 @pytest.mark.parametrize(("guidance_channels", "guided"), [(3, 3), (1, 1), (None, 4), (9, 4)])
-def test_guidance_moves_the_first_channels_or_all_away_from_the_null_label(guidance_channels, guided):
+def test_guidance_moves_the_first_channels_or_all_away_from_the_null_label(
+    guidance_channels, guided
+):
     z, y, scale = torch.randn(2, 4, 2, 2), torch.tensor([1, 4]), 1.5
     x = GaussianDiffusion().sample(Oracle(), z, y, num_sampling_steps=20, sampler="ddim", guidance_scale=scale,
                                    guidance_channels=guidance_channels)  # fmt: skip
     plain, null = 2.0 * y - 5, 2.0 * 5 - 5
-    expected = torch.stack([null + scale * (plain - null) if c < guided else plain for c in range(4)], 1)
+    expected = torch.stack(
+        [null + scale * (plain - null) if c < guided else plain for c in range(4)], 1
+    )
     assert_near(x, expected[..., None, None].expand_as(x), 1e-3)
 
 
@@ -106,9 +118,14 @@ def test_the_first_noise_is_for_the_noisiest_step_and_the_last_step_draws_none()
 @pytest.mark.parametrize("num_sampling_steps", [2, 10, 1000])
 def test_ddim_with_eta_one_is_ddpm_with_the_posterior_variance(num_sampling_steps):
     objective, z, y = GaussianDiffusion(), torch.randn(3, 1, 2, 2), labels(3)
-    options = {"num_sampling_steps": num_sampling_steps, "noise": torch.randn(num_sampling_steps, *z.shape)}
+    options = {
+        "num_sampling_steps": num_sampling_steps,
+        "noise": torch.randn(num_sampling_steps, *z.shape),
+    }
     ddpm = objective.sample(Oracle(spread=1.0), z, y, **options)
-    assert_near(objective.sample(Oracle(spread=1.0), z, y, sampler="ddim", eta=1.0, **options), ddpm, 1e-3)
+    assert_near(
+        objective.sample(Oracle(spread=1.0), z, y, sampler="ddim", eta=1.0, **options), ddpm, 1e-3
+    )
 
 
 def test_ddim_without_eta_draws_nothing():
@@ -133,13 +150,19 @@ def test_sampling_keeps_no_graph_and_leaves_the_starting_noise():
     assert not x.requires_grad and torch.equal(z, before)
 
 
-@pytest.mark.parametrize("options", [{}, {"sampler": "ddim"}, {"clip_denoised": True}, {"guidance_scale": 2.0}])
+@pytest.mark.parametrize(
+    "options", [{}, {"sampler": "ddim"}, {"clip_denoised": True}, {"guidance_scale": 2.0}]
+)
 def test_a_denoiser_that_gives_nan_gives_nan_samples(options):
     def broken(x, t, y):
-        return torch.tensor([math.nan, 0.0]).view(1, 2, 1, 1).expand(len(x), 2, 2, 2)  # epsilon, variance
+        return (
+            torch.tensor([math.nan, 0.0]).view(1, 2, 1, 1).expand(len(x), 2, 2, 2)
+        )  # epsilon, variance
 
     broken.num_classes = 5
-    x = GaussianDiffusion().sample(broken, torch.randn(2, 1, 2, 2), labels(2), num_sampling_steps=3, **options)
+    x = GaussianDiffusion().sample(
+        broken, torch.randn(2, 1, 2, 2), labels(2), num_sampling_steps=3, **options
+    )
     assert x.isnan().all()
 
 
@@ -158,5 +181,7 @@ def test_a_denoiser_that_gives_nan_gives_nan_samples(options):
 def test_settings_out_of_range_are_named_before_the_denoiser_runs(wrong, said):
     oracle = Oracle()
     with pytest.raises(ValueError, match=said):
-        GaussianDiffusion().sample(oracle, torch.randn(2, 1, 2, 2), labels(2), **{"num_sampling_steps": 3, **wrong})
+        GaussianDiffusion().sample(
+            oracle, torch.randn(2, 1, 2, 2), labels(2), **{"num_sampling_steps": 3, **wrong}
+        )
     assert not oracle.asked

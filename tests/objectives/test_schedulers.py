@@ -10,7 +10,9 @@ from tinyfusion_pl.tasks.evaluate import plain
 
 DETERMINISTIC = {
     "ddim": diffusers.DDIMScheduler(clip_sample=False),
-    "dpm_solver": diffusers.DPMSolverMultistepScheduler(algorithm_type="dpmsolver++", solver_order=2),
+    "dpm_solver": diffusers.DPMSolverMultistepScheduler(
+        algorithm_type="dpmsolver++", solver_order=2
+    ),
     "dpm_solver_singlestep": diffusers.DPMSolverSinglestepScheduler(lower_order_final=True),
     "unipc": diffusers.UniPCMultistepScheduler(),
     "euler": diffusers.EulerDiscreteScheduler(),
@@ -35,9 +37,16 @@ def options(scheduler, **more):
 def test_against_diffusers_ddim_on_the_golden_model(file, num_timesteps):
     """diffusers' DDIM takes steps of equal length, ours of a length that reaches the last timestep: equal where both visit all."""
     golden = load(file)
-    model, objective = new_dit(part(golden, "weights")), GaussianDiffusion(num_timesteps=num_timesteps)
-    scheduler = diffusers.DDIMScheduler(num_train_timesteps=num_timesteps, trained_betas=objective.tables.betas.tolist(),
-                                        clip_sample=False, timestep_spacing="leading")
+    model, objective = (
+        new_dit(part(golden, "weights")),
+        GaussianDiffusion(num_timesteps=num_timesteps),
+    )
+    scheduler = diffusers.DDIMScheduler(
+        num_train_timesteps=num_timesteps,
+        trained_betas=objective.tables.betas.tolist(),
+        clip_sample=False,
+        timestep_spacing="leading",
+    )
     z, y = torch.randn(2, *golden["x"].shape[1:]), golden["y"][:2]
     shared = {"num_sampling_steps": num_timesteps, "guidance_scale": 1.5}
     ours = objective.sample(model, z, y, sampler="ddim", **shared)
@@ -54,12 +63,30 @@ def test_diffusers_ddpm_with_the_learned_variance_is_ours(num_sampling_steps):
             return torch.cat([epsilon, torch.sin(x)], 1)  # a variance between its bounds
 
     seed = torch.randn(1, *z.shape)
-    scheduler = diffusers.DDPMScheduler(clip_sample=False, variance_type="learned_range", timestep_spacing="linspace")
-    theirs = objective.sample(Widening(spread=0.5), z, y, **options(scheduler, num_sampling_steps=num_sampling_steps), noise=seed)
+    scheduler = diffusers.DDPMScheduler(
+        clip_sample=False, variance_type="learned_range", timestep_spacing="linspace"
+    )
+    theirs = objective.sample(
+        Widening(spread=0.5),
+        z,
+        y,
+        **options(scheduler, num_sampling_steps=num_sampling_steps),
+        noise=seed,
+    )
     first = seed.flatten()[:2].view(torch.int32).tolist()
-    generator = torch.Generator().manual_seed(((first[0] % 2**32) + ((first[1] % 2**32) << 31)) % 2**63)
-    noise = torch.stack([torch.randn(z.shape, generator=generator) for _ in range(num_sampling_steps)])
-    assert_near(theirs, objective.sample(Widening(spread=0.5), z, y, num_sampling_steps=num_sampling_steps, noise=noise), 1e-4)
+    generator = torch.Generator().manual_seed(
+        ((first[0] % 2**32) + ((first[1] % 2**32) << 31)) % 2**63
+    )
+    noise = torch.stack(
+        [torch.randn(z.shape, generator=generator) for _ in range(num_sampling_steps)]
+    )
+    assert_near(
+        theirs,
+        objective.sample(
+            Widening(spread=0.5), z, y, num_sampling_steps=num_sampling_steps, noise=noise
+        ),
+        1e-4,
+    )
 
 
 @pytest.mark.parametrize("learn_sigma", [True, False])
@@ -88,7 +115,10 @@ class RoundedTimes:
         return self.oracle(x, t.round().long(), y)
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("sde_dpm_solver", "ddpm_learned", "euler_ancestral")]
+SLOW = [
+    pytest.param(name, marks=pytest.mark.slow)
+    for name in ("sde_dpm_solver", "ddpm_learned", "euler_ancestral")
+]
 
 
 @pytest.mark.parametrize("name", ["dpm_solver", "unipc", *SLOW])
@@ -103,8 +133,14 @@ def test_normal_data_is_sampled_with_its_mean_and_spread(name):
 def test_a_numbered_sample_is_the_same_alone_and_in_a_batch_and_nothing_else_is_drawn(name):
     denoiser = nn.Module()
     denoiser.forward, denoiser.num_classes = RoundedTimes(Oracle(spread=0.5)), 5
-    sampler = PictureSampler(denoiser=denoiser, objective=GaussianDiffusion(), latent_shape=(1, 2, 2), decode=lambda latents: latents,
-                             sampling=options(ALL[name], num_sampling_steps=6), seed=3)
+    sampler = PictureSampler(
+        denoiser=denoiser,
+        objective=GaussianDiffusion(),
+        latent_shape=(1, 2, 2),
+        decode=lambda latents: latents,
+        sampling=options(ALL[name], num_sampling_steps=6),
+        seed=3,
+    )
     state = torch.get_rng_state()
     sampler.check()
     together = sampler(torch.arange(4), labels(4))
@@ -118,7 +154,13 @@ def test_other_noise_gives_other_samples(name):
     objective, z, y = GaussianDiffusion(), torch.randn(2, 1, 2, 2), labels(2)
 
     def sampled(seed):
-        return objective.sample(RoundedTimes(Oracle(spread=0.5)), z, y, **options(ALL[name]), generator=torch.Generator().manual_seed(seed))
+        return objective.sample(
+            RoundedTimes(Oracle(spread=0.5)),
+            z,
+            y,
+            **options(ALL[name]),
+            generator=torch.Generator().manual_seed(seed),
+        )
 
     assert torch.equal(sampled(1), sampled(1)) and not torch.equal(sampled(1), sampled(2))
 
@@ -153,14 +195,32 @@ class DrawsOnItsOwn(diffusers.DDPMScheduler):
     ("wrong", "said"),
     [
         ({"scheduler": None}, "there is no scheduler"),
-        ({"scheduler": "DPMSolverMultistepScheduler"}, "scheduler is a str, which has no noise schedule"),
+        (
+            {"scheduler": "DPMSolverMultistepScheduler"},
+            "scheduler is a str, which has no noise schedule",
+        ),
         ({"scheduler": diffusers.FlowMatchEulerDiscreteScheduler()}, "has no noise schedule"),
-        ({"scheduler": diffusers.DDIMScheduler(beta_schedule="scaled_linear")}, "another noise schedule than the objective"),
-        ({"scheduler": diffusers.DDIMScheduler(num_train_timesteps=500)}, "500 steps .* instead of 1000"),
-        ({"scheduler": diffusers.DDIMScheduler(prediction_type="v_prediction")}, "prediction_type 'v_prediction'"),
+        (
+            {"scheduler": diffusers.DDIMScheduler(beta_schedule="scaled_linear")},
+            "another noise schedule than the objective",
+        ),
+        (
+            {"scheduler": diffusers.DDIMScheduler(num_train_timesteps=500)},
+            "500 steps .* instead of 1000",
+        ),
+        (
+            {"scheduler": diffusers.DDIMScheduler(prediction_type="v_prediction")},
+            "prediction_type 'v_prediction'",
+        ),
         ({"scheduler": diffusers.DDIMInverseScheduler()}, "from data to noise"),
-        ({"scheduler": diffusers.DPMSolverMultistepScheduler(variance_type="learned")}, "cannot make 20 steps .*variance_type"),
-        ({"scheduler": DrawsOnItsOwn()}, "DrawsOnItsOwn draws noise that cannot be fixed for each sample"),
+        (
+            {"scheduler": diffusers.DPMSolverMultistepScheduler(variance_type="learned")},
+            "cannot make 20 steps .*variance_type",
+        ),
+        (
+            {"scheduler": DrawsOnItsOwn()},
+            "DrawsOnItsOwn draws noise that cannot be fixed for each sample",
+        ),
         ({"eta": 0.5}, "DPMSolverMultistepScheduler has no eta"),
         ({"eta": 2.0, "scheduler": diffusers.DDIMScheduler()}, "eta is 2.0"),
         ({"clip_denoised": True}, "clipping is the scheduler's own part"),
@@ -180,7 +240,9 @@ def test_settings_that_do_not_go_together_are_named_before_the_denoiser_runs(wro
 
 
 def test_a_learned_variance_needs_one():
-    with pytest.raises(ValueError, match="variance_type 'learned_range', but with learn_sigma=False"):
+    with pytest.raises(
+        ValueError, match="variance_type 'learned_range', but with learn_sigma=False"
+    ):
         GaussianDiffusion(learn_sigma=False).check_sampling(**options(RANDOM["ddpm_learned"]))
 
 
@@ -192,5 +254,11 @@ def test_noise_of_another_shape_is_refused():
 
 def test_a_protocol_holds_a_scheduler_as_plain_settings():
     given = plain(options(DETERMINISTIC["dpm_solver"]))
-    assert given["num_sampling_steps"] == 20 and given["scheduler"]["name"] == "DPMSolverMultistepScheduler"
-    assert given["scheduler"]["solver_order"] == 2 and given["scheduler"]["lambda_min_clipped"] == "-inf"
+    assert (
+        given["num_sampling_steps"] == 20
+        and given["scheduler"]["name"] == "DPMSolverMultistepScheduler"
+    )
+    assert (
+        given["scheduler"]["solver_order"] == 2
+        and given["scheduler"]["lambda_min_clipped"] == "-inf"
+    )

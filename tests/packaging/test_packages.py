@@ -21,13 +21,16 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 def test_package_list_equals_what_is_on_disk():
     on_disk = {"tinyfusion_pl.conf"} | {
-        ".".join(file.parent.relative_to(ROOT / "src").parts) for file in SOURCES.rglob("__init__.py")
+        ".".join(file.parent.relative_to(ROOT / "src").parts)
+        for file in SOURCES.rglob("__init__.py")
     }
     assert sorted(on_disk) == PYPROJECT["tool"]["setuptools"]["packages"]
 
 
 def test_every_folder_with_code_is_a_package():
-    assert [str(file) for file in SOURCES.rglob("*.py") if not (file.parent / "__init__.py").exists()] == []
+    assert [
+        str(file) for file in SOURCES.rglob("*.py") if not (file.parent / "__init__.py").exists()
+    ] == []
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +45,16 @@ def wheel(tmp_path_factory):
     for name in ("pyproject.toml", "LICENSE", "README.md"):
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, folder / "checkout")
-    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder / "dist", folder / "checkout", cwd=folder)
+    run(
+        sys.executable,
+        "-m",
+        "build",
+        "--no-isolation",
+        "--outdir",
+        folder / "dist",
+        folder / "checkout",
+        cwd=folder,
+    )
     (built,) = (folder / "dist").glob("*.whl")
     return built
 
@@ -63,7 +75,9 @@ def run(*command, cwd, **environment):
 @pytest.mark.slow
 def test_wheel_contains_every_module_configuration_and_asset(wheel):
     conf = ROOT / "conf"
-    expected = {"tinyfusion_pl/conf/" + file.relative_to(conf).as_posix() for file in conf.rglob("*.yaml")}
+    expected = {
+        "tinyfusion_pl/conf/" + file.relative_to(conf).as_posix() for file in conf.rglob("*.yaml")
+    }
     expected |= {file.relative_to(ROOT / "src").as_posix() for file in SOURCES.rglob("*.py")}
     assets = (SOURCES / "assets").rglob("*")
     expected |= {file.relative_to(ROOT / "src").as_posix() for file in assets if file.is_file()}
@@ -74,10 +88,27 @@ def test_wheel_contains_every_module_configuration_and_asset(wheel):
 @pytest.mark.slow
 def test_cli_of_the_installed_wheel_works_in_another_directory(wheel, tmp_path):
     site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
-    run(sys.executable, "-m", "pip", "install", "--no-deps", "--quiet", "--target", site, wheel, cwd=tmp_path)
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--no-deps",
+        "--quiet",
+        "--target",
+        site,
+        wheel,
+        cwd=tmp_path,
+    )
     elsewhere.mkdir()
-    default = site / "tinyfusion_pl" / "conf" / "run" / "default.yaml"  # marked, so that no other copy can answer
+    default = (
+        site / "tinyfusion_pl" / "conf" / "run" / "default.yaml"
+    )  # marked, so that no other copy can answer
     default.write_text(default.read_text().replace("name: digits_d6", "name: of_the_wheel"))
     there = {"PYTHONPATH": str(site)}  # comes before an editable install of the checkout
-    assert "name: of_the_wheel" in run(sys.executable, "-m", "tinyfusion_pl", "--cfg", "job", cwd=elsewhere, **there)
-    assert "task: " in run(sys.executable, site / "bin" / "tinyfusion", "--help", cwd=elsewhere, **there)
+    assert "name: of_the_wheel" in run(
+        sys.executable, "-m", "tinyfusion_pl", "--cfg", "job", cwd=elsewhere, **there
+    )
+    assert "task: " in run(
+        sys.executable, site / "bin" / "tinyfusion", "--help", cwd=elsewhere, **there
+    )

@@ -43,14 +43,25 @@ class EncoderModule(Base):
 
 
 # -- where they may go -----------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("targets", [["out_proj"], ["self_attn"], ["linear1", "out_proj"], r".*self_attn\.out_proj"])
+@pytest.mark.parametrize(
+    "targets", [["out_proj"], ["self_attn"], ["linear1", "out_proj"], r".*self_attn\.out_proj"]
+)
 def test_targets_inside_multihead_attention_are_refused_by_name_before_any_step(targets, tmp_path):
     module = EncoderModule()
     before = {k: v.clone() for k, v in module.state_dict().items()}
-    with pytest.raises(ValueError, match=r"target_modules reach layers\.0\.self_attn.*MultiheadAttention reads its weights without"):
-        fit(module, DepthPruningCallback("1:2", weight_update=LoraConfig(r=2, target_modules=targets)), folder=tmp_path)
+    with pytest.raises(
+        ValueError,
+        match=r"target_modules reach layers\.0\.self_attn.*MultiheadAttention reads its weights without",
+    ):
+        fit(
+            module,
+            DepthPruningCallback("1:2", weight_update=LoraConfig(r=2, target_modules=targets)),
+            folder=tmp_path,
+        )
     assert module.trainer.global_step == 0 and not (tmp_path / "shallow").exists()
-    assert module.state_dict().keys() == before.keys() and all(p.requires_grad for p in module.model.parameters())
+    assert module.state_dict().keys() == before.keys() and all(
+        p.requires_grad for p in module.model.parameters()
+    )
 
 
 class ReadsItsWeight(nn.Module):
@@ -61,7 +72,9 @@ class ReadsItsWeight(nn.Module):
         self.inner, self.outer = nn.Linear(6, 6), nn.Linear(6, 6)
 
     def forward(self, x):
-        return x + self.outer(nn.functional.linear(x.float(), self.inner.weight.float(), self.inner.bias.float()))
+        return x + self.outer(
+            nn.functional.linear(x.float(), self.inner.weight.float(), self.inner.bias.float())
+        )
 
 
 def test_a_layer_that_is_read_but_never_called_gets_no_adapter():
@@ -74,9 +87,13 @@ def test_a_layer_that_is_read_but_never_called_gets_no_adapter():
 
 def test_linear_layers_of_other_kinds_are_adapted_too():
     transformers = pytest.importorskip("transformers")
-    falcon = transformers.FalconConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2)
+    falcon = transformers.FalconConfig(
+        vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2
+    )
     gpt2 = transformers.GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2, n_positions=8)
-    assert "h.0.mlp.dense_h_to_4h" in linear_names(transformers.FalconModel(falcon))  # a subclass of nn.Linear
+    assert "h.0.mlp.dense_h_to_4h" in linear_names(
+        transformers.FalconModel(falcon)
+    )  # a subclass of nn.Linear
     assert "h.0.attn.c_attn" in linear_names(transformers.GPT2Model(gpt2))  # transposed
 
 
@@ -92,7 +109,10 @@ def test_what_peft_refuses_leaves_the_model_as_it_was():
     inject_adapter_in_model(LoraConfig(r=2, target_modules=["lin"]), model, adapter_name="mine")
     before = {name: p.requires_grad for name, p in model.named_parameters()}
     config = LoraConfig(r=2, target_modules=["lin", "blocks.0"])
-    with pytest.raises(ValueError, match="do not go onto Toy: Target module Block is not supported.*or weight_update='full'"):
+    with pytest.raises(
+        ValueError,
+        match="do not go onto Toy: Target module Block is not supported.*or weight_update='full'",
+    ):
         WeightUpdate(config).start(model)
     assert {name: p.requires_grad for name, p in model.named_parameters()} == before
     assert model.blocks[0].lin.active_adapters == ["mine"]
@@ -134,7 +154,9 @@ def test_the_fused_path_is_back_when_the_adapters_are_gone():
 
 # -- the user's own --------------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("delta_w", ["discard", "merge"])
-@pytest.mark.parametrize("update", ["lora", "full", "frozen", LoraConfig(r=2, target_modules=["fc", "head"])])
+@pytest.mark.parametrize(
+    "update", ["lora", "full", "frozen", LoraConfig(r=2, target_modules=["fc", "head"])]
+)
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_the_users_adapter_goes_into_the_shallow_model(update, delta_w, wrapped, tmp_path):
     module = InInit(optimizers_kind="plain")
@@ -150,12 +172,21 @@ def test_the_users_adapter_goes_into_the_shallow_model(update, delta_w, wrapped,
     assert isinstance(shallow, PeftModel) == wrapped
     (path, kept), after = next(iter(callback.decision.kept_blocks.items())), shallow.state_dict()
     assert not any("tinyfusion" in k for k in after) and "tinyfusion" not in shallow.peft_config
-    renamed = {k.replace(f"{path}.{old}.", f"{path}.{new}."): k for new, old in enumerate(kept) for k in before if f"{path}.{old}." in k}
+    renamed = {
+        k.replace(f"{path}.{old}.", f"{path}.{new}."): k
+        for new, old in enumerate(kept)
+        for k in before
+        if f"{path}.{old}." in k
+    }
     renamed |= {k: k for k in before if f"{path}." not in k}
     assert after.keys() == renamed.keys() and any("lora_B.mine" in k for k in after)
-    unmoved = all(torch.equal(after[new], before[old]) for new, old in renamed.items() if ".mine." in new)
+    unmoved = all(
+        torch.equal(after[new], before[old]) for new, old in renamed.items() if ".mine." in new
+    )
     assert unmoved == (update != "full" or delta_w == "discard")
     if delta_w == "discard" or update == "frozen":
         assert all(torch.equal(after[new], before[old]) for new, old in renamed.items())
     layer = shallow.get_submodule(f"{path}.0.fc")
-    assert layer.active_adapters == ["mine"] and all(p.requires_grad for n, p in layer.named_parameters() if "mine" in n)
+    assert layer.active_adapters == ["mine"] and all(
+        p.requires_grad for n, p in layer.named_parameters() if "mine" in n
+    )

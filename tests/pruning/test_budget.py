@@ -22,19 +22,28 @@ def test_keep_makes_one_group_of_all_units(keep, count):
     gates = DepthPruner(keep=keep, weight_update="frozen").start(Toy(depth=6))
     (group,), (distribution,) = gates.stacks[0].groups, gates.stacks[0].distributions
     assert (group.start, group.num_kept, group.num_blocks) == (0, count, 6)
-    rows = [[float(i in kept) for i in range(6)] for kept in itertools.combinations(range(6), count)]
+    rows = [
+        [float(i in kept) for i in range(6)] for kept in itertools.combinations(range(6), count)
+    ]
     assert distribution.candidates.tolist() == rows
-    assert gates.decide().stacks["blocks"].pattern == f"{count}:6" and len(gates.decide().kept_blocks["blocks"]) == count
+    assert (
+        gates.decide().stacks["blocks"].pattern == f"{count}:6"
+        and len(gates.decide().kept_blocks["blocks"]) == count
+    )
 
 
 def test_keep_counts_units_of_several_blocks():
-    gates = DepthPruner(keep=1, weight_update="frozen", units=[(0, 5), (1, 4), (2, 3)]).start(Toy(depth=6))
+    gates = DepthPruner(keep=1, weight_update="frozen", units=[(0, 5), (1, 4), (2, 3)]).start(
+        Toy(depth=6)
+    )
     assert gates.decide().kept_blocks == {"blocks": [0, 5]}
 
 
 def test_each_stack_has_its_own_count_or_share():
     for keep, counts in (({"blocks": 1, "late": 4}, [1, 4]), (0.5, [2, 3])):
-        gates = DepthPruner(keep=keep, stacks=["blocks", "late"], weight_update="frozen").start(TwoStacks())
+        gates = DepthPruner(keep=keep, stacks=["blocks", "late"], weight_update="frozen").start(
+            TwoStacks()
+        )
         assert [len(kept) for kept in gates.decide().kept_blocks.values()] == counts
 
 
@@ -58,12 +67,18 @@ def test_a_budget_that_does_not_fit_the_model_is_refused(keep, message):
 
 
 def test_one_count_for_several_stacks_is_refused():
-    with pytest.raises(ValueError, match=r"one count for several stacks \(blocks, late\).*keep=\{blocks: COUNT, late: COUNT\}"):
+    with pytest.raises(
+        ValueError,
+        match=r"one count for several stacks \(blocks, late\).*keep=\{blocks: COUNT, late: COUNT\}",
+    ):
         DepthPruner(keep=3, stacks=["blocks", "late"]).check(TwoStacks())
 
 
 def test_too_many_candidates_are_refused_with_groups_that_fit():
-    with pytest.raises(ValueError, match=f"184756 ways to keep 10 of the 20 units.*{MAX_CANDIDATES}.*'5:10.5:10'.*hard_concrete") as caught:
+    with pytest.raises(
+        ValueError,
+        match=f"184756 ways to keep 10 of the 20 units.*{MAX_CANDIDATES}.*'5:10.5:10'.*hard_concrete",
+    ) as caught:
         DepthPruner(keep=10).check(Toy(depth=20))
     offered = str(caught.value).split("pattern='")[1].split("'")[0]
     DepthPruner(offered).check(Toy(depth=20))

@@ -2,7 +2,13 @@ import pytest
 import torch
 
 from pruning.toys import Toy
-from tinyfusion_pl.pruning import CandidateDistribution, DepthGates, Pattern, StackGates, linear_anneal
+from tinyfusion_pl.pruning import (
+    CandidateDistribution,
+    DepthGates,
+    Pattern,
+    StackGates,
+    linear_anneal,
+)
 
 
 def test_sampler_draws_candidates_with_their_probabilities():
@@ -16,7 +22,9 @@ def test_sampler_draws_candidates_with_their_probabilities():
         codes = (sampler.candidates @ torch.tensor([8.0, 4, 2, 1])).long()
         frequency = torch.stack([(chosen == code).float().mean() for code in codes])
         torch.testing.assert_close(frequency, (10 * logits).softmax(0), atol=5e-3, rtol=0)
-    torch.testing.assert_close(sampler.member_probabilities(logits), masks.mean(0), atol=5e-3, rtol=0)
+    torch.testing.assert_close(
+        sampler.member_probabilities(logits), masks.mean(0), atol=5e-3, rtol=0
+    )
 
 
 def test_masks_are_exactly_zero_or_one_with_the_gradient_of_the_soft_choice():
@@ -27,7 +35,9 @@ def test_masks_are_exactly_zero_or_one_with_the_gradient_of_the_soft_choice():
     assert set(mask.unique().tolist()) == {0.0, 1.0}
     (grad,) = torch.autograd.grad((mask * weights).sum(), logits)
     other = logits.detach().clone().requires_grad_()
-    (soft,) = torch.autograd.grad((((100 * other + noise) / 2.0).softmax(-1) @ sampler.candidates * weights).sum(), other)
+    (soft,) = torch.autograd.grad(
+        (((100 * other + noise) / 2.0).softmax(-1) @ sampler.candidates * weights).sum(), other
+    )
     torch.testing.assert_close(grad, soft)
 
 
@@ -64,7 +74,12 @@ def test_units_of_several_blocks_go_together_and_blocks_in_no_unit_stay():
     gates.update_average()
     decision = gates.decide()
     assert decision.kept_blocks == [1, 2, 3]
-    assert decision.block_probabilities[0] == decision.block_probabilities[4] < 0.5 < decision.block_probabilities[1]
+    assert (
+        decision.block_probabilities[0]
+        == decision.block_probabilities[4]
+        < 0.5
+        < decision.block_probabilities[1]
+    )
     assert decision.block_probabilities[2] == 1.0
 
 
@@ -74,7 +89,9 @@ def test_units_share_one_mask_in_the_model():
     gates = DepthGates(model, "1:2", stacks="blocks", units=[(0, 4), (1, 3)])
     outputs = {}
     for i, block in enumerate(model.blocks):
-        block.register_forward_hook(lambda m, a, out, i=i: outputs.__setitem__(i, (out != a[0]).flatten(1).any(1)))
+        block.register_forward_hook(
+            lambda m, a, out, i=i: outputs.__setitem__(i, (out != a[0]).flatten(1).any(1))
+        )
     model(torch.randn(32, 3, 6), torch.randn(32, 6))
     assert torch.equal(outputs[0], outputs[4]) and torch.equal(outputs[1], outputs[3])
     assert torch.equal(outputs[0], ~outputs[1]) and outputs[2].all()
@@ -85,7 +102,10 @@ def test_each_stack_has_its_own_pattern_and_key():
     model = torch.nn.Module()
     model.encoder, model.decoder = Toy(4), Toy(6)
     gates = DepthGates(model, {"encoder.blocks": "1:2", "decoder.blocks": "2:3"})
-    assert {path: len(s.groups) for path, s in gates.decide().stacks.items()} == {"encoder.blocks": 2, "decoder.blocks": 2}
+    assert {path: len(s.groups) for path, s in gates.decide().stacks.items()} == {
+        "encoder.blocks": 2,
+        "decoder.blocks": 2,
+    }
     assert gates.decide().kept_blocks == {"encoder.blocks": [0, 2], "decoder.blocks": [0, 1, 3, 4]}
 
 
@@ -107,15 +127,25 @@ def test_gate_state_goes_round_and_refuses_another_pattern():
     a.update_average()
     a.tau = 1.5
     b.load_gate_state(a.gate_state())
-    assert b.tau == 1.5 and torch.equal(a.logits()[0], b.logits()[0]) and torch.equal(a.stacks[0].averages[0], b.stacks[0].averages[0])
+    assert (
+        b.tau == 1.5
+        and torch.equal(a.logits()[0], b.logits()[0])
+        and torch.equal(a.stacks[0].averages[0], b.stacks[0].averages[0])
+    )
     with pytest.raises(ValueError, match="'1:2'.*'2:4'"):
         c.load_gate_state(a.gate_state())
 
 
-@pytest.mark.parametrize("settings, message", [
-    ({"scaling": 0}, "scaling is 0"), ({"tau": 0.0}, "tau is 0"), ({"average_decay": 1.0}, "average_decay is 1"),
-    ({"units": [(0, 1), (1, 2)]}, "at most one unit"), ({"stacks": "layers"}, "Lists found: 'blocks'"),
-])
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"scaling": 0}, "scaling is 0"),
+        ({"tau": 0.0}, "tau is 0"),
+        ({"average_decay": 1.0}, "average_decay is 1"),
+        ({"units": [(0, 1), (1, 2)]}, "at most one unit"),
+        ({"stacks": "layers"}, "Lists found: 'blocks'"),
+    ],
+)
 def test_settings_out_of_range_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         DepthGates(Toy(4), "1:2", **settings)

@@ -29,7 +29,12 @@ def gated_toy(mode="positional", pattern="1:2", depth=4, init=None, **kwargs):
 
 def noise_for(gates, n=N, seed=1):
     g = torch.Generator().manual_seed(seed)
-    return {s.path: [-torch.empty(n, m.num_logits).exponential_(generator=g).log() for m in s.distributions] for s in gates.stacks}
+    return {
+        s.path: [
+            -torch.empty(n, m.num_logits).exponential_(generator=g).log() for m in s.distributions
+        ]
+        for s in gates.stacks
+    }
 
 
 def reference_masks(gates, noise):
@@ -43,7 +48,10 @@ def reference_masks(gates, noise):
 
 
 def gradients(model, gates, loss):
-    named = {**dict(model.named_parameters()), **{f"gate{i}": p for i, p in enumerate(gates.logits())}}
+    named = {
+        **dict(model.named_parameters()),
+        **{f"gate{i}": p for i, p in enumerate(gates.logits())},
+    }
     grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
     return dict(zip(named, grads))
 
@@ -53,16 +61,27 @@ def assert_same_gradients(ours, theirs):
     for name in ours:
         assert (ours[name] is None) == (theirs[name] is None), name
         if ours[name] is not None:
-            torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+            torch.testing.assert_close(
+                ours[name],
+                theirs[name],
+                rtol=1e-4,
+                atol=1e-6,
+                msg=lambda m, name=name: f"{name}: {m}",
+            )
 
 
 def plain(model, gates, noise, x, c):
     bare = copy.deepcopy(model)
     remove_gates(bare)
     masks = reference_masks(gates, noise)
-    named = {**dict(bare.named_parameters()), **{f"gate{i}": p for i, p in enumerate(gates.logits())}}
+    named = {
+        **dict(bare.named_parameters()),
+        **{f"gate{i}": p for i, p in enumerate(gates.logits())},
+    }
     loss = plain_formula(bare, x, c, masks).float().square().mean()
-    return loss, dict(zip(named, torch.autograd.grad(loss, list(named.values()), allow_unused=True)))
+    return loss, dict(
+        zip(named, torch.autograd.grad(loss, list(named.values()), allow_unused=True))
+    )
 
 
 @pytest.mark.parametrize("mode", ["positional", "keyword", "checkpoint"])
@@ -98,7 +117,9 @@ def test_twenty_adamw_steps_equal_twenty_of_the_plain_formula():
     other, other_gates = gated_toy(init=init)
     remove_gates(other)
     ours = torch.optim.AdamW([*model.parameters(), *gates.logits()], lr=1e-2, weight_decay=0.1)
-    theirs = torch.optim.AdamW([*other.parameters(), *other_gates.logits()], lr=1e-2, weight_decay=0.1)
+    theirs = torch.optim.AdamW(
+        [*other.parameters(), *other_gates.logits()], lr=1e-2, weight_decay=0.1
+    )
     seen_all_dropped = False
     for step in range(20):
         x, c = batch(step)
@@ -112,8 +133,13 @@ def test_twenty_adamw_steps_equal_twenty_of_the_plain_formula():
             optimizer.step()
             optimizer.zero_grad()
     assert seen_all_dropped, "the case this test is for did not occur"
-    for (name, a), b in zip([*model.named_parameters(), *gates.named_parameters()], [*other.parameters(), *other_gates.parameters()]):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+    for (name, a), b in zip(
+        [*model.named_parameters(), *gates.named_parameters()],
+        [*other.parameters(), *other_gates.parameters()],
+    ):
+        torch.testing.assert_close(
+            a, b, rtol=1e-3, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 @pytest.mark.parametrize("mode", ["checkpoint", "checkpoint-reentrant"])
@@ -125,7 +151,9 @@ def test_two_forwards_of_a_batch_share_masks_when_recomputed(mode):
     noise = noise_for(gates)
     gates.fix_noise(noise)
     (model(x, c).square().mean() + model(x, c).square().mean()).backward()
-    grads = {n: p.grad.clone() for n, p in model.named_parameters()} | {f"gate{i}": p.grad.clone() for i, p in enumerate(gates.logits())}
+    grads = {n: p.grad.clone() for n, p in model.named_parameters()} | {
+        f"gate{i}": p.grad.clone() for i, p in enumerate(gates.logits())
+    }
     once = plain(model, gates, noise, x, c)[1]
     assert_same_gradients(grads, {n: 2 * g for n, g in once.items()})
 
@@ -171,7 +199,9 @@ def test_checkpointing_of_the_whole_model_recomputes_with_the_same_mask():
 
 def test_each_sample_has_its_own_mask_for_the_batch():
     model, gates = gated_toy(depth=8)
-    masks = lambda: torch.stack([gates.masks.column(gates.stacks[0], unit, 64) for unit in range(8)], 1)  # noqa: E731
+    masks = lambda: torch.stack(
+        [gates.masks.column(gates.stacks[0], unit, 64) for unit in range(8)], 1
+    )
     first = masks()
     assert torch.equal(masks(), first)
     assert len({tuple(row) for row in first.tolist()}) > 4
@@ -225,8 +255,14 @@ def test_tuples_follow_the_plain_formula(kind):
             extras.append(extra)
         expected = (h + sum(e[:, None, None] for e in extras)).square().mean()
     torch.testing.assert_close(loss, expected)
-    named = {**dict(bare.named_parameters()), **{f"gate{i}": p for i, p in enumerate(gates.logits())}}
-    assert_same_gradients(ours, dict(zip(named, torch.autograd.grad(expected, list(named.values()), allow_unused=True))))
+    named = {
+        **dict(bare.named_parameters()),
+        **{f"gate{i}": p for i, p in enumerate(gates.logits())},
+    }
+    assert_same_gradients(
+        ours,
+        dict(zip(named, torch.autograd.grad(expected, list(named.values()), allow_unused=True))),
+    )
     model.eval()
     assert isinstance(model(x), torch.Tensor)
 
@@ -341,7 +377,9 @@ def test_dropped_samples_do_not_reach_the_blocks_graph():
     model, gates = gated_toy(pattern="1:2")
     sizes = []
     model(*batch(n=16))  # the first call learns the block's batch axes
-    model.blocks[0].lin.register_forward_hook(lambda m, a, out: sizes.append((out.shape[0], out.requires_grad)))
+    model.blocks[0].lin.register_forward_hook(
+        lambda m, a, out: sizes.append((out.shape[0], out.requires_grad))
+    )
     x, c = batch(n=16)
     model(x, c)
     with_graph = [n for n, graph in sizes if graph]
@@ -418,7 +456,9 @@ def test_a_recomputed_blocks_dropout_lets_through_what_it_did_before(use_reentra
     model(torch.randn(8, 3, 6, requires_grad=True)).sum().backward()
     for block in model.blocks:
         half = len(block.seen) // 2
-        assert half and all(torch.equal(a, b) for a, b in zip(block.seen[:half], block.seen[half:], strict=True))
+        assert half and all(
+            torch.equal(a, b) for a, b in zip(block.seen[:half], block.seen[half:], strict=True)
+        )
 
 
 def test_the_first_parameter_is_gated_whatever_the_order_of_keywords():
@@ -434,7 +474,9 @@ def test_the_first_parameter_is_gated_whatever_the_order_of_keywords():
     with torch.no_grad():
         gates.logits()[0].copy_(torch.tensor([9.0, 0.0]))  # all samples keep block 0
     x, c = torch.randn(4, 3, 6), torch.randn(4, 6)
-    torch.testing.assert_close(model(x, c), model.blocks[0].__class__.forward(model.blocks[0], x, c))
+    torch.testing.assert_close(
+        model(x, c), model.blocks[0].__class__.forward(model.blocks[0], x, c)
+    )
 
 
 class Biased(nn.Module):

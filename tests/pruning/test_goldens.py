@@ -9,8 +9,14 @@ from tinyfusion_pl.pruning import DepthGates
 def case(file):
     golden = load(file)
     model = new_dit(part(golden, "weights")).train()
-    gates = DepthGates(model, pattern_in_name(file), stacks="blocks", scaling=golden["scaling"].item(), tau=golden["tau"].item(),
-                       average_decay=0.0)
+    gates = DepthGates(
+        model,
+        pattern_in_name(file),
+        stacks="blocks",
+        scaling=golden["scaling"].item(),
+        tau=golden["tau"].item(),
+        average_decay=0.0,
+    )
     with torch.no_grad():
         for i, logits in enumerate(gates.logits()):
             logits.copy_(golden[f"weights.gumbel_gates.{i}"].flatten())
@@ -28,7 +34,9 @@ def test_against_reference_losses_and_every_gradient(file):
     loss = objective.losses(model(draw.x_t, draw.t, golden["y"]), draw)["loss"]
     assert_near(loss, golden["loss"], 1e-5, "loss")
     loss.mean().backward()
-    ours = dict(model.named_parameters()) | {f"gumbel_gates.{i}": p for i, p in enumerate(gates.logits())}
+    ours = dict(model.named_parameters()) | {
+        f"gumbel_gates.{i}": p for i, p in enumerate(gates.logits())
+    }
     theirs = part(golden, "grad")
     assert theirs.keys() <= ours.keys()
     for name, grad in theirs.items():

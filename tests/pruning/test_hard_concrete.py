@@ -23,7 +23,9 @@ def distribution(num_kept=3, num_blocks=6, **kwargs):
 
 
 def gates_of(model, pattern, **kwargs):
-    return DepthGates(model, pattern, stacks="blocks", distribution=partial(HardConcreteDistribution, **kwargs))
+    return DepthGates(
+        model, pattern, stacks="blocks", distribution=partial(HardConcreteDistribution, **kwargs)
+    )
 
 
 def test_the_expected_number_kept_is_that_of_the_draws():
@@ -47,7 +49,9 @@ def test_masks_are_exactly_zero_or_one_with_the_gradient_of_the_gate(straight_th
     z = torch.minimum(torch.ones(()), torch.maximum(torch.zeros(()), s * (ZETA - GAMMA) + GAMMA))
     assert torch.equal(mask.detach(), (z > 0.5).float())
     weights = weights * mask.detach() if straight_through == "kept" else weights
-    torch.testing.assert_close(grad, torch.autograd.grad((z * weights).sum(), other)[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        grad, torch.autograd.grad((z * weights).sum(), other)[0], rtol=1e-4, atol=1e-5
+    )
 
 
 def test_the_decision_is_the_k_largest_and_ties_go_to_the_first():
@@ -62,7 +66,9 @@ def test_certainty_is_that_of_the_subsets_of_k():
                            for kept in itertools.combinations(range(6), 3)])  # fmt: skip
     q = weights / weights.sum()
     found = own.certainty(LOGITS)
-    assert found.confidence == pytest.approx(q.max().item(), rel=1e-5) and found.probabilities is None
+    assert (
+        found.confidence == pytest.approx(q.max().item(), rel=1e-5) and found.probabilities is None
+    )
     assert found.entropy == pytest.approx(-(q * q.log()).sum().item(), rel=1e-5)
 
 
@@ -70,7 +76,9 @@ def test_fixed_units_always_stay():
     own = distribution(fixed={1, 4})
     masks = own.sample(torch.full((6,), -1.0), 1.0, own.noise(50))
     assert masks[:, [1, 4]].eq(1).all() and masks[:, [0, 2, 3, 5]].eq(0).all()
-    assert own.member_probabilities(torch.full((6,), -1.0)).sum().item() == pytest.approx(2, abs=1e-6)
+    assert own.member_probabilities(torch.full((6,), -1.0)).sum().item() == pytest.approx(
+        2, abs=1e-6
+    )
     with pytest.raises(ValueError, match="0, 1 have to stay"):
         distribution(num_kept=1, fixed={0, 1})
 
@@ -89,7 +97,9 @@ def test_the_penalty_steps_with_the_logits_and_the_multipliers_ascend():
         assert steps.step()
         logits = torch.full((3,), 0.02, requires_grad=True)
         excess = torch.sigmoid(100 * logits).sum() - 1
-        (penalty,) = torch.autograd.grad(multipliers[0] * excess + multipliers[1] * excess**2, logits)
+        (penalty,) = torch.autograd.grad(
+            multipliers[0] * excess + multipliers[1] * excess**2, logits
+        )
         for found, grad in zip(seen[-1], loss_grads):
             torch.testing.assert_close(found, grad + penalty)
         multipliers = multipliers + 0.5 * torch.stack([excess, excess**2]).detach()
@@ -123,7 +133,13 @@ def test_a_search_reaches_the_budget_and_keeps_what_costs_most():
     torch.manual_seed(0)
     model, x = Additive([0.3, 1.0, 0.1, 0.8, 1.2, 0.2]).train(), torch.randn(16, 6)
     target = model(x).detach()
-    pruner = DepthPruner(keep=3, stacks="blocks", weight_update="frozen", relaxation=Relaxation("hard_concrete"), average_decay=0.9)
+    pruner = DepthPruner(
+        keep=3,
+        stacks="blocks",
+        weight_update="frozen",
+        relaxation=Relaxation("hard_concrete"),
+        average_decay=0.9,
+    )
     gates, steps = pruner.start(model), GateOptimizer()
     steps.start(gates)
     own = gates.stacks[0].distributions[0]
@@ -134,13 +150,18 @@ def test_a_search_reaches_the_budget_and_keeps_what_costs_most():
         steps.set_aside()
         steps.step()
     assert own.member_probabilities(gates.logits()[0]).sum().item() == pytest.approx(3, abs=0.3)
-    assert gates.decide().kept_blocks == {"blocks": [1, 3, 4]} and len(pruner.freeze(model).blocks) == 3
+    assert (
+        gates.decide().kept_blocks == {"blocks": [1, 3, 4]}
+        and len(pruner.freeze(model).blocks) == 3
+    )
 
 
 def test_groups_larger_than_can_be_enumerated():
     pruner = DepthPruner("20:40", weight_update="frozen", relaxation=Relaxation("hard_concrete"))
     stack = pruner.start(Toy(depth=40)).decide().stacks["blocks"]
-    assert len(stack.kept_blocks) == 20 and stack.groups[0].entropy == pytest.approx(math.log(math.comb(40, 20)))
+    assert len(stack.kept_blocks) == 20 and stack.groups[0].entropy == pytest.approx(
+        math.log(math.comb(40, 20))
+    )
 
 
 def test_a_foreign_model_with_a_block_that_has_to_stay():
@@ -149,8 +170,15 @@ def test_a_foreign_model_with_a_block_that_has_to_stay():
     model, _, _ = ZOO["sd3"].build()
     pruner = DepthPruner(keep=2, weight_update="frozen", relaxation=Relaxation("hard_concrete"))
     gates = pruner.start(model)
-    (path, kept), last = next(iter(gates.decide().kept_blocks.items())), gates.stacks[0].num_blocks - 1
-    assert last in kept and len(kept) == 2 and gates.decide().stacks[path].block_probabilities[last] == 1
+    (path, kept), last = (
+        next(iter(gates.decide().kept_blocks.items())),
+        gates.stacks[0].num_blocks - 1,
+    )
+    assert (
+        last in kept
+        and len(kept) == 2
+        and gates.decide().stacks[path].block_probabilities[last] == 1
+    )
 
 
 def test_the_state_has_the_multipliers_and_refuses_another_relaxation():
@@ -159,10 +187,20 @@ def test_the_state_has_the_multipliers_and_refuses_another_relaxation():
         a.logits()[0].copy_(torch.tensor([0.3, 0.1]))
         a.stacks[0].multipliers[1].copy_(torch.tensor([0.5, 2.0]))
     b.load_gate_state(a.gate_state())
-    assert torch.equal(b.logits()[0], a.logits()[0]) and b.stacks[0].multipliers[1].tolist() == [0.5, 2.0]
-    with pytest.raises(ValueError, match="HardConcreteDistribution.*CandidateDistribution.*resume with the relaxation"):
+    assert torch.equal(b.logits()[0], a.logits()[0]) and b.stacks[0].multipliers[1].tolist() == [
+        0.5,
+        2.0,
+    ]
+    with pytest.raises(
+        ValueError,
+        match="HardConcreteDistribution.*CandidateDistribution.*resume with the relaxation",
+    ):
         DepthGates(Toy(depth=4), "1:2", stacks="blocks").load_gate_state(a.gate_state())
-    assert not [name for name in torch.nn.ModuleList([a]).state_dict() if "multipliers" in name or "fixed" in name]
+    assert not [
+        name
+        for name in torch.nn.ModuleList([a]).state_dict()
+        if "multipliers" in name or "fixed" in name
+    ]
 
 
 @pytest.mark.parametrize("options, message", [

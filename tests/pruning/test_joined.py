@@ -21,7 +21,9 @@ class Skipping(nn.Module):
     def __init__(self, depth=8, dim=6):
         super().__init__()
         self.config = {"depth": depth}
-        self.down, self.up = (nn.ModuleList(Block(dim) for _ in range(depth // 2)) for _ in range(2))
+        self.down, self.up = (
+            nn.ModuleList(Block(dim) for _ in range(depth // 2)) for _ in range(2)
+        )
 
     def units(self, stack):
         n = len(self.down) + len(self.up)
@@ -50,7 +52,9 @@ def batch(n=5):
 def test_a_joined_stack_is_a_view_on_its_lists():
     model = Skipping(6)
     blocks, stack = [*model.down, *model.up], get_stack(inside(model), f"denoiser.{PATH}")
-    assert len(stack) == 6 and list(stack) == blocks and [stack[i] for i in range(-6, 6)] == 2 * blocks
+    assert (
+        len(stack) == 6 and list(stack) == blocks and [stack[i] for i in range(-6, 6)] == 2 * blocks
+    )
     with pytest.raises(IndexError):
         stack[6]
     del stack[4]
@@ -79,7 +83,9 @@ def test_both_blocks_of_a_pair_draw_one_mask():
     DepthGates(model, "1:2")
     ran = {}
     for i, block in enumerate(get_stack(model, PATH)):
-        block.register_forward_hook(lambda m, args, out, i=i: ran.__setitem__(i, (out != args[0]).flatten(1).any(1)))
+        block.register_forward_hook(
+            lambda m, args, out, i=i: ran.__setitem__(i, (out != args[0]).flatten(1).any(1))
+        )
     model(*batch(32))
     assert all(torch.equal(ran[i], ran[7 - i]) for i in range(4))
     assert torch.equal(ran[0], ~ran[1]) and torch.equal(ran[2], ~ran[3])
@@ -156,7 +162,9 @@ def test_half_a_pair_cannot_be_removed(kept):
 @pytest.mark.parametrize("path", ["down", "up", "denoiser.up"])
 def test_a_part_of_a_joined_stack_is_refused_and_the_whole_named(path):
     model = inside(Skipping()) if "." in path else Skipping()
-    with pytest.raises(ValueError, match=rf"'{path}' is a part of .* Name the whole stack: '(denoiser\.)?down\+up'"):
+    with pytest.raises(
+        ValueError, match=rf"'{path}' is a part of .* Name the whole stack: '(denoiser\.)?down\+up'"
+    ):
         DepthGates(model, "1:2", stacks=path)
     with pytest.raises(ValueError, match="Name the whole stack"):
         remove_blocks(model, {path: [0]})

@@ -27,7 +27,9 @@ class Staged(nn.Module):
 def train(pruner, model, *, steps=3):
     gates, updates = pruner.start(model), GateOptimizer()
     updates.start(gates)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad] or model.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(
+        [p for p in model.parameters() if p.requires_grad] or model.parameters(), lr=0.1
+    )
     for step in range(steps):
         updates.anneal(step, steps)
         gates.redraw()
@@ -50,9 +52,13 @@ def test_the_shallow_model_is_of_the_whole_model_with_its_original_weights(weigh
     kept = gates.decide().kept_blocks["body.blocks"]
     assert type(shallow) is Staged and len(shallow.body.blocks) == 2 and len(model.body.blocks) == 4
     for new, old in enumerate(kept):
-        assert torch.equal(shallow.body.blocks[new].lin.weight, before[f"body.blocks.{old}.lin.weight"])
+        assert torch.equal(
+            shallow.body.blocks[new].lin.weight, before[f"body.blocks.{old}.lin.weight"]
+        )
     pruner.stop(model)
-    assert model.state_dict().keys() == before.keys() and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert model.state_dict().keys() == before.keys() and all(
+        torch.equal(v, before[k]) for k, v in model.state_dict().items()
+    )
 
 
 def test_a_module_that_keeps_its_last_activations_can_be_frozen():
@@ -68,7 +74,9 @@ def test_a_module_that_keeps_its_last_activations_can_be_frozen():
 def test_a_model_that_cannot_be_copied_is_told_before_any_training():
     model = Toy(4)
     model.guard = threading.Lock()
-    with pytest.raises(ValueError, match="Toy cannot be copied .*lock.* the shallow model is a copy of it"):
+    with pytest.raises(
+        ValueError, match="Toy cannot be copied .*lock.* the shallow model is a copy of it"
+    ):
         DepthPruner("1:2").start(model)
     assert not any("lora" in name for name, _ in model.named_parameters())
 
@@ -128,10 +136,18 @@ def test_stacks_that_run_in_turn_are_refused_each_by_itself_and_accepted_joined(
     model, call = InTurn(), (torch.randn(3, 3, 6), torch.randn(3, 6))
     gates = DepthGates(model, "1:2")
     assert [g.path for g in gates.stacks] == ["spatial", "temporal"]
-    with pytest.raises(ValueError, match=r"'spatial' and 'temporal' cannot .* another order.*stacks='spatial\+temporal', units=\[\[0, 4\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"'spatial' and 'temporal' cannot .* another order.*stacks='spatial\+temporal', units=\[\[0, 4\]",
+    ):
         verify(model, gates, call, {})
     remove_gates(model)
-    verify(model, DepthGates(model, "1:2", stacks="spatial+temporal", units=[[i, i + 4] for i in range(4)]), call, {})
+    verify(
+        model,
+        DepthGates(model, "1:2", stacks="spatial+temporal", units=[[i, i + 4] for i in range(4)]),
+        call,
+        {},
+    )
 
 
 def test_a_last_block_that_is_called_unlike_the_others_is_found():
@@ -143,7 +159,9 @@ def test_a_last_block_that_is_called_unlike_the_others_is_found():
 
     torch.manual_seed(0)
     model = Model()
-    with pytest.raises(ValueError, match="block 3 dropped by gates .* the argument 'c' of block blocks.2 depends"):
+    with pytest.raises(
+        ValueError, match="block 3 dropped by gates .* the argument 'c' of block blocks.2 depends"
+    ):
         verify(model, DepthGates(model, "1:2"), (torch.randn(3, 3, 6), torch.randn(3, 6)), {})
 
 
@@ -152,7 +170,10 @@ class Rows(nn.Module):
 
     def __init__(self, *, mix):
         super().__init__()
-        self.mix, self.blocks = mix, nn.ModuleList(nn.ModuleList([nn.Linear(6, 6)]) for _ in range(4))
+        self.mix, self.blocks = (
+            mix,
+            nn.ModuleList(nn.ModuleList([nn.Linear(6, 6)]) for _ in range(4)),
+        )
         for block in self.blocks:
             block.forward = types.MethodType(Rows.run, block)
 
@@ -170,9 +191,15 @@ class Rows(nn.Module):
 def test_packed_samples_are_refused_and_rows_that_are_no_samples_are_reported():
     torch.manual_seed(0)
     call = (torch.randn(3, 5, 6),)
-    with pytest.raises(ValueError, match=r"'blocks' see 15 rows that mix, which are no samples of the call .*padded batch"):
+    with pytest.raises(
+        ValueError,
+        match=r"'blocks' see 15 rows that mix, which are no samples of the call .*padded batch",
+    ):
         verify(model := Rows(mix=True), DepthGates(model, "1:2", stacks="blocks"), call, {})
     model = Rows(mix=False)
     gates = DepthGates(model, "1:2", stacks="blocks")
     verify(model, gates, call, {})
-    assert "4 blocks gathered (a mask for each of the 15 rows that they see" in gates.describe_batches()
+    assert (
+        "4 blocks gathered (a mask for each of the 15 rows that they see"
+        in gates.describe_batches()
+    )

@@ -24,7 +24,9 @@ def test_the_gradient_is_that_of_the_kept_members():
     torch.testing.assert_close(grad, expected)
     published = CandidateDistribution(Pattern.parse("2:4").groups(4)[0], scaling=10.0)
     assert torch.equal(published.sample(logits, 2.0, noise), mask)  # the same masks
-    (all_members,) = torch.autograd.grad((published.sample(logits, 2.0, noise) * weights).sum(), logits)
+    (all_members,) = torch.autograd.grad(
+        (published.sample(logits, 2.0, noise) * weights).sum(), logits
+    )
     assert not torch.allclose(all_members, grad)
 
 
@@ -34,13 +36,20 @@ def test_in_a_model_dropped_units_give_their_sample_no_gradient(gather):
     model = Toy(depth=4).train()
     gates = DepthGates(model, "1:2", stacks="blocks", distribution=KEPT, tau=2.0, gather=gather)
     x, c = torch.randn(8, 3, 6), torch.randn(8, 6)
-    noise = [d.noise(8, generator=torch.Generator().manual_seed(i)) for i, d in enumerate(gates.stacks[0].distributions)]
+    noise = [
+        d.noise(8, generator=torch.Generator().manual_seed(i))
+        for i, d in enumerate(gates.stacks[0].distributions)
+    ]
     gates.fix_noise({"blocks": noise})
     model(x, c).square().mean().backward()
     # By hand: the gradient of each mask entry of the plain formula, those of dropped blocks taken out, into the soft choice.
     own = [p.detach().clone().requires_grad_() for p in gates.logits()]
-    soft = [((10 * p + n) / 2.0).softmax(-1) for p, n in zip(own, noise)]  # the candidates are (1, 0) and (0, 1)
-    masks = torch.cat([torch.nn.functional.one_hot(s.argmax(1), 2).float() for s in soft], 1).requires_grad_()
+    soft = [
+        ((10 * p + n) / 2.0).softmax(-1) for p, n in zip(own, noise)
+    ]  # the candidates are (1, 0) and (0, 1)
+    masks = torch.cat(
+        [torch.nn.functional.one_hot(s.argmax(1), 2).float() for s in soft], 1
+    ).requires_grad_()
     with gates.bypass():
         (of_masks,) = torch.autograd.grad(plain_formula(model, x, c, masks).square().mean(), masks)
     (torch.cat(soft, 1) * of_masks * masks.detach()).sum().backward()

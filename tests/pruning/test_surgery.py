@@ -35,19 +35,30 @@ def test_lora_goes_on_every_linear_and_leaves_everything_else_frozen():
     model = Toy(2)
     WeightUpdate("lora").start(model)
     trainable = {name.split(".lora_")[0] for name, p in model.named_parameters() if p.requires_grad}
-    assert trainable == {name for name, m in Toy(2).named_modules() if isinstance(m, torch.nn.Linear)}
+    assert trainable == {
+        name for name, m in Toy(2).named_modules() if isinstance(m, torch.nn.Linear)
+    }
     a = model.blocks[0].lin.lora_A["tinyfusion"]
     assert a.weight.shape[0] == 8 and model.blocks[0].lin.scaling["tinyfusion"] == 2.0
 
 
 def test_lora_goes_on_linear_layers_whose_names_are_numbers_and_on_no_block_that_ends_alike():
     lin = torch.nn.Linear
-    model = torch.nn.Sequential(lin(3, 8), torch.nn.Sequential(Toy(2), Toy(2)), torch.nn.Sequential(torch.nn.LayerNorm(8)), lin(8, 2))
+    model = torch.nn.Sequential(
+        lin(3, 8),
+        torch.nn.Sequential(Toy(2), Toy(2)),
+        torch.nn.Sequential(torch.nn.LayerNorm(8)),
+        lin(8, 2),
+    )
     config = LoHaConfig(r=2)
     for kind in ("lora", config):
         mine = copy.deepcopy(model)
         WeightUpdate(kind).start(mine)
-        adapted = {name.rpartition(".base_layer")[0] for name, _ in mine.named_modules() if name.endswith(".base_layer")}
+        adapted = {
+            name.rpartition(".base_layer")[0]
+            for name, _ in mine.named_modules()
+            if name.endswith(".base_layer")
+        }
         assert adapted == {name for name, m in model.named_modules() if isinstance(m, lin)}
     assert config.target_modules is None  # the caller's own is not written to
 
@@ -74,7 +85,9 @@ def test_discard_restores_every_weight_and_buffer_and_who_trains():
             model.running.add_(1)
         update.finish(model, delta_w="discard")
         after = model.state_dict()
-        assert after.keys() == before.keys() and all(torch.equal(after[k], before[k]) for k in before)
+        assert after.keys() == before.keys() and all(
+            torch.equal(after[k], before[k]) for k in before
+        )
         assert [n for n, p in model.named_parameters() if not p.requires_grad] == ["embed.weight"]
         assert type(model.embed) is torch.nn.Linear
 
@@ -107,4 +120,9 @@ def test_a_bare_sequential_loses_blocks_in_place():
     model = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(4)))
     kept = [model[0], model[2]]
     assert remove_blocks(model, {"": [0, 2]}) is model
-    assert list(model) == kept and set(model.state_dict()) == {"0.weight", "0.bias", "1.weight", "1.bias"}
+    assert list(model) == kept and set(model.state_dict()) == {
+        "0.weight",
+        "0.bias",
+        "1.weight",
+        "1.bias",
+    }

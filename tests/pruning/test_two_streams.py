@@ -31,13 +31,20 @@ def masks_of(gates, n):
         hard = torch.stack([gates.masks.column(gates.stacks[0], i, n) for i in range(4)], 1)
     soft, drawn = [], gates.masks._drawn["transformer_blocks", n].noise
     for logits, distribution, noise in zip(gates.logits(), gates.stacks[0].distributions, drawn):
-        soft.append(((distribution.scaling * logits + noise) / gates.tau).softmax(-1) @ distribution.candidates)
+        soft.append(
+            ((distribution.scaling * logits + noise) / gates.tau).softmax(-1)
+            @ distribution.candidates
+        )
     soft = torch.cat(soft, 1)
     return hard + soft - soft.detach()
 
 
 def by_hand(model, masks, x, temb):
-    image, text, rotary = model.inp(x), model.inp(x.flip(1)), torch.linspace(0.5, 1.5, x.shape[1])[:, None]
+    image, text, rotary = (
+        model.inp(x),
+        model.inp(x.flip(1)),
+        torch.linspace(0.5, 1.5, x.shape[1])[:, None],
+    )
     for i, block in enumerate(model.transformer_blocks):
         m = masks[:, i].view(-1, 1, 1)
         new_text, new_image = block(image, text, temb, rotary)
@@ -47,7 +54,10 @@ def by_hand(model, masks, x, temb):
 
 def gradients(model, gates, loss):
     named = [*model.parameters(), *gates.logits()]
-    return [torch.zeros_like(p) if g is None else g for p, g in zip(named, torch.autograd.grad(loss, named, allow_unused=True))]
+    return [
+        torch.zeros_like(p) if g is None else g
+        for p, g in zip(named, torch.autograd.grad(loss, named, allow_unused=True))
+    ]
 
 
 def assert_close(ours, theirs):
@@ -79,7 +89,13 @@ def test_checkpointed_blocks_with_dropout_have_the_gradients_of_plain_ones(mode)
         x, temb = batch()
         x.requires_grad_()
         generator = torch.Generator().manual_seed(3)
-        gates.fix_noise({"transformer_blocks": [d.noise(5, generator=generator) for d in gates.stacks[0].distributions]})
+        gates.fix_noise(
+            {
+                "transformer_blocks": [
+                    d.noise(5, generator=generator) for d in gates.stacks[0].distributions
+                ]
+            }
+        )
         model(*batch(seed=9))  # the first call learns the block's batch axes
         torch.manual_seed(1)
         model(x, temb).square().mean().backward()
@@ -116,7 +132,9 @@ class PassesOn(nn.Module):
 
 class Renames(PassesOn):
     def forward(self, image, encoder_hidden_states, temb, image_rotary_emb):
-        return self.block(image, encoder_hidden_states, temb=temb, image_rotary_emb=image_rotary_emb)
+        return self.block(
+            image, encoder_hidden_states, temb=temb, image_rotary_emb=image_rotary_emb
+        )
 
 
 @pytest.mark.parametrize(("wrapper", "names"), [
@@ -128,7 +146,11 @@ def test_a_block_that_returns_what_another_returns_is_read_as_that_one(wrapper, 
     model.transformer_blocks = nn.ModuleList(wrapper() for _ in range(4))
     gates = DepthGates(model, "1:2")
     verify(model, gates, batch(), {})
-    assert all(plan.streams.names == names for gated in gates.gated_forwards for plan in gated.plans.values())
+    assert all(
+        plan.streams.names == names
+        for gated in gates.gated_forwards
+        for plan in gated.plans.values()
+    )
 
 
 def test_streams_that_cannot_be_told_are_refused_with_the_stack_and_arguments_to_name():
@@ -140,7 +162,9 @@ def test_streams_that_cannot_be_told_are_refused_with_the_stack_and_arguments_to
     model = TwoStreamToy()
     model.transformer_blocks = nn.ModuleList(Unnamed() for _ in range(4))
     remedy = r"streams=\{'transformer_blocks': \['hidden_states', 'encoder_hidden_states'\]\}"
-    with pytest.raises(ValueError, match=f"transformer_blocks.0: cannot tell which outputs .* {remedy}"):
+    with pytest.raises(
+        ValueError, match=f"transformer_blocks.0: cannot tell which outputs .* {remedy}"
+    ):
         verify(model, DepthGates(model, "1:2"), batch(), {})
 
 
@@ -156,7 +180,12 @@ class Step(Base):
 
     def __init__(self, *, manual=False, mode="plain"):
         super().__init__(optimizers_kind="plain")
-        self.model, self.automatic_optimization, self.outputs, self.masks = TwoStreamToy(mode=mode), not manual, [], []
+        self.model, self.automatic_optimization, self.outputs, self.masks = (
+            TwoStreamToy(mode=mode),
+            not manual,
+            [],
+            [],
+        )
 
     def training_step(self, batch, batch_idx):
         x, temb = batch[0].unsqueeze(1).repeat(1, 3, 2), batch[0].repeat(1, 2)
@@ -166,7 +195,11 @@ class Step(Base):
         second = self.model(x, temb)
         self.outputs.append(bool(torch.equal(first, second)))
         gates = self.depth_gates
-        self.masks.append(torch.stack([gates.masks.column(gates.stacks[0], i, len(x)).detach() for i in range(4)], 1))
+        self.masks.append(
+            torch.stack(
+                [gates.masks.column(gates.stacks[0], i, len(x)).detach() for i in range(4)], 1
+            )
+        )
         loss = (first + second).square().mean()
         if self.automatic_optimization:
             return loss
@@ -190,7 +223,10 @@ def test_a_training_step_keeps_its_masks_and_the_next_draws_new_ones(manual, mod
         accumulate_grad_batches=1 if manual else 2)  # fmt: skip
     assert module.outputs and all(module.outputs)
     assert all(not torch.equal(a, b) for a, b in zip(module.masks, module.masks[1:]))
-    assert any(p.abs().max() > 0 for p in callback.gates.logits()) and len(callback.shallow_model.transformer_blocks) == 2
+    assert (
+        any(p.abs().max() > 0 for p in callback.gates.logits())
+        and len(callback.shallow_model.transformer_blocks) == 2
+    )
 
 
 def test_it_is_verified_and_compiled_it_is_the_same(tmp_path):

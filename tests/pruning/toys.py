@@ -8,7 +8,11 @@ from torch.utils.checkpoint import checkpoint
 class Block(nn.Module):
     def __init__(self, dim=6):
         super().__init__()
-        self.lin, self.cond, self.out = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.lin, self.cond, self.out = (
+            nn.Linear(dim, dim),
+            nn.Linear(dim, dim),
+            nn.Linear(dim, dim),
+        )
 
     def forward(self, x, c=None, table=None, *, scale=1.0):
         h = self.lin(x)
@@ -50,7 +54,9 @@ class PairBlock(nn.Module):
 
     def forward(self, pair):
         a, b = pair
-        return a + torch.tanh(self.b(b)).mean(1, keepdim=True), b + torch.tanh(self.a(a)).mean(1, keepdim=True)
+        return a + torch.tanh(self.b(b)).mean(1, keepdim=True), b + torch.tanh(self.a(a)).mean(
+            1, keepdim=True
+        )
 
 
 class PairToy(nn.Module):
@@ -95,10 +101,19 @@ class TwoStreamBlock(nn.Module):
 
     def __init__(self, dim=6, dropout=0.0):
         super().__init__()
-        self.a, self.b, self.mod, self.drop = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Dropout(dropout)
+        self.a, self.b, self.mod, self.drop = (
+            nn.Linear(dim, dim),
+            nn.Linear(dim, dim),
+            nn.Linear(dim, dim),
+            nn.Dropout(dropout),
+        )
 
     def forward(self, hidden_states, encoder_hidden_states, temb=None, image_rotary_emb=None):
-        joint = torch.cat([self.a(hidden_states) * image_rotary_emb, self.b(encoder_hidden_states)], 1).tanh().mean(1, keepdim=True)
+        joint = (
+            torch.cat([self.a(hidden_states) * image_rotary_emb, self.b(encoder_hidden_states)], 1)
+            .tanh()
+            .mean(1, keepdim=True)
+        )
         shift = self.mod(temb)[:, None]
         hidden_states = hidden_states + self.drop(self.a(joint + shift))
         encoder_hidden_states = encoder_hidden_states + self.drop(self.b(joint - shift))
@@ -114,12 +129,20 @@ class TwoStreamToy(nn.Module):
         self.transformer_blocks = nn.ModuleList(TwoStreamBlock(dim, dropout) for _ in range(depth))
 
     def forward(self, x, temb):
-        image, text, rotary = self.inp(x), self.inp(x.flip(1)), torch.linspace(0.5, 1.5, x.shape[1])[:, None]
+        image, text, rotary = (
+            self.inp(x),
+            self.inp(x.flip(1)),
+            torch.linspace(0.5, 1.5, x.shape[1])[:, None],
+        )
         for block in self.transformer_blocks:
             if self.mode == "plain":
-                text, image = block(image, encoder_hidden_states=text, temb=temb, image_rotary_emb=rotary)
+                text, image = block(
+                    image, encoder_hidden_states=text, temb=temb, image_rotary_emb=rotary
+                )
             else:
-                text, image = checkpoint(block, image, text, temb, rotary, use_reentrant="reentrant" in self.mode)
+                text, image = checkpoint(
+                    block, image, text, temb, rotary, use_reentrant="reentrant" in self.mode
+                )
         return self.head(image + 0.5 * text.mean(1, keepdim=True))
 
 

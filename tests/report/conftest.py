@@ -63,14 +63,19 @@ def fake_metrics(depth: int = 12, kept: int = 6) -> dict:
     }
 
 
-def fake_decisions(patterns: dict[str, list[tuple[int, int]]], *, num_steps: int, every: int) -> list[dict]:
+def fake_decisions(
+    patterns: dict[str, list[tuple[int, int]]], *, num_steps: int, every: int
+) -> list[dict]:
     """Entries of decisions.jsonl: each group's candidates start equal and drift towards one."""
     rng = np.random.default_rng(0)
     groups = {
         path: [(n, m, np.array(list(combinations(range(m), n)))) for n, m in pattern]
         for path, pattern in patterns.items()
     }
-    goals = {path: [rng.normal(0, 1, len(candidates)) for _, _, candidates in own] for path, own in groups.items()}
+    goals = {
+        path: [rng.normal(0, 1, len(candidates)) for _, _, candidates in own]
+        for path, own in groups.items()
+    }
     entries = []
     for step in range(0, num_steps + 1, every):
         progress = step / num_steps
@@ -88,10 +93,18 @@ def fake_decisions(patterns: dict[str, list[tuple[int, int]]], *, num_steps: int
                 stack["block_probabilities"] += (p @ mask).tolist()
                 entropy = float(-(p * np.log(p + 1e-12)).sum())
                 stack["groups"].append(
-                    {"start": start, "num_kept": n, "num_blocks": m, "confidence": float(p.max()), "entropy": entropy}
+                    {
+                        "start": start,
+                        "num_kept": n,
+                        "num_blocks": m,
+                        "confidence": float(p.max()),
+                        "entropy": entropy,
+                    }
                 )
             stacks[path] = stack
-        entries.append({"step": step, "tau": 4 - 3.9 * progress, "scaling": 100.0, "stacks": stacks})
+        entries.append(
+            {"step": step, "tau": 4 - 3.9 * progress, "scaling": 100.0, "stacks": stacks}
+        )
     return entries
 
 
@@ -139,7 +152,9 @@ def _fake_samples(path: Path, *, draws: int) -> None:
     digits = load_digits()
     labels = np.tile(np.arange(10), draws)
     pictures = (
-        np.stack([digits.images[rng.choice(np.flatnonzero(digits.target == label))] for label in labels])[:, None]
+        np.stack(
+            [digits.images[rng.choice(np.flatnonzero(digits.target == label))] for label in labels]
+        )[:, None]
         * 255
         / 16
     )
@@ -150,7 +165,13 @@ def _fake_samples(path: Path, *, draws: int) -> None:
         return noisy.clip(0, 255).astype(np.uint8)
 
     save_file(
-        {"labels": labels, "teacher": damaged(4, 0), "pruned": damaged(80, 0.8), "recovered": damaged(14, 0.12)}, path
+        {
+            "labels": labels,
+            "teacher": damaged(4, 0),
+            "pruned": damaged(80, 0.8),
+            "recovered": damaged(14, 0.12),
+        },
+        path,
     )
 
 
@@ -166,12 +187,18 @@ def make_run(
     patterns = patterns or {"blocks": [(1, 2)] * 6}
     for part in ("learn_mask", "shallow"):
         (folder / part).mkdir(parents=True, exist_ok=True)
-    depth, kept = (sum(group[i] for pattern in patterns.values() for group in pattern) for i in (1, 0))
+    depth, kept = (
+        sum(group[i] for pattern in patterns.values() for group in pattern) for i in (1, 0)
+    )
     (folder / "metrics.json").write_text(json.dumps(fake_metrics(depth, kept)))
-    (folder / "config.yaml").write_text('name: digits_d6\nseed: 0\npruning:\n  pattern: "1:2"\n  scaling: 100.0\n')
+    (folder / "config.yaml").write_text(
+        'name: digits_d6\nseed: 0\npruning:\n  pattern: "1:2"\n  scaling: 100.0\n'
+    )
     entries = fake_decisions(patterns, num_steps=num_steps, every=every)
     half = len(entries) // 2
-    lines = [json.dumps(entry) for entry in [*entries[:half], *entries[half - 2 :]]]  # resumed: two steps stand twice
+    lines = [
+        json.dumps(entry) for entry in [*entries[:half], *entries[half - 2 :]]
+    ]  # resumed: two steps stand twice
     (folder / "learn_mask/decisions.jsonl").write_text("\n".join(lines) + "\n")
     record = {
         path: {

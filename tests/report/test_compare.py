@@ -64,15 +64,22 @@ def test_differing_protocol_names_its_keys_with_both_values_and_denies_comparabi
         del metrics["protocol"]["guidance_channels"]
 
     table = compare(*two_runs(change))
-    assert "DIFFERS in guidance_scale, guidance_channels, extra. The figures are NOT comparable." in table
-    cells = {line.split()[0]: line.split()[1:] for line in table.splitlines() if line.startswith("  ")}
+    assert (
+        "DIFFERS in guidance_scale, guidance_channels, extra. The figures are NOT comparable."
+        in table
+    )
+    cells = {
+        line.split()[0]: line.split()[1:] for line in table.splitlines() if line.startswith("  ")
+    }
     assert cells["guidance_scale"] == ["1.5", "4.0"]
     assert cells["guidance_channels"] == ["null", "(not", "given)"]
     assert cells["extra"] == ["(not", "given)", "[1,", "2]"]
     assert "seed" not in cells
 
 
-def test_figures_of_differing_or_unknown_protocols_get_no_difference_and_what_a_model_is_does(two_runs):
+def test_figures_of_differing_or_unknown_protocols_get_no_difference_and_what_a_model_is_does(
+    two_runs,
+):
     def other(metrics):
         metrics["protocol"]["num_samples"] = 50_000
         metrics["recovered"] |= {"fid": 10.04, "depth": 8}
@@ -88,7 +95,10 @@ def test_figures_of_differing_or_unknown_protocols_get_no_difference_and_what_a_
 
 def test_only_the_entries_that_differ_are_named_however_deep(two_runs):
     def first(metrics, k=3):
-        metrics["protocol"]["metrics"] = {"fid": {"of": "features"}, "precision_recall": {"of": "features", "k": k}}
+        metrics["protocol"]["metrics"] = {
+            "fid": {"of": "features"},
+            "precision_recall": {"of": "features", "k": k},
+        }
 
     a, _ = two_runs()
     _, b = two_runs(lambda metrics: first(metrics, k=5))
@@ -101,7 +111,11 @@ def test_only_the_entries_that_differ_are_named_however_deep(two_runs):
 def test_measured_pictures_are_compared_and_refused_like_runs(tmp_path):
     for name, num_samples, fid in (("a", 40, 5.0), ("b", 40, 7.0), ("c", 50, 6.0)):
         (tmp_path / name).mkdir()
-        written = {"name": f"{name}.npz", "samples": {"fid": fid}, "protocol": {"num_samples": num_samples}}
+        written = {
+            "name": f"{name}.npz",
+            "samples": {"fid": fid},
+            "protocol": {"num_samples": num_samples},
+        }
         (tmp_path / name / "measure.json").write_text(json.dumps(written))
     table = compare(tmp_path / "a", tmp_path / "b")
     assert rows(table, "samples")["FID"] == ["5", "7", "+2"] and "(b.npz)" in table

@@ -32,7 +32,9 @@ def history(num_steps=3, num_blocks=4, *, group_size=2, every=10):
     for group in groups:
         kept[np.arange(num_steps), rng.choice(group["members"], num_steps)] = True
     confidence = np.repeat(rng.uniform(0.1, 1, (num_steps, len(groups))), group_size, axis=1)
-    return StackHistory(np.arange(num_steps) * every, kept, rng.uniform(0, 1, kept.shape), confidence, groups)
+    return StackHistory(
+        np.arange(num_steps) * every, kept, rng.uniform(0, 1, kept.shape), confidence, groups
+    )
 
 
 def mesh(axes):
@@ -50,7 +52,12 @@ def test_a_mark_stands_where_a_block_is_kept_as_opaque_as_its_group_is_confident
     colors = mesh(panel).get_array()  # (B, T, RGBA)
     np.testing.assert_allclose(colors[..., 3], np.where(own.kept, opacity(own.confidence), 0).T)
     np.testing.assert_allclose(colors[..., :3], np.broadcast_to(to_rgba(KEPT)[:3], (4, 3, 3)))
-    assert mesh(panel).get_coordinates()[0, :, 0].tolist() == [0, 10, 20, 30]  # each lasts until the next record
+    assert mesh(panel).get_coordinates()[0, :, 0].tolist() == [
+        0,
+        10,
+        20,
+        30,
+    ]  # each lasts until the next record
     assert panel.get_ylim() == (3.5, -0.5), "block 0 is on top"
 
 
@@ -96,20 +103,32 @@ def test_bars_show_the_final_probabilities_with_kept_blocks_highlighted():
 def test_group_borders_and_the_indifferent_probability_are_drawn():
     heat, bars = plot_block_probabilities({"blocks": history(num_blocks=9, group_size=3)}).axes
     assert borders(heat) == borders(bars) == [2.5, 5.5]
-    dotted = [segment for c in bars.collections if isinstance(c, LineCollection) for segment in c.get_segments()]
+    dotted = [
+        segment
+        for c in bars.collections
+        if isinstance(c, LineCollection)
+        for segment in c.get_segments()
+    ]
     assert [segment[0][0] for segment in dotted] == pytest.approx([1 / 3] * 9)
 
 
 def test_groups_of_mirrored_pairs_have_borders_on_both_sides():
-    mirrored = replace(history(num_blocks=8), groups=tuple({"members": members, "num_kept": 1, "num_blocks": 2}
-                                                           for members in ([0, 1, 6, 7], [2, 3, 4, 5])))
+    mirrored = replace(
+        history(num_blocks=8),
+        groups=tuple(
+            {"members": members, "num_kept": 1, "num_blocks": 2}
+            for members in ([0, 1, 6, 7], [2, 3, 4, 5])
+        ),
+    )
     heat, bars = plot_block_probabilities({"in_blocks+out_blocks": mirrored}).axes
     assert borders(heat) == borders(bars) == [1.5, 5.5]
 
 
 def pictures(num, channels=1, size=8):
     rng = np.random.default_rng(3)
-    return {model: rng.integers(0, 256, (num, channels, size, size), dtype=np.uint8) for model in COLORS}
+    return {
+        model: rng.integers(0, 256, (num, channels, size, size), dtype=np.uint8) for model in COLORS
+    }
 
 
 def shown(figure):
@@ -129,7 +148,11 @@ def test_samples_of_one_noise_and_label_stand_below_each_other():
 
 def test_columns_are_ordered_and_headed_by_label():
     figure = plot_samples({"labels": np.array([2, 0, 1, 3, 4, 5]), **pictures(6)})
-    headers = [(t.get_position()[0], t.get_text()) for t in figure.axes[0].texts if t.get_text().startswith("label")]
+    headers = [
+        (t.get_position()[0], t.get_text())
+        for t in figure.axes[0].texts
+        if t.get_text().startswith("label")
+    ]
     assert [text for _, text in sorted(headers)] == [f"label {label}" for label in range(6)]
     assert shown(figure)["teacher/1"].get_extent()[0] < shown(figure)["teacher/2"].get_extent()[0]
 
@@ -137,7 +160,10 @@ def test_columns_are_ordered_and_headed_by_label():
 def test_rows_are_named_with_depth_in_the_models_colour():
     samples = {"labels": np.arange(6), **pictures(6)}
     del samples["recovered"]
-    texts = {t.get_text(): t.get_color() for t in plot_samples(samples, depths={"teacher": 28}).axes[0].texts}
+    texts = {
+        t.get_text(): t.get_color()
+        for t in plot_samples(samples, depths={"teacher": 28}).axes[0].texts
+    }
     assert texts["teacher\n28 blocks"] == COLORS["teacher"]
     assert texts["pruned"] == COLORS["pruned"]
     assert not any(text.startswith("recovered") for text in texts)
@@ -145,11 +171,15 @@ def test_rows_are_named_with_depth_in_the_models_colour():
 
 @pytest.mark.parametrize("num", [1, 2, 6, 10])
 def test_names_of_rows_stay_inside_the_figure_however_few_pictures(num):
-    figure = plot_samples({"labels": np.arange(num), **pictures(num)}, depths={model: 28 for model in COLORS})
+    figure = plot_samples(
+        {"labels": np.arange(num), **pictures(num)}, depths={model: 28 for model in COLORS}
+    )
     figure.canvas.draw()
     for text in figure.axes[0].texts:
         box = text.get_window_extent()
-        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1, text.get_text()
+        assert (
+            box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
+        ), text.get_text()
 
 
 def test_pictures_are_upscaled_without_blur_and_keep_their_grey_values():
@@ -186,12 +216,17 @@ def test_smoothing_keeps_a_straight_line_and_passes_over_nan():
 
 def test_losses_over_orders_of_magnitude_are_drawn_logarithmically():
     steps = np.arange(100)
-    figure = plot_curves({"train/loss": (steps, 10.0 ** (-steps / 30)), "train/loss_kd": (steps, 2.0 + steps / 100)})
+    figure = plot_curves(
+        {"train/loss": (steps, 10.0 ** (-steps / 30)), "train/loss_kd": (steps, 2.0 + steps / 100)}
+    )
     assert [axes.get_yscale() for axes in figure.axes] == ["log", "linear"]
 
 
 def test_curves_without_a_known_column_give_no_figure():
-    assert plot_curves({"lr-AdamW": (np.arange(3), np.ones(3)), "epoch": (np.arange(3), np.ones(3))}) is None
+    assert (
+        plot_curves({"lr-AdamW": (np.arange(3), np.ones(3)), "epoch": (np.arange(3), np.ones(3))})
+        is None
+    )
 
 
 def test_losses_that_were_never_finite_are_said_to_be_so():
@@ -203,8 +238,12 @@ def test_overview_bars_are_the_measured_values_in_the_models_colours(new_run):
     metrics = read_run(new_run()).metrics
     figure = plot_overview(metrics)
     for axes, key in zip(figure.axes, ("images_per_second", "fid", "accuracy"), strict=True):
-        assert [bar.get_width() for bar in axes.patches] == [metrics[model][key] for model in COLORS]
-        assert [to_hex(bar.get_facecolor()).upper() for bar in axes.patches] == list(COLORS.values())
+        assert [bar.get_width() for bar in axes.patches] == [
+            metrics[model][key] for model in COLORS
+        ]
+        assert [to_hex(bar.get_facecolor()).upper() for bar in axes.patches] == list(
+            COLORS.values()
+        )
 
 
 def test_overview_leaves_out_what_was_not_measured():
@@ -226,7 +265,9 @@ def overlaps(figure):
             if min(axis.get_view_interval()) <= place <= max(axis.get_view_interval())
         ]
         texts += [*axes.texts, *(titles + ticks if axes.axison else [])]
-    boxes = [(text.get_text(), text.get_window_extent()) for text in texts if text.get_text().strip()]
+    boxes = [
+        (text.get_text(), text.get_window_extent()) for text in texts if text.get_text().strip()
+    ]
     pairs = combinations(boxes, 2)
     return [(a, b) for (a, box), (b, other) in pairs if box.padded(-1).overlaps(other.padded(-1))]
 
@@ -241,7 +282,10 @@ def test_no_text_covers_another_in_a_whole_run(new_run):
     run = read_run(new_run())
     assert overlaps(plot_decisions(run.stacks)) == []
     assert overlaps(plot_block_probabilities(run.stacks)) == []
-    assert overlaps(plot_samples(run.samples, depths={"teacher": 12, "pruned": 6, "recovered": 6})) == []
+    assert (
+        overlaps(plot_samples(run.samples, depths={"teacher": 12, "pruned": 6, "recovered": 6}))
+        == []
+    )
     assert overlaps(plot_overview(run.metrics)) == []
     for curves in run.curves.values():
         assert overlaps(plot_curves(curves)) == []
@@ -262,13 +306,21 @@ def test_every_choice_is_marked_at_its_loss():
     figure = plot_candidate_losses(losses, {"uniform": 1.5, "first": 1.1})
     texts = [text.get_text().strip() for text in figure.axes[0].texts]
     assert texts == ["first (10% lose less)", "uniform (50% lose less)"]
-    lines = [c.get_segments()[0][0][0] for c in figure.axes[0].collections if isinstance(c, LineCollection)]
+    lines = [
+        c.get_segments()[0][0][0]
+        for c in figure.axes[0].collections
+        if isinstance(c, LineCollection)
+    ]
     assert lines == [1.1, 1.5] and overlaps(figure) == []
 
 
 def test_the_ideal_line_and_the_measured_points_are_drawn():
     axes = plot_speedup([("shortgpt 0.5", 2.0, 1.9), ("shortgpt 0.25", 4.0, 3.5)]).axes[0]
-    points = {(line.get_xdata()[0], line.get_ydata()[0]) for line in axes.lines if len(line.get_xdata()) == 1}
+    points = {
+        (line.get_xdata()[0], line.get_ydata()[0])
+        for line in axes.lines
+        if len(line.get_xdata()) == 1
+    }
     assert points == {(2.0, 1.9), (4.0, 3.5)}
     (ideal,) = [line for line in axes.lines if len(line.get_xdata()) == 2]
     assert list(ideal.get_xdata()) == list(ideal.get_ydata())
@@ -276,7 +328,12 @@ def test_the_ideal_line_and_the_measured_points_are_drawn():
 
 def test_sigma_lines_stand_where_the_statistics_say():
     counts, edges = np.histogram(np.random.default_rng(0).normal(size=1000), bins=20)
-    sides = {side: {"mean": 1.0, "sigma": 2.0, "largest_in_sigma": 3.0} for side in ("teacher", "student")}
-    figure = plot_activations({"pair": dict.fromkeys(sides, (counts, edges))}, {"pair": sides}, num_sigma=(1.0, 2.0))
+    sides = {
+        side: {"mean": 1.0, "sigma": 2.0, "largest_in_sigma": 3.0}
+        for side in ("teacher", "student")
+    }
+    figure = plot_activations(
+        {"pair": dict.fromkeys(sides, (counts, edges))}, {"pair": sides}, num_sigma=(1.0, 2.0)
+    )
     for axes in figure.axes:
         assert sorted(line.get_xdata()[0] for line in axes.lines) == [-3.0, -1.0, 3.0, 5.0]

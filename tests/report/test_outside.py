@@ -10,13 +10,16 @@ from tinyfusion_pl.report import compare, write_report
 from tinyfusion_pl.report import page as page_module
 from tinyfusion_pl.report.outside import html, printable, printable_content
 
-TAG, ATTRIBUTE, TERMINAL = "<script>alert(1)</script>", 'x" onmouseover="alert(1)', "\x1b[31m\x9b2J\u202ered\x07\r"
+TAG, ATTRIBUTE, TERMINAL = (
+    "<script>alert(1)</script>",
+    'x" onmouseover="alert(1)',
+    "\x1b[31m\x9b2J\u202ered\x07\r",
+)
 
 
 def _touch(figure, path):
     path.parent.mkdir(exist_ok=True)
     path.touch()
-
 
 
 @pytest.fixture
@@ -37,7 +40,10 @@ def hostile(new_run):
         record["source"] = {name: name}
         record["stacks"] = {name: {**record["stacks"]["blocks"], "pattern": name}}
         (run / "shallow/record.json").write_text(json.dumps(record))
-        lines = [json.loads(line) for line in (run / "learn_mask/decisions.jsonl").read_text().splitlines()]
+        lines = [
+            json.loads(line)
+            for line in (run / "learn_mask/decisions.jsonl").read_text().splitlines()
+        ]
         for line in lines:
             line["stacks"] = {name: line["stacks"]["blocks"]}
         (run / "learn_mask/decisions.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
@@ -51,7 +57,9 @@ def hostile(new_run):
 def test_a_hostile_name_is_text_wherever_it_stands_on_the_page(hostile, monkeypatch, name):
     monkeypatch.setattr(page_module.figures, "save_figure", _touch)
     page = Page(write_report(hostile(name)))
-    assert page.all("script") == [] and not any("onmouseover" in attributes for _, attributes in page.tags)
+    assert page.all("script") == [] and not any(
+        "onmouseover" in attributes for _, attributes in page.tags
+    )
     assert page.source.isascii() or not {"\x1b", "\x9b", "\u202e", "\x07"} & set(page.source)
     shown = printable(name)
     assert page.text.count(shown) >= 9
@@ -78,4 +86,6 @@ def test_what_is_not_known_to_be_html_is_escaped():
 def test_printable_keeps_letters_of_all_scripts_and_shows_what_would_act():
     assert printable("Käse 模型 é–\u3000") == "Käse 模型 é–\u3000"
     assert printable("a\x00\x1b\u200b\ud800\u2028\n") == r"a\x00\x1b\u200b\ud800\u2028\n"
-    assert printable_content({"\x1b": ["\x07", 1, None, {"a": "\x1b"}]}) == {r"\x1b": [r"\x07", 1, None, {"a": r"\x1b"}]}
+    assert printable_content({"\x1b": ["\x07", 1, None, {"a": "\x1b"}]}) == {
+        r"\x1b": [r"\x07", 1, None, {"a": r"\x1b"}]
+    }

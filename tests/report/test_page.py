@@ -81,7 +81,10 @@ def test_page_of_a_whole_run_is_self_contained_and_well_formed(new_run):
     target = write_report(run)
     assert target == run / "report.html"
     page = Page(target)
-    assert re.findall(r"https?:|//[a-z]|@import|url\(", re.sub(r"base64,[^\"]*", "", page.source)) == []
+    assert (
+        re.findall(r"https?:|//[a-z]|@import|url\(", re.sub(r"base64,[^\"]*", "", page.source))
+        == []
+    )
     assert page.all("script") == page.all("link") == []
     anchors = [link["href"].removeprefix("#") for link in page.all("a")]
     assert set(anchors) == {section["id"] for section in page.all("section")}
@@ -90,9 +93,19 @@ def test_page_of_a_whole_run_is_self_contained_and_well_formed(new_run):
 def test_page_shows_the_figures_of_the_folder_with_words_for_those_who_do_not_see_them(new_run):
     run = new_run()
     page = Page(write_report(run))
-    names = {"samples", "overview", "decisions", "block_probabilities", "curves_learn_mask", "curves_recover"}
+    names = {
+        "samples",
+        "overview",
+        "decisions",
+        "block_probabilities",
+        "curves_learn_mask",
+        "curves_recover",
+    }
     assert {path.name for path in (run / "figures").iterdir()} == {f"{name}.png" for name in names}
-    embedded = {base64.b64decode(image["src"].removeprefix("data:image/png;base64,")) for image in page.all("img")}
+    embedded = {
+        base64.b64decode(image["src"].removeprefix("data:image/png;base64,"))
+        for image in page.all("img")
+    }
     assert embedded == {path.read_bytes() for path in (run / "figures").iterdir()}
     assert all(data.startswith(b"\x89PNG") for data in embedded)
     assert all(len(image["alt"]) > 20 for image in page.all("img"))
@@ -121,7 +134,9 @@ def test_page_says_which_blocks_stay(new_run, undrawn):
     run = new_run(patterns={"blocks": [(3, 4), (2, 4)]})
     page = Page(write_report(run))
     kept = json.loads((run / "shallow/record.json").read_text())["stacks"]["blocks"]["kept_blocks"]
-    titles = {attrs["title"] for attrs in page.all("span") if attrs.get("class", "").startswith("block")}
+    titles = {
+        attrs["title"] for attrs in page.all("span") if attrs.get("class", "").startswith("block")
+    }
     assert titles == {f"block {b} {'stays' if b in kept else 'left'}" for b in range(8)}
     assert "5 of 8" in page.text
 
@@ -130,17 +145,31 @@ def test_page_says_which_blocks_stay(new_run, undrawn):
 def test_page_shows_mirrored_pairs_in_their_groups(new_run, undrawn, recorded):
     run = new_run()
     units = [[0, 7], [1, 6], [2, 5], [3, 4]]
-    groups = [{"start": 2 * i, "num_kept": 1, "num_blocks": 2, "confidence": 0.9, "entropy": 0.3} for i in range(2)]
-    stack = {"kept_blocks": [1, 2, 5, 6], "block_probabilities": [0.1, 0.9, 0.9, 0.1, 0.1, 0.9, 0.9, 0.1], "groups": groups, "units": units}
+    groups = [
+        {"start": 2 * i, "num_kept": 1, "num_blocks": 2, "confidence": 0.9, "entropy": 0.3}
+        for i in range(2)
+    ]
+    stack = {
+        "kept_blocks": [1, 2, 5, 6],
+        "block_probabilities": [0.1, 0.9, 0.9, 0.1, 0.1, 0.9, 0.9, 0.1],
+        "groups": groups,
+        "units": units,
+    }
     entry = {"step": 0, "tau": 1.0, "scaling": 100.0, "stacks": {"in_blocks+out_blocks": stack}}
     (run / "learn_mask/decisions.jsonl").write_text(json.dumps(entry) + "\n")
     stored = {**stack, "pattern": "1:2", "num_blocks": 8, "groups": groups if recorded else []}
-    (run / "shallow/record.json").write_text(json.dumps({"stacks": {"in_blocks+out_blocks": stored}}))
+    (run / "shallow/record.json").write_text(
+        json.dumps({"stacks": {"in_blocks+out_blocks": stored}})
+    )
     page = Page(write_report(run))
     strips = re.findall(r'<li class="group">(.*?)</li>', page.source)
     shown = [[int(n) for n in re.findall(r'title="block (\d+)', strip)] for strip in strips]
     assert shown == ([[0, 1, 6, 7], [2, 3, 4, 5]] if recorded else [list(range(8))])
-    assert "4 of 8" in page.text and "1 of 2 units" in page.text and "keeps N of M units of blocks that only go together" in page.text
+    assert (
+        "4 of 8" in page.text
+        and "1 of 2 units" in page.text
+        and "keeps N of M units of blocks that only go together" in page.text
+    )
 
 
 def test_unknown_metrics_become_rows_and_values_that_are_no_numbers_do_not(new_run, undrawn, rows):
@@ -187,7 +216,11 @@ def test_missing_part_is_left_out_with_a_line_that_says_so(new_run, undrawn, par
     run = new_run()
     shutil.rmtree(run / part) if (run / part).is_dir() else (run / part).unlink()
     page = Page(write_report(run))
-    assert "Not there yet: this run has no " + (part if part != "logs" else "logs/<stage>/**/metrics.csv") in page.text
+    assert (
+        "Not there yet: this run has no "
+        + (part if part != "logs" else "logs/<stage>/**/metrics.csv")
+        in page.text
+    )
     assert len(undrawn) >= 4
     assert PARTS[part] not in undrawn
 
@@ -244,7 +277,10 @@ def metrics(**changes):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({}, "12 → 6 blocks: 1.93x faster sampling (ideal 2.00x), FID 9.2 → 12.0, accuracy 97.9% → 96.1%"),
+        (
+            {},
+            "12 → 6 blocks: 1.93x faster sampling (ideal 2.00x), FID 9.2 → 12.0, accuracy 97.9% → 96.1%",
+        ),
         (
             {"recovered": {}},
             "12 → 6 blocks (before recovery): 1.93x faster sampling (ideal 2.00x), "
@@ -277,7 +313,14 @@ def test_note_says_what_the_frechet_distance_may_be_compared_with(network, words
 
 @pytest.mark.parametrize(
     ("seconds", "written"),
-    [(0.25, "0.25 s"), (9.7, "10 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (185, "3 min 05 s"), (7810, "2 h 10 min")],
+    [
+        (0.25, "0.25 s"),
+        (9.7, "10 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min 00 s"),
+        (185, "3 min 05 s"),
+        (7810, "2 h 10 min"),
+    ],
 )
 def test_durations_are_written_for_people(seconds, written):
     assert duration(seconds) == written
@@ -285,7 +328,12 @@ def test_durations_are_written_for_people(seconds, written):
 
 @pytest.mark.parametrize(
     ("key", "number", "written"),
-    [("fid", None, "—"), ("fid", float("nan"), "nan"), ("accuracy", 1.0, "100.0%"), ("num_params", 675_129, "675,129")],
+    [
+        ("fid", None, "—"),
+        ("fid", float("nan"), "nan"),
+        ("accuracy", 1.0, "100.0%"),
+        ("num_params", 675_129, "675,129"),
+    ],
 )
 def test_values_are_written_for_people(key, number, written):
     assert value(key, number) == written
@@ -297,13 +345,23 @@ def test_a_criterion_s_scores_stand_in_a_table_highest_first(new_run, undrawn, r
     (path, stack), *_ = record["stacks"].items()
     stack["scores"] = [float(i) / 8 for i in range(stack["num_blocks"])]
     (run / "shallow" / "record.json").write_text(json.dumps(record))
-    found = {"criterion": "taylor", "num_block_runs": 1536, "kept_blocks": {path: stack["kept_blocks"]}, "shortgpt": {path: [0]}}
+    found = {
+        "criterion": "taylor",
+        "num_block_runs": 1536,
+        "kept_blocks": {path: stack["kept_blocks"]},
+        "shortgpt": {path: [0]},
+    }
     (run / "learn_mask" / "selection.json").write_text(json.dumps(found))
     page = Page(write_report(run))
     assert "The search alone" not in page.text
-    (run / "learn_mask" / "selection.json").write_text(json.dumps({**found, "kept_blocks": {path: [0, 1, 2, 3, 4, 5]}}))
+    (run / "learn_mask" / "selection.json").write_text(
+        json.dumps({**found, "kept_blocks": {path: [0, 1, 2, 3, 4, 5]}})
+    )
     assert "The search alone" in Page(write_report(run)).text
     table = rows(page)
     for block in range(stack["num_blocks"]):
-        assert table[str(block)][:2] == [f"{block / 8:.4g}", "stays" if block in stack["kept_blocks"] else "left"]
+        assert table[str(block)][:2] == [
+            f"{block / 8:.4g}",
+            "stays" if block in stack["kept_blocks"] else "left",
+        ]
     assert "scores" in undrawn and "taylor" in page.text and "1,536 runs of a block" in page.text

@@ -36,14 +36,18 @@ def test_last_line_of_a_step_wins_and_steps_ascend(tmp_path):
 
 @pytest.mark.parametrize("cut", [1, 30, 120, 150])
 def test_torn_last_line_is_skipped_and_counted(tmp_path, cut):
-    stacks, num_torn = decisions(tmp_path, line(0, [0], [0.6, 0.4]) + "\n" + line(10, [1], [0.4, 0.6])[:cut])
+    stacks, num_torn = decisions(
+        tmp_path, line(0, [0], [0.6, 0.4]) + "\n" + line(10, [1], [0.4, 0.6])[:cut]
+    )
     assert stacks["blocks"].steps.tolist() == [0]
     assert num_torn == 1
 
 
 def test_torn_line_that_a_resumed_run_appended_to_is_skipped(tmp_path):
     torn = line(10, [0], [0.6, 0.4])[:50] + line(5, [0], [0.6, 0.4])
-    stacks, num_torn = decisions(tmp_path, "\n".join([line(0, [0], [0.6, 0.4]), torn, line(10, [1], [0.2, 0.8]), ""]))
+    stacks, num_torn = decisions(
+        tmp_path, "\n".join([line(0, [0], [0.6, 0.4]), torn, line(10, [1], [0.2, 0.8]), ""])
+    )
     assert stacks["blocks"].steps.tolist() == [0, 10]
     assert stacks["blocks"].kept[-1].tolist() == [False, True]
     assert num_torn == 1
@@ -55,13 +59,17 @@ def test_file_with_a_single_torn_line_reads_as_no_decisions(tmp_path):
 
 def test_settled_at_is_the_step_of_the_last_change(tmp_path):
     kept = {0: [0], 10: [1], 20: [0], 30: [0], 40: [0]}
-    stacks, _ = decisions(tmp_path, "\n".join(line(step, k, [0.5, 0.5]) for step, k in kept.items()))
+    stacks, _ = decisions(
+        tmp_path, "\n".join(line(step, k, [0.5, 0.5]) for step, k in kept.items())
+    )
     assert stacks["blocks"].settled_at == 20
 
 
 def test_confidence_of_a_group_of_mirrored_units_belongs_to_their_blocks(tmp_path):
     units = [[0, 5], [1, 4], [2, 3]]
-    stacks, _ = decisions(tmp_path, line(0, [0, 5, 2, 3], [0.5] * 6, 0.3, units=units))  # units 0 and 1 are a group
+    stacks, _ = decisions(
+        tmp_path, line(0, [0, 5, 2, 3], [0.5] * 6, 0.3, units=units)
+    )  # units 0 and 1 are a group
     assert stacks["blocks"].confidence[0].tolist() == [0.3, 0.3, 1, 1, 0.3, 0.3]
     assert stacks["blocks"].groups[0]["members"] == [0, 1, 4, 5]
 
@@ -82,11 +90,17 @@ def csv(path, text):
 
 
 def test_later_version_of_a_resumed_log_wins_step_by_step(tmp_path):
-    csv(tmp_path / "recover/version_2/metrics.csv", "epoch,step,train/loss\n0,0,5.0\n0,10,4.0\n0,20,9.0\n")
+    csv(
+        tmp_path / "recover/version_2/metrics.csv",
+        "epoch,step,train/loss\n0,0,5.0\n0,10,4.0\n0,20,9.0\n",
+    )
     later = "epoch,step,train/loss,val/fid\n0,20,3.0,\n0,30,2.0,\n0,30,,12.5\n"
     csv(tmp_path / "recover/version_10/metrics.csv", later)
     curves = read_curves(tmp_path)["recover"]
-    assert [column.tolist() for column in curves["train/loss"]] == [[0, 10, 20, 30], [5.0, 4.0, 3.0, 2.0]]
+    assert [column.tolist() for column in curves["train/loss"]] == [
+        [0, 10, 20, 30],
+        [5.0, 4.0, 3.0, 2.0],
+    ]
     assert [column.tolist() for column in curves["val/fid"]] == [[30], [12.5]]
 
 
@@ -97,7 +111,9 @@ def test_stages_come_in_the_order_of_the_run(tmp_path):
 
 
 def test_torn_last_row_of_a_log_is_skipped(tmp_path):
-    csv(tmp_path / "recover/metrics.csv", "step,train/loss\n0,1.25\n10,1.1")  # 1.1 may have been going to be 1.19
+    csv(
+        tmp_path / "recover/metrics.csv", "step,train/loss\n0,1.25\n10,1.1"
+    )  # 1.1 may have been going to be 1.19
     assert read_curves(tmp_path)["recover"]["train/loss"][1].tolist() == [1.25]
 
 
@@ -117,9 +133,15 @@ def test_log_without_steps_is_an_error(tmp_path):
     [
         ({"teacher": np.zeros((2, 1, 8, 8), np.uint8)}, "'labels'"),
         ({"labels": np.arange(2)}, "at least one of teacher"),
-        ({"labels": np.arange(3), "teacher": np.zeros((2, 1, 8, 8), np.uint8)}, "'teacher' is uint8"),
+        (
+            {"labels": np.arange(3), "teacher": np.zeros((2, 1, 8, 8), np.uint8)},
+            "'teacher' is uint8",
+        ),
         ({"labels": np.arange(2), "pruned": np.zeros((2, 4, 8, 8), np.uint8)}, "'pruned' is uint8"),
-        ({"labels": np.arange(2), "pruned": np.zeros((2, 1, 8, 8), np.float32)}, "'pruned' is float32"),
+        (
+            {"labels": np.arange(2), "pruned": np.zeros((2, 1, 8, 8), np.float32)},
+            "'pruned' is float32",
+        ),
     ],
 )
 def test_samples_that_cannot_be_shown_are_an_error(tmp_path, tensors, message):
@@ -130,7 +152,12 @@ def test_samples_that_cannot_be_shown_are_an_error(tmp_path, tensors, message):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [('{"name": "digits', "metrics.json"), ("[1]", "list"), ('{"teacher": 3}', "'teacher' is 3"), ("", "metrics.json")],
+    [
+        ('{"name": "digits', "metrics.json"),
+        ("[1]", "list"),
+        ('{"teacher": 3}', "'teacher' is 3"),
+        ("", "metrics.json"),
+    ],
 )
 def test_broken_metrics_are_an_error_that_names_the_file(new_run, text, message):
     run = new_run()
@@ -169,15 +196,29 @@ def test_record_of_odd_content_is_drawn_or_an_error(new_run, field):
             assert "record.json: '" in str(error) and "of stack blocks" in str(error)
 
 
-@pytest.mark.parametrize("change", [{"step": 1e999}, {"step": None}, {"stacks": [1]}, {"start": 10**9}, {"num_blocks": 10**9},
-                                    {"num_blocks": -1}, {"kept_blocks": "x"}, {"block_probabilities": [10**400]}], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step": 1e999},
+        {"step": None},
+        {"stacks": [1]},
+        {"start": 10**9},
+        {"num_blocks": 10**9},
+        {"num_blocks": -1},
+        {"kept_blocks": "x"},
+        {"block_probabilities": [10**400]},
+    ],
+    ids=str,
+)
 def test_decisions_of_odd_content_are_an_error(new_run, change):
     run = new_run()
     lines = (run / "learn_mask/decisions.jsonl").read_text().splitlines()
     entry, (name, value) = json.loads(lines[-1]), next(iter(change.items()))
     stack = entry["stacks"]["blocks"]
     next(part for part in (entry, stack, stack["groups"][0]) if name in part)[name] = value
-    (run / "learn_mask/decisions.jsonl").write_text("\n".join([*lines[:-1], json.dumps(entry)]) + "\n")
+    (run / "learn_mask/decisions.jsonl").write_text(
+        "\n".join([*lines[:-1], json.dumps(entry)]) + "\n"
+    )
     with pytest.raises(ArtifactError, match="decisions.jsonl"):
         read_run(run)
 

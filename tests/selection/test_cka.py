@@ -15,16 +15,18 @@ from tinyfusion_pl.selection.runs import best_runs, run_starts
 NUM = 6
 
 
-def hsic(k, l):  # noqa: E741
+def hsic(k, l):
     """The unbiased estimate as Song et al. (2012, equation 5) write it, of Gram matrices (n, n)."""
-    n, k, l = len(k), k.clone().fill_diagonal_(0), l.clone().fill_diagonal_(0)  # noqa: E741
+    n, k, l = len(k), k.clone().fill_diagonal_(0), l.clone().fill_diagonal_(0)
     one = torch.ones(n, dtype=k.dtype)
-    cross = (one @ k @ one) * (one @ l @ one) / ((n - 1) * (n - 2)) - 2 / (n - 2) * (one @ k @ l @ one)
+    cross = (one @ k @ one) * (one @ l @ one) / ((n - 1) * (n - 2)) - 2 / (n - 2) * (
+        one @ k @ l @ one
+    )
     return ((k @ l).trace() + cross) / (n * (n - 3))
 
 
 def cka(x, y):
-    k, l = (s.double() @ s.double().t() for s in (x, y))  # noqa: E741
+    k, l = (s.double() @ s.double().t() for s in (x, y))
     return (hsic(k, l) / (hsic(k, k) * hsic(l, l)).sqrt()).item()
 
 
@@ -87,7 +89,9 @@ def test_the_best_runs_are_those_of_brute_force(n):
         for starts in [(), (n - 1,), tuple(range(0, n, 3))]:
             allowed = [d for d in divisions(n, k) if set(starts) <= {0, *d}]
             if allowed:
-                assert best_runs(values, k, starts=starts) == list(max(allowed, key=lambda d: total(values, d)))
+                assert best_runs(values, k, starts=starts) == list(
+                    max(allowed, key=lambda d: total(values, d))
+                )
             else:
                 with pytest.raises(ValueError, match="cannot be divided"):
                     best_runs(values, k, starts=starts)
@@ -101,7 +105,9 @@ def test_of_equal_divisions_the_first_is_taken():
 def test_cka_keeps_the_first_of_each_run(keep):
     model = toy()
     states = states_after(model)
-    values = [[1.0 if i == j else cka(states[i][1], states[j][1]) for j in range(8)] for i in range(8)]
+    values = [
+        [1.0 if i == j else cka(states[i][1], states[j][1]) for j in range(8)] for i in range(8)
+    ]
     best = max(divisions(8, keep), key=lambda d: total(values, d))
     found = Selection("cka", keep=keep, stacks="blocks", num_samples=NUM)(model, draw)
     stack = found.decision.stacks["blocks"]
@@ -115,9 +121,14 @@ def test_a_pattern_divides_each_group():
     states = [y for _, y in states_after(model)]
     expected = []
     for start in (0, 4):
-        values = [[1.0 if i == j else cka(states[start + i], states[start + j]) for j in range(4)] for i in range(4)]
+        values = [
+            [1.0 if i == j else cka(states[start + i], states[start + j]) for j in range(4)]
+            for i in range(4)
+        ]
         expected += [start + i for i in max(divisions(4, 2), key=lambda d: total(values, d))]
-    decision = select_blocks(model, draw, criterion="cka", pattern="2:4", stacks="blocks", num_samples=NUM)
+    decision = select_blocks(
+        model, draw, criterion="cka", pattern="2:4", stacks="blocks", num_samples=NUM
+    )
     assert decision.kept_blocks == {"blocks": expected}
 
 
@@ -144,7 +155,9 @@ def test_of_mirrored_pairs_the_out_blocks_are_compared_before():
                for j in range(4)] for i in range(4)]  # fmt: skip
     best = max(divisions(4, 2), key=lambda d: total(values, d))
     units = [(i, 7 - i) for i in range(4)]
-    found = select_blocks(model, draw, criterion="cka", keep=2, stacks="blocks", units=units, num_samples=NUM)
+    found = select_blocks(
+        model, draw, criterion="cka", keep=2, stacks="blocks", units=units, num_samples=NUM
+    )
     assert found.kept_blocks == {"blocks": sorted(b for i in best for b in units[i])}
 
 
@@ -155,7 +168,10 @@ def test_runs_stay_in_their_stack_and_begin_where_a_block_has_to_stay():
     assert run_starts(space, space.parts[0]) == firsts and len(firsts) == 2
     model, _, _ = ZOO["sd3"].build()
     space = Space(model, keep=2)
-    assert run_starts(space, space.parts[0]) == [0, space.num_units - 1]  # its last block gives no text
+    assert run_starts(space, space.parts[0]) == [
+        0,
+        space.num_units - 1,
+    ]  # its last block gives no text
     space = Space(Toy(depth=6), keep=2, stacks="blocks", units=[(0, 1), (3,), (4, 5)])
     assert run_starts(space, space.parts[0]) == [0, 1]  # block 2 always stays
 
@@ -172,9 +188,19 @@ def test_foreign_stacks_are_divided_under_one_budget(name):
 
 def test_mirrored_pairs_of_a_family_are_divided():
     torch.manual_seed(0)
-    model = create_model("uvit_s_2", input_size=8, in_channels=4, hidden_size=32, depth=8, num_heads=4, num_classes=10).eval()
+    model = create_model(
+        "uvit_s_2",
+        input_size=8,
+        in_channels=4,
+        hidden_size=32,
+        depth=8,
+        num_heads=4,
+        num_classes=10,
+    ).eval()
     inputs = (torch.randn(4, 4, 8, 8), torch.randint(1000, (4,)), torch.randint(10, (4,)))
-    decision = select_blocks(model, lambda n: Calibration(inputs, num_samples=4), criterion="cka", keep=2, num_samples=4)
+    decision = select_blocks(
+        model, lambda n: Calibration(inputs, num_samples=4), criterion="cka", keep=2, num_samples=4
+    )
     (stack,) = decision.stacks.values()
     assert sum(len(group.kept) for group in stack.groups) == 2 and stack.groups[0].kept[0] == 0
 
@@ -196,7 +222,10 @@ def test_budgets_that_leave_no_runs_are_refused_first(options, message):
 def test_rows_are_bounded_and_drawn_by_the_seed():
     model = toy()
     options = dict(keep=3, stacks="blocks", num_samples=NUM, with_simple_rule=False)
-    few = [Selection(CKA(num_rows=8), **options)(model, draw, seed=s).decision.stacks["blocks"].scores for s in (0, 0, 1)]
+    few = [
+        Selection(CKA(num_rows=8), **options)(model, draw, seed=s).decision.stacks["blocks"].scores
+        for s in (0, 0, 1)
+    ]
     assert few[0] == few[1] != few[2]
     with pytest.raises(ValueError, match="num_rows is 3"):
         CKA(num_rows=3)

@@ -12,7 +12,11 @@ from tinyfusion_pl.pruning import Decision
 from tinyfusion_pl.pruning.surgery import blocks_removed
 from tinyfusion_pl.selection import CRITERIA, Calibration, Selection, Space, select_blocks
 from tinyfusion_pl.selection.candidates import all_structures, sample_structures
-from tinyfusion_pl.selection.criteria.global_search import GlobalSearch, estimate_gradient, marginals
+from tinyfusion_pl.selection.criteria.global_search import (
+    GlobalSearch,
+    estimate_gradient,
+    marginals,
+)
 from tinyfusion_pl.selection.criteria.rules import Index, Oracle
 from tinyfusion_pl.selection.criteria.weights import Taylor
 
@@ -21,10 +25,17 @@ NUM = 16
 
 def draw_fixed(model):
     """The same samples at each call, with a loss."""
+
     def draw(n):
         torch.manual_seed(0)
         x, c, goal = torch.randn(n, 4, 6), torch.randn(n, 6), torch.randn(n, 4, 6)
-        return Calibration((x, c), num_samples=n, context=goal, loss=lambda y, goal: (y - goal).square().flatten(1).mean(1))
+        return Calibration(
+            (x, c),
+            num_samples=n,
+            context=goal,
+            loss=lambda y, goal: (y - goal).square().flatten(1).mean(1),
+        )
+
     return draw  # fmt: skip
 
 
@@ -51,7 +62,10 @@ def hidden_states(model):
 
 def test_shortgpt_is_one_minus_the_mean_cosine():
     model = toy()
-    expected = [1 - (x * y).sum(-1).div(x.norm(dim=-1) * y.norm(dim=-1)).mean().item() for x, y in hidden_states(model)]
+    expected = [
+        1 - (x * y).sum(-1).div(x.norm(dim=-1) * y.norm(dim=-1)).mean().item()
+        for x, y in hidden_states(model)
+    ]
     stack = choose(model, "shortgpt")
     assert stack.scores == pytest.approx(expected, rel=1e-4)
     assert stack.kept_blocks == sorted(sorted(range(6), key=lambda i: -expected[i])[:3])
@@ -84,20 +98,28 @@ def test_sensitivity_is_what_is_lost_when_one_block_goes(measure):
     def measured():
         with torch.no_grad():
             y = model(*calibration.args)
-        return (calibration.losses(y, index) if measure == "loss" else calibration.distances(y, index)).mean().item()
+        return (
+            (calibration.losses(y, index) if measure == "loss" else calibration.distances(y, index))
+            .mean()
+            .item()
+        )
 
     whole, expected = measured(), []
     for i in range(6):
         with blocks_removed(model, {"blocks": [j for j in range(6) if j != i]}):
             expected.append(measured() - whole)
-    assert choose(model, Sensitivity(measure=measure)).scores == pytest.approx(expected, rel=1e-3, abs=1e-6)
+    assert choose(model, Sensitivity(measure=measure)).scores == pytest.approx(
+        expected, rel=1e-3, abs=1e-6
+    )
 
 
 def test_taylor_is_weight_times_gradient_and_leaves_none_behind():
     model = toy()
     calibration = draw_fixed(model)(NUM)
     calibration.losses(model(*calibration.args), torch.arange(NUM)).mean().backward()
-    expected = [sum((p * p.grad).abs().sum().item() for p in block.parameters()) for block in model.blocks]
+    expected = [
+        sum((p * p.grad).abs().sum().item() for p in block.parameters()) for block in model.blocks
+    ]
     model.zero_grad()
     assert choose(model, Taylor(batch_size=5)).scores == pytest.approx(expected, rel=1e-4)
     assert all(p.grad is None for p in model.parameters())
@@ -114,7 +136,12 @@ def losses_of_all(model, keep=3):
     losses = []
     for structure in all_structures(space):
         with blocks_removed(model, space.kept_blocks(structure)), torch.no_grad():
-            losses.append((calibration.losses(model(*calibration.args), torch.arange(NUM)).mean().item(), space.kept_blocks(structure)))
+            losses.append(
+                (
+                    calibration.losses(model(*calibration.args), torch.arange(NUM)).mean().item(),
+                    space.kept_blocks(structure),
+                )
+            )
     return sorted(losses, key=lambda each: each[0])
 
 
@@ -161,7 +188,9 @@ def test_rules_by_place():
     assert choose(model, "first", keep=None, pattern="1:2").kept_blocks == [0, 2, 4]
 
 
-@pytest.mark.parametrize("kept, message", [([0, 1], "keeps 2 of the units"), ([0, 1, 9], r"names the units \[9\]")])
+@pytest.mark.parametrize(
+    "kept, message", [([0, 1], "keeps 2 of the units"), ([0, 1, 9], r"names the units \[9\]")]
+)
 def test_an_index_that_misses_the_budget_is_refused(kept, message):
     with pytest.raises(ValueError, match=message):
         choose(toy(), Index(kept))
@@ -182,11 +211,15 @@ def test_the_gradient_estimate_is_unbiased():
     mu = marginals(space, theta)
     for _ in range(3000):
         drawn = sample_structures(space, theta, 2 * 4)
-        losses = torch.stack([table[row // 4, place[tuple(s.tolist())]] for row, s in enumerate(drawn)]).view(2, 4)
+        losses = torch.stack(
+            [table[row // 4, place[tuple(s.tolist())]] for row, s in enumerate(drawn)]
+        ).view(2, 4)
         estimates.append(estimate_gradient(losses, drawn, mu))
     estimates = torch.stack(estimates)
     error = estimates.std(0) / math.sqrt(len(estimates))
-    assert ((estimates.mean(0) - exact).abs() < 4 * error).all() and (error < 0.1 * exact.abs().max()).all()
+    assert ((estimates.mean(0) - exact).abs() < 4 * error).all() and (
+        error < 0.1 * exact.abs().max()
+    ).all()
 
 
 def test_the_search_finds_the_blocks_that_matter_and_states_how_sure_it_is():
@@ -195,10 +228,15 @@ def test_the_search_finds_the_blocks_that_matter_and_states_how_sure_it_is():
         for i in (1, 2, 4):
             model.blocks[i].out.weight.mul_(0.02)
             model.blocks[i].out.bias.mul_(0.02)
-    found = Selection(GlobalSearch(num_steps=60), keep=3, stacks="blocks", num_samples=NUM)(model, draw_fixed(model))
+    found = Selection(GlobalSearch(num_steps=60), keep=3, stacks="blocks", num_samples=NUM)(
+        model, draw_fixed(model)
+    )
     stack = found.decision.stacks["blocks"]
     assert stack.kept_blocks == [0, 3, 5] and stack.criterion == "global"
-    assert sum(stack.block_probabilities) == pytest.approx(3) and min(stack.block_probabilities[i] for i in (0, 3, 5)) > 0.8
+    assert (
+        sum(stack.block_probabilities) == pytest.approx(3)
+        and min(stack.block_probabilities[i] for i in (0, 3, 5)) > 0.8
+    )
     (group,) = stack.groups
     assert 0 < group.confidence <= 1 and group.entropy < math.log(20)
     assert len(found.history) == 60 and found.num_block_runs > 60 * 32 * 6
@@ -220,7 +258,9 @@ def test_the_same_seed_gives_the_same_choice_and_touches_no_generator():
     torch.manual_seed(6)
     again = Selection(GlobalSearch(num_steps=5), **options)(model, draw, seed=3)
     assert first.decision == again.decision and first.num_block_runs == again.num_block_runs
-    assert [len(each) for each in first.rounds] == [3, 2] and "trials" in first.decision.stacks["blocks"].criterion
+    assert [len(each) for each in first.rounds] == [3, 2] and "trials" in first.decision.stacks[
+        "blocks"
+    ].criterion
 
 
 def test_trials_prefer_what_recovers_over_what_is_near():
@@ -232,7 +272,9 @@ def test_trials_prefer_what_recovers_over_what_is_near():
     best = min(last, key=lambda each: each["distance"])
     kept = [i for i, keep in enumerate(best["structure"].tolist()) if keep]
     assert found.decision.kept_blocks == {"blocks": kept}
-    assert found.rounds[0][0]["distance"] > min(each["distance"] for each in last)  # they have learned
+    assert found.rounds[0][0]["distance"] > min(
+        each["distance"] for each in last
+    )  # they have learned
 
 
 # -- the door ---------------------------------------------------------------------------------------
@@ -260,6 +302,6 @@ def test_mistakes_are_refused_when_it_is_made(options, message):
 
 def test_a_choice_that_needs_a_loss_says_so():
     model = toy()
-    draw = lambda n: Calibration((torch.randn(n, 4, 6), torch.randn(n, 6)), num_samples=n)  # noqa: E731
+    draw = lambda n: Calibration((torch.randn(n, 4, 6), torch.randn(n, 6)), num_samples=n)
     with pytest.raises(ValueError, match="needs a loss"):
         select_blocks(model, draw, criterion="taylor", keep=3, stacks="blocks")

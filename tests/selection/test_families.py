@@ -14,7 +14,13 @@ from tinyfusion_pl.selection import Calibration, select_blocks
 SMALL = {"input_size": 8, "in_channels": 4, "num_classes": 10, "num_heads": 2, "hidden_size": 16}
 MODELS = {
     "uvit_s_2": {"depth": 6},
-    "udit_s": {"depth_encoder_1": 1, "depth_encoder_2": 2, "depth_latent": 2, "depth_decoder_2": 2, "depth_decoder_1": 1},
+    "udit_s": {
+        "depth_encoder_1": 1,
+        "depth_encoder_2": 2,
+        "depth_latent": 2,
+        "depth_decoder_2": 2,
+        "depth_decoder_1": 1,
+    },
 }
 NUM_UNITS, NUM_KEPT = {"uvit_s_2": 3, "udit_s": 8}, {"uvit_s_2": 1, "udit_s": 5}
 
@@ -33,7 +39,9 @@ def choose(model, criterion, keep):
     def draw(n):
         return Calibration.of(objective, torch.randn(n, 4, 8, 8), torch.randint(10, (n,)))
 
-    return select_blocks(model, draw, criterion=criterion, keep=keep, num_samples=4, with_simple_rule=False)
+    return select_blocks(
+        model, draw, criterion=criterion, keep=keep, num_samples=4, with_simple_rule=False
+    )
 
 
 @pytest.mark.parametrize("criterion", ["shortgpt", "sensitivity", "taylor", "greedy"])
@@ -41,8 +49,14 @@ def choose(model, criterion, keep):
 def test_units_go_whole_and_every_stack_keeps_a_block(name, criterion, tmp_path):
     model = small(name)
     decision = choose(model, criterion, NUM_KEPT[name])
-    units = [(set(unit), set(stack.kept_blocks)) for stack in decision.stacks.values() for unit in stack.units]
-    assert len(units) == NUM_UNITS[name] and all(unit <= kept or not unit & kept for unit, kept in units)
+    units = [
+        (set(unit), set(stack.kept_blocks))
+        for stack in decision.stacks.values()
+        for unit in stack.units
+    ]
+    assert len(units) == NUM_UNITS[name] and all(
+        unit <= kept or not unit & kept for unit, kept in units
+    )
     assert sum(unit <= kept for unit, kept in units) == NUM_KEPT[name]
     assert all(stack.kept_blocks for stack in decision.stacks.values())
     shallow = remove_blocks(copy.deepcopy(model), decision.kept_blocks)

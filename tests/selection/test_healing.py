@@ -27,7 +27,9 @@ def draw(n):
 
 
 def choose(model, *, seed=0, samples=draw, **options):
-    selection = Selection(Greedy(**options), keep=KEEP, stacks="blocks", num_samples=NUM, with_simple_rule=False)
+    selection = Selection(
+        Greedy(**options), keep=KEEP, stacks="blocks", num_samples=NUM, with_simple_rule=False
+    )
     return selection(model, samples, seed=seed)
 
 
@@ -81,7 +83,9 @@ def prefixes(order_gone, num_rounds):
 def test_healing_is_counted_in_block_runs():
     found = choose(toy(), **{**HEALING, "healing_batch_size": 5})
     scoring = prefixes(order(found), 3) * NUM
-    heals = sum(4 * 5 * (DEPTH + 3 * left) for left in (5, 4))  # the dense model's answers, and a step as three forward passes
+    heals = sum(
+        4 * 5 * (DEPTH + 3 * left) for left in (5, 4)
+    )  # the dense model's answers, and a step as three forward passes
     assert found.num_block_runs == scoring + heals
 
 
@@ -92,7 +96,9 @@ def test_healing_leaves_the_model_as_it_was():
     choose(model, **HEALING)
     assert model.training and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
-    assert not any("forward" in vars(m) for m in model.modules()) and torch.equal(state, torch.get_rng_state())
+    assert not any("forward" in vars(m) for m in model.modules()) and torch.equal(
+        state, torch.get_rng_state()
+    )
 
 
 class DropoutBlock(Block):
@@ -111,14 +117,22 @@ def test_healing_is_a_function_of_the_seed():
     for global_seed in (5, 6):
         torch.manual_seed(global_seed)
         found.append(choose(model, seed=3, samples=samples, **HEALING))
-    assert found[0].decision == found[1].decision and found[0].num_block_runs == found[1].num_block_runs
+    assert (
+        found[0].decision == found[1].decision
+        and found[0].num_block_runs == found[1].num_block_runs
+    )
 
 
 def test_a_loss_heals_by_data_too():
     def samples(n):
         torch.manual_seed(0)
         x, c, goal = torch.randn(n, 4, 6), torch.randn(n, 6), torch.randn(n, 4, 6)
-        return Calibration((x, c), num_samples=n, context=goal, loss=lambda y, goal: (y - goal).square().flatten(1).mean(1))
+        return Calibration(
+            (x, c),
+            num_samples=n,
+            context=goal,
+            loss=lambda y, goal: (y - goal).square().flatten(1).mean(1),
+        )
 
     found = choose(toy(), samples=samples, measure="loss", **HEALING)
     assert len(found.decision.kept_blocks["blocks"]) == KEEP

@@ -29,7 +29,9 @@ def select(path=None, *, end_at=None, made_from="this", seed=3):
         return Calibration.of(objective, torch.randn(n, 4, 8, 8), torch.randint(10, (n,)))
 
     with preemptible():
-        found = Selection(GlobalSearch(num_steps=3), **OPTIONS)(model, draw, seed=seed, progress=Progress(path, made_from=made_from))
+        found = Selection(GlobalSearch(num_steps=3), **OPTIONS)(
+            model, draw, seed=seed, progress=Progress(path, made_from=made_from)
+        )
     return found, drawn[0]
 
 

@@ -37,7 +37,10 @@ def count(model):
 # -- which weights are left -------------------------------------------------------------------------
 def some(n, num_kept, parts=1):
     """Which of `n` channels stay, as many in each part, at random; ascending."""
-    each = [torch.randperm(n // parts)[: num_kept // parts].sort().values + i * n // parts for i in range(parts)]
+    each = [
+        torch.randperm(n // parts)[: num_kept // parts].sort().values + i * n // parts
+        for i in range(parts)
+    ]
     return torch.cat(each)
 
 
@@ -55,17 +58,27 @@ def planted():
             for axis, (channels, copies) in axes.items():
                 size = parameter.shape[axis] // copies
                 gone = [i for i in range(size) if i not in stays[channels]]
-                parameter.unflatten(axis, (copies, size)).index_fill_(axis + 1, torch.tensor(gone), 0.0)
+                parameter.unflatten(axis, (copies, size)).index_fill_(
+                    axis + 1, torch.tensor(gone), 0.0
+                )
     return model, stays
 
 
 def layout():
     """Parameter -> axis -> (which channels it has there, how many times in a row). Others are not cut."""
-    names = {"x_embedder.proj.weight": {0: ("x", 1)}, "x_embedder.proj.bias": {0: ("x", 1)}, "pos_embed": {2: ("x", 1)},
-             "t_embedder.mlp.0.weight": {0: ("t", 1)}, "t_embedder.mlp.0.bias": {0: ("t", 1)},
-             "t_embedder.mlp.2.weight": {0: ("c", 1), 1: ("t", 1)}, "t_embedder.mlp.2.bias": {0: ("c", 1)},
-             "y_embedder.embedding_table.weight": {1: ("c", 1)}, "final_layer.linear.weight": {1: ("x", 1)},
-             "final_layer.adaLN_modulation.1.weight": {0: ("x", 2), 1: ("c", 1)}, "final_layer.adaLN_modulation.1.bias": {0: ("x", 2)}}
+    names = {
+        "x_embedder.proj.weight": {0: ("x", 1)},
+        "x_embedder.proj.bias": {0: ("x", 1)},
+        "pos_embed": {2: ("x", 1)},
+        "t_embedder.mlp.0.weight": {0: ("t", 1)},
+        "t_embedder.mlp.0.bias": {0: ("t", 1)},
+        "t_embedder.mlp.2.weight": {0: ("c", 1), 1: ("t", 1)},
+        "t_embedder.mlp.2.bias": {0: ("c", 1)},
+        "y_embedder.embedding_table.weight": {1: ("c", 1)},
+        "final_layer.linear.weight": {1: ("x", 1)},
+        "final_layer.adaLN_modulation.1.weight": {0: ("x", 2), 1: ("c", 1)},
+        "final_layer.adaLN_modulation.1.bias": {0: ("x", 2)},
+    }
     for i in range(2):
         names |= {f"blocks.{i}.{name}": axes for name, axes in {
             "adaLN_modulation.1.weight": {0: ("x", 6), 1: ("c", 1)}, "adaLN_modulation.1.bias": {0: ("x", 6)},
@@ -81,13 +94,22 @@ def test_channels_that_do_nothing_go_from_every_weight(planted):
     model, stays = planted
     found = narrow(model, removed=0.58)
     state = found.shallow.state_dict()
-    assert found.shallow.config == {**model.config, "hidden_size": 20} and found.decision.kept_blocks == {"blocks": [0, 1]}
+    assert found.shallow.config == {
+        **model.config,
+        "hidden_size": 20,
+    } and found.decision.kept_blocks == {"blocks": [0, 1]}
     for name, parameter in model.state_dict().items():
         for axis, (channels, copies) in layout().get(name, {}).items():
             size = parameter.shape[axis] // copies
-            parameter = parameter.unflatten(axis, (copies, size)).index_select(axis + 1, stays[channels]).flatten(axis, axis + 1)
+            parameter = (
+                parameter.unflatten(axis, (copies, size))
+                .index_select(axis + 1, stays[channels])
+                .flatten(axis, axis + 1)
+            )
         if "qkv" in name:
-            parameter[:20] *= math.sqrt(5 / 8)  # queries: attention divides by the root of a head's width
+            parameter[:20] *= math.sqrt(
+                5 / 8
+            )  # queries: attention divides by the root of a head's width
         torch.testing.assert_close(state[name], parameter, rtol=1e-6, atol=0, msg=name)
 
 
@@ -114,11 +136,15 @@ def test_times_of_small_losses_do_not_count():
         x, t, y = small_batch(n)
         return Calibration((x, t, y), num_samples=n, context=t, loss=loss)
 
-    found = WidthPruning(num_samples=16, num_intervals=8, batch_size=3, threshold=0.5)(small_dit(), draw)
+    found = WidthPruning(num_samples=16, num_intervals=8, batch_size=3, threshold=0.5)(
+        small_dit(), draw
+    )
     t = small_batch(16)[1].tolist()
     losses = [1 - (t[i] + t[i + 1]) / 2000 for i in range(0, 16, 2)]
     counted = [i for i, each in enumerate(losses) if each > 0.5 * max(losses)]
-    assert sorted(seen) == [t[j] for i in counted for j in (2 * i, 2 * i + 1)] and 0 < len(counted) < 8
+    assert (
+        sorted(seen) == [t[j] for i in counted for j in (2 * i, 2 * i + 1)] and 0 < len(counted) < 8
+    )
     assert [each["used"] for each in found.intervals] == [i in counted for i in range(8)]
     assert [each["loss"] for each in found.intervals] == pytest.approx(losses)
     assert found.num_block_runs == 3 * (16 + 3 * len(seen) + 2)
@@ -130,7 +156,10 @@ def test_the_dense_model_is_left_as_it_is():
     first = narrow(model).shallow.state_dict()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
-    assert all(torch.equal(tensor, first[name]) for name, tensor in narrow(model).shallow.state_dict().items())  # same seed
+    assert all(
+        torch.equal(tensor, first[name])
+        for name, tensor in narrow(model).shallow.state_dict().items()
+    )  # same seed
 
 
 # -- sizes ------------------------------------------------------------------------------------------
@@ -142,17 +171,30 @@ def test_dit_xl_comes_to_published_sizes_within_two_percent(removed, published, 
         model = create_model("dit_xl_2")
         assert width_for(model, (1 - removed) * count(model), depth=28) == hidden_size
         narrower = create_model("dit_xl_2", hidden_size=hidden_size)
-    assert num_params_of(model, depth=28, hidden_size=hidden_size) == count(narrower) == pytest.approx(published, rel=0.02)
+    assert (
+        num_params_of(model, depth=28, hidden_size=hidden_size)
+        == count(narrower)
+        == pytest.approx(published, rel=0.02)
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("removed, published", [(0.5, 338e6), (0.75, 169e6)])
 def test_dit_xl_itself_is_narrowed_saved_and_reloaded(removed, published, tmp_path):
-    found = narrow(create_model("dit_xl_2", input_size=8, num_classes=10).eval(), num_samples=2, num_intervals=1, removed=removed)
+    found = narrow(
+        create_model("dit_xl_2", input_size=8, num_classes=10).eval(),
+        num_samples=2,
+        num_intervals=1,
+        removed=removed,
+    )
     full = {"input_size": 32, "num_classes": 1000}
     with torch.device("meta"):
-        assert count(create_model("dit_xl_2", **{**found.shallow.config, **full})) == pytest.approx(published, rel=0.02)
-    save_shallow(tmp_path, found.shallow, {"stacks": found.decision.as_dict(), "width": found.width})
+        assert count(create_model("dit_xl_2", **{**found.shallow.config, **full})) == pytest.approx(
+            published, rel=0.02
+        )
+    save_shallow(
+        tmp_path, found.shallow, {"stacks": found.decision.as_dict(), "width": found.width}
+    )
     args = small_batch(2)
     with torch.no_grad():
         assert torch.equal(load_shallow(tmp_path)(*args), found.shallow.eval()(*args))
@@ -162,15 +204,27 @@ def test_depth_goes_first_and_width_makes_up_the_rest():
     model = small_dit(kept=(0, 1, 2, 3))
     found = narrow(model, removed=0.5, depth=Selection("uniform", keep=2, num_samples=8))
     (stack,) = found.decision.stacks.values()
-    assert stack.kept_blocks == [0, 2] and stack.num_blocks == 4 and stack.criterion == "uniform, then diff_pruning"
+    assert (
+        stack.kept_blocks == [0, 2]
+        and stack.num_blocks == 4
+        and stack.criterion == "uniform, then diff_pruning"
+    )
     assert found.width["removed"] == 1 - count(found.shallow) / count(model)
-    others = [count(create_model("dit", **{**found.shallow.config, "hidden_size": size})) for size in range(4, 32, 4)]
+    others = [
+        count(create_model("dit", **{**found.shallow.config, "hidden_size": size}))
+        for size in range(4, 32, 4)
+    ]
     assert count(found.shallow) == min(others, key=lambda n: abs(n - count(model) / 2))
 
 
 def test_a_sit_becomes_narrower_too():
     found = narrow(small_dit(name="sit_s_2"), Interpolants())
-    assert type(found.shallow).__name__ == "SiT" and found.shallow(*small_batch()).shape == (6, 4, 8, 8)
+    assert type(found.shallow).__name__ == "SiT" and found.shallow(*small_batch()).shape == (
+        6,
+        4,
+        8,
+        8,
+    )
 
 
 # -- what it ends in --------------------------------------------------------------------------------
@@ -196,7 +250,10 @@ def test_a_saved_model_gives_the_same_bit_for_bit(saved):
 def test_a_record_of_another_width_is_refused(saved, path, value):
     file = saved[0] / "record.json"
     file.write_text(json.dumps(replaced(json.loads(file.read_text()), path, value)))
-    with pytest.raises(ArtifactError, match="width"), pytest.warns(UserWarning, match="its own checksum"):
+    with (
+        pytest.raises(ArtifactError, match="width"),
+        pytest.warns(UserWarning, match="its own checksum"),
+    ):
         load_shallow(saved[0])
 
 
@@ -204,13 +261,21 @@ def test_a_narrow_student_learns_from_the_output():
     teacher = small_dit()
     found = narrow(teacher)
     distillation, objective = Distillation(weight_feature=0.0), GaussianDiffusion()
-    Recovery(found.shallow, teacher=teacher, decision=found.decision, objective=objective, distillation=distillation)
+    Recovery(
+        found.shallow,
+        teacher=teacher,
+        decision=found.decision,
+        objective=objective,
+        distillation=distillation,
+    )
     x, y = torch.randn(4, 4, 8, 8), torch.randint(10, (4,))
     optimizer = torch.optim.SGD(found.shallow.parameters(), lr=0.1)
     losses = []
     for _ in range(5):
         torch.manual_seed(0)
-        each = distillation.losses(found.shallow, teacher, objective, objective.draw(x), y, pairs={}, feature_weight=0.0)
+        each = distillation.losses(
+            found.shallow, teacher, objective, objective.draw(x), y, pairs={}, feature_weight=0.0
+        )
         loss = each["loss"].mean()
         optimizer.zero_grad()
         loss.backward()
@@ -223,7 +288,9 @@ def test_hidden_states_of_unequal_widths_are_not_compared():
     teacher = small_dit()
     found = narrow(teacher)
     with pytest.raises(ValueError, match="fewer channels.*distill=output"):
-        Recovery(found.shallow, teacher=teacher, decision=found.decision, objective=GaussianDiffusion())
+        Recovery(
+            found.shallow, teacher=teacher, decision=found.decision, objective=GaussianDiffusion()
+        )
 
 
 # -- what is refused --------------------------------------------------------------------------------
@@ -237,7 +304,11 @@ def test_other_families_are_refused_by_name(name):
 
 def test_without_torch_pruning_the_extra_is_named(monkeypatch):
     find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch_pruning" else find_spec(name))
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name: None if name == "torch_pruning" else find_spec(name),
+    )
     with pytest.raises(ValueError, match=r"tinyfusion_pl\[width\]"):
         WidthPruning()
 

@@ -32,6 +32,15 @@ if __name__ == "__main__":
     num, folder = int(sys.argv[1]), Path(sys.argv[2])
     if len(sys.argv) > 3:
         kill_after(int(sys.argv[3]))
-    trainer = partial(Trainer, accelerator="cpu", devices=num, strategy="ddp" if num > 1 else "auto", logger=False,
-                      enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False)
+    trainer = partial(
+        Trainer,
+        accelerator="cpu",
+        devices=num,
+        strategy="ddp" if num > 1 else "auto",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
     evaluate(trainer=trainer, batch_size=4, write_npz=True).run(RunFolder(folder), inputs())

@@ -53,16 +53,23 @@ def test_a_compiled_search_is_the_plain_one(traced, tmp_path, pruning):
 def recovery(folder, *, compile, distillation):
     seed_everything(0)
     size = {"hidden_size": 16, "num_heads": 2}
-    teacher, student = create_model("dit_digits", depth=4, **size), create_model("dit_digits", depth=2, **size)
+    teacher, student = (
+        create_model("dit_digits", depth=4, **size),
+        create_model("dit_digits", depth=2, **size),
+    )
     for model in (teacher, student):  # new blocks are the identity
         for block in model.blocks:
             torch.nn.init.normal_(block.adaLN_modulation[1].weight, std=0.1)
-    module = Recovery(student, teacher=teacher, objective=GaussianDiffusion(), distillation=distillation)
+    module = Recovery(
+        student, teacher=teacher, objective=GaussianDiffusion(), distillation=distillation
+    )
     trainer = partial(Trainer, accelerator="cpu", max_steps=3, max_epochs=-1, enable_progress_bar=False, enable_model_summary=False,
                       use_distributed_sampler=False, log_every_n_steps=1)  # fmt: skip
     fitted = Fit(trainer=trainer, compile=compile)
     fitted.run("recover", RunFolder(folder), module, DigitsDataModule(batch_size=4))
-    assert all(block._compiled_call_impl is None for model in (teacher, student) for block in model.blocks)
+    assert all(
+        block._compiled_call_impl is None for model in (teacher, student) for block in model.blocks
+    )
     return module.state_dict()
 
 
@@ -71,9 +78,13 @@ def test_a_compiled_recovery_is_the_plain_one(traced, tmp_path):
     distillation = partial(Distillation, pairs={"blocks": [(0, 1), (1, 3)]})
     plain = recovery(tmp_path / "plain", compile=False, distillation=distillation())
     compiled = recovery(tmp_path / "compiled", compile=True, distillation=distillation())
-    assert list(plain) == list(compiled) and all(torch.equal(plain[key], compiled[key]) for key in plain)
+    assert list(plain) == list(compiled) and all(
+        torch.equal(plain[key], compiled[key]) for key in plain
+    )
     assert 0 < traced["stats"]["unique_graphs"] <= 4 and not traced["graph_break"]
-    without = recovery(tmp_path / "without", compile=True, distillation=distillation(weight_feature=0.0))
+    without = recovery(
+        tmp_path / "without", compile=True, distillation=distillation(weight_feature=0.0)
+    )
     assert any(not torch.equal(plain[key], without[key]) for key in plain)
 
 
@@ -82,7 +93,10 @@ def test_compiled_kernels_learn_the_same(tmp_path):
     torch._dynamo.reset()
     fit(tmp_path / "plain", max_steps=3)
     fit(tmp_path / "compiled", max_steps=3, compile=True)
-    plain, compiled = final(tmp_path / "plain")["state_dict"], final(tmp_path / "compiled")["state_dict"]
+    plain, compiled = (
+        final(tmp_path / "plain")["state_dict"],
+        final(tmp_path / "compiled")["state_dict"],
+    )
     assert list(plain) == list(compiled)
     for key, value in plain.items():
         torch.testing.assert_close(compiled[key], value, rtol=1e-3, atol=1e-4)

@@ -41,7 +41,13 @@ def denoiser(num_classes):
 
 
 def inputs(num_classes=1000):
-    return Inputs(name="x", seed=0, teacher=denoiser(num_classes), objective=GaussianDiffusion(), data=FewDigits())
+    return Inputs(
+        name="x",
+        seed=0,
+        teacher=denoiser(num_classes),
+        objective=GaussianDiffusion(),
+        data=FewDigits(),
+    )
 
 
 def metrics():
@@ -49,16 +55,33 @@ def metrics():
 
 
 def evaluate(**settings):
-    trainer = partial(Trainer, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False)
-    return Evaluate(trainer=trainer, metrics=metrics(), num_samples=40, batch_size=8, num_shown=4,
-                    sampling={"num_sampling_steps": 2, "sampler": "ddim"}, **settings)
+    trainer = partial(
+        Trainer,
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+    )
+    return Evaluate(
+        trainer=trainer,
+        metrics=metrics(),
+        num_samples=40,
+        batch_size=8,
+        num_shown=4,
+        sampling={"num_sampling_steps": 2, "sampler": "ddim"},
+        **settings,
+    )
 
 
 @pytest.mark.parametrize("labels", ["balanced", "random"])
 def test_labels_are_of_the_reference_images_classes(labels, capsys):
     task, given = evaluate(labels=labels), inputs()
     task.check(given)
-    assert "samples are of the data's 3 classes, of 1000 that the model knows" in capsys.readouterr().out
+    assert (
+        "samples are of the data's 3 classes, of 1000 that the model knows"
+        in capsys.readouterr().out
+    )
     found = task.labels_of(task.sampler(given.teacher, given), given)
     assert found.unique().tolist() == CLASSES and len(found) == 40
     assert task.protocol(given)["classes"] == CLASSES
@@ -74,16 +97,28 @@ def test_with_a_reference_file_they_are_of_the_data(tmp_path, capsys):
 
 
 def test_a_model_of_fewer_classes_is_refused():
-    with pytest.raises(ValueError, match="The data's classes are 3 to 701, but the model knows the classes 0 to 9"):
+    with pytest.raises(
+        ValueError, match="The data's classes are 3 to 701, but the model knows the classes 0 to 9"
+    ):
         evaluate().check(inputs(num_classes=10))
-    with pytest.raises(ValueError, match="has labels 3 to 701, but the model knows the classes 0 to 9"):
+    with pytest.raises(
+        ValueError, match="has labels 3 to 701, but the model knows the classes 0 to 9"
+    ):
         FewDigits().check_fits(denoiser(10))
 
 
 def test_all_classes_are_sampled_as_before():
     task = evaluate()
-    given = Inputs(name="x", seed=0, teacher=denoiser(10), objective=GaussianDiffusion(), data=DigitsDataModule())
-    assert task.labels_of(task.sampler(given.teacher, given), given).tolist() == [i % 10 for i in range(40)]
+    given = Inputs(
+        name="x",
+        seed=0,
+        teacher=denoiser(10),
+        objective=GaussianDiffusion(),
+        data=DigitsDataModule(),
+    )
+    assert task.labels_of(task.sampler(given.teacher, given), given).tolist() == [
+        i % 10 for i in range(40)
+    ]
     assert "classes" not in task.protocol(given)
 
 
@@ -91,5 +126,7 @@ def test_evaluation_during_training_samples_them_too():
     callback = EvaluationCallback(metrics(), every_n_steps=1, num_samples=9)
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     trainer.datamodule = FewDigits()
-    sampler = PictureSampler(denoiser=denoiser(1000), objective=GaussianDiffusion(), latent_shape=(1, 8, 8), decode=None)
+    sampler = PictureSampler(
+        denoiser=denoiser(1000), objective=GaussianDiffusion(), latent_shape=(1, 8, 8), decode=None
+    )
     assert callback._labels_of(trainer, sampler).tolist() == CLASSES * 3

@@ -14,7 +14,16 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from image_toys import broken_images
-from latents_toys import CLASSES, NUM_IMAGES, TRAINER, autoencoder, extract, pack, vae_in, write_images
+from latents_toys import (
+    CLASSES,
+    NUM_IMAGES,
+    TRAINER,
+    autoencoder,
+    extract,
+    pack,
+    vae_in,
+    write_images,
+)
 from tinyfusion_pl import cli
 from tinyfusion_pl.artifacts import ArtifactError, read_json
 from tinyfusion_pl.data import VAE, LatentShards
@@ -32,7 +41,11 @@ def made(tmp_path_factory):
 
 def files(folder):
     """Every file's bytes."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def test_shards_hold_the_moments_of_the_centre_crop_and_of_its_mirror_image(made):
@@ -40,33 +53,59 @@ def test_shards_hold_the_moments_of_the_centre_crop_and_of_its_mirror_image(made
     shards = LatentShards(made / "whole")
     paths = sorted((made / "images").glob("*/*.png"), key=str)
     for i in (0, 5, 9):
-        pixels = torch.from_numpy(np.array(center_crop(Image.open(paths[i]).convert("RGB"), 8))).permute(2, 0, 1)[None]
+        pixels = torch.from_numpy(
+            np.array(center_crop(Image.open(paths[i]).convert("RGB"), 8))
+        ).permute(2, 0, 1)[None]
         for view, picture in enumerate((pixels, pixels.flip(-1))):
             assert np.allclose(shards.read(i, view), vae.encode(picture)[0].numpy(), atol=1e-5)
-        assert not np.allclose(shards.read(i, 1), shards.read(i, 0)[..., ::-1], atol=1e-2)  # latents cannot be flipped afterwards
+        assert not np.allclose(
+            shards.read(i, 1), shards.read(i, 0)[..., ::-1], atol=1e-2
+        )  # latents cannot be flipped afterwards
 
 
 def test_the_mirrored_view_is_the_extraction_of_mirrored_files(made, tmp_path):
     for path in (made / "images").glob("*/*.png"):
         (place := tmp_path / "mirrored" / path.parent.name).mkdir(parents=True, exist_ok=True)
-        image = center_crop(Image.open(path), 8)  # cropped first: an odd margin is rounded to one side
+        image = center_crop(
+            Image.open(path), 8
+        )  # cropped first: an odd margin is rounded to one side
         image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(place / path.name)
     extract(made, tmp_path / "mirrored", tmp_path / "out")
     one, other = LatentShards(made / "whole"), LatentShards(tmp_path / "out")
     for i in range(NUM_IMAGES):
-        assert np.allclose(one.read(i, 1), other.read(i, 0), atol=1e-5) and np.allclose(one.read(i, 0), other.read(i, 1), atol=1e-5)
+        assert np.allclose(one.read(i, 1), other.read(i, 0), atol=1e-5) and np.allclose(
+            one.read(i, 0), other.read(i, 1), atol=1e-5
+        )
 
 
 def test_a_folder_says_what_it_holds_and_has_nothing_else(made):
-    assert list(files(made / "whole")) == ["images.jsonl", "latents.json", *(f"shard-0000{i}.safetensors" for i in range(3))]
+    assert list(files(made / "whole")) == [
+        "images.jsonl",
+        "latents.json",
+        *(f"shard-0000{i}.safetensors" for i in range(3)),
+    ]
     held = read_json(made / "whole" / "latents.json")
-    assert held["content"] == "moments" and held["latent_shape"] == [4, 4, 4] and held["num_samples"] == NUM_IMAGES
-    assert held["classes"] == list(CLASSES) and held["image_size"] == 8 and held["vae"]["scaling_factor"] == 0.18215
+    assert (
+        held["content"] == "moments"
+        and held["latent_shape"] == [4, 4, 4]
+        and held["num_samples"] == NUM_IMAGES
+    )
+    assert (
+        held["classes"] == list(CLASSES)
+        and held["image_size"] == 8
+        and held["vae"]["scaling_factor"] == 0.18215
+    )
     tensors = load_file(made / "whole" / "shard-00002.safetensors")
-    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {"latents": (2, 2, 8, 4, 4), "labels": (2,),
-                                                                                          "digests": (2,)}
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {
+        "latents": (2, 2, 8, 4, 4),
+        "labels": (2,),
+        "digests": (2,),
+    }
     paths = sorted((made / "images").glob("*/*.png"), key=str)[8:]
-    expected = [int.from_bytes(hashlib.sha256(path.read_bytes()).digest()[:8], "little", signed=True) for path in paths]
+    expected = [
+        int.from_bytes(hashlib.sha256(path.read_bytes()).digest()[:8], "little", signed=True)
+        for path in paths
+    ]
     assert tensors["digests"].tolist() == expected
 
 
@@ -81,7 +120,9 @@ def test_a_kept_sample_is_of_the_posterior_with_noise_of_its_own(made, tmp_path)
 
 
 @pytest.mark.parametrize("names", [True, False])
-def test_packed_image_files_give_the_same_latents_with_their_own_order_and_names(made, tmp_path, names):
+def test_packed_image_files_give_the_same_latents_with_their_own_order_and_names(
+    made, tmp_path, names
+):
     extract(made, pack(tmp_path / "images.npz", names=names), tmp_path / "out")
     packed, folders = LatentShards(tmp_path / "out"), LatentShards(made / "whole")
     assert packed.labels.tolist() == [i % 3 for i in range(NUM_IMAGES)]
@@ -120,7 +161,9 @@ def test_an_interrupted_extraction_goes_on_and_ends_with_the_same_bytes(made, tm
     with pytest.raises(Interrupted):
         extract(made, made / "images", tmp_path / "out", vae=fragile(made, at=at))
     there = [name for name in files(tmp_path / "out") if name.startswith("shard")]
-    assert there == [f"shard-0000{i}.safetensors" for i in range(at // 2)]  # two batches a shard, and no half shard
+    assert there == [
+        f"shard-0000{i}.safetensors" for i in range(at // 2)
+    ]  # two batches a shard, and no half shard
     for name in there:
         assert files(made / "whole")[name] == files(tmp_path / "out")[name]
     with pytest.raises(ArtifactError, match="not finished"):
@@ -135,10 +178,14 @@ def test_parts_that_are_all_there_become_a_shard(made, tmp_path, monkeypatch):
     from tinyfusion_pl.data.extraction import ShardWriter
 
     with monkeypatch.context() as patched:
-        patched.setattr(ShardWriter, "_assemble", lambda self, shard: (_ for _ in ()).throw(Interrupted))
+        patched.setattr(
+            ShardWriter, "_assemble", lambda self, shard: (_ for _ in ()).throw(Interrupted)
+        )
         with pytest.raises(Interrupted):
             extract(made, made / "images", tmp_path / "out")
-    assert len(list((tmp_path / "out" / "parts").iterdir())) == 2 and not list((tmp_path / "out").glob("shard*"))
+    assert len(list((tmp_path / "out" / "parts").iterdir())) == 2 and not list(
+        (tmp_path / "out").glob("shard*")
+    )
     extract(made, made / "images", tmp_path / "out")
     assert files(tmp_path / "out") == files(made / "whole")
 
@@ -167,31 +214,68 @@ def test_a_finished_extraction_is_not_done_again_and_a_lost_shard_alone_is(made,
 
 
 # -- processes
-TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
+TORCHRUN = [
+    "-m",
+    "torch.distributed.run",
+    "--nproc_per_node=2",
+    "--rdzv_backend=c10d",
+    "--rdzv_endpoint=localhost:0",
+]
 
 
-@pytest.mark.parametrize("launcher", [pytest.param([], id="devices=2"), pytest.param(TORCHRUN, id="torchrun", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        pytest.param([], id="devices=2"),
+        pytest.param(TORCHRUN, id="torchrun", marks=pytest.mark.slow),
+    ],
+)
 def test_two_processes_write_the_files_that_one_writes(made, tmp_path, launcher):
     command = [sys.executable, *launcher, "-m", "tinyfusion_pl"]
-    environment = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "RANK", "NODE_RANK", "MASTER_PORT", "WORLD_SIZE")}
-    done = subprocess.run([*command, *overrides(made, tmp_path / "out"), "runtime.devices=2"], env=environment, cwd=tmp_path,
-                          capture_output=True, text=True, timeout=120)
+    environment = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("LOCAL_RANK", "RANK", "NODE_RANK", "MASTER_PORT", "WORLD_SIZE")
+    }
+    done = subprocess.run(
+        [*command, *overrides(made, tmp_path / "out"), "runtime.devices=2"],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert done.stdout.count("Done.") == 1
     assert files(tmp_path / "out") == files(made / "whole")
 
 
 def overrides(made, output):
-    return ["task=extract_latents", f"extract.images={made / 'images'}", f"extract.output={output}", f"extract.vae.source={made}",
-            "extract.vae.batch_size=4", "extract.image_size=8", "extract.shard_size=4", "extract.save_every=2", "extract.batch_size=2",
-            "extract.num_workers=1", "runtime.accelerator=cpu"]
+    return [
+        "task=extract_latents",
+        f"extract.images={made / 'images'}",
+        f"extract.output={output}",
+        f"extract.vae.source={made}",
+        "extract.vae.batch_size=4",
+        "extract.image_size=8",
+        "extract.shard_size=4",
+        "extract.save_every=2",
+        "extract.batch_size=2",
+        "extract.num_workers=1",
+        "runtime.accelerator=cpu",
+    ]
 
 
 def test_more_processes_than_images_or_shards_are_refused(made, tmp_path):
     two, twelve = (partial(TRAINER, strategy="ddp", devices=devices) for devices in (2, 12))
-    with pytest.raises(ValueError, match="There are 12 processes, but only 10 images. Give fewer devices"):
+    with pytest.raises(
+        ValueError, match="There are 12 processes, but only 10 images. Give fewer devices"
+    ):
         extract(made, made / "images", tmp_path / "out", trainer=twelve)
-    with pytest.raises(ValueError, match="There are 2 processes, but only 1 shards of 64 .* Give extract.shard_size=5 or less"):
+    with pytest.raises(
+        ValueError,
+        match="There are 2 processes, but only 1 shards of 64 .* Give extract.shard_size=5 or less",
+    ):
         extract(made, made / "images", tmp_path / "out", trainer=two, shard_size=64)
     assert not (tmp_path / "out").exists()
 
@@ -205,21 +289,29 @@ def test_the_command_extracts_and_training_data_read_it(made, tmp_path, monkeypa
     assert files(tmp_path / "out") == files(made / "whole")
 
 
-@pytest.mark.parametrize(("settings", "said"), [
-    (["extract.image_size=9"], "image_size is 9"),
-    (["extract.content=mean"], "'moments' or 'sample'"),
-    (["extract.dtype=bfloat16"], "'float32' or 'float16'"),
-    (["extract.shard_size=0"], "extract.shard_size is 0"),
-    (["extract.num_images=11"], "num_images is 11; "),
-    (["extract.max_pixels=0"], "extract.max_pixels is 0"),
-    (["extract.class_to_idx=imagenet"], "are no wnids of ImageNet's 1000 classes (n01, n02, n10)"),
-    (["extract.class_to_idx=nowhere.json"], "There is no file nowhere.json"),
-    (["extract.images=nowhere"], "nowhere is no folder of class folders"),
-    (["extract.images=nowhere.npz"], "There is no file nowhere.npz"),
-    (["extract.vae.source=nowhere"], "There is no VAE at nowhere"),
-    (["extract.vae.precision=float16"], "'float32', 'bfloat16'"),
-])
-def test_a_wrong_setting_is_told_before_anything_is_written(made, tmp_path, monkeypatch, capfd, settings, said):
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["extract.image_size=9"], "image_size is 9"),
+        (["extract.content=mean"], "'moments' or 'sample'"),
+        (["extract.dtype=bfloat16"], "'float32' or 'float16'"),
+        (["extract.shard_size=0"], "extract.shard_size is 0"),
+        (["extract.num_images=11"], "num_images is 11; "),
+        (["extract.max_pixels=0"], "extract.max_pixels is 0"),
+        (
+            ["extract.class_to_idx=imagenet"],
+            "are no wnids of ImageNet's 1000 classes (n01, n02, n10)",
+        ),
+        (["extract.class_to_idx=nowhere.json"], "There is no file nowhere.json"),
+        (["extract.images=nowhere"], "nowhere is no folder of class folders"),
+        (["extract.images=nowhere.npz"], "There is no file nowhere.npz"),
+        (["extract.vae.source=nowhere"], "There is no VAE at nowhere"),
+        (["extract.vae.precision=float16"], "'float32', 'bfloat16'"),
+    ],
+)
+def test_a_wrong_setting_is_told_before_anything_is_written(
+    made, tmp_path, monkeypatch, capfd, settings, said
+):
     monkeypatch.chdir(tmp_path)
     assert cli.main([*overrides(made, "out"), *settings]) == 1
     errors = capfd.readouterr().err
@@ -229,9 +321,12 @@ def test_a_wrong_setting_is_told_before_anything_is_written(made, tmp_path, monk
 
 def test_an_output_that_holds_another_extraction_is_left_as_it_is(made):
     before = files(made / "whole")
-    for settings, said in (({"content": "sample"}, "content is moments there and sample here"),
-                           ({"image_size": 12}, "image_size is 8 there"), ({"num_images": 9}, "num_samples is 10"),
-                           ({"vae": partial(VAE, autoencoder(seed=9), source="other")}, "vae is ")):
+    for settings, said in (
+        ({"content": "sample"}, "content is moments there and sample here"),
+        ({"image_size": 12}, "image_size is 8 there"),
+        ({"num_images": 9}, "num_samples is 10"),
+        ({"vae": partial(VAE, autoencoder(seed=9), source="other")}, "vae is "),
+    ):
         with pytest.raises(ArtifactError, match=f"holds another extraction .*{said}"):
             extract(made, made / "images", made / "whole", **settings)
     assert files(made / "whole") == before
@@ -247,21 +342,39 @@ def test_a_broken_image_is_named(made, tmp_path, num_workers):
         extract(made, images, tmp_path / "out", num_workers=num_workers)
 
 
-def test_a_broken_image_that_a_worker_finds_is_told_in_one_sentence(made, tmp_path, monkeypatch, capfd):
+def test_a_broken_image_that_a_worker_finds_is_told_in_one_sentence(
+    made, tmp_path, monkeypatch, capfd
+):
     images = write_images(tmp_path / "images")
     (images / "n01" / "3.png").write_bytes(b"no image")
     monkeypatch.chdir(tmp_path)
     assert cli.main([*overrides(made, "out"), f"extract.images={images}"]) == 1
     (told,) = (line for line in capfd.readouterr().err.splitlines() if line.startswith("error: "))
-    assert "n01/3.png is no readable image" in told and "Replace or remove it" in told and "worker" not in told
+    assert (
+        "n01/3.png is no readable image" in told
+        and "Replace or remove it" in told
+        and "worker" not in told
+    )
 
 
-@pytest.mark.parametrize(("change", "said"), [
-    (lambda arrays: arrays.pop("offsets"), "has no offsets; an npz file of images holds blob"),
-    (lambda arrays: arrays.update(offsets=arrays["offsets"][:-1]), "is inconsistent: 10 offsets"),
-    (lambda arrays: arrays.update(labels=arrays["labels"] + 1), "labels 1 to 3 and names 3 classes"),
-    (lambda arrays: arrays.update(blob=np.array([{}], dtype=object)), "not a whole npz file of plain arrays"),
-])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda arrays: arrays.pop("offsets"), "has no offsets; an npz file of images holds blob"),
+        (
+            lambda arrays: arrays.update(offsets=arrays["offsets"][:-1]),
+            "is inconsistent: 10 offsets",
+        ),
+        (
+            lambda arrays: arrays.update(labels=arrays["labels"] + 1),
+            "labels 1 to 3 and names 3 classes",
+        ),
+        (
+            lambda arrays: arrays.update(blob=np.array([{}], dtype=object)),
+            "not a whole npz file of plain arrays",
+        ),
+    ],
+)
 def test_a_broken_npz_is_named(made, tmp_path, change, said):
     with np.load(pack(tmp_path / "images.npz")) as found:
         arrays = dict(found)
@@ -294,7 +407,10 @@ def stopped(made, tmp_path):
     """An extraction that a broken image stopped after two whole shards."""
     images = write_images(tmp_path / "images")
     path = break_image(images)
-    with pytest.raises(ValueError, match="n10/5.png is no readable image .*run the same command again; or .* skip_broken=true"):
+    with pytest.raises(
+        ValueError,
+        match="n10/5.png is no readable image .*run the same command again; or .* skip_broken=true",
+    ):
         extract(made, images, tmp_path / "out")
     assert (tmp_path / "out" / "shard-00001.safetensors").exists()
     return images, tmp_path / "out", path
@@ -305,7 +421,11 @@ def other_samples(root, made):
     shards, whole = LatentShards(root), LatentShards(made / "whole")
     kept = [i for i in range(NUM_IMAGES) if i != 8]
     assert len(shards) == 9 and shards.labels.tolist() == whole.labels[kept].tolist()
-    return all(np.array_equal(shards.read(i, view), whole.read(number, view)) for i, number in enumerate(kept) for view in (0, 1))
+    return all(
+        np.array_equal(shards.read(i, view), whole.read(number, view))
+        for i, number in enumerate(kept)
+        for view in (0, 1)
+    )
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -314,7 +434,10 @@ def test_broken_images_are_skipped_counted_and_named(made, tmp_path, capsys, num
     break_image(images)
     extract(made, images, tmp_path / "out", skip_broken=True, num_workers=num_workers)
     out = capsys.readouterr().out
-    assert "1 images were left out (n10/5.png); latents.json names all of them" in out and "5.png: " in out
+    assert (
+        "1 images were left out (n10/5.png); latents.json names all of them" in out
+        and "5.png: " in out
+    )
     assert read_json(tmp_path / "out" / "latents.json")["skipped"] == {"n10/5.png": 8}
     assert other_samples(tmp_path / "out", made)
 
@@ -326,9 +449,16 @@ def test_removing_a_broken_image_resumes(made, stopped, capsys):
     counting = fragile(made, at=1)()  # one batch is left: nothing that is finished is done again
     extract(made, images, out, vae=lambda: counting)
     assert counting.at == 0
-    assert "1 of the 10 images that this extraction began with were removed since (n10/5.png)" in capsys.readouterr().out
-    assert all(files(out)[name] == content for name, content in before.items() if name.startswith("shard"))
-    assert other_samples(out, made) and read_json(out / "latents.json")["skipped"] == {"n10/5.png": 8}
+    assert (
+        "1 of the 10 images that this extraction began with were removed since (n10/5.png)"
+        in capsys.readouterr().out
+    )
+    assert all(
+        files(out)[name] == content for name, content in before.items() if name.startswith("shard")
+    )
+    assert other_samples(out, made) and read_json(out / "latents.json")["skipped"] == {
+        "n10/5.png": 8
+    }
     extract(made, images, out)
     assert "done before" in capsys.readouterr().out
 
@@ -339,18 +469,26 @@ def test_skip_broken_and_replacing_resume_too(made, stopped, tmp_path):
     assert other_samples(tmp_path / "skipped", made)
     shutil.copy(made / "images" / "n10" / "5.png", path)
     extract(made, images, out)
-    assert files(out) == files(made / "whole") | {name: files(out)[name] for name in ("latents.json", "images.jsonl")}  # other paths
+    assert files(out) == files(made / "whole") | {
+        name: files(out)[name] for name in ("latents.json", "images.jsonl")
+    }  # other paths
 
 
 def test_added_and_changed_images_are_told_by_name(made, stopped):
     images, out, path = stopped
     path.unlink()
     Image.new("RGB", (9, 9)).save(images / "n01" / "zz.png")
-    with pytest.raises(ArtifactError, match=r"since then 1 images were added \(n01/zz.png\). Give another extract.output"):
+    with pytest.raises(
+        ArtifactError,
+        match=r"since then 1 images were added \(n01/zz.png\). Give another extract.output",
+    ):
         extract(made, images, out)
     (images / "n01" / "zz.png").unlink()
     Image.new("RGB", (9, 9)).save(images / "n01" / "0.png")
-    with pytest.raises(ArtifactError, match=r"1 images .* are others than those whose latents .* \(n01/0.png\).*delete shard-00000"):
+    with pytest.raises(
+        ArtifactError,
+        match=r"1 images .* are others than those whose latents .* \(n01/0.png\).*delete shard-00000",
+    ):
         extract(made, images, out)
     (out / "shard-00000.safetensors").unlink()
     extract(made, images, out)
@@ -363,7 +501,10 @@ def test_an_image_replaced_by_one_of_its_size_is_told(made, stopped):
     place = images / "n01" / "0.png"
     content = place.read_bytes()
     place.write_bytes(content[:-1] + b"x")
-    with pytest.raises(ArtifactError, match=r"1 images .* are others than those whose latents .* \(n01/0.png\).*delete shard-00000"):
+    with pytest.raises(
+        ArtifactError,
+        match=r"1 images .* are others than those whose latents .* \(n01/0.png\).*delete shard-00000",
+    ):
         extract(made, images, out)
     place.write_bytes(content)
     extract(made, images, out)
@@ -389,11 +530,16 @@ def test_an_image_replaced_in_an_npz_file_is_told(made, tmp_path):
     arrays["blob"] = arrays["blob"].copy()
     arrays["blob"][arrays["offsets"][4] - 20] ^= 1
     np.savez(tmp_path / "images.npz", **arrays)
-    with pytest.raises(ArtifactError, match=r"1 images .* are others than those whose latents are in .* \(3\)"):
+    with pytest.raises(
+        ArtifactError, match=r"1 images .* are others than those whose latents are in .* \(3\)"
+    ):
         extract(made, tmp_path / "images.npz", tmp_path / "out")
 
 
-@pytest.mark.parametrize("damage", [lambda content: content[:-9], lambda content: content[:-9] + bytes(9), lambda content: b""])
+@pytest.mark.parametrize(
+    "damage",
+    [lambda content: content[:-9], lambda content: content[:-9] + bytes(9), lambda content: b""],
+)
 def test_a_damaged_part_is_made_again(made, tmp_path, damage):
     with pytest.raises(Interrupted):
         extract(made, made / "images", tmp_path / "out", vae=fragile(made, at=1))
@@ -413,13 +559,19 @@ def test_a_renamed_class_folder_is_told(made, stopped):
 def test_images_removed_after_the_end_are_left_out(made, tmp_path, capsys):
     images = write_images(tmp_path / "images")
     extract(made, images, tmp_path / "out")
-    shards = {name: content for name, content in files(tmp_path / "out").items() if name.startswith("shard")}
+    shards = {
+        name: content
+        for name, content in files(tmp_path / "out").items()
+        if name.startswith("shard")
+    }
     (images / "n10" / "5.png").unlink()
     capsys.readouterr()
     extract(made, images, tmp_path / "out", vae=fragile(made, at=0))
     out = capsys.readouterr().out
     assert "done before" in out and "1 images were left out (n10/5.png)" in out
-    assert other_samples(tmp_path / "out", made) and shards.items() <= files(tmp_path / "out").items()
+    assert (
+        other_samples(tmp_path / "out", made) and shards.items() <= files(tmp_path / "out").items()
+    )
 
 
 def test_a_removed_image_of_the_first_few_resumes(made, tmp_path):
@@ -449,7 +601,9 @@ def test_every_kind_of_broken_image_is_skipped(made, tmp_path, num_workers):
     broken = broken_images(images / "n02")
     extract(made, images, tmp_path / "out", skip_broken=True, num_workers=num_workers)
     shards = LatentShards(tmp_path / "out")
-    assert set(shards.info.skipped) == {f"n02/{path.name}" for path in broken if not path.stem.isdecimal()}
+    assert set(shards.info.skipped) == {
+        f"n02/{path.name}" for path in broken if not path.stem.isdecimal()
+    }
     assert len(shards) == NUM_IMAGES and shards.labels.tolist() == [0] * 4 + [1] * 3 + [2] * 3
 
 
@@ -459,7 +613,10 @@ def test_what_is_ignored_and_noted_is_said(made, tmp_path, capsys):
     Image.new("RGBA", (9, 9), (1, 2, 3, 4)).save(images / "n01" / "0.png")
     extract(made, images, tmp_path / "out")
     out = capsys.readouterr().out
-    assert "1 hidden files or folders (.ipynb_checkpoints)" in out and "1 images have transparent pixels: transparency is ignored" in out
+    assert (
+        "1 hidden files or folders (.ipynb_checkpoints)" in out
+        and "1 images have transparent pixels: transparency is ignored" in out
+    )
     assert "3 classes, labels by the order of the class folders (n01: 0, n02: 1, n10: 2)" in out
 
 

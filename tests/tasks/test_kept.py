@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from tinyfusion_pl.artifacts import ArtifactError, save_tensors
-from tinyfusion_pl.checksums import Damaged, load_sealed_tensors, read_sealed, save_sealed_tensors, write_sealed
+from tinyfusion_pl.checksums import (
+    Damaged,
+    load_sealed_tensors,
+    read_sealed,
+    save_sealed_tensors,
+    write_sealed,
+)
 from tinyfusion_pl.metrics import Features
 from tinyfusion_pl.tasks import RunFolder
 from tinyfusion_pl.tasks.kept import KeptBatches
@@ -16,7 +22,12 @@ def batches(folder, *, num=3, **settings):
     kept = KeptBatches(folder, made_from=ORIGIN, **settings)
     for i in range(num):
         features = Features(torch.randn(4, 8), torch.randn(4, 10), None)
-        kept.write(torch.arange(4) + 4 * i, torch.arange(4), features, torch.zeros(4, 1, 2, 2, dtype=torch.uint8))
+        kept.write(
+            torch.arange(4) + 4 * i,
+            torch.arange(4),
+            features,
+            torch.zeros(4, 1, 2, 2, dtype=torch.uint8),
+        )
     return kept
 
 
@@ -51,7 +62,10 @@ def test_batches_of_something_else_are_made_again(tmp_path, capsys, part):
     other = KeptBatches(tmp_path, made_from=ORIGIN | {part: "c" * 64})
     other.check()
     said = capsys.readouterr().out
-    assert f"3 finished batches in {tmp_path} cannot be used" in said and f"{part} {ORIGIN[part][:12]}... then, cccccccccccc... now" in said
+    assert (
+        f"3 finished batches in {tmp_path} cannot be used" in said
+        and f"{part} {ORIGIN[part][:12]}... then, cccccccccccc... now" in said
+    )
     assert len(other.indices()) == 0
 
 
@@ -60,17 +74,35 @@ def test_batches_without_checksum_or_pictures_are_made_again(tmp_path, capsys):
     save_tensors(tmp_path / "00000004.safetensors", {"indices": torch.arange(4)})
     KeptBatches(tmp_path, pictures=True, made_from=ORIGIN).check()
     said = capsys.readouterr().out
-    assert "damaged" in said and "without the pictures" in said and not list(tmp_path.glob("*.safetensors"))
+    assert (
+        "damaged" in said
+        and "without the pictures" in said
+        and not list(tmp_path.glob("*.safetensors"))
+    )
 
 
 def test_any_damage_to_a_mark_is_reported(tmp_path):
     """With what to do, whether the file is still JSON or not."""
     folder, generator = RunFolder(tmp_path), torch.Generator().manual_seed(0)
-    content = {"seconds": 1.5, "kept_blocks": {"blocks": [0, 2]}, "made_from": ORIGIN, "files": {"shallow/record.json": "d" * 64}}
+    content = {
+        "seconds": 1.5,
+        "kept_blocks": {"blocks": [0, 2]},
+        "made_from": ORIGIN,
+        "files": {"shallow/record.json": "d" * 64},
+    }
     folder.finish("learn_mask", content)
     path = tmp_path / "stages" / "learn_mask.json"
     whole = path.read_bytes()
-    texts = [b"", b"null", b"[]", b"{}", b"\xff\xfe", b'{"sha256": 5}', b"[" * 100_000, whole.replace(b"1.5", b"1.25")]
+    texts = [
+        b"",
+        b"null",
+        b"[]",
+        b"{}",
+        b"\xff\xfe",
+        b'{"sha256": 5}',
+        b"[" * 100_000,
+        whole.replace(b"1.5", b"1.25"),
+    ]
     for bad in [*texts, *(damaged(whole, generator) for _ in range(200))]:
         path.write_bytes(bad)
         try:
@@ -86,7 +118,9 @@ def test_a_mark_of_another_configuration_is_refused(tmp_path):
     folder.configuration = "01234567"
     folder.finish("recover", {"seconds": 1.0})
     folder.configuration = "89abcdef"
-    with pytest.raises(ArtifactError, match="another configuration .hash 01234567; this one's is 89abcdef"):
+    with pytest.raises(
+        ArtifactError, match="another configuration .hash 01234567; this one's is 89abcdef"
+    ):
         folder.result("recover")
 
 
@@ -96,4 +130,6 @@ def test_sealed_files_are_read_back_as_they_were_written(tmp_path):
     tensors = {"x": torch.randn(3, dtype=torch.bfloat16), "y": torch.arange(2)}
     save_sealed_tensors(tmp_path / "a.safetensors", tensors, made_from=ORIGIN)
     found, made_from = load_sealed_tensors(tmp_path / "a.safetensors")
-    assert made_from == ORIGIN and all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    assert made_from == ORIGIN and all(
+        torch.equal(found[name], tensor) for name, tensor in tensors.items()
+    )

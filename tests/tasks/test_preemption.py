@@ -39,11 +39,20 @@ def whole(tmp_path_factory):
     [
         (1, 4, [signal.SIGTERM], 4),
         (2, 5, [signal.SIGUSR1], 3),  # within a step
-        (2, 3, [signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1], 2),  # as a scheduler and its launcher send them
+        (
+            2,
+            3,
+            [signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1],
+            2,
+        ),  # as a scheduler and its launcher send them
     ],
 )
-def test_a_signal_saves_the_step_and_nothing_differs(whole, tmp_path, accumulate, batch, signums, saved):
-    with pytest.raises(Preempted, match=f"Stopped by {signums[0].name}. Rerun the same command to resume"):
+def test_a_signal_saves_the_step_and_nothing_differs(
+    whole, tmp_path, accumulate, batch, signums, saved
+):
+    with pytest.raises(
+        Preempted, match=f"Stopped by {signums[0].name}. Rerun the same command to resume"
+    ):
         fit(tmp_path, accumulate=accumulate, every=100, more={"send": Send(batch, *signums)})
     assert final(tmp_path, finished=False)["global_step"] == saved
     assert not (tmp_path / "shallow").exists()
@@ -68,12 +77,21 @@ def slurm(tmp_path, monkeypatch):
     command.write_text(f'#!/bin/sh\necho "$@" >> {said}\n')
     command.chmod(command.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{command.parent}:{os.environ['PATH']}")
-    for name, value in {"NTASKS": 1, "JOB_ID": 77, "JOB_NAME": "search", "PROCID": 0, "LOCALID": 0, "NODEID": 0}.items():
+    for name, value in {
+        "NTASKS": 1,
+        "JOB_ID": 77,
+        "JOB_NAME": "search",
+        "PROCID": 0,
+        "LOCALID": 0,
+        "NODEID": 0,
+    }.items():
         monkeypatch.setenv(f"SLURM_{name}", str(value))
     return said
 
 
-@pytest.mark.parametrize(("signum", "requeued"), [(signal.SIGUSR1, "requeue 77\n"), (signal.SIGTERM, None)])
+@pytest.mark.parametrize(
+    ("signum", "requeued"), [(signal.SIGUSR1, "requeue 77\n"), (signal.SIGTERM, None)]
+)
 def test_a_slurm_job_requeues_itself_at_a_step(slurm, tmp_path, signum, requeued):
     """SIGUSR1 as Lightning has it; SIGTERM is what SLURM sends when it has decided itself."""
     run = tmp_path / "run"
@@ -84,11 +102,17 @@ def test_a_slurm_job_requeues_itself_at_a_step(slurm, tmp_path, signum, requeued
 
 
 def test_handlers_are_as_before_afterwards(tmp_path):
-    before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    before = {
+        signum: signal.getsignal(signum)
+        for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    }
     with pytest.raises(Preempted):
         fit(tmp_path, more={"send": Send(2, signal.SIGUSR1)})
     after = {signum: signal.getsignal(signum) for signum in before}
-    assert {**after, signal.SIGINT: before[signal.SIGINT]} == before  # Lightning ignores Ctrl-C after an interruption
+    assert {
+        **after,
+        signal.SIGINT: before[signal.SIGINT],
+    } == before  # Lightning ignores Ctrl-C after an interruption
     signal.signal(signal.SIGINT, before[signal.SIGINT])
     assert requested() is None
 

@@ -27,31 +27,83 @@ REFERENCE = ["task=reference", "metrics=digits", "reference.files.num_channels=1
              "reference.pictures=bad", "reference.output=new/ref.npz"]  # fmt: skip
 
 
-@pytest.mark.parametrize(("command", "wrong", "said", "right", "left"), [
-    (MEASURE, [], "bad/5.png is no readable", ["measure.files.skip_broken=true"], "run/measure.json"),
-    (MEASURE, ["measure.reference=nowhere"], "nowhere", ["measure.reference=good"], "run/measure.json"),
-    (MEASURE, ["measure.files.num_channels=3"], "grey", ["measure.reference=good"], "run/measure.json"),
-    (REFERENCE, [], "bad/5.png is no readable", ["reference.files.skip_broken=true"], "new/ref.npz"),
-    (REFERENCE, ["reference.pictures=nowhere"], "nowhere", ["reference.pictures=good"], "new/ref.npz"),
-    (REFERENCE, ["reference.output=ref.txt"], ".npz", ["reference.pictures=good"], "new/ref.npz"),
-])
-def test_a_refused_command_leaves_nothing_and_its_correction_runs(images, capfd, command, wrong, said, right, left):
+@pytest.mark.parametrize(
+    ("command", "wrong", "said", "right", "left"),
+    [
+        (
+            MEASURE,
+            [],
+            "bad/5.png is no readable",
+            ["measure.files.skip_broken=true"],
+            "run/measure.json",
+        ),
+        (
+            MEASURE,
+            ["measure.reference=nowhere"],
+            "nowhere",
+            ["measure.reference=good"],
+            "run/measure.json",
+        ),
+        (
+            MEASURE,
+            ["measure.files.num_channels=3"],
+            "grey",
+            ["measure.reference=good"],
+            "run/measure.json",
+        ),
+        (
+            REFERENCE,
+            [],
+            "bad/5.png is no readable",
+            ["reference.files.skip_broken=true"],
+            "new/ref.npz",
+        ),
+        (
+            REFERENCE,
+            ["reference.pictures=nowhere"],
+            "nowhere",
+            ["reference.pictures=good"],
+            "new/ref.npz",
+        ),
+        (
+            REFERENCE,
+            ["reference.output=ref.txt"],
+            ".npz",
+            ["reference.pictures=good"],
+            "new/ref.npz",
+        ),
+    ],
+)
+def test_a_refused_command_leaves_nothing_and_its_correction_runs(
+    images, capfd, command, wrong, said, right, left
+):
     before = sorted(images.rglob("*"))
     assert cli.main(["run_dir=run", *command, *wrong]) == 1
     errors = capfd.readouterr().err
     assert errors.startswith("error: ") and said in errors and "Traceback" not in errors
     assert sorted(images.rglob("*")) == before
     assert cli.main(["run_dir=run", *command, *right]) == 0, capfd.readouterr().err
-    assert (images / left).exists() and not [path for path in images.rglob("*") if path.name.endswith(LOCK)]
+    assert (images / left).exists() and not [
+        path for path in images.rglob("*") if path.name.endswith(LOCK)
+    ]
 
 
 def test_a_refused_extraction_keeps_its_finished_part_and_no_configuration(images):
     write_images(images / "images")
     broken = sorted((images / "images").glob("*/*.png"))[-1]
     broken.write_bytes(b"no image")
-    command = ["run_dir=run", "task=extract_latents", "extract.images=images", "extract.output=latents", "extract.image_size=8",
-               f"extract.vae.source={vae_in(images).args[0]}", "extract.batch_size=2", "extract.save_every=2",
-               "extract.num_workers=0", "extract.trainer.accelerator=cpu"]
+    command = [
+        "run_dir=run",
+        "task=extract_latents",
+        "extract.images=images",
+        "extract.output=latents",
+        "extract.image_size=8",
+        f"extract.vae.source={vae_in(images).args[0]}",
+        "extract.batch_size=2",
+        "extract.save_every=2",
+        "extract.num_workers=0",
+        "extract.trainer.accelerator=cpu",
+    ]
     assert cli.main(command) == 1
     assert not (images / "run").exists() and list((images / "latents").iterdir())
     assert cli.main([*command, "extract.skip_broken=true"]) == 0

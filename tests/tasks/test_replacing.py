@@ -24,14 +24,18 @@ class Data:
 
 
 def inputs_of(teacher, objective=None):
-    return Inputs(name="x", seed=1, teacher=teacher, objective=objective or GaussianDiffusion(), data=Data())
+    return Inputs(
+        name="x", seed=1, teacher=teacher, objective=objective or GaussianDiffusion(), data=Data()
+    )
 
 
 @pytest.fixture
 def run(tmp_path):
     """(inputs, run folder with the bare cut in ``shallow/``)."""
     torch.manual_seed(0)
-    teacher = create_model("dit", input_size=4, in_channels=2, hidden_size=16, depth=5, num_heads=2, num_classes=5).eval()
+    teacher = create_model(
+        "dit", input_size=4, in_channels=2, hidden_size=16, depth=5, num_heads=2, num_classes=5
+    ).eval()
     with torch.no_grad():
         for p in teacher.parameters():
             p.add_(0.1 * torch.randn_like(p))
@@ -48,10 +52,15 @@ def test_maps_begin_as_nothing_and_the_fit_brings_the_student_nearer(run):
     x, t, y = torch.randn(16, 2, 4, 4), torch.arange(16) * 60, torch.arange(16) % 5
     with torch.no_grad():
         assert torch.equal(student(x, t, y), bare(x, t, y))
-        assert [(each.module, each.position) for each in maps_of(student)] == [("blocks.0", "after"), ("blocks.1", "after")]
+        assert [(each.module, each.position) for each in maps_of(student)] == [
+            ("blocks.0", "after"),
+            ("blocks.1", "after"),
+        ]
         fit_replacements(student, folder, inputs, torch.device("cpu"), num_samples=48)
         target = inputs.teacher(x, t, y)
-        assert (student(x, t, y) - target).square().mean() < 0.5 * (bare(x, t, y) - target).square().mean()
+        assert (student(x, t, y) - target).square().mean() < 0.5 * (
+            bare(x, t, y) - target
+        ).square().mean()
 
 
 def test_the_seed_decides_the_fit_and_random_numbers_are_left(run):
@@ -69,6 +78,8 @@ def test_the_seed_decides_the_fit_and_random_numbers_are_left(run):
 
 
 def test_a_model_whose_runs_are_no_maps_is_refused_before_training():
-    teacher = create_model("uvit_s_2", depth=4, hidden_size=16, num_heads=2, input_size=4, in_channels=2, num_classes=5)
+    teacher = create_model(
+        "uvit_s_2", depth=4, hidden_size=16, num_heads=2, input_size=4, in_channels=2, num_classes=5
+    )
     with pytest.raises(ValueError, match="only go together"):
         check_replacing(inputs_of(teacher, GaussianDiffusion(learn_sigma=False)))

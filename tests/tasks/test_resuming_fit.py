@@ -19,11 +19,17 @@ def whole(tmp_path_factory):
     return folders
 
 
-@pytest.mark.parametrize(("accumulate", "how"), [(1, "kill"), (2, "kill"), (4, "kill"), (2, "sigterm")])
+@pytest.mark.parametrize(
+    ("accumulate", "how"), [(1, "kill"), (2, "kill"), (4, "kill"), (2, "sigterm")]
+)
 def test_three_kills_change_nothing_with_accumulation(whole, tmp_path, accumulate, how):
     """The second and third kill fall on the first batches of a resumed attempt: within a step."""
     generator = torch.Generator().manual_seed(accumulate)
-    kills = [2 * accumulate + int(torch.randint(2 * accumulate, (), generator=generator)), accumulate + 1, 2 * accumulate + 1]
+    kills = [
+        2 * accumulate + int(torch.randint(2 * accumulate, (), generator=generator)),
+        accumulate + 1,
+        2 * accumulate + 1,
+    ]
     for kill in kills:
         with pytest.raises(Killed if how == "kill" else KeyboardInterrupt):
             fit(tmp_path, accumulate=accumulate, kill=kill, how=how)
@@ -54,7 +60,9 @@ def kill_after_replace(monkeypatch, number, name):
     monkeypatch.setattr(os, "replace", and_die)
 
 
-@pytest.mark.parametrize(("name", "number"), [("last.ckpt", 2), ("last.ckpt", 3), ("last.ckpt", 5), ("metrics.csv", 2)])
+@pytest.mark.parametrize(
+    ("name", "number"), [("last.ckpt", 2), ("last.ckpt", 3), ("last.ckpt", 5), ("metrics.csv", 2)]
+)
 def test_a_kill_at_a_write_leaves_no_gap_in_the_logs(whole, tmp_path, monkeypatch, name, number):
     """The fifth checkpoint is the last step's; Lightning logs a step after its checkpoint is written."""
     with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -77,10 +85,23 @@ def test_log_lines_of_lost_steps_are_dropped(whole, tmp_path):
     """Torn lines, lines of steps that are trained again, and lines that an earlier version wrote twice."""
     with pytest.raises(Killed):
         fit(tmp_path, kill=5)
-    csv_file, json_file = tmp_path / "logs" / "learn_mask" / "metrics.csv", tmp_path / "learn_mask" / "decisions.jsonl"
+    csv_file, json_file = (
+        tmp_path / "logs" / "learn_mask" / "metrics.csv",
+        tmp_path / "learn_mask" / "decisions.jsonl",
+    )
     for file in (csv_file, json_file):
         lines = file.read_text().splitlines(keepends=True)
-        file.write_text("".join([*lines, lines[-1], lines[-1].replace("4", "5"), lines[-1].replace("4", "77"), lines[-1][:9]]))
+        file.write_text(
+            "".join(
+                [
+                    *lines,
+                    lines[-1],
+                    lines[-1].replace("4", "5"),
+                    lines[-1].replace("4", "77"),
+                    lines[-1][:9],
+                ]
+            )
+        )
     fit(tmp_path)
     assert differing(tmp_path, whole[1]) == []
 
@@ -92,20 +113,30 @@ def interrupted(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(("name", "damage"), [("logs/learn_mask/metrics.csv", "cell"), ("logs/learn_mask/metrics.csv", "byte"),
-                                              ("logs/learn_mask/metrics.csv", "gone"), ("learn_mask/decisions.jsonl", "cell")])
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("logs/learn_mask/metrics.csv", "cell"),
+        ("logs/learn_mask/metrics.csv", "byte"),
+        ("logs/learn_mask/metrics.csv", "gone"),
+        ("learn_mask/decisions.jsonl", "cell"),
+    ],
+)
 def test_a_damaged_log_of_an_interrupted_fit_is_told(interrupted, tmp_path, capsys, name, damage):
     path = shutil.copytree(interrupted, tmp_path / "out") / name
     content = path.read_bytes()
     place = content.index(b"0.") + 3
     path.unlink() if damage == "gone" else path.write_bytes(
-        content[:place] + (b"77" if damage == "cell" else b"\xff") + content[place + 1 :])
+        content[:place] + (b"77" if damage == "cell" else b"\xff") + content[place + 1 :]
+    )
     fit(tmp_path / "out")
     what = "gone" if damage == "gone" else "changed or damaged"
     assert f"{path} is {what} since the checkpoint of step 6" in capsys.readouterr().out
 
 
-def test_whole_logs_of_an_interrupted_fit_are_taken_without_a_word(interrupted, whole, tmp_path, capsys):
+def test_whole_logs_of_an_interrupted_fit_are_taken_without_a_word(
+    interrupted, whole, tmp_path, capsys
+):
     fit(shutil.copytree(interrupted, tmp_path / "out"))
     assert differing(tmp_path / "out", whole[1]) == [] and "damaged" not in capsys.readouterr().out
 

@@ -25,14 +25,26 @@ def test_an_order_that_is_no_permutation_is_refused(order):
 
 
 def test_a_recipe_starts_from_the_shipped_weights(tmp_path):
-    settings = ["train.fit.trainer.max_steps=1", "train.module.scheduler.num_warmup_steps=0", "train.module.optimizer.lr=1e-12",
-                "evaluate.num_samples=4", "evaluate.batch_size=4", "evaluate.num_shown=0", "evaluate.sampling.num_sampling_steps=1"]
+    settings = [
+        "train.fit.trainer.max_steps=1",
+        "train.module.scheduler.num_warmup_steps=0",
+        "train.module.optimizer.lr=1e-12",
+        "evaluate.num_samples=4",
+        "evaluate.batch_size=4",
+        "evaluate.num_shown=0",
+        "evaluate.sampling.num_sampling_steps=1",
+    ]
     assert main(["+experiment=digits_permuted", *settings, f"run_dir={tmp_path / 'run'}"]) == 0
     trained, expected = load_pretrained(tmp_path / "run" / "trained"), load_pretrained("shipped")
     reorder_blocks(expected, ORDER)
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(trained.parameters(), expected.parameters()))
+    assert all(
+        torch.allclose(a, b, atol=1e-6) for a, b in zip(trained.parameters(), expected.parameters())
+    )
 
 
 def test_an_order_without_weights_is_refused_before_training(tmp_path, capsys):
-    assert main(["+experiment=digits_deep", "train.block_order=[1,0]", f"run_dir={tmp_path / 'run'}"]) == 1
+    assert (
+        main(["+experiment=digits_deep", "train.block_order=[1,0]", f"run_dir={tmp_path / 'run'}"])
+        == 1
+    )
     assert "train.start_from" in capsys.readouterr().err and not (tmp_path / "run").exists()

@@ -36,18 +36,54 @@ class KillAt(Callback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def fit(folder, *, accumulate=1, every=2, kill=None, how="kill", log_every=2, max_steps=NUM_STEPS, more=None, logger=csv_logger,
-        compile=False, pruning=None, **trainer):
+def fit(
+    folder,
+    *,
+    accumulate=1,
+    every=2,
+    kill=None,
+    how="kill",
+    log_every=2,
+    max_steps=NUM_STEPS,
+    more=None,
+    logger=csv_logger,
+    compile=False,
+    pruning=None,
+    **trainer,
+):
     seed_everything(0)
-    module = MaskLearning(create_model("dit_digits", depth=4, hidden_size=16, num_heads=2), objective=GaussianDiffusion())
+    module = MaskLearning(
+        create_model("dit_digits", depth=4, hidden_size=16, num_heads=2),
+        objective=GaussianDiffusion(),
+    )
     training = Fit(
-        trainer=partial(Trainer, accelerator="cpu", devices=1, max_steps=max_steps, max_epochs=-1, accumulate_grad_batches=accumulate,
-                        enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
-                        log_every_n_steps=log_every, **trainer),
-        callbacks={"ema": EMAWithWarmup(decay=0.9)} | ({} if kill is None else {"kill": KillAt(kill, how)}) | (more or {}),
-        logger=logger, checkpoint_every_n_steps=every, compile=compile)
-    pruning = DepthPruningCallback("1:2", save_dir=folder / "shallow", tau_start=2.0,
-                                   decisions_path=folder / "learn_mask" / "decisions.jsonl", **(pruning or {}))
+        trainer=partial(
+            Trainer,
+            accelerator="cpu",
+            devices=1,
+            max_steps=max_steps,
+            max_epochs=-1,
+            accumulate_grad_batches=accumulate,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            log_every_n_steps=log_every,
+            **trainer,
+        ),
+        callbacks={"ema": EMAWithWarmup(decay=0.9)}
+        | ({} if kill is None else {"kill": KillAt(kill, how)})
+        | (more or {}),
+        logger=logger,
+        checkpoint_every_n_steps=every,
+        compile=compile,
+    )
+    pruning = DepthPruningCallback(
+        "1:2",
+        save_dir=folder / "shallow",
+        tau_start=2.0,
+        decisions_path=folder / "learn_mask" / "decisions.jsonl",
+        **(pruning or {}),
+    )
     data = DigitsDataModule(batch_size=4)
     training.check("learn_mask", module)
     training.run("learn_mask", RunFolder(folder), module, data, first=[pruning])
@@ -61,12 +97,30 @@ def rows(folder):
 def final(folder, *, finished=True):
     """All that the last checkpoint holds, but for the seconds, and the logs."""
     content = torch.load(folder / "learn_mask" / "checkpoints" / "last.ckpt", weights_only=True)
-    kept = {key: content[key] for key in ("state_dict", "current_model_state", "averaging_state", "optimizer_states",
-                                          "DepthPruningCallback", "random_states", "global_step", "DigitsDataModule")}
+    kept = {
+        key: content[key]
+        for key in (
+            "state_dict",
+            "current_model_state",
+            "averaging_state",
+            "optimizer_states",
+            "DepthPruningCallback",
+            "random_states",
+            "global_step",
+            "DigitsDataModule",
+        )
+    }
     if not finished:
         return kept
-    decisions = [json.loads(line) for line in (folder / "learn_mask" / "decisions.jsonl").read_text().splitlines()]
-    return kept | {"decisions": decisions, "rows": rows(folder), "record": (folder / "shallow" / "record.json").read_text()}
+    decisions = [
+        json.loads(line)
+        for line in (folder / "learn_mask" / "decisions.jsonl").read_text().splitlines()
+    ]
+    return kept | {
+        "decisions": decisions,
+        "rows": rows(folder),
+        "record": (folder / "shallow" / "record.json").read_text(),
+    }
 
 
 def same(a, b):

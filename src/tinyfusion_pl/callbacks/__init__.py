@@ -10,6 +10,13 @@ from tinyfusion_pl.callbacks.nonfinite import NonFiniteGuard
 from tinyfusion_pl.callbacks.progress import SamplingProgressBar, StepProgressBar
 
 __all__ = [
-    "Clock", "DepthPruningCallback", "DistillationCallback", "EMAWithWarmup", "EvaluationCallback", "NonFiniteGuard",
-    "SamplingProgressBar", "StepProgressBar", "gate_metrics",
+    "Clock",
+    "DepthPruningCallback",
+    "DistillationCallback",
+    "EMAWithWarmup",
+    "EvaluationCallback",
+    "NonFiniteGuard",
+    "SamplingProgressBar",
+    "StepProgressBar",
+    "gate_metrics",
 ]

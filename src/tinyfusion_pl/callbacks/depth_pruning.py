@@ -86,19 +86,28 @@ class DepthPruningCallback(Callback):
         streams: Mapping[str, Sequence[str]] | None = None, gather: bool = True, verify: bool = True, save_dir: str | Path | None = None,
         decisions_path: str | Path | None = None, model_factory: Mapping[str, Any] | None = None, source: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
-        drawn = Relaxation(relaxation, straight_through=straight_through, multiplier_lr=multiplier_lr)
+        drawn = Relaxation(
+            relaxation, straight_through=straight_through, multiplier_lr=multiplier_lr
+        )
         tau_start, tau_end = drawn.taus(tau_start, tau_end, anneal_steps)
-        self.optimizer = GateOptimizer(lr=logits_lr, clip=logits_clip, tau_start=tau_start, tau_end=tau_end)
+        self.optimizer = GateOptimizer(
+            lr=logits_lr, clip=logits_clip, tau_start=tau_start, tau_end=tau_end
+        )
         self.pruner = DepthPruner(
             pattern, keep=keep, stacks=stacks, weight_update=weight_update, delta_w=delta_w, units=units, streams=streams, held=True,
             gather=gather, scaling=scaling, init=init, average_decay=average_decay, tau=tau_start, relaxation=drawn,
         )  # fmt: skip
         self.search_loss = search_losses.check_name(search_loss)
         if anneal_steps is not None and not (isinstance(anneal_steps, int) and anneal_steps >= 1):
-            raise ValueError(f"anneal_steps is {anneal_steps}; give a count of optimizer steps >= 1, or leave it out for the whole fit.")
+            raise ValueError(
+                f"anneal_steps is {anneal_steps}; give a count of optimizer steps >= 1, or leave it out for the whole fit."
+            )
         self.anneal_steps, self.verify, self.save_dir = anneal_steps, verify, save_dir
         self.model_factory, self.source = model_factory, source
-        self.monitor, self.guard = GateMonitor(decisions_path), NonFiniteGuard(max_consecutive=max_nonfinite)
+        self.monitor, self.guard = (
+            GateMonitor(decisions_path),
+            NonFiniteGuard(max_consecutive=max_nonfinite),
+        )
         self.shallow_model: nn.Module | None = None
         self.decision: Decision | None = None
         self._check: FirstCallCheck | None = None
@@ -133,7 +142,11 @@ class DepthPruningCallback(Callback):
         self._compiler, self._described = gate_setup.attach(trainer, pl_module, self.pruner), False
         self._sources = self.source or getattr(self._model(pl_module), "source", None) or {}
         if self.verify:
-            self._check = FirstCallCheck(pl_module, self.gates, dict(zip((g.path for g in self.gates.stacks), self.pruner.paths())))
+            self._check = FirstCallCheck(
+                pl_module,
+                self.gates,
+                dict(zip((g.path for g in self.gates.stacks), self.pruner.paths())),
+            )
 
     def detach(self, pl_module: LightningModule) -> None:
         """Take gates and adapters off `pl_module`, which gets its original weights back or keeps what it learned (`delta_w`)."""
@@ -161,7 +174,11 @@ class DepthPruningCallback(Callback):
         return self.pruner.model(pl_module)
 
     def _folder(self, trainer: Trainer) -> Path:
-        return Path(trainer.default_root_dir) / "shallow" if self.save_dir is None else Path(self.save_dir)
+        return (
+            Path(trainer.default_root_dir) / "shallow"
+            if self.save_dir is None
+            else Path(self.save_dir)
+        )
 
     # -- training -------------------------------------------------------------------------------
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -176,7 +193,9 @@ class DepthPruningCallback(Callback):
         self._start(trainer)
 
     def _start(self, trainer: Trainer) -> None:
-        gate_setup.keep_out(trainer.optimizers, self.gates.logits())  # they have an optimizer of their own
+        gate_setup.keep_out(
+            trainer.optimizers, self.gates.logits()
+        )  # they have an optimizer of their own
         self.optimizer.start(self.gates)
         if not self._restored:
             self._num_batches_stepped = 0
@@ -187,15 +206,25 @@ class DepthPruningCallback(Callback):
         gate_setup.check_training(self.gates)
         self.pruner.see_through(pl_module, self._compiler)  # compiled since the gates were put on
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self.optimizer.anneal(trainer.global_step if self._count_all else self._num_batches_stepped, self._num_steps)
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self.optimizer.anneal(
+            trainer.global_step if self._count_all else self._num_batches_stepped, self._num_steps
+        )
         self.gates.redraw()
         self._stepped = False
 
-    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor) -> None:
+    def on_before_backward(
+        self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor
+    ) -> None:
         self.guard.on_before_backward(trainer, pl_module, loss)
         # With NaN in the first batch there was nothing to compare: the next one is checked.
-        if not self._described and any(gated.plans for gated in self.gates.gated_forwards) and bool(loss.isfinite().all()):
+        if (
+            not self._described
+            and any(gated.plans for gated in self.gates.gated_forwards)
+            and bool(loss.isfinite().all())
+        ):
             self._described = True
             rank_zero_info(f"DepthPruningCallback: {self.gates.describe_batches()}")
         if self._check is not None and self._described and not self._check.postponed:
@@ -207,15 +236,21 @@ class DepthPruningCallback(Callback):
             self._check.remove()
             self._check = None
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer) -> None:
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
         """Set the logits' gradients aside: several optimizers may step in one batch, the logits step once at its end."""
         self.guard.on_before_optimizer_step(trainer, pl_module, optimizer)
         self._stepped = True
         scaler = getattr(trainer.precision_plugin, "scaler", None)
-        self.optimizer.set_aside(scale=1.0 if scaler is None else scaler.get_scale(),
-                                 reduce=trainer.strategy.reduce if gate_setup.shards(trainer) else None)
+        self.optimizer.set_aside(
+            scale=1.0 if scaler is None else scaler.get_scale(),
+            reduce=trainer.strategy.reduce if gate_setup.shards(trainer) else None,
+        )
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         self._num_batches_stepped += self._stepped
         if self.optimizer.step():
             if self.monitor.is_due(trainer):
@@ -232,7 +267,11 @@ class DepthPruningCallback(Callback):
         # Here, before a weight averaging callback further down the list writes averaged logits over the learned ones.
         self.guard.on_train_end(trainer, pl_module)
         self._end_check()
-        if self._num_batches_stepped > self._num_before and not self.optimizer.num_updates and not self.guard.num_skipped:
+        if (
+            self._num_batches_stepped > self._num_before
+            and not self.optimizer.num_updates
+            and not self.guard.num_skipped
+        ):
             gate_setup.check_trained(self.gates, self.pruner.paths(), ever=True)
         self.decision = self.gates.decide()
         if self.optimizer.num_updates and self.monitor.logged_step != trainer.global_step:
@@ -240,14 +279,20 @@ class DepthPruningCallback(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.guard.on_fit_end(trainer, pl_module)
-        if self.decision is None:  # resumed from a checkpoint of the last step: there was nothing left to train
+        if (
+            self.decision is None
+        ):  # resumed from a checkpoint of the last step: there was nothing left to train
             self.decision = self.gates.decide()
         self._end_check()
         self.shallow_model = self.freeze(pl_module)
         if trainer.is_global_zero:
             save_shallow(self._folder(trainer), self.shallow_model, self.record())
-            kept = ", ".join(f"{path} {blocks}" for path, blocks in self.decision.kept_blocks.items())
-            rank_zero_info(f"DepthPruningCallback kept {kept}; the shallow model is in {self._folder(trainer)}")
+            kept = ", ".join(
+                f"{path} {blocks}" for path, blocks in self.decision.kept_blocks.items()
+            )
+            rank_zero_info(
+                f"DepthPruningCallback kept {kept}; the shallow model is in {self._folder(trainer)}"
+            )
         trainer.strategy.barrier()
 
     def freeze(self, pl_module: LightningModule) -> nn.Module:
@@ -265,7 +310,9 @@ class DepthPruningCallback(Callback):
         }  # fmt: skip
 
     # -- checkpoints ----------------------------------------------------------------------------
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         if self.gates is not None:  # else not fitted: nothing of this callback's is there
             checkpoint[type(self).__name__] = {
                 **learned_state(trainer, pl_module, self.pruner),
@@ -274,12 +321,18 @@ class DepthPruningCallback(Callback):
                 "num_batches_stepped": self._num_batches_stepped,
             }
 
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         if trainer.state.fn != "fit" or (state := checkpoint.get(type(self).__name__)) is None:
             return
         load_learned_state(trainer, pl_module, self.pruner, state)
         self.optimizer.load_state_dict(state["optimizer"])
         self.guard.load_state_dict(state["guard"])
-        self._num_batches_stepped, self._restored, self._remembered = state["num_batches_stepped"], True, True
+        self._num_batches_stepped, self._restored, self._remembered = (
+            state["num_batches_stepped"],
+            True,
+            True,
+        )
         if trainer.strategy.restore_checkpoint_after_setup:  # and after the start of fit
             self._start(trainer)

@@ -14,7 +14,15 @@ from torch import Tensor, nn
 
 from tinyfusion_pl.callbacks.student_calls import StudentCall, StudentCalls
 from tinyfusion_pl.callbacks.student_checks import check_student
-from tinyfusion_pl.distill import Distillation, Teacher, interval_loss, needs_grad, output_loss, resolve_intervals, resolve_pairs
+from tinyfusion_pl.distill import (
+    Distillation,
+    Teacher,
+    interval_loss,
+    needs_grad,
+    output_loss,
+    resolve_intervals,
+    resolve_pairs,
+)
 from tinyfusion_pl.distill.lift import GROUP_SIZE
 from tinyfusion_pl.pruning import Decision
 
@@ -61,14 +69,22 @@ class DistillationCallback(Callback):
                                          output_loss=output_loss, group_size=group_size, weight_interval=weight_interval,
                                          interval_share=interval_share)  # fmt: skip
         if decision is None and weight_interval:
-            raise ValueError("Interval distillation needs the decision that the student came from: give decision=, or weight_interval=0.")
+            raise ValueError(
+                "Interval distillation needs the decision that the student came from: give decision=, or weight_interval=0."
+            )
         if isinstance(channel_axis, bool) or not isinstance(channel_axis, int) or channel_axis == 0:
-            raise ValueError(f"channel_axis is {channel_axis!r}; give 1 for outputs (N, C, ...), -1 for (N, T, C): axis 0 is the batch.")
+            raise ValueError(
+                f"channel_axis is {channel_axis!r}; give 1 for outputs (N, C, ...), -1 for (N, T, C): axis 0 is the batch."
+            )
         self._distance = self.distillation.distance(channel_axis=channel_axis)
         if anneal_steps is not None and not (isinstance(anneal_steps, int) and anneal_steps >= 1):
-            raise ValueError(f"anneal_steps is {anneal_steps}; give a count of optimizer steps >= 1, or leave it out for the whole fit.")
+            raise ValueError(
+                f"anneal_steps is {anneal_steps}; give a count of optimizer steps >= 1, or leave it out for the whole fit."
+            )
         if pairs is None and decision is None and weight_feature:
-            raise ValueError("Representation distillation needs layer pairs: give decision= or pairs=, or set weight_feature=0.")
+            raise ValueError(
+                "Representation distillation needs layer pairs: give decision= or pairs=, or set weight_feature=0."
+            )
         self.pairs, self.decision, self.streams = self.distillation.pairs, decision, streams
         self._teacher = Teacher(teacher, device=device, offload=offload)
         self.module, self.anneal_steps = module, anneal_steps
@@ -84,8 +100,10 @@ class DistillationCallback(Callback):
     # -- attaching ------------------------------------------------------------------------------
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
-            raise ValueError(f"DistillationCallback needs whole models on every process, which {type(trainer.strategy).__name__} does not "
-                             "keep. Use strategy='auto' or 'ddp'; or tinyfusion_pl.Recovery, which shares out student and teacher.")
+            raise ValueError(
+                f"DistillationCallback needs whole models on every process, which {type(trainer.strategy).__name__} does not "
+                "keep. Use strategy='auto' or 'ddp'; or tinyfusion_pl.Recovery, which shares out student and teacher."
+            )
         called = self._called(pl_module)
         student = getattr(called, "_orig_mod", called)
         check_student(student, self.teacher, pl_module, module=self.module)
@@ -101,9 +119,13 @@ class DistillationCallback(Callback):
         self._count_all = self.anneal_steps is None and total == trainer.max_steps
         pairs, intervals, bare = {}, {}, getattr(self.teacher, "_orig_mod", self.teacher)
         if self.distillation.weight_interval:
-            intervals = resolve_intervals(self.decision, student, bare, module=self.module, owner=pl_module)
+            intervals = resolve_intervals(
+                self.decision, student, bare, module=self.module, owner=pl_module
+            )
         if self.distillation.weight_feature:
-            pairs = resolve_pairs(self.pairs or self.decision, student, bare, module=self.module, owner=pl_module)
+            pairs = resolve_pairs(
+                self.pairs or self.decision, student, bare, module=self.module, owner=pl_module
+            )
         self._student = StudentCalls(
             called, student, self._teacher, pairs, streams=self.streams, is_training=lambda: trainer.training,
             asks=lambda: self._asks(trainer), device=lambda: pl_module.device, intervals=intervals,
@@ -112,20 +134,30 @@ class DistillationCallback(Callback):
 
     def _asks(self, trainer: Trainer) -> tuple[bool, bool, bool]:
         with_intervals, alone = self.distillation.interval_phase(*self._progress(trainer))
-        return bool(self.distillation.weight_kd) and not alone, bool(self._feature_weight(trainer)) and not alone, with_intervals
+        return (
+            bool(self.distillation.weight_kd) and not alone,
+            bool(self._feature_weight(trainer)) and not alone,
+            with_intervals,
+        )
 
     def _called(self, pl_module: LightningModule) -> nn.Module:
         try:
             return pl_module.get_submodule(self.module)
         except AttributeError:
             names = ", ".join(name for name, _ in pl_module.named_children()) or "none"
-            raise ValueError(f"{type(pl_module).__name__} has no submodule '{self.module}'. It has: {names}. Give module=.") from None
+            raise ValueError(
+                f"{type(pl_module).__name__} has no submodule '{self.module}'. It has: {names}. Give module=."
+            ) from None
 
     def _install(self, pl_module: LightningModule) -> None:
         self._student.install()
         self._undo = [self._student.remove]
         automatic = pl_module.automatic_optimization
-        name, wrap = ("training_step", self._wrap_step) if automatic else ("manual_backward", self._wrap_backward)
+        name, wrap = (
+            ("training_step", self._wrap_step)
+            if automatic
+            else ("manual_backward", self._wrap_backward)
+        )
         own = pl_module.__dict__.get(name)
         setattr(pl_module, name, wrap(pl_module, getattr(pl_module, name)))
         self._undo.append(functools.partial(pl_module.__dict__.__setitem__, name, own) if own is not None
@@ -141,6 +173,7 @@ class DistillationCallback(Callback):
             if isinstance(result, dict) and isinstance(result.get("loss"), Tensor):
                 return {**result, "loss": self.loss(result["loss"], pl_module)}
             return result  # None skips the batch
+
         return training_step  # fmt: skip
 
     def _wrap_backward(self, pl_module: LightningModule, original: Callable) -> Callable:
@@ -152,6 +185,7 @@ class DistillationCallback(Callback):
                                "added to the first of them only: call the module once for each loss where that is not the one that trains "
                                "it.")  # fmt: skip
             return original(self._whole_loss(loss, calls, pl_module), *args, **kwargs)
+
         return manual_backward  # fmt: skip
 
     # -- losses ---------------------------------------------------------------------------------
@@ -159,18 +193,30 @@ class DistillationCallback(Callback):
         """The whole loss, from the calls since the last one; `user_loss` itself where there were none."""
         return self._whole_loss(user_loss, self._student.take(), pl_module)
 
-    def _whole_loss(self, user_loss: Tensor, calls: list[StudentCall], pl_module: LightningModule) -> Tensor:
+    def _whole_loss(
+        self, user_loss: Tensor, calls: list[StudentCall], pl_module: LightningModule
+    ) -> Tensor:
         if not calls:
             return user_loss
         distillation, kd, feature, interval = self.distillation, None, None, None
         if with_runs := [call for call in calls if call.runs is not None]:
-            found = [interval_loss(self._student.student, call.runs, self._student.intervals).mean() for call in with_runs]
+            found = [
+                interval_loss(self._student.student, call.runs, self._student.intervals).mean()
+                for call in with_runs
+            ]
             interval = torch.stack(found).mean()
         if distillation.interval_phase(*self._progress(pl_module.trainer))[1]:
             pl_module.log_dict({"train/loss_interval": interval.detach()})
-            return 0.0 * user_loss + distillation.weight_interval * interval  # of the user's loss: gradients, as DDP needs, all zero
+            return (
+                0.0 * user_loss + distillation.weight_interval * interval
+            )  # of the user's loss: gradients, as DDP needs, all zero
         if distillation.weight_kd:
-            kd = torch.stack([output_loss(call.output, call.teacher_output, distance=self._distance) for call in calls]).mean()
+            kd = torch.stack(
+                [
+                    output_loss(call.output, call.teacher_output, distance=self._distance)
+                    for call in calls
+                ]
+            ).mean()
         if with_states := [call for call in calls if call.hidden]:
             feature = torch.stack([self._feature_loss(call) for call in with_states]).mean()
         terms = distillation.total(user_loss, kd=kd, feature=feature, feature_weight=self._feature_weight(pl_module.trainer),
@@ -188,7 +234,10 @@ class DistillationCallback(Callback):
                     raise ValueError(f"{place} did not run in a call of '{self.module}', so that its pair has no hidden "
                                      "states. Give pairs= "
                                      "of blocks that always run, or set weight_feature=0.")  # fmt: skip
-                trained = any(p.requires_grad for p in self._student.outputs.collectors[path].blocks[block].parameters())
+                trained = any(
+                    p.requires_grad
+                    for p in self._student.outputs.collectors[path].blocks[block].parameters()
+                )
                 if trained and not needs_grad(call.outputs[path][block]):
                     raise ValueError(f"{place} gave no hidden states with a gradient, though it has weights to train: it ran under "
                                      "torch.no_grad, or reentrant activation checkpointing was given no input that requires a gradient "
@@ -208,13 +257,19 @@ class DistillationCallback(Callback):
         return (trainer.global_step if self._count_all else self._num_batches_stepped), num_steps
 
     # -- batches --------------------------------------------------------------------------------
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         self._step_before = trainer.global_step
         self._trains = False
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer) -> None:
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
         mine = {id(p) for p in self._student.student.parameters()}
-        self._trains |= pl_module.automatic_optimization or any(id(p) in mine for g in optimizer.param_groups for p in g["params"])
+        self._trains |= pl_module.automatic_optimization or any(
+            id(p) in mine for g in optimizer.param_groups for p in g["params"]
+        )
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         self._num_batches_stepped += trainer.global_step > self._step_before
@@ -240,7 +295,9 @@ class DistillationCallback(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._remove()
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
         self._remove()
 
     def _remove(self) -> None:

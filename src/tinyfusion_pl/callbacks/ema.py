@@ -7,7 +7,11 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from tinyfusion_pl.pruning.sharding import is_sharded, local
@@ -32,13 +36,25 @@ class EMAWithWarmup(WeightAveraging):
         reference_batch_size: Batch that `decay` was chosen for (published: 256), see `scaled_decay`.
     """
 
-    def __init__(self, *, decay: float = 0.9999, batch_size: int | None = None, reference_batch_size: int = 256) -> None:
+    def __init__(
+        self,
+        *,
+        decay: float = 0.9999,
+        batch_size: int | None = None,
+        reference_batch_size: int = 256,
+    ) -> None:
         if not 0 <= decay < 1:
-            raise ValueError(f"The EMA decay is {decay}; give a number in [0, 1) (published: 0.9999).")
+            raise ValueError(
+                f"The EMA decay is {decay}; give a number in [0, 1) (published: 0.9999)."
+            )
         if (batch_size is not None and batch_size < 1) or reference_batch_size < 1:
-            raise ValueError(f"The EMA's batch_size is {batch_size} and its reference_batch_size {reference_batch_size}; give counts >= 1.")
+            raise ValueError(
+                f"The EMA's batch_size is {batch_size} and its reference_batch_size {reference_batch_size}; give counts >= 1."
+            )
         if batch_size is not None:
-            decay = scaled_decay(decay, batch_size=batch_size, reference_batch_size=reference_batch_size)
+            decay = scaled_decay(
+                decay, batch_size=batch_size, reference_batch_size=reference_batch_size
+            )
         self.decay = decay
         super().__init__(use_buffers=False, multi_avg_fn=self._average)
 
@@ -57,16 +73,24 @@ class EMAWithWarmup(WeightAveraging):
             super().setup(trainer, pl_module, stage)
         else:
             # Lightning would call configure_model, and copy a model that cannot be copied once it is shared out.
-            self._average_model = AveragedModel(pl_module, device=self._device or pl_module.device, use_buffers=self._use_buffers,
-                                                **self._kwargs)
-        if stage == "fit" and trainer.precision == "64-true":  # Lightning makes the module double after this
+            self._average_model = AveragedModel(
+                pl_module,
+                device=self._device or pl_module.device,
+                use_buffers=self._use_buffers,
+                **self._kwargs,
+            )
+        if (
+            stage == "fit" and trainer.precision == "64-true"
+        ):  # Lightning makes the module double after this
             self._average_model.double()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if is_sharded(pl_module):
             self._average_model.module.shard(pl_module.device_mesh["data_parallel"])
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         if self._average_model is None or not is_sharded(pl_module):
             return super().on_save_checkpoint(trainer, pl_module, checkpoint)
         checkpoint["current_model_state"] = checkpoint["state_dict"]
@@ -74,8 +98,14 @@ class EMAWithWarmup(WeightAveraging):
         checkpoint["state_dict"] = get_model_state_dict(self._average_model.module, options=options)
         checkpoint["averaging_state"] = {"n_averaged": self._average_model.n_averaged.cpu()}
 
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if self._average_model is None or not is_sharded(pl_module) or "current_model_state" not in checkpoint:
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if (
+            self._average_model is None
+            or not is_sharded(pl_module)
+            or "current_model_state" not in checkpoint
+        ):
             return super().on_load_checkpoint(trainer, pl_module, checkpoint)
         _load(self._average_model.module, checkpoint["state_dict"])
         self._average_model.n_averaged.copy_(checkpoint["averaging_state"]["n_averaged"])

@@ -42,23 +42,50 @@ class EvaluationCallback(Callback):
     Trainer's folder. What the numbers can be compared by, `protocol`, goes to the loggers' hyperparameters as ``val/protocol``.
     """
 
-    def __init__(self, metrics: GenerationMetrics, *, every_n_steps: int, sampling: dict[str, Any] | None = None, num_samples: int = 500,
-                 batch_size: int = 100, num_shown: int = 40, labels: str = "balanced", seed: int = 0, precision: str = "float32") -> None:
-        for name, value, least in (("every_n_steps", every_n_steps, 1), ("num_samples", num_samples, 2), ("batch_size", batch_size, 1),
-                                   ("num_shown", num_shown, 0)):
+    def __init__(
+        self,
+        metrics: GenerationMetrics,
+        *,
+        every_n_steps: int,
+        sampling: dict[str, Any] | None = None,
+        num_samples: int = 500,
+        batch_size: int = 100,
+        num_shown: int = 40,
+        labels: str = "balanced",
+        seed: int = 0,
+        precision: str = "float32",
+    ) -> None:
+        for name, value, least in (
+            ("every_n_steps", every_n_steps, 1),
+            ("num_samples", num_samples, 2),
+            ("batch_size", batch_size, 1),
+            ("num_shown", num_shown, 0),
+        ):
             if value < least:
                 raise ValueError(f"EvaluationCallback: {name} is {value}; give at least {least}.")
-        self.metrics, self.every_n_steps, self.sampling = metrics, every_n_steps, dict(sampling or {})
-        self.num_samples, self.batch_size, self.num_shown = num_samples, batch_size, min(num_shown, num_samples)
+        self.metrics, self.every_n_steps, self.sampling = (
+            metrics,
+            every_n_steps,
+            dict(sampling or {}),
+        )
+        self.num_samples, self.batch_size, self.num_shown = (
+            num_samples,
+            batch_size,
+            min(num_shown, num_samples),
+        )
         self.labels, self.seed, self.precision = labels, seed, precision
         self.results: dict[int, dict[str, float]] = {}  # by step
         self.protocol: dict[str, Any] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for owner, names, kind in ((pl_module, ("denoiser", "objective"), "LightningModule"),
-                                   (trainer.datamodule, ("latent_shape", "decode", "reference_pictures"), "data module")):
+        for owner, names, kind in (
+            (pl_module, ("denoiser", "objective"), "LightningModule"),
+            (trainer.datamodule, ("latent_shape", "decode", "reference_pictures"), "data module"),
+        ):
             if lacking := [name for name in names if not hasattr(owner, name)]:
-                raise ValueError(f"EvaluationCallback: the {kind} {type(owner).__name__} has no {', '.join(lacking)}.")
+                raise ValueError(
+                    f"EvaluationCallback: the {kind} {type(owner).__name__} has no {', '.join(lacking)}."
+                )
         sampler = self._sampler(trainer, pl_module)
         sampler.check()
         self._labels_of(trainer, sampler)
@@ -66,9 +93,15 @@ class EvaluationCallback(Callback):
         self.metrics.check(num_samples=self.num_samples, num_reference=len(pictures))
         averaging = any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)
         self.protocol = self.metrics.protocol(
-            weights="averaged" if averaging else "raw", num_samples=self.num_samples, num_reference=len(pictures),
-            reference_sha256=tensors_sha256({"pictures": pictures}), labels=self.labels, seed=self.seed, **self.sampling,
-            precision=self.precision)
+            weights="averaged" if averaging else "raw",
+            num_samples=self.num_samples,
+            num_reference=len(pictures),
+            reference_sha256=tensors_sha256({"pictures": pictures}),
+            labels=self.labels,
+            seed=self.seed,
+            **self.sampling,
+            precision=self.precision,
+        )
         for logger in trainer.loggers:
             logger.log_hyperparams({"val/protocol": self.protocol})
         self.metrics.to(pl_module.device).reset(reference=True)
@@ -89,8 +122,14 @@ class EvaluationCallback(Callback):
         sampler = self._sampler(trainer, pl_module)
         labels = self._labels_of(trainer, sampler)
         self.metrics.reset()
-        for indices in torch.arange(trainer.global_rank, self.num_samples, trainer.world_size).split(self.batch_size):
-            self.metrics.update(sampler(indices, labels[indices], device=pl_module.device), labels[indices], indices=indices)
+        for indices in torch.arange(
+            trainer.global_rank, self.num_samples, trainer.world_size
+        ).split(self.batch_size):
+            self.metrics.update(
+                sampler(indices, labels[indices], device=pl_module.device),
+                labels[indices],
+                indices=indices,
+            )
         results = self.metrics.compute()
         self.results[step] = results
         for logger in trainer.loggers:
@@ -114,16 +153,32 @@ class EvaluationCallback(Callback):
     def _labels_of(self, trainer: Trainer, sampler: PictureSampler) -> Tensor:
         """Labels of the samples, among the classes of the images that they are held against."""
         num_classes, data = sampler.denoiser.num_classes, trainer.datamodule
-        classes = data.reference_classes(num_classes=num_classes) if hasattr(data, "reference_classes") else None
-        return labels_of(self.labels, self.num_samples, num_classes, seed=self.seed, classes=classes)
+        classes = (
+            data.reference_classes(num_classes=num_classes)
+            if hasattr(data, "reference_classes")
+            else None
+        )
+        return labels_of(
+            self.labels, self.num_samples, num_classes, seed=self.seed, classes=classes
+        )
 
     def _sampler(self, trainer: Trainer, pl_module: LightningModule) -> PictureSampler:
         data = trainer.datamodule
-        return PictureSampler(denoiser=pl_module.denoiser, objective=pl_module.objective, latent_shape=data.latent_shape,
-                              decode=data.decode, sampling=self.sampling, seed=self.seed, precision=self.precision)
+        return PictureSampler(
+            denoiser=pl_module.denoiser,
+            objective=pl_module.objective,
+            latent_shape=data.latent_shape,
+            decode=data.decode,
+            sampling=self.sampling,
+            seed=self.seed,
+            precision=self.precision,
+        )
 
     def _averaged(self, trainer: Trainer, pl_module: LightningModule) -> Any:
-        averaging = next((callback for callback in trainer.callbacks if isinstance(callback, WeightAveraging)), None)
+        averaging = next(
+            (callback for callback in trainer.callbacks if isinstance(callback, WeightAveraging)),
+            None,
+        )
         return nullcontext() if averaging is None else _Swapped(averaging, pl_module)
 
 

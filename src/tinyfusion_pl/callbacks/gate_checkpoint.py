@@ -12,7 +12,9 @@ from tinyfusion_pl.pruning import DepthPruner
 from tinyfusion_pl.pruning.adapter_state import adapter_state, load_adapter_state
 
 
-def learned_state(trainer: Trainer, pl_module: LightningModule, pruner: DepthPruner) -> dict[str, Any]:
+def learned_state(
+    trainer: Trainer, pl_module: LightningModule, pruner: DepthPruner
+) -> dict[str, Any]:
     """Gates and adapters, the weights to go back to, and gates and adapters of averaged modules."""
     return {
         **_state(pl_module, pruner),
@@ -22,7 +24,9 @@ def learned_state(trainer: Trainer, pl_module: LightningModule, pruner: DepthPru
     }
 
 
-def load_learned_state(trainer: Trainer, pl_module: LightningModule, pruner: DepthPruner, state: dict[str, Any]) -> None:
+def load_learned_state(
+    trainer: Trainer, pl_module: LightningModule, pruner: DepthPruner, state: dict[str, Any]
+) -> None:
     """Take back what `learned_state` gave."""
     _load(pl_module, pruner, state)
     pruner.weight_update.original = state["original"]
@@ -31,7 +35,10 @@ def load_learned_state(trainer: Trainer, pl_module: LightningModule, pruner: Dep
 
 
 def _state(module: nn.Module, pruner: DepthPruner) -> dict[str, Any]:
-    return {"gates": getattr(module, GATES).gate_state(), "adapters": adapter_state(pruner.model(module))}
+    return {
+        "gates": getattr(module, GATES).gate_state(),
+        "adapters": adapter_state(pruner.model(module)),
+    }
 
 
 def _load(module: nn.Module, pruner: DepthPruner, state: dict[str, Any]) -> None:

@@ -26,7 +26,9 @@ class GateMonitor:
         every = trainer.log_every_n_steps
         return bool(every) and (trainer.global_step % every == 0 or trainer.global_step == 1)
 
-    def log(self, trainer: Trainer, decision: Decision, *, tau: float, scaling: float, num_skipped: int) -> None:
+    def log(
+        self, trainer: Trainer, decision: Decision, *, tau: float, scaling: float, num_skipped: int
+    ) -> None:
         """Log `decision` at the Trainer's step."""
         self.logged_step = trainer.global_step
         metrics = {"gates/num_skipped": num_skipped, **gate_metrics(decision, tau=tau)}
@@ -34,7 +36,12 @@ class GateMonitor:
             logger.log_metrics(metrics, step=trainer.global_step)
         if self.decisions_path is not None and trainer.is_global_zero:
             self.decisions_path.parent.mkdir(parents=True, exist_ok=True)
-            line = {"step": trainer.global_step, "tau": tau, "scaling": scaling, "stacks": decision.telemetry()}
+            line = {
+                "step": trainer.global_step,
+                "tau": tau,
+                "scaling": scaling,
+                "stacks": decision.telemetry(),
+            }
             with self.decisions_path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
 

@@ -35,7 +35,9 @@ def check_strategy(trainer: Trainer, pruner: DepthPruner, search_loss: str) -> N
     if search_loss == "teacher":
         raise ValueError(f"search_loss is 'teacher', which keeps the original weights whole on each process, while {name} shares out those "
                          "of the model. Give search_loss='data' (pruning.search_loss=data), or trainer=ddp.")  # fmt: skip
-    if averaging := [type(each).__name__ for each in trainer.callbacks if isinstance(each, WeightAveraging)]:
+    if averaging := [
+        type(each).__name__ for each in trainer.callbacks if isinstance(each, WeightAveraging)
+    ]:
         raise ValueError(f"{averaging[0]} beside DepthPruningCallback averages weights and gate logits together, of which {name} shares "
                          "out only the weights. Leave it out of mask learning, or use trainer=ddp.")  # fmt: skip
 
@@ -63,7 +65,12 @@ def close_compiled_module(pl_module: LightningModule, compiler: Compiler | None)
         from_compiled(compiler(pl_module))
 
 
-def check_callbacks(trainer: Trainer, pruning: Callback, pl_module: LightningModule, check: Callable[[LightningModule], None]) -> None:
+def check_callbacks(
+    trainer: Trainer,
+    pruning: Callback,
+    pl_module: LightningModule,
+    check: Callable[[LightningModule], None],
+) -> None:
     """`ValueError` for weight averaging that would copy the module before it has gates or a model."""
     averaging = [c for c in trainer.callbacks if isinstance(c, WeightAveraging)]
     for callback in averaging:
@@ -82,7 +89,11 @@ def check_callbacks(trainer: Trainer, pruning: Callback, pl_module: LightningMod
             ) from None
 
 
-def attach_after_configuring(pl_module: LightningModule, pruner: DepthPruner, attach: Callable[[Trainer, LightningModule], None]) -> None:
+def attach_after_configuring(
+    pl_module: LightningModule,
+    pruner: DepthPruner,
+    attach: Callable[[Trainer, LightningModule], None],
+) -> None:
     """Attach once ``configure_model`` has run: it follows the module's ``setup`` and precedes the restoring of a checkpoint."""
     original = pl_module.configure_model
 
@@ -110,7 +121,9 @@ def attach(trainer: Trainer, pl_module: LightningModule, pruner: DepthPruner) ->
     """Put adapters and gates on the model of `pl_module`; returns the compiler of a module that was compiled itself."""
     compiler = open_compiled_module(pl_module)
     try:
-        setattr(pl_module, GATES, pruner.start(pl_module, rank=trainer.global_rank, compiler=compiler))
+        setattr(
+            pl_module, GATES, pruner.start(pl_module, rank=trainer.global_rank, compiler=compiler)
+        )
     except Exception:
         close_compiled_module(pl_module, compiler)
         raise
@@ -144,7 +157,9 @@ def report_unverified(paths: Collection[str]) -> None:
 def check_set_up(pl_module: LightningModule, pruner: DepthPruner) -> None:
     """`ValueError` where there are no gates, or not on the blocks that there are now."""
     if pruner.gates is None or getattr(pl_module, GATES, None) is None:
-        raise ValueError("No gates were attached: the model did not exist after configure_model. Name the block list's path.")
+        raise ValueError(
+            "No gates were attached: the model did not exist after configure_model. Name the block list's path."
+        )
     pruner.check_attached(pl_module)
 
 
@@ -156,7 +171,9 @@ def check_training(gates: DepthGates) -> None:
                          "to 0.")  # fmt: skip
 
 
-def keep_out(optimizers: Iterable[torch.optim.Optimizer], parameters: Iterable[nn.Parameter]) -> None:
+def keep_out(
+    optimizers: Iterable[torch.optim.Optimizer], parameters: Iterable[nn.Parameter]
+) -> None:
     """Take `parameters` out of all parameter groups."""
     theirs = {id(p) for p in parameters}
     for optimizer in optimizers:
@@ -173,5 +190,9 @@ def check_trained(gates: DepthGates, paths: list[str], *, ever: bool = False) ->
 
 def averaged_modules(trainer: Trainer) -> list[nn.Module]:
     """The averaged modules of the Trainer's weight averaging callbacks."""
-    models = [callback._average_model for callback in trainer.callbacks if isinstance(callback, WeightAveraging)]
+    models = [
+        callback._average_model
+        for callback in trainer.callbacks
+        if isinstance(callback, WeightAveraging)
+    ]
     return [model.module for model in models if model is not None]

@@ -21,8 +21,16 @@ class StepProgressBar(RichProgressBar):
     def _counts_steps(self) -> bool:
         return self.trainer.max_epochs == -1 and self.trainer.max_steps > 0
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, trainer.global_step - 1 if self._counts_steps else batch_idx)
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_end(
+            trainer,
+            pl_module,
+            outputs,
+            batch,
+            trainer.global_step - 1 if self._counts_steps else batch_idx,
+        )
 
     def _get_train_description(self, current_epoch: int) -> str:
         return "Training"
@@ -47,7 +55,9 @@ class SamplingProgressBar(RichProgressBar):
 
     def configure_columns(self, trainer: Trainer) -> list:
         return [
-            _ImagesPerSecond(self._images_a_batch, style=column.style) if isinstance(column, ProcessingSpeedColumn) else column
+            _ImagesPerSecond(self._images_a_batch, style=column.style)
+            if isinstance(column, ProcessingSpeedColumn)
+            else column
             for column in super().configure_columns(trainer)
         ]
 
@@ -58,5 +68,7 @@ class _ImagesPerSecond(ProcessingSpeedColumn):
         self.images_a_batch = images_a_batch
 
     def render(self, task: Any) -> Text:
-        speed = task.speed or task.completed / max(task.elapsed or 0, 1e-3)  # a single batch has no speed of its own
+        speed = task.speed or task.completed / max(
+            task.elapsed or 0, 1e-3
+        )  # a single batch has no speed of its own
         return Text(f"{speed * self.images_a_batch:.3g} images/s", style=self.style)

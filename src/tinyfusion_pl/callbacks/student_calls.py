@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinyfusion_pl.distill import StudentOutputs, Teacher, TeacherStates, float_tensors, in_backward, needs_grad
+from tinyfusion_pl.distill import (
+    StudentOutputs,
+    Teacher,
+    TeacherStates,
+    float_tensors,
+    in_backward,
+    needs_grad,
+)
 from tinyfusion_pl.distill.checkpointing import CheckpointedOutputs, LeafGradients
 from tinyfusion_pl.distill.interval_losses import Runs, TeacherRuns
 from tinyfusion_pl.distill.intervals import Intervals
@@ -55,15 +62,30 @@ class StudentCalls:
         num_recorded: How many there were since the start.
     """
 
-    def __init__(self, called: nn.Module, student: nn.Module, teacher: Teacher, pairs: Pairs, *, streams: Any,
-                 is_training: Callable[[], bool], asks: Callable[[], tuple[bool, bool, bool]], device: Callable[[], torch.device],
-                 intervals: Intervals | None = None) -> None:
+    def __init__(
+        self,
+        called: nn.Module,
+        student: nn.Module,
+        teacher: Teacher,
+        pairs: Pairs,
+        *,
+        streams: Any,
+        is_training: Callable[[], bool],
+        asks: Callable[[], tuple[bool, bool, bool]],
+        device: Callable[[], torch.device],
+        intervals: Intervals | None = None,
+    ) -> None:
         self.teacher, self.student, self.called, self.pairs = teacher, student, called, pairs
         self.is_training, self.asks, self.device = is_training, asks, device
         self.gradients = LeafGradients()
-        self.outputs = StudentOutputs(student, pairs, functools.partial(CheckpointedOutputs, gradients=self.gradients))
+        self.outputs = StudentOutputs(
+            student, pairs, functools.partial(CheckpointedOutputs, gradients=self.gradients)
+        )
         self.intervals, bare = intervals or {}, getattr(teacher.model, "_orig_mod", teacher.model)
-        self.hidden, self.runs = TeacherStates(bare, pairs, streams), TeacherRuns(bare, self.intervals, streams)
+        self.hidden, self.runs = (
+            TeacherStates(bare, pairs, streams),
+            TeacherRuns(bare, self.intervals, streams),
+        )
         self.calls: list[StudentCall] = []
         self._taken: list[StudentCall] = []
         self._open: list[StudentCall | None] = []
@@ -75,8 +97,14 @@ class StudentCalls:
         for collector in (self.outputs, self.hidden, self.runs):
             collector.__enter__()
             collector.stop()
-        self._handles = [self.called.register_forward_pre_hook(torch._dynamo.disable(self._before), with_kwargs=True),
-                         self.called.register_forward_hook(torch._dynamo.disable(self._after), with_kwargs=True, always_call=True)]
+        self._handles = [
+            self.called.register_forward_pre_hook(
+                torch._dynamo.disable(self._before), with_kwargs=True
+            ),
+            self.called.register_forward_hook(
+                torch._dynamo.disable(self._after), with_kwargs=True, always_call=True
+            ),
+        ]
         reset_compiled(self.called, self.teacher.model)
 
     def remove(self) -> None:
@@ -97,20 +125,30 @@ class StudentCalls:
 
     # -- hooks ----------------------------------------------------------------------------------
     def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if module is not self.called or in_backward():  # a copy of the student; or checkpointing runs it again
+        if (
+            module is not self.called or in_backward()
+        ):  # a copy of the student; or checkpointing runs it again
             return
         checkpointed = not torch.is_grad_enabled() and needs_grad([args, kwargs])
-        if not self.student.training or not self.is_training() or not (torch.is_grad_enabled() or checkpointed):
+        if (
+            not self.student.training
+            or not self.is_training()
+            or not (torch.is_grad_enabled() or checkpointed)
+        ):
             self._open.append(None)
             return
-        answer, of_blocks, runs = self._ask(args, kwargs)  # before the student, which may write into what it is given
+        answer, of_blocks, runs = self._ask(
+            args, kwargs
+        )  # before the student, which may write into what it is given
         self._open.append(StudentCall(answer, of_blocks, checkpointed, runs))
         if of_blocks:
             self.outputs.start()
             for collector in self.outputs.collectors.values():
                 collector.whole = checkpointed
 
-    def _ask(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, dict[str, dict[int, Any]], Runs | None]:
+    def _ask(
+        self, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, dict[int, Any]], Runs | None]:
         output, states, with_runs = self.asks()
         if not (output or states or with_runs):
             return None, {}, None
@@ -120,7 +158,10 @@ class StudentCalls:
         if with_runs:
             self.runs.start()
         answer = self.teacher(args, kwargs)
-        of_blocks, runs = self.hidden.take() if states else {}, self.runs.take() if with_runs else None
+        of_blocks, runs = (
+            self.hidden.take() if states else {},
+            self.runs.take() if with_runs else None,
+        )
         self.hidden.stop()
         self.runs.stop()
         return answer, of_blocks, runs
@@ -135,10 +176,18 @@ class StudentCalls:
             return None
         call.outputs = self.outputs.take() if call.hidden else {}
         self.outputs.stop()
-        trains = call.checkpointed or needs_grad(output) or any(p.requires_grad for p in self.student.parameters())
+        trains = (
+            call.checkpointed
+            or needs_grad(output)
+            or any(p.requires_grad for p in self.student.parameters())
+        )
         if output is not None and trains:  # neither failed nor frozen (toggle_optimizer does that)
             call.output = self.gradients.stand_in("", output) if call.checkpointed else output
-            call.nodes = set() if call.checkpointed else {t.grad_fn for t in float_tensors(output) if t.grad_fn is not None}
+            call.nodes = (
+                set()
+                if call.checkpointed
+                else {t.grad_fn for t in float_tensors(output) if t.grad_fn is not None}
+            )
             self.calls.append(call)
             self.num_recorded += 1
         return None

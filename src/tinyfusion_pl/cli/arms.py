@@ -12,7 +12,9 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 
-def record_arm(*, sweep_dir: Path, run_dir: Path, overrides: Sequence[str], error: str | None = None) -> None:
+def record_arm(
+    *, sweep_dir: Path, run_dir: Path, overrides: Sequence[str], error: str | None = None
+) -> None:
     """Leave what was set for the arm in `run_dir`, and why it failed, where it did."""
     from tinyfusion_pl.artifacts import write_json  # imports torch, which --help does not need
     from tinyfusion_pl.checksums import content_sha256
@@ -22,7 +24,10 @@ def record_arm(*, sweep_dir: Path, run_dir: Path, overrides: Sequence[str], erro
     settings = {each.key_or_group: str(each.value()) for each in parsed if not each.is_delete()}
     where = os.path.relpath(run_dir, sweep_dir)
     # By what was set: where a default has changed since, the newer run takes the place of the older.
-    write_json(sweep_dir / ARMS / f"{content_sha256(settings)[:12]}.json", {"settings": settings, "run_dir": where, "error": error})
+    write_json(
+        sweep_dir / ARMS / f"{content_sha256(settings)[:12]}.json",
+        {"settings": settings, "run_dir": where, "error": error},
+    )
 
 
 class SweepTable(Callback):

@@ -28,7 +28,14 @@ from tinyfusion_pl.cli.errors import Told, printable_warnings, sentence, tell
 from tinyfusion_pl.cli.naming import named
 from tinyfusion_pl.cli.overrides import check_added, expand_home, keep_escaped, readable
 from tinyfusion_pl.cli.processes import as_single_run, is_first_process, process
-from tinyfusion_pl.cli.run_identity import CONFIG, check_folder, config_hash, forget_config, hash_of, write_config
+from tinyfusion_pl.cli.run_identity import (
+    CONFIG,
+    check_folder,
+    config_hash,
+    forget_config,
+    hash_of,
+    write_config,
+)
 from tinyfusion_pl.cli.settings import check_complete, checked
 from tinyfusion_pl.cli.sweeps import SWEEP, check_single, check_sweep, in_sweep, is_arm
 from tinyfusion_pl.preemption import EXIT_CODE, Preempted, preemptible
@@ -55,7 +62,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _run_command(*arguments)
         # With this variable Hydra raises its errors instead of printing them: all of them are told in one way, below.
         arguments = readable(arguments)
-        with preemptible(), process([sys.argv[0], *arguments], HYDRA_FULL_ERROR="1"), printable_warnings():
+        with (
+            preemptible(),
+            process([sys.argv[0], *arguments], HYDRA_FULL_ERROR="1"),
+            printable_warnings(),
+        ):
             check_sweep(arguments)
             _run_task()
     except SystemExit as stop:  # --help, an unknown flag, a task that failed
@@ -63,7 +74,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         preempted = isinstance(stop, Preempted)
         if is_first_process():
-            print(f"\n{stop if preempted else 'Interrupted. Rerun the same command to resume.'}", file=sys.stderr)
+            print(
+                f"\n{stop if preempted else 'Interrupted. Rerun the same command to resume.'}",
+                file=sys.stderr,
+            )
         return EXIT_CODE if preempted else 130
     except Exception as error:
         return tell(error, arguments)
@@ -82,7 +96,10 @@ def _run_command(word: str, *arguments: str) -> int:
         inspect.signature(function).bind(*arguments)
     except TypeError:
         parameters = inspect.signature(function).parameters.values()
-        words = (each.name.upper() if each.default is each.empty else f"[{each.name.upper()}]" for each in parameters)
+        words = (
+            each.name.upper() if each.default is each.empty else f"[{each.name.upper()}]"
+            for each in parameters
+        )
         return _usage(f"Usage: tinyfusion {word} {' '.join(words)}")
     print(function(*arguments))
     return 0
@@ -98,7 +115,13 @@ def _run_task(cfg: DictConfig) -> Any:
     job = HydraConfig.get()
     run_dir = Path(job.runtime.output_dir)
     sweeping = job.mode == RunMode.MULTIRUN
-    arm = partial(record_arm, sweep_dir=Path(job.sweep.dir), run_dir=run_dir, overrides=job.overrides.task) if is_arm(job) else None
+    arm = (
+        partial(
+            record_arm, sweep_dir=Path(job.sweep.dir), run_dir=run_dir, overrides=job.overrides.task
+        )
+        if is_arm(job)
+        else None
+    )
     try:
         if not sweeping:
             check_single(job.sweeper)
@@ -107,7 +130,10 @@ def _run_task(cfg: DictConfig) -> Any:
                 arm()
             return result
         print(f"job {job.job.num}: {' '.join(job.overrides.task)} -> {run_dir}", flush=True)
-        with process([sys.argv[0], *as_single_run(sys.argv[1:], job)], **{SWEEP: os.path.abspath(job.sweep.dir)}):
+        with process(
+            [sys.argv[0], *as_single_run(sys.argv[1:], job)],
+            **{SWEEP: os.path.abspath(job.sweep.dir)},
+        ):
             result = run(cfg, run_dir)
         arm()
         return result
@@ -164,7 +190,9 @@ def run(cfg: DictConfig, run_dir: Path) -> Any:
     with sole_writer(run_dir, setting="run_dir") if is_first_process() else nullcontext():
         check_folder(run_dir, cfg)
         check_complete(cfg.task)
-        task = _build(copy.deepcopy(cfg).task)  # Hydra resolves references in place; what is written keeps them
+        task = _build(
+            copy.deepcopy(cfg).task
+        )  # Hydra resolves references in place; what is written keeps them
         logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
         is_new = not (run_dir / CONFIG).exists()
         begin = partial(write_config, run_dir, cfg)
@@ -179,7 +207,9 @@ def run(cfg: DictConfig, run_dir: Path) -> Any:
             raise
 
 
-def _checked_by_itself(task: Callable[..., Any], *, run_dir: Path, begin: Callable[[], None], cfg: DictConfig) -> Any:
+def _checked_by_itself(
+    task: Callable[..., Any], *, run_dir: Path, begin: Callable[[], None], cfg: DictConfig
+) -> Any:
     """Call `task`, which calls `begin` when its own checks have passed; an error before that tells the key of the setting."""
     begun: list[bool] = []
 
@@ -202,7 +232,9 @@ def _build(node: DictConfig) -> Any:
     try:
         return hydra.utils.instantiate(node, _convert_="all")
     except Exception as error:
-        from tinyfusion_pl.models.download import without_download  # imports torch, which --help does not need
+        from tinyfusion_pl.models.download import (
+            without_download,
+        )  # imports torch, which --help does not need
 
         sentences = []
         for key in node:
@@ -220,8 +252,14 @@ def _build(node: DictConfig) -> Any:
 
 
 OmegaConf.register_new_resolver("config_hash", lambda *, _root_: config_hash(_root_), replace=True)
-OmegaConf.register_new_resolver("hash_of", lambda *names, _root_: hash_of(_root_, *names), replace=True)
+OmegaConf.register_new_resolver(
+    "hash_of", lambda *names, _root_: hash_of(_root_, *names), replace=True
+)
 OmegaConf.register_new_resolver("in_sweep", in_sweep, replace=True)
-OmegaConf.register_new_resolver("absolute_path", lambda path: os.path.abspath(os.path.expanduser(str(path))), replace=True)
-OmegaConf.register_new_resolver("expand_user", lambda path: os.path.expanduser(str(path)), replace=True)
+OmegaConf.register_new_resolver(
+    "absolute_path", lambda path: os.path.abspath(os.path.expanduser(str(path))), replace=True
+)
+OmegaConf.register_new_resolver(
+    "expand_user", lambda path: os.path.expanduser(str(path)), replace=True
+)
 OmegaConf.register_new_resolver("words", lambda: ", ".join(COMMANDS), replace=True)

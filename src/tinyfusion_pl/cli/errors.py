@@ -43,14 +43,20 @@ def tell(error: Exception, arguments: Sequence[str] = ()) -> int:
     verbose = HydraConfig.initialized() and HydraConfig.get().verbose
     if told is None or verbose or os.environ.get("TINYFUSION_TRACEBACK") == "1":
         traceback.print_exception(error)
-    exit_code = getattr(error, "exit_code", None)  # an outcome that is no error, as an unfinished stage
+    exit_code = getattr(
+        error, "exit_code", None
+    )  # an outcome that is no error, as an unfinished stage
     print(for_terminal(told if exit_code else f"error: {told or repr(error)}"), file=sys.stderr)
     return exit_code or 1
 
 
 def _without_worker(error: BaseException) -> str:
     """What an error says, without the traceback that a DataLoader's worker process puts around it."""
-    inner = re.search(r"\ACaught (\w+) in DataLoader worker process.*\n(?:[\w.]*\.)?\1: (.*)\Z", str(error), re.DOTALL)
+    inner = re.search(
+        r"\ACaught (\w+) in DataLoader worker process.*\n(?:[\w.]*\.)?\1: (.*)\Z",
+        str(error),
+        re.DOTALL,
+    )
     return inner[2].strip() if inner else str(error)
 
 
@@ -60,7 +66,9 @@ def _of_hydra(error: HydraException, arguments: Sequence[str]) -> str:
     merged = re.search(r"Error merging override \+*([^=\s]+)=(.*)", told)
     if merged and "Cannot merge DictConfig" in told:
         return f"{merged[1]} is {merged[2]}; give a mapping, or one setting inside it: {merged[1]}.NAME=VALUE."
-    if unknown := re.match(r"Could not override '(.*)'\.\nTo append to your config use \+(.*)\n", told):
+    if unknown := re.match(
+        r"Could not override '(.*)'\.\nTo append to your config use \+(.*)\n", told
+    ):
         return (f"Could not override '{unknown[1]}': the configuration has no such setting; --cfg job shows all that it has. To set an "
                 f"argument that it leaves at its default, write +{unknown[2]}.")  # fmt: skip
     return told
@@ -69,8 +77,14 @@ def _of_hydra(error: HydraException, arguments: Sequence[str]) -> str:
 def _of_group(error: ValueError, arguments: Sequence[str]) -> str:
     """What to say where a group was given something else than names."""
     given = [each.lstrip("+").partition("=") for each in arguments]
-    names = [key for key, _, value in given if value and "." not in key.partition("@")[0] and key not in NO_GROUPS
-             and (value == "null" or not re.fullmatch(r"[A-Za-z_][\w./-]*", value))]
+    names = [
+        key
+        for key, _, value in given
+        if value
+        and "." not in key.partition("@")[0]
+        and key not in NO_GROUPS
+        and (value == "null" or not re.fullmatch(r"[A-Za-z_][\w./-]*", value))
+    ]
     return (f"{' or '.join(names) or 'A group'}: a group of the configuration is chosen by name, as --help lists them; a setting in it is "
             f"given as {names[0].rpartition('@')[2] if names else 'GROUP'}.NAME=VALUE. {error}.")  # fmt: skip
 
@@ -95,11 +109,17 @@ def sentence(error: Exception, arguments: Sequence[str] = ()) -> str | None:
         return f"Cannot use {cause.filename}: {cause.strerror}."
     if hasattr(cause, "exit_code"):
         return str(cause)
-    if isinstance(cause, (ValueError, ArtifactError, FloatingPointError, OSError, OmegaConfBaseException)):
+    if isinstance(
+        cause, (ValueError, ArtifactError, FloatingPointError, OSError, OmegaConfBaseException)
+    ):
         return _without_worker(cause)
-    if type(cause).__name__ == "MisconfigurationException":  # Lightning's, for a Trainer that this machine cannot run
+    if (
+        type(cause).__name__ == "MisconfigurationException"
+    ):  # Lightning's, for a Trainer that this machine cannot run
         return str(cause)
-    if cause is not error and isinstance(cause, (TypeError, ImportError)):  # a wrong argument, or no such constructor
+    if cause is not error and isinstance(
+        cause, (TypeError, ImportError)
+    ):  # a wrong argument, or no such constructor
         key = re.search(r"full_key: (\S+)", str(error))
         return f"{key[1]}: {cause}" if key else str(error)
     return None

@@ -12,11 +12,28 @@ from functools import cache
 from pathlib import PurePath
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, Strict, StringConstraints, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    Strict,
+    StringConstraints,
+    TypeAdapter,
+    ValidationError,
+)
 from pydantic_core import PydanticCustomError
 
 TARGET = "_target_"
-LISTS = (list, tuple, set, frozenset, collections.abc.Sequence, collections.abc.Iterable, collections.abc.Collection)
+LISTS = (
+    list,
+    tuple,
+    set,
+    frozenset,
+    collections.abc.Sequence,
+    collections.abc.Iterable,
+    collections.abc.Collection,
+)
 MAPPINGS = (dict, collections.abc.Mapping, collections.abc.MutableMapping)
 NOTHING = type(None)
 
@@ -76,7 +93,14 @@ class Kind:
         blank: Whether a text may be empty.
     """
 
-    def __init__(self, hint: Any, *, least: float | None = None, most: float | None = None, blank: bool = True) -> None:
+    def __init__(
+        self,
+        hint: Any,
+        *,
+        least: float | None = None,
+        most: float | None = None,
+        blank: bool = True,
+    ) -> None:
         self.hint, self.least, self.most, self.blank = hint, least, most, blank
 
     def __repr__(self) -> str:
@@ -95,7 +119,12 @@ class Kind:
 
     def describe(self) -> str:
         """As in "give ...": ``a whole number from 0 to 8, or null``."""
-        kinds = [words for part in _members(self.hint) if part is not NOTHING for words in _words(part, self.least, self.most)]
+        kinds = [
+            words
+            for part in _members(self.hint)
+            if part is not NOTHING
+            for words in _words(part, self.least, self.most)
+        ]
         kinds = list(dict.fromkeys(kinds))
         if _allows_null(self.hint):
             kinds.append("null")
@@ -107,10 +136,15 @@ class Kind:
 
     def of_items(self) -> Kind | None:
         """The kind of the values of a list or mapping that the hint allows; None: of any kind."""
-        found = [get_args(part)[-1] for part in _members(self.hint)
-                 if (get_origin(part) in LISTS + MAPPINGS) and get_args(part) and get_args(part)[-1] is not Ellipsis]
+        found = [
+            get_args(part)[-1]
+            for part in _members(self.hint)
+            if (get_origin(part) in LISTS + MAPPINGS)
+            and get_args(part)
+            and get_args(part)[-1] is not Ellipsis
+        ]
         bounds = {"least": self.least, "most": self.most, "blank": self.blank}
-        return Kind(typing.Union[tuple(found)], **bounds) if found else None  # noqa: UP007
+        return Kind(typing.Union[tuple(found)], **bounds) if found else None
 
     def takes(self, what: Callable[[Any], bool]) -> list[Any]:
         """The members of the hint for which `what` is true."""
@@ -129,7 +163,12 @@ def is_callable(hint: Any) -> bool:
 def is_class(hint: Any) -> bool:
     """Whether an instance of a class is meant that a configuration can only describe by a ``_target_``."""
     plain = (*PLAIN, *LISTS, *MAPPINGS, object, NOTHING)
-    return isinstance(hint, type) and get_origin(hint) is None and hint not in plain and not issubclass(hint, (os.PathLike, PurePath))
+    return (
+        isinstance(hint, type)
+        and get_origin(hint) is None
+        and hint not in plain
+        and not issubclass(hint, (os.PathLike, PurePath))
+    )
 
 
 def _members(hint: Any) -> list[Any]:
@@ -153,7 +192,7 @@ def _translated(hint: Any, least: float | None, most: float | None, blank: bool)
     parts = _members(hint)
     if len(parts) > 1:
         translated = [_translated(part, least, most, blank) for part in parts]
-        return typing.Union[tuple(translated)]  # noqa: UP007
+        return typing.Union[tuple(translated)]
     (part,) = parts
     if part in (int, float):
         bounds = {name: bound for name, bound in (("ge", least), ("le", most)) if bound is not None}
@@ -169,12 +208,14 @@ def _translated(hint: Any, least: float | None, most: float | None, blank: bool)
         return part
     if origin in LISTS:
         items = [each for each in arguments if each is not Ellipsis] or [Any]
-        inner = _translated(typing.Union[tuple(items)], least, most, blank)  # noqa: UP007
+        inner = _translated(typing.Union[tuple(items)], least, most, blank)
         if origin is tuple and len(items) > 1 and Ellipsis not in arguments:
             return Annotated[list[inner], Field(min_length=len(items), max_length=len(items))]
         return list[inner]
     if origin in MAPPINGS:
-        return dict[Any, _translated(arguments[1], least, most, blank) if len(arguments) == 2 else Any]
+        return dict[
+            Any, _translated(arguments[1], least, most, blank) if len(arguments) == 2 else Any
+        ]
     if isinstance(part, type) and issubclass(part, (os.PathLike, PurePath)):
         return PLAIN[str] if blank else FILLED
     return BUILT
@@ -187,7 +228,13 @@ def _words(part: Any, least: float | None, most: float | None) -> list[str]:
         number = "a whole number" if part is int else "a number"
         if least is not None and most is not None:
             return [f"{number} from {least:.15g} to {most:.15g}"]
-        return [number if least is None and most is None else f"{number} >= {least:.15g}" if most is None else f"{number} <= {most:.15g}"]
+        return [
+            number
+            if least is None and most is None
+            else f"{number} >= {least:.15g}"
+            if most is None
+            else f"{number} <= {most:.15g}"
+        ]
     if origin is Literal:
         return list(map(repr, arguments))
     if _is_any(part):
@@ -200,7 +247,11 @@ def _words(part: Any, least: float | None, most: float | None) -> list[str]:
         return ["a list"]
     if origin in MAPPINGS:
         return ["a mapping"]
-    return ["a path" if isinstance(part, type) and issubclass(part, (os.PathLike, PurePath)) else "a mapping with _target_"]
+    return [
+        "a path"
+        if isinstance(part, type) and issubclass(part, (os.PathLike, PurePath))
+        else "a mapping with _target_"
+    ]
 
 
 def misfit(target: Any, kind: Kind | None, *, partial: bool) -> str | None:
@@ -209,10 +260,23 @@ def misfit(target: Any, kind: Kind | None, *, partial: bool) -> str | None:
         return None
     classes = [each for each in kind.takes(is_class) if not getattr(each, "_is_protocol", False)]
     functions = kind.takes(is_callable)
-    if functions and not classes and isinstance(target, type) and not partial and "__call__" not in vars(target):
-        return f" makes a {target.__name__} at once, but is called later. Set {{key}}._partial_=true."
+    if (
+        functions
+        and not classes
+        and isinstance(target, type)
+        and not partial
+        and "__call__" not in vars(target)
+    ):
+        return (
+            f" makes a {target.__name__} at once, but is called later. Set {{key}}._partial_=true."
+        )
     if classes and not functions and partial:
         return f"._partial_ is true, but a {classes[0].__name__} itself is needed. Leave _partial_ out."
-    if classes and not functions and isinstance(target, type) and not issubclass(target, tuple(classes)):
+    if (
+        classes
+        and not functions
+        and isinstance(target, type)
+        and not issubclass(target, tuple(classes))
+    ):
         return f" makes a {target.__name__}; give a _target_ that makes a {classes[0].__name__}."
     return None

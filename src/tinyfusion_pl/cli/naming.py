@@ -13,7 +13,9 @@ from tinyfusion_pl.cli.errors import sentence
 from tinyfusion_pl.cli.references import home
 from tinyfusion_pl.cli.run_identity import items
 
-KEY = re.compile(r"(?<![\w./'\"-])[a-z]\w*(?:\.[a-z]\w*){2,}(?![\w/])")  # of a setting inside an object
+KEY = re.compile(
+    r"(?<![\w./'\"-])[a-z]\w*(?:\.[a-z]\w*){2,}(?![\w/])"
+)  # of a setting inside an object
 
 
 def named(error: Exception, cfg: DictConfig) -> str | None:
@@ -21,31 +23,54 @@ def named(error: Exception, cfg: DictConfig) -> str | None:
     told = sentence(error)
     if told is None:
         return None
-    told = KEY.sub(lambda found: home(cfg, found[0]), told)  # as one Trainer's devices stand at runtime.devices
+    told = KEY.sub(
+        lambda found: home(cfg, found[0]), told
+    )  # as one Trainer's devices stand at runtime.devices
     place = re.search(r"full_key: (\S+)", str(error))
     key = home(cfg, place[1]) if place else "task"
     leaves = dict(_leaves(cfg, key, set()))
-    inner = {".".join(parts[:size]) for full in leaves for parts in [full.split(".")] for size in range(2, len(parts) + 1)}
+    inner = {
+        ".".join(parts[:size])
+        for full in leaves
+        for parts in [full.split(".")]
+        for size in range(2, len(parts) + 1)
+    }
     if any(re.search(rf"(?<![\w.]){re.escape(each)}(?!\w)", told) for each in inner):
         return told
     full = _about(told, leaves)
     if full is None:
         return told if key == "task" or key in told else f"{key}: {told}"
     name = full.rpartition(".")[2]
-    return f"{full}{told[len(name) :]}" if re.match(rf"{re.escape(name)}\b", told) else f"{full}: {told}"
+    return (
+        f"{full}{told[len(name) :]}"
+        if re.match(rf"{re.escape(name)}\b", told)
+        else f"{full}: {told}"
+    )
 
 
 def _about(told: str, leaves: dict[str, Any]) -> str | None:
     """The key whose name and value `told` states; or the only one whose name it does."""
-    names = {full: re.escape(next(part for part in reversed(full.split(".")) if not part.isdigit())) for full in leaves}
+    names = {
+        full: re.escape(next(part for part in reversed(full.split(".")) if not part.isdigit()))
+        for full in leaves
+    }
     for between in (r"\W*(?:is |=|: )?\W*", r"\b.*?(?<![\w.])"):
         for full, value in leaves.items():
             texts = {re.escape(str(value)), re.escape(repr(value))} - {""}
-            if re.search(rf"(?<![\w.])(?i:{names[full]}){between}(?:{'|'.join(texts)})(?!\w)", told, re.DOTALL):
+            if re.search(
+                rf"(?<![\w.])(?i:{names[full]}){between}(?:{'|'.join(texts)})(?!\w)",
+                told,
+                re.DOTALL,
+            ):
                 return full
     mentioned = [full for full in leaves if re.search(rf"(?<![\w.]){names[full]}\b", told)]
-    quoted = [full for full, value in leaves.items() if isinstance(value, str) and value.strip("./")
-              and re.search(rf"(?<![\w./-]){re.escape(value)}(?![\w/-])", told)]
+    quoted = [
+        full
+        for full, value in leaves.items()
+        if isinstance(value, str)
+        and value.strip("./")
+        and re.search(rf"(?<![\w./-]){re.escape(value)}(?![\w/-])", told)
+    ]
     return next((one for found in (mentioned, quoted) if (one := _only(found))), None)
 
 

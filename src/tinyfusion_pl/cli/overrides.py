@@ -44,17 +44,23 @@ def readable(arguments: Sequence[str]) -> list[str]:
 
 def _at_home(override: str) -> str:
     key, equal, value = override.partition("=")
-    if "~" not in value or '"' in value or "'" in value:  # in quotes Hydra reads it; see `expand_home`
+    if (
+        "~" not in value or '"' in value or "'" in value
+    ):  # in quotes Hydra reads it; see `expand_home`
         return override
     # Commas part the jobs of a sweep, and what lists and mappings hold.
     start, end = (r"[\[{,:]\s*", r",\]}") if value[0] in "[{" else (r"(?:^|,)\s*", ",")
-    return f"{key}{equal}" + re.sub(rf"({start})(~[^{end}]*)", lambda found: found[1] + _home(found[2].strip(), override), value)
+    return f"{key}{equal}" + re.sub(
+        rf"({start})(~[^{end}]*)", lambda found: found[1] + _home(found[2].strip(), override), value
+    )
 
 
 def _home(path: str, override: str) -> str:
     if (expanded := os.path.expanduser(path)) == path:
         user = path[1:].partition("/")[0]
-        raise ValueError(f"{override}: there is no user {user!r} whose home folder that could be. A file of this name is ./{path}.")
+        raise ValueError(
+            f"{override}: there is no user {user!r} whose home folder that could be. A file of this name is ./{path}."
+        )
     return QuotedString(expanded, Quote.double).with_quotes()
 
 
@@ -84,9 +90,19 @@ def _unreadable(override: str, error: HydraException) -> str:
 def _check_text(override: str, value: object) -> None:
     key, _, written = override.partition("=")
     if written == "None":
-        raise ValueError(f"{override} is the text 'None'. For no value give {key}=null, and for the text {quoted(override)}.")
-    if key == "run_dir" and value is not None and not isinstance(value, str) and str(value) != written and written[:1] not in "[{":
-        raise ValueError(f"{override} is read as {value!r}. Quote it, so that it is text: {quoted(override)}.")
+        raise ValueError(
+            f"{override} is the text 'None'. For no value give {key}=null, and for the text {quoted(override)}."
+        )
+    if (
+        key == "run_dir"
+        and value is not None
+        and not isinstance(value, str)
+        and str(value) != written
+        and written[:1] not in "[{"
+    ):
+        raise ValueError(
+            f"{override} is read as {value!r}. Quote it, so that it is text: {quoted(override)}."
+        )
 
 
 def keep_escaped(node: DictConfig | ListConfig) -> None:
@@ -112,9 +128,17 @@ def check_added(cfg: DictConfig) -> None:
         return
     for override in HydraConfig.get().overrides.task:
         key = override.removeprefix("+").partition("=")[0]
-        if override.startswith("+") and "." not in key and "@" not in key and key in cfg and not OmegaConf.is_config(cfg[key]):
-            raise ValueError(f"There is no configuration group {key!r} to add ({override}). Groups to add are +experiment, +sweep and "
-                             "+debug; --help lists the choices.")
+        if (
+            override.startswith("+")
+            and "." not in key
+            and "@" not in key
+            and key in cfg
+            and not OmegaConf.is_config(cfg[key])
+        ):
+            raise ValueError(
+                f"There is no configuration group {key!r} to add ({override}). Groups to add are +experiment, +sweep and "
+                "+debug; --help lists the choices."
+            )
 
 
 def expand_home(node: DictConfig | ListConfig) -> None:

@@ -35,12 +35,22 @@ def as_single_run(argv: Sequence[str], job: DictConfig) -> list[str]:
     the sweep's they would run the whole sweep."""
     overrides = get_args_parser().parse_args(argv).overrides
     flags = [argument for argument in argv if argument not in (*overrides, "-m", "--multirun")]
-    of_hydra = [each for each in job.overrides.hydra if not each.startswith(("hydra.mode=", "hydra.sweep"))]
+    of_hydra = [
+        each for each in job.overrides.hydra if not each.startswith(("hydra.mode=", "hydra.sweep"))
+    ]
     return [*flags, *job.overrides.task, *of_hydra, "hydra.mode=RUN"]
 
 
 # What torchrun, Lightning, SLURM and MPI number the processes of one run by.
-RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+RANKS = (
+    "RANK",
+    "LOCAL_RANK",
+    "NODE_RANK",
+    "SLURM_PROCID",
+    "JSM_NAMESPACE_RANK",
+    "OMPI_COMM_WORLD_RANK",
+    "PMI_RANK",
+)
 
 
 def is_first_process() -> bool:

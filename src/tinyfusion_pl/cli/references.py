@@ -28,7 +28,11 @@ def home(cfg: DictConfig, key: str) -> str:
             try:
                 if OmegaConf.is_interpolation(node, index):
                     inner = REFERENCE.fullmatch(written(node, index))
-                    if inner is None or not inner[1].replace(".", "").isidentifier() or inner[1].startswith("."):
+                    if (
+                        inner is None
+                        or not inner[1].replace(".", "").isidentifier()
+                        or inner[1].startswith(".")
+                    ):
                         return key
                     key = ".".join([inner[1], *parts[place + 1 :]])
                     break
@@ -79,7 +83,9 @@ def sharpen(node: DictConfig | ListConfig, name: Any, value: Any, found: Any) ->
     """Put integers, as `found` has them, in the place of whole floats."""
     if isinstance(value, float) and isinstance(found, int):
         node[name] = found
-    elif isinstance(value, (dict, list)) and isinstance(found, (dict, list)) and TARGET not in value:
+    elif (
+        isinstance(value, (dict, list)) and isinstance(found, (dict, list)) and TARGET not in value
+    ):
         for each, inner in items(value):
             if not OmegaConf.is_interpolation(node[name], each) and each in dict(items(found)):
                 sharpen(node[name], each, inner, found[each])

@@ -19,7 +19,10 @@ from tinyfusion_pl.cli.processes import is_first_process
 # Where a run writes and which of its stages run: no part of what is computed, so no part of the folder's name.
 NOT_IDENTITY = ("hydra", "run_dir", "paths", "task")
 RESOLVER = re.compile(r"\$\{([\w.]+):")
-PURE_RESOLVERS = {"oc.select", "hydra"}  # whose value the configuration decides, or that stay as written
+PURE_RESOLVERS = {
+    "oc.select",
+    "hydra",
+}  # whose value the configuration decides, or that stay as written
 SHARED = "tinyfusion_pl.tasks.SharedResults"  # says which results other runs use again, which changes none of them
 CONFIG, LOCK = "config.yaml", ".lock"
 PUT_BACK = (
@@ -35,7 +38,9 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
     A reference to a single value becomes that value; one to a whole group, or to where the run is, stays as written.
     """
     raw = _without_shared(OmegaConf.to_container(cfg, resolve=False))
-    written = json.dumps({key: value for key, value in raw.items() if key not in NOT_IDENTITY}, default=str)
+    written = json.dumps(
+        {key: value for key, value in raw.items() if key not in NOT_IDENTITY}, default=str
+    )
     if set(RESOLVER.findall(written)) <= PURE_RESOLVERS:
         return json.loads(_settled(written))
     return _settled_now({key: value for key, value in raw.items() if key not in NOT_IDENTITY})
@@ -60,12 +65,18 @@ def config_hash(cfg: DictConfig) -> str:
 def hash_of(cfg: DictConfig, *names: str) -> str:
     """The same of the parts `names` of the configuration alone."""
     parts = identity(cfg)
-    return hashlib.sha256(_canonical({name: parts[name] for name in names}).encode()).hexdigest()[:8]
+    return hashlib.sha256(_canonical({name: parts[name] for name in names}).encode()).hexdigest()[
+        :8
+    ]
 
 
 def _without_shared(node: Any) -> Any:
     if isinstance(node, dict):
-        kept = {key: value for key, value in node.items() if not (isinstance(value, dict) and value.get("_target_") == SHARED)}
+        kept = {
+            key: value
+            for key, value in node.items()
+            if not (isinstance(value, dict) and value.get("_target_") == SHARED)
+        }
         return {key: _without_shared(value) for key, value in kept.items()}
     return [_without_shared(value) for value in node] if isinstance(node, list) else node
 
@@ -132,15 +143,23 @@ def _check_config(file: Path, cfg: DictConfig) -> None:
     try:
         content = file.read_bytes()
     except OSError as error:
-        raise ValueError(f"{file} cannot be read: {error.strerror}. Give another run_dir.") from error
+        raise ValueError(
+            f"{file} cannot be read: {error.strerror}. Give another run_dir."
+        ) from error
     if SEAL.encode() in content and not _is_sealed(content):
-        raise ValueError(f"{file} differs from its own hash: it was changed or damaged after the run wrote it. {PUT_BACK}")
+        raise ValueError(
+            f"{file} differs from its own hash: it was changed or damaged after the run wrote it. {PUT_BACK}"
+        )
     try:
-        there, here = (dict(_flat(identity(config))) for config in (OmegaConf.create(content.decode()), cfg))
+        there, here = (
+            dict(_flat(identity(config))) for config in (OmegaConf.create(content.decode()), cfg)
+        )
     except Exception as error:
         if SEAL.encode() not in content:
-            raise ValueError(f"{file} does not end with its own hash: it is truncated, or of an earlier version, and {file} is not a "
-                             f"readable configuration ({error}). {PUT_BACK}") from error
+            raise ValueError(
+                f"{file} does not end with its own hash: it is truncated, or of an earlier version, and {file} is not a "
+                f"readable configuration ({error}). {PUT_BACK}"
+            ) from error
         raise ValueError(f"{file} is not a readable configuration ({error}). {PUT_BACK}") from error
     differing = [key for key in {**here, **there} if here.get(key) != there.get(key)]
     if any(key not in there for key in differing) and SEAL.encode() not in content:
@@ -152,7 +171,11 @@ def _check_config(file: Path, cfg: DictConfig) -> None:
         shown = "; ".join(f"{key} is {there.get(key, 'not set')} there and {here.get(key, 'not set')} here"
                           for key in differing[:3])  # fmt: skip
         more = f"; {len(differing) - 3} more differ" if len(differing) > 3 else ""
-        alone = f" {file} is all that is in it: delete it to use this folder." if _is_alone(file) else ""
+        alone = (
+            f" {file} is all that is in it: delete it to use this folder."
+            if _is_alone(file)
+            else ""
+        )
         raise ValueError(
             f"{run_dir} holds a run of another configuration ({shown}{more}). Give another run_dir=PATH, or none: each "
             f"configuration then gets its own folder.{alone}"
@@ -167,7 +190,10 @@ def _is_sealed(content: bytes) -> bool:
 
 def _configuration_of(mark: Path) -> str | None:
     """The hash of the configuration that a finished stage's file states, as `RunFolder.finish` writes it."""
-    from tinyfusion_pl.checksums import Damaged, read_sealed  # imports torch, which --help does not need
+    from tinyfusion_pl.checksums import (
+        Damaged,
+        read_sealed,
+    )  # imports torch, which --help does not need
 
     try:
         return read_sealed(mark).get("configuration")
@@ -188,7 +214,11 @@ def write_config(run_dir: Path, cfg: DictConfig) -> None:
     raw, where = OmegaConf.to_container(cfg, resolve=False), {}
     for key in ("run_dir", "paths"):
         if key in cfg:
-            where[key] = OmegaConf.to_container(cfg[key], resolve=True) if OmegaConf.is_config(cfg[key]) else cfg[key]
+            where[key] = (
+                OmegaConf.to_container(cfg[key], resolve=True)
+                if OmegaConf.is_config(cfg[key])
+                else cfg[key]
+            )
     whole = {**identity(cfg), "task": raw["task"], **where}
     text = f"{OmegaConf.to_yaml(OmegaConf.create(whole))}# configuration: {config_hash(cfg)}\n"
     write_text(run_dir / CONFIG, f"{text}{SEAL}{_sha256(text.encode())}\n")

@@ -99,18 +99,44 @@ BOUNDS: dict[str, tuple[float | None, float | None]] = {
 }
 # target -> name -> (least, most) of others' classes
 FOREIGN_BOUNDS: dict[str, dict[str, tuple[float | None, float | None]]] = {
-    "peft.tuners.lora.config.LoraConfig": {"r": (1, 2**14), "lora_alpha": (1, 2**20), "lora_dropout": (0, 1 - 1e-9)},
-    "lightning.pytorch.trainer.trainer.Trainer": {
-        "devices": (-1, 4096), "num_nodes": (1, 10**5), "max_steps": (-1, 10**12), "max_epochs": (-1, 10**12),
-        "accumulate_grad_batches": (1, 2**20), "log_every_n_steps": (0, 10**12), "gradient_clip_val": (0, 10**9),
+    "peft.tuners.lora.config.LoraConfig": {
+        "r": (1, 2**14),
+        "lora_alpha": (1, 2**20),
+        "lora_dropout": (0, 1 - 1e-9),
     },
-    **{f"diffusers.schedulers.scheduling_{name}": {"solver_order": (1, 3)}
-       for name in ("dpmsolver_multistep.DPMSolverMultistepScheduler", "unipc_multistep.UniPCMultistepScheduler")},
-    **{f"torch.optim.{name}": {"lr": (0, 100), "weight_decay": (0, 100)}
-       for name in ("adamw.AdamW", "adam.Adam", "sgd.SGD", "rmsprop.RMSprop", "adagrad.Adagrad", "nadam.NAdam", "radam.RAdam")},
+    "lightning.pytorch.trainer.trainer.Trainer": {
+        "devices": (-1, 4096),
+        "num_nodes": (1, 10**5),
+        "max_steps": (-1, 10**12),
+        "max_epochs": (-1, 10**12),
+        "accumulate_grad_batches": (1, 2**20),
+        "log_every_n_steps": (0, 10**12),
+        "gradient_clip_val": (0, 10**9),
+    },
+    **{
+        f"diffusers.schedulers.scheduling_{name}": {"solver_order": (1, 3)}
+        for name in (
+            "dpmsolver_multistep.DPMSolverMultistepScheduler",
+            "unipc_multistep.UniPCMultistepScheduler",
+        )
+    },
+    **{
+        f"torch.optim.{name}": {"lr": (0, 100), "weight_decay": (0, 100)}
+        for name in (
+            "adamw.AdamW",
+            "adam.Adam",
+            "sgd.SGD",
+            "rmsprop.RMSprop",
+            "adagrad.Adagrad",
+            "nadam.NAdam",
+            "radam.RAdam",
+        )
+    },
 }
 CHOICES: dict[str, Any] = {"weights": Literal["ema", "raw"]}
-OBJECTS = {("tinyfusion_pl.objectives.gaussian_diffusion.GaussianDiffusion", "scheduler")}  # settings that are one, or null
+OBJECTS = {
+    ("tinyfusion_pl.objectives.gaussian_diffusion.GaussianDiffusion", "scheduler")
+}  # settings that are one, or null
 LOADERS = "tinyfusion_pl.models."  # whose weights may also be an entry of a file
 BLANK = ("prefix",)  # texts that may be empty
 UNTYPED = ("pattern",)  # an unquoted 1:2 is a number to YAML: the class says what happened
@@ -148,7 +174,14 @@ MAIN = Plain({
                                       "evaluate", "train", "extract", "candidates", "activations", "depth_curve")},
 })  # fmt: skip
 NEW_MODEL = "tinyfusion_pl.tasks.train_denoiser"  # makes a model of its name alone
-OF_NEW_MODEL = {"_target_", "name", "checkpoint", "weights", "variant", "prefix"}  # unused or unneeded where there are no weights yet
+OF_NEW_MODEL = {
+    "_target_",
+    "name",
+    "checkpoint",
+    "weights",
+    "variant",
+    "prefix",
+}  # unused or unneeded where there are no weights yet
 IS_MAIN = {"model", "data", "objective", "pruning", "learn_mask", "recover", "evaluate", "train"}
 
 # What a stage gives to what it makes, so that a setting would go unread: key -> names
@@ -169,17 +202,25 @@ def kind_of(name: str, hint: Any, *, target: str) -> Kind:
         return Kind(hint, **_bounds(FOREIGN_BOUNDS.get(target, {}).get(name)))
     if (target, name) in OBJECTS:
         return Kind(Built | None)
-    return Kind(hint if target.startswith(LOADERS) else CHOICES.get(name, hint), **_bounds(BOUNDS.get(name)), blank=name in BLANK)
+    return Kind(
+        hint if target.startswith(LOADERS) else CHOICES.get(name, hint),
+        **_bounds(BOUNDS.get(name)),
+        blank=name in BLANK,
+    )
 
 
 def check_name(key: str, value: str) -> None:
     """`ValueError` for a name that is no name of one folder."""
     if not NAME.fullmatch(value):
-        raise ValueError(f"{key} is {value!r}, which names a folder and files. Give letters, digits, '_', '.', '+' and '-', 128 at most, "
-                         "the first of them no dot; run_dir=PATH says where a run goes.")
+        raise ValueError(
+            f"{key} is {value!r}, which names a folder and files. Give letters, digits, '_', '.', '+' and '-', 128 at most, "
+            "the first of them no dot; run_dir=PATH says where a run goes."
+        )
 
 
 def check_run_dir(key: str, value: str) -> None:
     """`ValueError` for a path that would fill the present folder."""
     if not value.strip():
-        raise ValueError(f"{key} is empty. Give the path of a folder for this run, or leave it out.")
+        raise ValueError(
+            f"{key} is empty. Give the path of a folder for this run, or leave it out."
+        )

@@ -12,7 +12,18 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tinyfusion_pl.cli.references import REFERENCE, TARGET, Unresolved, home, names_of, outline, raw, sharpen, words_referred_to, written
+from tinyfusion_pl.cli.references import (
+    REFERENCE,
+    TARGET,
+    Unresolved,
+    home,
+    names_of,
+    outline,
+    raw,
+    sharpen,
+    words_referred_to,
+    written,
+)
 from tinyfusion_pl.cli.wording import hint, shown, unread
 
 MAX_TOLD = 8
@@ -37,7 +48,9 @@ def checked(cfg: DictConfig) -> DictConfig:
     door.check()
     if door.problems:
         told = list(dict.fromkeys(door.problems.values()))
-        more = [f"({len(told) - MAX_TOLD} more settings are wrong.)"] if len(told) > MAX_TOLD else []
+        more = (
+            [f"({len(told) - MAX_TOLD} more settings are wrong.)"] if len(told) > MAX_TOLD else []
+        )
         raise ValueError("\n".join([*told[:MAX_TOLD], *more]))
     return cfg
 
@@ -78,17 +91,29 @@ class _Door:
                     while isinstance(inner, DictConfig) and len(inner) == 1:  # ++a.b=1 adds both
                         (last,) = inner
                         full, inner = f"{full}.{last}", raw(inner, last)
-                    self.tell(full, unread(full, schema.settings, "is no setting of this configuration"))
+                    self.tell(
+                        full, unread(full, schema.settings, "is no setting of this configuration")
+                    )
             elif not isinstance(kind, self.schema.Plain):
                 self.value(node, name, full, kind)
             elif isinstance(inner := raw(node, name), DictConfig):
                 self.plain(inner, full, kind)
             else:
-                self.tell(full, f"{full} is {shown(inner)}; give a mapping ({', '.join(kind.settings)}).")
+                self.tell(
+                    full, f"{full} is {shown(inner)}; give a mapping ({', '.join(kind.settings)})."
+                )
 
     def names(self) -> None:
-        for key, check in (("name", self.schema.check_name), ("run_dir", self.schema.check_run_dir)):
-            if key in self.cfg.keys() and isinstance(value := raw(self.cfg, key), str) and "${" not in value and value != "???":
+        for key, check in (
+            ("name", self.schema.check_name),
+            ("run_dir", self.schema.check_run_dir),
+        ):
+            if (
+                key in self.cfg.keys()
+                and isinstance(value := raw(self.cfg, key), str)
+                and "${" not in value
+                and value != "???"
+            ):
                 try:
                     check(key, value)
                 except ValueError as error:
@@ -100,7 +125,13 @@ class _Door:
         if not isinstance(task, DictConfig):
             return
         for name in task:
-            if name not in ("stages", "overrides", "run_dir", "settings", *SPECIAL) and not OmegaConf.is_interpolation(task, name):
+            if name not in (
+                "stages",
+                "overrides",
+                "run_dir",
+                "settings",
+                *SPECIAL,
+            ) and not OmegaConf.is_interpolation(task, name):
                 self.tell(f"task.{name}", f"task.{name} is {shown(raw(task, name))}; a task takes it from the rest of the configuration. "
                                           f"Leave it out and set {name} there.")  # fmt: skip
         model = raw(self.cfg, "model")
@@ -120,7 +151,11 @@ class _Door:
         if OmegaConf.is_missing(node, name):
             return
         refers = OmegaConf.is_interpolation(node, name)
-        if refers and not REFERENCE.fullmatch(written(node, name)) and kind.takes(lambda part: part is str):
+        if (
+            refers
+            and not REFERENCE.fullmatch(written(node, name))
+            and kind.takes(lambda part: part is str)
+        ):
             return  # a text with references in it is a text; to read it may take the hash of everything
         value = self.resolved(node, name, key)
         if isinstance(value, Unresolved):
@@ -132,8 +167,12 @@ class _Door:
             key = ".".join([key, *map(str, error.path)])
             where = home(self.cfg, key)
             taken = f" ({key} takes it)" if where != key else ""
-            if where == key or where not in self.problems:  # what is wrong where it stands says more
-                self.problems[where] = f"{where} is {shown(error.value)}{taken}; {error}.{hint(error.value, error.kind)}"
+            if (
+                where == key or where not in self.problems
+            ):  # what is wrong where it stands says more
+                self.problems[where] = (
+                    f"{where} is {shown(error.value)}{taken}; {error}.{hint(error.value, error.kind)}"
+                )
             return
         if refers:  # its settings are looked at where it stands
             self.fits(value, home(self.cfg, key), kind)
@@ -164,10 +203,16 @@ class _Door:
         try:
             target = self.targets.locate(name) if isinstance(name, str) else None
         except ValueError as error:
-            self.tell(f"{key}.{TARGET}", f"{key}.{TARGET}: {error}. Give the full name of a class or function.")
+            self.tell(
+                f"{key}.{TARGET}",
+                f"{key}.{TARGET}: {error}. Give the full name of a class or function.",
+            )
             return
         if target is None:
-            self.tell(f"{key}.{TARGET}", f"{key}.{TARGET} is {shown(name)}; give the full name of a class or function.")
+            self.tell(
+                f"{key}.{TARGET}",
+                f"{key}.{TARGET} is {shown(name)}; give the full name of a class or function.",
+            )
             return
         self.fits(node, key, kind)
         parameters = self.targets.parameters_of(target, given=node)
@@ -175,7 +220,9 @@ class _Door:
         if not node.get("_partial_") and "_args_" not in node:
             for each in parameters.required:
                 if each not in node.keys():  # a missing value is no member, but a key
-                    self.tell(f"{key}.{each}", f"{key}.{each} has no value. Give one: {key}.{each}=VALUE.")
+                    self.tell(
+                        f"{key}.{each}", f"{key}.{each} has no value. Give one: {key}.{each}=VALUE."
+                    )
 
     def fits(self, value: Any, key: str, kind: Any) -> None:
         """Whether the object that `value` describes is of the kind that is meant."""
@@ -195,9 +242,14 @@ class _Door:
             if name in SPECIAL:
                 self.value(node, name, full, self.kinds.Kind(SPECIAL[name]))
             elif name in self.schema.GIVEN.get(key, ()):
-                self.tell(full, f"{full} is {shown(raw(node, name))}, but it is set by what uses it. Leave it out.")
+                self.tell(
+                    full,
+                    f"{full} is {shown(raw(node, name))}, but it is set by what uses it. Leave it out.",
+                )
             elif name in allowed:
-                self.value(node, name, full, self.schema.kind_of(name, parameters.hints[name], target=of))
+                self.value(
+                    node, name, full, self.schema.kind_of(name, parameters.hints[name], target=of)
+                )
                 if name == "sampling" and of.startswith("tinyfusion_pl."):
                     self.sampling(raw(node, name), full)
             elif parameters.open:
@@ -210,7 +262,11 @@ class _Door:
     def sampling(self, node: Any, key: str) -> None:
         """The options of the objective's ``sample``."""
         objective = OmegaConf.select(self.cfg, "objective")
-        if not isinstance(node, DictConfig) or not isinstance(objective, DictConfig) or not isinstance(objective.get(TARGET), str):
+        if (
+            not isinstance(node, DictConfig)
+            or not isinstance(objective, DictConfig)
+            or not isinstance(objective.get(TARGET), str)
+        ):
             return
         try:
             target = self.targets.locate(objective._target_)
@@ -232,8 +288,15 @@ class _Door:
         try:
             return node[name]
         except OmegaConfBaseException as error:
-            if not OmegaConf.is_missing(node, name) and "hydra" not in str(written(node, name)) and "Missing" not in str(error):
-                self.tell(key, f"{key} refers to {written(node, name)}, which cannot be read: {str(error).splitlines()[0]}.")
+            if (
+                not OmegaConf.is_missing(node, name)
+                and "hydra" not in str(written(node, name))
+                and "Missing" not in str(error)
+            ):
+                self.tell(
+                    key,
+                    f"{key} refers to {written(node, name)}, which cannot be read: {str(error).splitlines()[0]}.",
+                )
             return Unresolved()
 
 

@@ -22,17 +22,24 @@ def check_sweep(arguments: Sequence[str]) -> None:
         return
     parsed = OverridesParser.create().parse_overrides(options.overrides)
     names = ("sweep", "experiment")
-    if not any(p.is_sweep_override() or p.key_or_group in names or "hydra." in p.key_or_group for p in parsed):
-        raise ValueError(f"-m runs a sweep, but no setting has several values ({' '.join(options.overrides)}). Give values with commas, as "
-                         "seed=0,1, or +sweep=NAME; or leave out -m.")
+    if not any(
+        p.is_sweep_override() or p.key_or_group in names or "hydra." in p.key_or_group
+        for p in parsed
+    ):
+        raise ValueError(
+            f"-m runs a sweep, but no setting has several values ({' '.join(options.overrides)}). Give values with commas, as "
+            "seed=0,1, or +sweep=NAME; or leave out -m."
+        )
 
 
 def check_single(sweeper: DictConfig) -> None:
     """Refuse a sweep's values without ``-m``: none of them would be used."""
     if params := sweeper.get("params"):
-        raise ValueError(f"the configuration gives several values ({', '.join(f'{key}={value}' for key, value in params.items())}), but "
-                         "without -m one run "
-                         "is made, with none of them. Add -m.")
+        raise ValueError(
+            f"the configuration gives several values ({', '.join(f'{key}={value}' for key, value in params.items())}), but "
+            "without -m one run "
+            "is made, with none of them. Add -m."
+        )
 
 
 def is_arm(job: DictConfig) -> bool:

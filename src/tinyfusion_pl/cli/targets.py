@@ -53,18 +53,27 @@ def parameters_of(target: Callable[..., Any], *, given: typing.Mapping[str, Any]
 def options_of(function: Callable[..., Any]) -> Parameters:
     """The parameters of `function` that are given by name alone."""
     parameters, known = _own(function)
-    names = [name for name, parameter in parameters.items() if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
+    names = [
+        name
+        for name, parameter in parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    ]
     return Parameters({name: known.get(name, Any) for name in names}, (), False)
 
 
 @lru_cache
 def _own(function: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter], dict[str, Any]]:
     """Parameters by name, and their hints; none where a builtin does not say them."""
-    if isinstance(function, type) and (function.__init__, function.__new__) == (object.__init__, object.__new__):
+    if isinstance(function, type) and (function.__init__, function.__new__) == (
+        object.__init__,
+        object.__new__,
+    ):
         return {}, {}  # object's own says *args, **kwargs, and takes none
     called = function.__init__ if isinstance(function, type) else function
     try:
-        parameters = {name: p for name, p in inspect.signature(called).parameters.items() if name not in SELF}
+        parameters = {
+            name: p for name, p in inspect.signature(called).parameters.items() if name not in SELF
+        }
     except (TypeError, ValueError):
         return {"kwargs": inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)}, {}
     return parameters, _hints(called, parameters)
@@ -76,7 +85,9 @@ def _hints(called: Callable[..., Any], parameters: dict[str, inspect.Parameter])
     except Exception:  # a name that is only imported for type checkers: each parameter by itself
         pass
     names = vars(typing) | getattr(inspect.unwrap(called), "__globals__", {})
-    names |= vars(sys.modules.get(called.__module__, typing))  # of a dataclass's __init__, which has globals of its own
+    names |= vars(
+        sys.modules.get(called.__module__, typing)
+    )  # of a dataclass's __init__, which has globals of its own
     found = {}
     for name, parameter in parameters.items():
         try:
@@ -87,13 +98,19 @@ def _hints(called: Callable[..., Any], parameters: dict[str, inspect.Parameter])
     return found
 
 
-def _passed_on(target: Callable[..., Any], given: typing.Mapping[str, Any]) -> list[Callable[..., Any]]:
+def _passed_on(
+    target: Callable[..., Any], given: typing.Mapping[str, Any]
+) -> list[Callable[..., Any]]:
     """Where the ``**kwargs`` of `target` go."""
     name = f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', '')}"
     if name in PASSED_ON:
         return [locate(PASSED_ON[name])]
-    if isinstance(target, type) and name.startswith("tinyfusion_pl."):  # those of others may go anywhere
-        return [each for each in target.__mro__[1:] if "__init__" in vars(each) and each is not object]
+    if isinstance(target, type) and name.startswith(
+        "tinyfusion_pl."
+    ):  # those of others may go anywhere
+        return [
+            each for each in target.__mro__[1:] if "__init__" in vars(each) and each is not object
+        ]
     if name == "tinyfusion_pl.models.pretrained.load_denoiser":
         from tinyfusion_pl.models.registry import model_family
 

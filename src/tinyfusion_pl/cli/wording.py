@@ -23,9 +23,17 @@ def hint(value: Any, kind: Any) -> str:
     """What a person may have meant."""
     if isinstance(value, str) and value.lower() in ("none", "nil", "~") and kind.allows_null:
         return f" {value!r} is a text: write null, or leave it out."
-    if isinstance(value, str) and kind.takes(lambda part: part in (int, float)) and _is_number(value):
+    if (
+        isinstance(value, str)
+        and kind.takes(lambda part: part in (int, float))
+        and _is_number(value)
+    ):
         return " A number is written without quotes."
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and kind.takes(lambda part: part is str):
+    if (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and kind.takes(lambda part: part is str)
+    ):
         return f""" If a text is meant, put it in quotes: '"{value}"'."""
     return ""
 
@@ -44,5 +52,9 @@ def unread(key: str, known: Iterable[str], why: str) -> str:
     prefix, _, name = key.rpartition(".")
     near = difflib.get_close_matches(name, known, n=3)
     prefix = f"{prefix}." if prefix else ""
-    does = f"Did you mean {' or '.join(prefix + each for each in near)}?" if near else f"It has {', '.join(known) or 'no settings'}."
+    does = (
+        f"Did you mean {' or '.join(prefix + each for each in near)}?"
+        if near
+        else f"It has {', '.join(known) or 'no settings'}."
+    )
     return f"{key} {why}, and nothing would read it. {does}"

@@ -10,6 +10,14 @@ from tinyfusion_pl.data.shards import LatentShards
 from tinyfusion_pl.data.vae import VAE, load_vae
 
 __all__ = [
-    "VAE", "DigitsDataModule", "GenerationDataModule", "ImageNetLatents", "LatentShards", "PixelImages", "StreamLoader", "StreamSampler",
-    "load_vae", "open_images",
+    "VAE",
+    "DigitsDataModule",
+    "GenerationDataModule",
+    "ImageNetLatents",
+    "LatentShards",
+    "PixelImages",
+    "StreamLoader",
+    "StreamSampler",
+    "load_vae",
+    "open_images",
 ]

@@ -32,7 +32,11 @@ class GenerationDataModule(LightningDataModule, ABC):
 
     def __init__(self, *, batch_size: int, seed: int = 0, num_workers: int = 0) -> None:
         super().__init__()
-        for name, value, least in (("batch_size", batch_size, 1), ("seed", seed, 0), ("num_workers", num_workers, 0)):
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("seed", seed, 0),
+            ("num_workers", num_workers, 0),
+        ):
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} is {value!r}. Give a whole number, {least} or more.")
         self.batch_size = batch_size
@@ -89,23 +93,35 @@ class GenerationDataModule(LightningDataModule, ABC):
     def check_labels(self, num_classes: int) -> None:
         """Find out whether labels are those of a model with `num_classes` classes; ValueError when they are not, a warning when they may
         be others."""
-        if self.classes is not None and self.classes and not 0 <= min(self.classes) <= max(self.classes) < num_classes:
-            raise ValueError(f"The data has labels {min(self.classes)} to {max(self.classes)}, but the model knows the classes 0 to "
-                             f"{num_classes - 1}. Give a model of these classes, or data of its classes.")
+        if (
+            self.classes is not None
+            and self.classes
+            and not 0 <= min(self.classes) <= max(self.classes) < num_classes
+        ):
+            raise ValueError(
+                f"The data has labels {min(self.classes)} to {max(self.classes)}, but the model knows the classes 0 to "
+                f"{num_classes - 1}. Give a model of these classes, or data of its classes."
+            )
 
     def check_latents(self, denoiser: nn.Module) -> None:
         """Find out whether `denoiser` works on latents of this size and channel count; ValueError when it does not."""
         config = getattr(denoiser, "config", {})
         side = config.get("input_size")
-        expected = getattr(denoiser, "latent_shape", None) or (side and (config.get("in_channels"), side, side))
+        expected = getattr(denoiser, "latent_shape", None) or (
+            side and (config.get("in_channels"), side, side)
+        )
         if expected and tuple(expected) != tuple(self.latent_shape):
-            raise ValueError(f"The data's latents are (C, H, W) = {tuple(self.latent_shape)}, the model takes {tuple(expected)}. Give "
-                             "latents of that size and channel count, or a model for these.")
+            raise ValueError(
+                f"The data's latents are (C, H, W) = {tuple(self.latent_shape)}, the model takes {tuple(expected)}. Give "
+                "latents of that size and channel count, or a model for these."
+            )
 
     def check_processes(self, num_processes: int) -> None:
         """Find out whether so many processes can train; ValueError when there is no sample for each."""
         if num_processes > (num_samples := len(self.train_set())):
-            raise ValueError(f"There are {num_processes} processes, but only {num_samples} training samples. Give fewer devices.")
+            raise ValueError(
+                f"There are {num_processes} processes, but only {num_samples} training samples. Give fewer devices."
+            )
 
     def check_decode(self) -> None:
         """Find out whether `decode` will work; ValueError or ArtifactError when it will not."""
@@ -152,7 +168,10 @@ class GenerationDataModule(LightningDataModule, ABC):
 
     @property
     def _ranks(self) -> dict[str, int]:
-        return (self.trainer and self.trainer.distributed_sampler_kwargs) or {"rank": 0, "num_replicas": 1}
+        return (self.trainer and self.trainer.distributed_sampler_kwargs) or {
+            "rank": 0,
+            "num_replicas": 1,
+        }
 
     def _batches_per_pass(self, num_samples: int) -> int:
         trainer = self.trainer
@@ -163,7 +182,11 @@ class GenerationDataModule(LightningDataModule, ABC):
     def _num_batches(self) -> int:
         # `processed` counts a batch from the end of its training step on: before callbacks save their checkpoints, and
         # never for a step that was cut short. Lightning restores it later than this object's state: hence the larger.
-        trained = 0 if self.trainer is None else self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
+        trained = (
+            0
+            if self.trainer is None
+            else self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
+        )
         return max(self._restored["num_batches"], trained)
 
     def _num_draws(self) -> int:

@@ -44,7 +44,9 @@ class LabelledImages(Dataset, ABC):
     labels: np.ndarray
     said: list[str]
 
-    def __init__(self, *, reader: ImageReader, skip_broken: bool = False, remedy: str = REMEDY) -> None:
+    def __init__(
+        self, *, reader: ImageReader, skip_broken: bool = False, remedy: str = REMEDY
+    ) -> None:
         self.reader, self.skip_broken, self.remedy = reader, skip_broken, remedy
 
     def __len__(self) -> int:
@@ -81,7 +83,9 @@ class LabelledImages(Dataset, ABC):
         except BrokenImage as error:
             if self.skip_broken:
                 return None, Note(0), f"{self.place(index)}: {error}"
-            raise ValueError(f"{self.place(index)} is no readable image ({error}). {self.remedy}") from error
+            raise ValueError(
+                f"{self.place(index)} is no readable image ({error}). {self.remedy}"
+            ) from error
 
     def __getitem__(self, index: int) -> tuple[Tensor | None, int]:
         return self.read(index)[0], int(self.labels[index])
@@ -90,29 +94,45 @@ class LabelledImages(Dataset, ABC):
 class ClassFolders(LabelledImages):
     """``root/CLASS/*.JPEG``, with labels as `label_classes` says."""
 
-    def __init__(self, root: str | os.PathLike, *, class_to_idx: str | None = None, **reading: Any) -> None:
+    def __init__(
+        self, root: str | os.PathLike, *, class_to_idx: str | None = None, **reading: Any
+    ) -> None:
         super().__init__(**reading)
         self.root = Path(root)
         if not self.root.is_dir():
-            raise ValueError(f"{root} is no folder of class folders with images. Give ImageNet's train/ (train/n01440764/*.JPEG, ...) or "
-                             "an npz file.")
+            raise ValueError(
+                f"{root} is no folder of class folders with images. Give ImageNet's train/ (train/n01440764/*.JPEG, ...) or "
+                "an npz file."
+            )
         found, ignored = find_class_folders(root)
         self.said = [f"Ignored in {root}: {sentence}." for sentence in ignored.sentences()]
         empty = [name for name, names in found.items() if not names]
         if len(empty) == len(found):
-            what = f"its {len(found)} class folders hold no images" if found else "it has no class folders"
+            what = (
+                f"its {len(found)} class folders hold no images"
+                if found
+                else "it has no class folders"
+            )
             beside = f" (it holds {'; '.join(ignored.sentences())})" if ignored.sentences() else ""
-            raise ValueError(f"{root} is no folder of class folders with images: {what}{beside}. Give ImageNet's train/ "
-                             "(train/n01440764/*.JPEG, ...) or an npz file.")
-        self.indices, self.labelled_by, said = label_classes(list(found), class_to_idx=class_to_idx, where=str(root))
+            raise ValueError(
+                f"{root} is no folder of class folders with images: {what}{beside}. Give ImageNet's train/ "
+                "(train/n01440764/*.JPEG, ...) or an npz file."
+            )
+        self.indices, self.labelled_by, said = label_classes(
+            list(found), class_to_idx=class_to_idx, where=str(root)
+        )
         if empty and self.labelled_by == "order":
-            raise ValueError(f"{len(empty)} of the {len(found)} class folders of {root} hold no images ({named(empty)}), and labels are "
-                             "the order of the folders. Remove the empty ones, or give class_to_idx=order to count them.")
+            raise ValueError(
+                f"{len(empty)} of the {len(found)} class folders of {root} hold no images ({named(empty)}), and labels are "
+                "the order of the folders. Remove the empty ones, or give class_to_idx=order to count them."
+            )
         self.said += [f"Class folders of {root} without images: {named(empty)}."] if empty else []
         self.said += said + _split_folders(root, found)
         self.classes, self.class_names = list(found), None
         nums = [len(names) for names in found.values()]
-        self.paths = np.array([name for names in found.values() for name in names])  # a list would be copied into each worker process
+        self.paths = np.array(
+            [name for names in found.values() for name in names]
+        )  # a list would be copied into each worker process
         self.labels = np.repeat(np.array(self.indices, dtype=np.int64), nums)
 
     def name(self, index: int) -> str:
@@ -149,41 +169,66 @@ class PackedImages(LabelledImages):
     """An npz file with ``blob``, the bytes of all image files, ``offsets`` (N + 1) into it, ``labels`` (N,), and optionally ``wnids`` (or
     ``classes``) and ``names`` of the classes."""
 
-    def __init__(self, path: str | os.PathLike, *, class_to_idx: str | None = None, **reading: Any) -> None:
+    def __init__(
+        self, path: str | os.PathLike, *, class_to_idx: str | None = None, **reading: Any
+    ) -> None:
         super().__init__(**reading)
         self.path = Path(path)
         held, _ = read_npz(path, only=PACKED)
         if lacking := [name for name in ("blob", "offsets", "labels") if name not in held]:
-            raise ArtifactError(f"{path} has no {', '.join(lacking)}; an npz file of images holds blob (bytes of the image files), offsets "
-                                "(N + 1) into it and labels (N,).")
+            raise ArtifactError(
+                f"{path} has no {', '.join(lacking)}; an npz file of images holds blob (bytes of the image files), offsets "
+                "(N + 1) into it and labels (N,)."
+            )
         self.blob, self.offsets = held["blob"], _whole_numbers(held["offsets"], "offsets", path)
         labels = _whole_numbers(held["labels"], "labels", path)
         if self.blob.dtype != np.uint8 or self.blob.ndim != 1:
-            raise ArtifactError(f"'blob' of {path} is {self.blob.dtype} {self.blob.shape}; expected the bytes of all image files, uint8 of "
-                                "one dimension.")
+            raise ArtifactError(
+                f"'blob' of {path} is {self.blob.dtype} {self.blob.shape}; expected the bytes of all image files, uint8 of "
+                "one dimension."
+            )
         offsets = self.offsets
-        if not len(labels) or len(offsets) != len(labels) + 1 or int(offsets[-1]) != self.blob.nbytes:
-            raise ArtifactError(f"{path} is inconsistent: {len(offsets)} offsets up to {int(offsets[-1]) if len(offsets) else 0} for "
-                                f"{len(labels)} labels and {self.blob.nbytes} bytes.")
+        if (
+            not len(labels)
+            or len(offsets) != len(labels) + 1
+            or int(offsets[-1]) != self.blob.nbytes
+        ):
+            raise ArtifactError(
+                f"{path} is inconsistent: {len(offsets)} offsets up to {int(offsets[-1]) if len(offsets) else 0} for "
+                f"{len(labels)} labels and {self.blob.nbytes} bytes."
+            )
         if offsets[0] != 0 or (np.diff(offsets) < 0).any():
-            raise ArtifactError(f"{path} is inconsistent: its offsets must begin with 0 and never decrease.")
+            raise ArtifactError(
+                f"{path} is inconsistent: its offsets must begin with 0 and never decrease."
+            )
         names = held.get("wnids", held.get("classes"))
         for key, given in (("wnids or classes", names), ("names", held.get("names"))):
             if given is not None and (given.ndim != 1 or given.dtype.kind not in "US"):
-                raise ArtifactError(f"{key!r} of {path} is {given.dtype} {given.shape}; expected one text for each class.")
+                raise ArtifactError(
+                    f"{key!r} of {path} is {given.dtype} {given.shape}; expected one text for each class."
+                )
         highest, lowest = int(labels.max()), int(labels.min())
-        present = range(highest + 1) if names is None and highest < len(labels) else np.unique(labels).tolist()
+        present = (
+            range(highest + 1)
+            if names is None and highest < len(labels)
+            else np.unique(labels).tolist()
+        )
         own = list(present) if names is None else list(range(len(names)))
         if lowest < 0 or highest > own[-1]:
-            raise ArtifactError(f"{path} has labels {lowest} to {highest} and names {len(own)} classes.")
+            raise ArtifactError(
+                f"{path} has labels {lowest} to {highest} and names {len(own)} classes."
+            )
         self.classes = [str(number) for number in own] if names is None else _texts(names)
         if len(set(self.classes)) < len(self.classes):
             raise ArtifactError(f"{path} names a class twice in wnids or classes.")
         self.class_names = _texts(held["names"]) if "names" in held else None
         if self.class_names is not None and len(self.class_names) != len(self.classes):
-            raise ArtifactError(f"{path} has {len(self.class_names)} names for {len(self.classes)} classes.")
+            raise ArtifactError(
+                f"{path} has {len(self.class_names)} names for {len(self.classes)} classes."
+            )
         self.indices, self.labelled_by, self.said = label_classes(
-            self.classes, class_to_idx=class_to_idx, where=str(path), own=own)
+            self.classes, class_to_idx=class_to_idx, where=str(path), own=own
+        )
         self.labels = relabel(labels, own, self.indices, where=str(path))
 
     def name(self, index: int) -> str:
@@ -199,13 +244,17 @@ class PackedImages(LabelledImages):
         return _digest(self.offsets.tobytes(), self.labels.tobytes())
 
     def stamps(self, num: int) -> list[tuple[int, int]]:
-        return [(int(size), self.digest(i)) for i, size in enumerate(np.diff(self.offsets[: num + 1]))]
+        return [
+            (int(size), self.digest(i)) for i, size in enumerate(np.diff(self.offsets[: num + 1]))
+        ]
 
     def digest(self, index: int) -> int:
         return _as_integer(hashlib.sha256(self.blob[self.offsets[index] : self.offsets[index + 1]]))
 
 
-def open_images(path: str | os.PathLike, *, image_size: int | None, **settings: Any) -> LabelledImages:
+def open_images(
+    path: str | os.PathLike, *, image_size: int | None, **settings: Any
+) -> LabelledImages:
     """The images of a folder of class folders, or of an npz file.
 
     Args:
@@ -216,9 +265,13 @@ def open_images(path: str | os.PathLike, *, image_size: int | None, **settings: 
     Raises:
         ValueError, ArtifactError: when they cannot be read; says what was expected.
     """
-    of_reader = {name: settings.pop(name) for name in ("num_channels", "max_pixels") if name in settings}
+    of_reader = {
+        name: settings.pop(name) for name in ("num_channels", "max_pixels") if name in settings
+    }
     reader = ImageReader(image_size=image_size, **of_reader)
-    return (PackedImages if Path(path).suffix == ".npz" else ClassFolders)(path, reader=reader, **settings)
+    return (PackedImages if Path(path).suffix == ".npz" else ClassFolders)(
+        path, reader=reader, **settings
+    )
 
 
 def as_batch_item(images: LabelledImages, index: int) -> tuple[Tensor, int, int, str]:
@@ -232,22 +285,29 @@ def as_batch_item(images: LabelledImages, index: int) -> tuple[Tensor, int, int,
 
 def _whole_numbers(array: np.ndarray, name: str, path: str | os.PathLike) -> np.ndarray:
     if array.dtype.kind not in "iu" or array.ndim != 1:
-        raise ArtifactError(f"{name!r} of {path} is {array.dtype} {array.shape}; expected whole numbers of one dimension.")
+        raise ArtifactError(
+            f"{name!r} of {path} is {array.dtype} {array.shape}; expected whole numbers of one dimension."
+        )
     if len(array) and int(array.max()) > np.iinfo(np.int64).max:
         raise ArtifactError(f"{name!r} of {path} go up to {int(array.max())}.")
     return array.astype(np.int64)
 
 
 def _texts(array: np.ndarray) -> list[str]:
-    return [each.decode("utf-8", "replace") if isinstance(each, bytes) else str(each) for each in array.tolist()]
+    return [
+        each.decode("utf-8", "replace") if isinstance(each, bytes) else str(each)
+        for each in array.tolist()
+    ]
 
 
 def _split_folders(root: str | os.PathLike, found: dict[str, list[str]]) -> list[str]:
     """A sentence where class folders look like the parts of a data set, each with class folders of its own."""
     nested = all(name.count(os.sep) >= 2 for names in found.values() for name in names)
     if found and nested and all(name.lower() in SPLITS for name in found):
-        return [f"The class folders of {root} are {named(list(found))}, and their images are in folders of their own: if those are the "
-                f"classes, give {Path(root) / next(iter(found))}."]
+        return [
+            f"The class folders of {root} are {named(list(found))}, and their images are in folders of their own: if those are the "
+            f"classes, give {Path(root) / next(iter(found))}."
+        ]
     return []
 
 

@@ -44,8 +44,12 @@ class Inventory:
     @classmethod
     def of(cls, images: LabelledImages, *, num_samples: int) -> Inventory:
         """Of the first `num_samples` images."""
-        return cls(labels=images.labels[:num_samples], stamps=images.stamps(num_samples),
-                   names=[images.name(i) for i in range(num_samples)], places=np.arange(num_samples))
+        return cls(
+            labels=images.labels[:num_samples],
+            stamps=images.stamps(num_samples),
+            names=[images.name(i) for i in range(num_samples)],
+            places=np.arange(num_samples),
+        )
 
     @property
     def gone(self) -> list[int]:
@@ -54,9 +58,14 @@ class Inventory:
 
     def write(self, root: Path, info: LatentsInfo) -> None:
         lines = [json.dumps(info.as_dict())]
-        lines += [json.dumps([label, *stamp, name]) for label, stamp, name in zip(self.labels.tolist(), self.stamps, self.names)]
+        lines += [
+            json.dumps([label, *stamp, name])
+            for label, stamp, name in zip(self.labels.tolist(), self.stamps, self.names)
+        ]
         text, path = "\n".join(lines) + "\n", root / INVENTORY
-        if not (path.is_file() and path.read_text(encoding="utf-8", errors="replace") == text):  # the folder may be read-only by now
+        if not (
+            path.is_file() and path.read_text(encoding="utf-8", errors="replace") == text
+        ):  # the folder may be read-only by now
             write_text(path, text)
 
     @classmethod
@@ -71,15 +80,28 @@ class Inventory:
             return None
         check_regular(path)
         try:
-            head, *lines = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+            head, *lines = (
+                json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()
+            )
             info = LatentsInfo.from_dict(head, path)
-            labels, stamps, names = zip(*((int(label), (int(size), int(time)), str(name)) for label, size, time, name in lines))
+            labels, stamps, names = zip(
+                *(
+                    (int(label), (int(size), int(time)), str(name))
+                    for label, size, time, name in lines
+                )
+            )
             if len(labels) != info.num_samples:
                 raise ValueError(f"{len(labels)} lines for {info.num_samples} samples")
-            return info, cls(labels=np.array(labels, dtype=np.int64), stamps=list(stamps), names=list(names),
-                             places=np.arange(len(labels)))
+            return info, cls(
+                labels=np.array(labels, dtype=np.int64),
+                stamps=list(stamps),
+                names=list(names),
+                places=np.arange(len(labels)),
+            )
         except (OSError, ValueError, TypeError, OverflowError, RecursionError) as error:
-            raise ArtifactError(f"{path} is damaged ({error}). Delete it to extract into {root} from the beginning.") from error
+            raise ArtifactError(
+                f"{path} is damaged ({error}). Delete it to extract into {root} from the beginning."
+            ) from error
 
     def compared(self, images: LabelledImages, now: Inventory, *, all_images: bool) -> Comparison:
         """What became of the images of these samples.
@@ -95,10 +117,18 @@ class Inventory:
         known = set(self.names)
         last = len(current) if all_images else int(places.max()) + 1
         there = np.flatnonzero(places != GONE).tolist()
-        stamps = now.stamps if len(now.stamps) > places.max() else images.stamps(int(places.max()) + 1)
+        stamps = (
+            now.stamps if len(now.stamps) > places.max() else images.stamps(int(places.max()) + 1)
+        )
         return Comparison(
-            inventory=replace(self, places=places,
-                              stamps=[stamp if place == GONE else stamps[place] for stamp, place in zip(self.stamps, places.tolist())]),
+            inventory=replace(
+                self,
+                places=places,
+                stamps=[
+                    stamp if place == GONE else stamps[place]
+                    for stamp, place in zip(self.stamps, places.tolist())
+                ],
+            ),
             added=[name for name in current[:last] if name not in known],
             relabelled=[slot for slot in there if images.labels[places[slot]] != self.labels[slot]],
             changed=[slot for slot in there if stamps[places[slot]] != self.stamps[slot]],

@@ -15,7 +15,10 @@ from tinyfusion_pl.artifacts import ArtifactError
 
 FINISHED, UNFINISHED = "latents.json", "extraction.json"
 LABELLED_BY = ("order", "imagenet", "file", "class_to_idx")  # see `label_classes`
-CONTENTS = {"moments": 2, "sample": 1}  # what is kept -> channels of it for each channel of a latent
+CONTENTS = {
+    "moments": 2,
+    "sample": 1,
+}  # what is kept -> channels of it for each channel of a latent
 DTYPES = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2")}
 
 
@@ -84,7 +87,9 @@ class LatentsInfo:
             info = cls(**{**content, "latent_shape": tuple(content["latent_shape"])})
             _check_types(info)
         except (TypeError, KeyError, ValueError, AttributeError) as error:
-            raise ArtifactError(f"{path} does not describe latents ({error}). Extract them again.") from error
+            raise ArtifactError(
+                f"{path} does not describe latents ({error}). Extract them again."
+            ) from error
         return info
 
     def fingerprint(self) -> str:
@@ -96,29 +101,58 @@ class LatentsInfo:
         content = self.as_dict()
         content["vae"] = {key: value for key, value in self.vae.items() if key != "source"}
         if self.indices is None:
-            del content["indices"]  # what was extracted before there were such keeps its fingerprint
-        return {key: value for key, value in content.items() if key not in ("images", "labelled_by", "skipped")}
+            del content[
+                "indices"
+            ]  # what was extracted before there were such keeps its fingerprint
+        return {
+            key: value
+            for key, value in content.items()
+            if key not in ("images", "labelled_by", "skipped")
+        }
 
 
 def _check_types(info: LatentsInfo) -> None:
     """ValueError, TypeError, KeyError or AttributeError for a description that cannot be one."""
     numbers = {name: getattr(info, name) for name in ("num_samples", "shard_size", "image_size")}
-    for name, value in {**numbers, **{f"latent_shape[{i}]": side for i, side in enumerate(info.latent_shape)}}.items():
+    for name, value in {
+        **numbers,
+        **{f"latent_shape[{i}]": side for i, side in enumerate(info.latent_shape)},
+    }.items():
         if type(value) is not int or not 1 <= value < 2**40:
             raise ValueError(f"{name} is {value!r:.80}")
     if info.content not in CONTENTS or info.dtype not in DTYPES or len(info.latent_shape) != 3:
-        raise ValueError(f"content is {info.content!r:.80}, dtype {info.dtype!r:.80}, latent_shape {info.latent_shape!r:.80}")
+        raise ValueError(
+            f"content is {info.content!r:.80}, dtype {info.dtype!r:.80}, latent_shape {info.latent_shape!r:.80}"
+        )
     factor = info.vae["scaling_factor"]
-    if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 < factor < math.inf:
+    if (
+        isinstance(factor, bool)
+        or not isinstance(factor, (int, float))
+        or not 0 < factor < math.inf
+    ):
         raise ValueError(f"vae.scaling_factor is {factor!r:.80}")
     for name in ("source", "encoder"):
         if not isinstance(info.vae[name], str):
             raise ValueError(f"vae.{name} is {info.vae[name]!r:.80}")
-    if info.labelled_by not in LABELLED_BY or not isinstance(info.images, str) or not isinstance(info.listing, str):
-        raise ValueError(f"labelled_by is {info.labelled_by!r:.80}, images {info.images!r:.80}, listing {info.listing!r:.80}")
-    if not isinstance(info.classes, list) or not info.classes or not all(isinstance(name, str) for name in info.classes):
+    if (
+        info.labelled_by not in LABELLED_BY
+        or not isinstance(info.images, str)
+        or not isinstance(info.listing, str)
+    ):
+        raise ValueError(
+            f"labelled_by is {info.labelled_by!r:.80}, images {info.images!r:.80}, listing {info.listing!r:.80}"
+        )
+    if (
+        not isinstance(info.classes, list)
+        or not info.classes
+        or not all(isinstance(name, str) for name in info.classes)
+    ):
         raise ValueError("classes is no list of names")
-    if info.indices is not None and (len(info.indices) != len(info.classes) or not all(type(i) is int for i in info.indices)):
+    if info.indices is not None and (
+        len(info.indices) != len(info.classes) or not all(type(i) is int for i in info.indices)
+    ):
         raise ValueError("indices is no list of the classes' labels")
-    if not all(type(number) is int and 0 <= number < info.num_samples for number in info.skipped.values()):
+    if not all(
+        type(number) is int and 0 <= number < info.num_samples for number in info.skipped.values()
+    ):
         raise ValueError("skipped holds numbers that are no sample's")

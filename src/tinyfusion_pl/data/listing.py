@@ -12,7 +12,16 @@ from pathlib import Path
 from tinyfusion_pl.data.reading import SUFFIXES
 from tinyfusion_pl.printable import printable
 
-CLUTTER = ("__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "system volume information", "lost+found", "__pycache__")
+CLUTTER = (
+    "__macosx",
+    "thumbs.db",
+    "desktop.ini",
+    "@eadir",
+    "$recycle.bin",
+    "system volume information",
+    "lost+found",
+    "__pycache__",
+)
 SPLITS = ("train", "training", "val", "valid", "validation", "test")
 NUM_NAMED = 3
 
@@ -31,8 +40,13 @@ class Ignored:
         """What was ignored, counted, with the first names."""
         said = [f"{len(names)} {reason} ({named(names)})" for reason, names in self.names.items()]
         if self.endings:
-            kinds = ", ".join(f"{num} {ending or 'without an ending'}" for ending, num in self.endings.most_common(4))
-            said.append(f"{sum(self.endings.values())} files that are no images by their ending ({kinds})")
+            kinds = ", ".join(
+                f"{num} {ending or 'without an ending'}"
+                for ending, num in self.endings.most_common(4)
+            )
+            said.append(
+                f"{sum(self.endings.values())} files that are no images by their ending ({kinds})"
+            )
         return said
 
 
@@ -70,7 +84,10 @@ def find_class_folders(root: str | os.PathLike) -> tuple[dict[str, list[str]], I
         else:
             ignored.endings[Path(name).suffix.lower()] += 1
     ancestors = (_identity(root),)
-    return {name: sorted(_walk(root, name, ignored, ancestors), key=os.path.split) for name in class_order(folders)}, ignored
+    return {
+        name: sorted(_walk(root, name, ignored, ancestors), key=os.path.split)
+        for name in class_order(folders)
+    }, ignored
 
 
 def class_order(names: list[str]) -> list[str]:
@@ -88,7 +105,9 @@ def by_number(name: str) -> tuple:
     return tuple((0, int(part), part) if is_number(part) else (1, 0, part) for part in parts)
 
 
-def _walk(root: str | os.PathLike, below: str, ignored: Ignored, ancestors: tuple = ()) -> Iterator[str]:
+def _walk(
+    root: str | os.PathLike, below: str, ignored: Ignored, ancestors: tuple = ()
+) -> Iterator[str]:
     identity = _identity(os.path.join(root, below))
     if identity in ancestors:
         ignored.add("links to a folder that they are in", below)
@@ -107,7 +126,9 @@ def _entries(root: str | os.PathLike, below: str, ignored: Ignored) -> Iterator[
     try:
         entries = sorted(os.scandir(os.path.join(root, below)), key=lambda entry: entry.name)
     except OSError as error:
-        raise ValueError(f"Cannot list the folder {os.path.join(root, below)}: {error.strerror}.") from error
+        raise ValueError(
+            f"Cannot list the folder {os.path.join(root, below)}: {error.strerror}."
+        ) from error
     for entry in entries:
         name = os.path.join(below, entry.name)
         if is_clutter(entry.name):

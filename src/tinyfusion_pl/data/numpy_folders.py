@@ -34,16 +34,22 @@ class NumpyFolders(Dataset):
         self.features, self.labels = features, labels
         names = [path.name for path in features.glob("*.npy") if not path.name.startswith(".")]
         if wrong := [name for name in names if not _is_number(name)]:
-            raise ArtifactError(f"{features / wrong[0]} is no N.npy with a number N, as the published extraction writes them. Remove it.")
+            raise ArtifactError(
+                f"{features / wrong[0]} is no N.npy with a number N, as the published extraction writes them. Remove it."
+            )
         self.names = sorted(names, key=lambda name: int(name.removesuffix(".npy")))
         self.num_classes: int | None = None  # that the labels must be below, once it is known
         self.shape: tuple[int, ...] | None = None  # that all must have, likewise
         label_names = {path.name for path in labels.glob("*.npy") if not path.name.startswith(".")}
         if not len(self) or set(self.names) != label_names:
-            raise ValueError(f"{features} holds {len(self)} latents, {labels} {len(label_names)} labels; each N.npy must be in both.")
+            raise ValueError(
+                f"{features} holds {len(self)} latents, {labels} {len(label_names)} labels; each N.npy must be in both."
+            )
         self.shape = tuple(self[0][0].shape)
         if len(self.shape) != 3:
-            raise ArtifactError(f"{features / self.names[0]} is no latent (1, C, h, w) or (C, h, w).")
+            raise ArtifactError(
+                f"{features / self.names[0]} is no latent (1, C, h, w) or (C, h, w)."
+            )
 
     def __len__(self) -> int:
         return len(self.names)
@@ -60,15 +66,23 @@ class NumpyFolders(Dataset):
             raise self._unreadable(name, error) from error
         label = self.label(index)
         if self.shape is not None and latents.shape != self.shape:
-            raise ArtifactError(f"{self.features / name} is {tuple(latents.shape)}, the others are {tuple(self.shape)}.")
+            raise ArtifactError(
+                f"{self.features / name} is {tuple(latents.shape)}, the others are {tuple(self.shape)}."
+            )
         if not torch.isfinite(latents).all():
-            raise ArtifactError(f"{self.features / name} holds values that are not finite: the file is damaged. Extract it again.")
+            raise ArtifactError(
+                f"{self.features / name} holds values that are not finite: the file is damaged. Extract it again."
+            )
         if latents.numel() and (highest := float(latents.abs().max())) > MAX_SCALED:
-            raise ArtifactError(f"{self.features / name} holds values up to {highest:.3g}, where scaled latents stay below 10: the file is "
-                                "damaged. Extract it again.")
+            raise ArtifactError(
+                f"{self.features / name} holds values up to {highest:.3g}, where scaled latents stay below 10: the file is "
+                "damaged. Extract it again."
+            )
         if latents.numel() > 1 and float(latents.max()) == float(latents.min()):
-            raise ArtifactError(f"{self.features / name} holds the number {float(latents.max()):g} alone: it was never written, or is "
-                                "damaged. Extract it again.")
+            raise ArtifactError(
+                f"{self.features / name} holds the number {float(latents.max()):g} alone: it was never written, or is "
+                "damaged. Extract it again."
+            )
         return latents, torch.tensor(label)
 
     def label(self, index: int) -> int:
@@ -82,15 +96,19 @@ class NumpyFolders(Dataset):
         except (ArtifactError, ValueError) as error:
             raise self._unreadable(self.names[index], error) from error
         if self.num_classes is not None and not 0 <= label < self.num_classes:
-            raise ArtifactError(f"{path} has the label {label}, but the model knows the classes 0 to {self.num_classes - 1}. Give a model "
-                                "with more classes, or put the right label there.")
+            raise ArtifactError(
+                f"{path} has the label {label}, but the model knows the classes 0 to {self.num_classes - 1}. Give a model "
+                "with more classes, or put the right label there."
+            )
         if not 0 <= label < 2**31 and self.num_classes is None:
             raise ArtifactError(f"{path} has the label {label}; labels are 0, 1, ...")
         return label
 
     def _unreadable(self, name: str, error: Exception) -> ArtifactError:
-        return ArtifactError(f"Latent {self.features / name} or its label in {self.labels} cannot be read: {str(error).rstrip('.')}. Put "
-                             "it back, and the same command goes on.")
+        return ArtifactError(
+            f"Latent {self.features / name} or its label in {self.labels} cannot be read: {str(error).rstrip('.')}. Put "
+            "it back, and the same command goes on."
+        )
 
     def checked(self) -> list[int]:
         """Samples that are looked at before training."""
@@ -99,7 +117,10 @@ class NumpyFolders(Dataset):
     def sha256(self) -> str:
         """A checksum of all names and of a few samples."""
         samples = [self[i] for i in self.checked()]
-        tensors = {"x": torch.stack([x for x, _ in samples]), "y": torch.stack([y for _, y in samples])}
+        tensors = {
+            "x": torch.stack([x for x, _ in samples]),
+            "y": torch.stack([y for _, y in samples]),
+        }
         return state_sha256(tensors, preface=" ".join(self.names))
 
     def check_scale(self, scaling_factor: float) -> None:
@@ -112,16 +133,25 @@ class NumpyFolders(Dataset):
         std = float(latents.std())
         what = f"The latents in {self.features} have a standard deviation of {std:.3g}, where scaled ones have about 1"
         if std > MAX_SCALED_STD:
-            raise ValueError(f"{what}: they look as if they had not been multiplied by the VAE's scaling factor ({scaling_factor}).")
+            raise ValueError(
+                f"{what}: they look as if they had not been multiplied by the VAE's scaling factor ({scaling_factor})."
+            )
         if not std >= MIN_SCALED_STD and latents.numel() > 1:
-            raise ValueError(f"{what}: they look as if they had been multiplied by the VAE's scaling factor ({scaling_factor}) twice. "
-                             "Extract them again, or divide them by it.")
-        odd = [(self.names[i], each) for i, each in zip(self.checked(), latents.flatten(1).std(1).tolist())
-               if not MIN_SCALED_STD <= each <= MAX_SCALED_STD]
+            raise ValueError(
+                f"{what}: they look as if they had been multiplied by the VAE's scaling factor ({scaling_factor}) twice. "
+                "Extract them again, or divide them by it."
+            )
+        odd = [
+            (self.names[i], each)
+            for i, each in zip(self.checked(), latents.flatten(1).std(1).tolist())
+            if not MIN_SCALED_STD <= each <= MAX_SCALED_STD
+        ]
         if len(odd) > FEW_ODD * len(latents) and latents[0].numel() > 1:
-            rank_zero_warn(f"{len(odd)} of the {len(latents)} latents looked at in {self.features} have another scale than the others "
-                           f"({odd[0][0]}: standard deviation {odd[0][1]:.3g}, all together {std:.3g}): they are of unusual images, or "
-                           f"were scaled by the VAE's factor ({scaling_factor}) another number of times.")
+            rank_zero_warn(
+                f"{len(odd)} of the {len(latents)} latents looked at in {self.features} have another scale than the others "
+                f"({odd[0][0]}: standard deviation {odd[0][1]:.3g}, all together {std:.3g}): they are of unusual images, or "
+                f"were scaled by the VAE's factor ({scaling_factor}) another number of times."
+            )
 
     @cached_property
     def classes(self) -> list[int]:

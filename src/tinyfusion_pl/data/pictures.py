@@ -14,7 +14,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from tinyfusion_pl.data.images import LabelledImages
 from tinyfusion_pl.data.listing import find_images
-from tinyfusion_pl.data.reading import SUFFIXES, BrokenImage, ImageReader, Note, center_crop, describe_notes
+from tinyfusion_pl.data.reading import (
+    SUFFIXES,
+    BrokenImage,
+    ImageReader,
+    Note,
+    center_crop,
+    describe_notes,
+)
 from tinyfusion_pl.printable import printable
 
 __all__ = ["PictureArray", "PictureBatches", "PictureDataset", "PictureFolder", "center_crop"]
@@ -36,10 +43,14 @@ class PictureFolder(Dataset):
         ValueError: when the folder has no images; on reading, for an image that is broken or can be read in two ways (its path is named).
     """
 
-    def __init__(self, root: str | os.PathLike, *, skip_broken: bool = False, **reading: Any) -> None:
+    def __init__(
+        self, root: str | os.PathLike, *, skip_broken: bool = False, **reading: Any
+    ) -> None:
         self.root, self.reader, self.skip_broken = Path(root), ImageReader(**reading), skip_broken
         if not self.root.is_dir():
-            raise ValueError(f"There is no folder {root}. Give a folder of pictures ({', '.join(SUFFIXES)}) or an npz file.")
+            raise ValueError(
+                f"There is no folder {root}. Give a folder of pictures ({', '.join(SUFFIXES)}) or an npz file."
+            )
         names, ignored = find_images(root)
         self.said = [f"Ignored in {root}: {sentence}." for sentence in ignored.sentences()]
         if not names:
@@ -62,7 +73,9 @@ class PictureFolder(Dataset):
         except BrokenImage as error:
             if self.skip_broken:
                 return None, Note(0), f"{printable(str(path))}: {error}"
-            raise ValueError(f"{printable(str(path))} is no readable picture ({error}). {REMEDY}") from error
+            raise ValueError(
+                f"{printable(str(path))} is no readable picture ({error}). {REMEDY}"
+            ) from error
 
 
 class PackedPictures(Dataset):
@@ -126,9 +139,15 @@ class PictureDataset(Dataset):
                     return None, Note(0), f"{where}: {error}"
                 raise ValueError(f"{where} is no readable picture ({error}). {REMEDY}") from error
         if not isinstance(picture, Tensor) or picture.dtype != torch.uint8 or picture.ndim != 3:
-            found = f"{picture.dtype} {tuple(picture.shape)}" if isinstance(picture, Tensor) else type(picture).__name__
-            raise ValueError(f"Sample {index} of {type(self.dataset).__name__} is {found}; pictures are PIL images or uint8 tensors "
-                             "(C, H, W). Leave out the dataset's own transform.")
+            found = (
+                f"{picture.dtype} {tuple(picture.shape)}"
+                if isinstance(picture, Tensor)
+                else type(picture).__name__
+            )
+            raise ValueError(
+                f"Sample {index} of {type(self.dataset).__name__} is {found}; pictures are PIL images or uint8 tensors "
+                "(C, H, W). Leave out the dataset's own transform."
+            )
         return picture, Note(0), ""
 
 
@@ -138,7 +157,15 @@ class PictureBatches:
     ``num_skipped`` counts broken images that were left out so far, ``reasons`` are why, of the first few.
     """
 
-    def __init__(self, dataset: Dataset, *, batch_size: int = 64, num_workers: int = 0, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
         self.dataset, self.batch_size, self.num_workers = dataset, batch_size, num_workers
         self.numbers = range(rank, len(dataset), world_size)
         self.num_skipped, self.reasons, self.notes = 0, [], Counter()
@@ -147,27 +174,45 @@ class PictureBatches:
         return -(-len(self.numbers) // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        loader = DataLoader(_Numbered(self.dataset), batch_size=self.batch_size, sampler=self.numbers, num_workers=self.num_workers,
-                            collate_fn=list)
+        loader = DataLoader(
+            _Numbered(self.dataset),
+            batch_size=self.batch_size,
+            sampler=self.numbers,
+            num_workers=self.num_workers,
+            collate_fn=list,
+        )
         num_found = 0
         for batch in loader:
             found = [(number, picture) for number, picture, _, _ in batch if picture is not None]
             self.num_skipped += len(batch) - len(found)
             self.notes.update(note for _, _, notes, _ in batch for note in Note if note in notes)
-            self.reasons += [reason for *_, reason in batch if reason][: NUM_REASONS - len(self.reasons)]
+            self.reasons += [reason for *_, reason in batch if reason][
+                : NUM_REASONS - len(self.reasons)
+            ]
             if len(sizes := {tuple(picture.shape[1:]) for _, picture in found}) > 1:
-                raise ValueError(f"The pictures have different sizes, {sorted(sizes)[:4]}. Give image_size to crop them to one.")
+                raise ValueError(
+                    f"The pictures have different sizes, {sorted(sizes)[:4]}. Give image_size to crop them to one."
+                )
             num_found += len(found)
             if found:
-                yield torch.tensor([number for number, _ in found]), torch.stack([picture for _, picture in found])
+                yield (
+                    torch.tensor([number for number, _ in found]),
+                    torch.stack([picture for _, picture in found]),
+                )
         if not num_found and len(self.numbers):
-            raise ValueError(f"None of the {len(self.numbers)} images could be read ({'; '.join(self.reasons)}).")
+            raise ValueError(
+                f"None of the {len(self.numbers)} images could be read ({'; '.join(self.reasons)})."
+            )
 
     def sentences(self) -> list[str]:
         """What is worth saying of the images: what was ignored when they were listed, and what was seen when they were read."""
         skipped = f"{self.num_skipped} broken images were skipped: {'; '.join(self.reasons)}"
         more = "; ..." if self.num_skipped > len(self.reasons) else ""
-        return [*getattr(self.dataset, "said", []), *describe_notes(self.notes), *([skipped + more + "."] if self.num_skipped else [])]
+        return [
+            *getattr(self.dataset, "said", []),
+            *describe_notes(self.notes),
+            *([skipped + more + "."] if self.num_skipped else []),
+        ]
 
 
 class _Numbered(Dataset):

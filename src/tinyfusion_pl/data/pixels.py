@@ -17,7 +17,9 @@ from tinyfusion_pl.data.shards import generator_of
 MAX_BYTES = 4 * 2**30  # of all images, which are held in memory
 
 
-def decode_pixels(latents: Tensor, latent_shape: tuple[int, int, int], *, name: str = "The") -> Tensor:
+def decode_pixels(
+    latents: Tensor, latent_shape: tuple[int, int, int], *, name: str = "The"
+) -> Tensor:
     """Pixels in [-1, 1] as uint8 (N, C, H, W); values outside are clamped.
 
     Raises:
@@ -27,7 +29,9 @@ def decode_pixels(latents: Tensor, latent_shape: tuple[int, int, int], *, name: 
         expected = ", ".join(map(str, latent_shape))
         raise ValueError(f"{name} latents are (N, {expected}); these are {tuple(latents.shape)}.")
     if not torch.isfinite(latents).all():
-        raise ValueError("The latents hold values that are not finite: the model that made them has diverged.")
+        raise ValueError(
+            "The latents hold values that are not finite: the model that made them has diverged."
+        )
     return (latents.float().clamp(-1, 1) + 1).mul(127.5).round().to(torch.uint8)
 
 
@@ -80,10 +84,14 @@ class PixelImages(GenerationDataModule):
     ) -> None:
         super().__init__(batch_size=batch_size, seed=seed, num_workers=num_workers)
         if image_size < 1 or num_classes < 1:
-            raise ValueError(f"image_size is {image_size} and num_classes {num_classes}; give counts >= 1.")
+            raise ValueError(
+                f"image_size is {image_size} and num_classes {num_classes}; give counts >= 1."
+            )
         path = Path(root) if file is None else Path(root) / file
         if not path.exists():
-            raise ValueError(f"There are no images at {path}. Give data.root, class folders or an npz file of image files.")
+            raise ValueError(
+                f"There are no images at {path}. Give data.root, class folders or an npz file of image files."
+            )
         self.num_classes, self.mirror = num_classes, mirror
         self.latent_shape = (3, image_size, image_size)
         self._real = RealImages(path, image_size=image_size, class_to_idx=class_to_idx)

@@ -15,24 +15,47 @@ RANDOM = "random"
 BATCH_SIZE = 32
 
 
-def write_random_latents(root: Path, vae: VAE, *, image_size: int = 256, num_samples: int = 64, num_classes: int = 1000) -> None:
+def write_random_latents(
+    root: Path, vae: VAE, *, image_size: int = 256, num_samples: int = 64, num_classes: int = 1000
+) -> None:
     """Write what an extraction with `vae` of `num_samples` pictures would, its mean and log-variance random; the same each time."""
     info = LatentsInfo(
-        content="moments", dtype="float32", latent_shape=vae.latent_shape(image_size), num_samples=num_samples, shard_size=BATCH_SIZE,
-        image_size=image_size, vae=vae.record(), images=RANDOM, listing="", seed=0, classes=[str(i) for i in range(num_classes)])
+        content="moments",
+        dtype="float32",
+        latent_shape=vae.latent_shape(image_size),
+        num_samples=num_samples,
+        shard_size=BATCH_SIZE,
+        image_size=image_size,
+        vae=vae.record(),
+        images=RANDOM,
+        listing="",
+        seed=0,
+        classes=[str(i) for i in range(num_classes)],
+    )
     root.mkdir(parents=True, exist_ok=True)
     begin(root, info)
     writer = ShardWriter(root, info, save_every=BATCH_SIZE)
     generator = torch.Generator().manual_seed(0)
     for numbers in writer.batches(BATCH_SIZE):
-        mean = torch.randn(len(numbers), 2, *info.latent_shape, generator=generator) / vae.scaling_factor  # scaled: about 1
+        mean = (
+            torch.randn(len(numbers), 2, *info.latent_shape, generator=generator)
+            / vae.scaling_factor
+        )  # scaled: about 1
         moments = torch.cat([mean, torch.full_like(mean, -4.0)], 2)  # (n, 2, 2C, h, w)
-        writer.add(torch.tensor(numbers), moments, torch.randint(num_classes, (len(numbers),), generator=generator))
+        writer.add(
+            torch.tensor(numbers),
+            moments,
+            torch.randint(num_classes, (len(numbers),), generator=generator),
+        )
     finish(root, info)
 
 
-def random_pictures(image_size: int, *, num_samples: int = 16, num_classes: int = 1000) -> tuple[Tensor, Tensor]:
+def random_pictures(
+    image_size: int, *, num_samples: int = 16, num_classes: int = 1000
+) -> tuple[Tensor, Tensor]:
     """uint8 noise (num_samples, 3, image_size, image_size) and labels (num_samples,); the same each time."""
     generator = torch.Generator().manual_seed(0)
-    pictures = torch.randint(256, (num_samples, 3, image_size, image_size), dtype=torch.uint8, generator=generator)
+    pictures = torch.randint(
+        256, (num_samples, 3, image_size, image_size), dtype=torch.uint8, generator=generator
+    )
     return pictures, torch.randint(num_classes, (num_samples,), generator=generator)

@@ -43,14 +43,24 @@ FORMATS = {  # of PIL, and the endings of their files; formats that start other 
     "SGI": (".sgi", ".rgb", ".rgba", ".bw"),
     "TGA": (".tga", ".icb", ".vda", ".vst"),
 }
-NO_MAGIC = "TGA"  # takes almost any bytes for an image, so its files are known by their ending alone
+NO_MAGIC = (
+    "TGA"  # takes almost any bytes for an image, so its files are known by their ending alone
+)
 SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 MODES = {1: "L", 3: "RGB"}
 GRAY = ("1", "L", "LA", "La")
 MAX_PIXELS = 89_478_485  # PIL's own bound, beyond which it warns: 256 MiB of RGB
 BYTES_A_PIXEL = 8  # RGBA of 16 bits: no file of an image within the bound is larger
 ORIENTATION, BITS_PER_SAMPLE = 0x0112, 258  # tags of EXIF and TIFF
-OF_THIS_FILE = (None, errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL)
+OF_THIS_FILE = (
+    None,
+    errno.ENOENT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.EINVAL,
+)
 
 
 class BrokenImage(ValueError):
@@ -98,9 +108,13 @@ class ImageReader:
 
     def __post_init__(self) -> None:
         if self.num_channels not in MODES:
-            raise ValueError(f"num_channels is {self.num_channels}; give 3, or 1 for grey pictures.")
+            raise ValueError(
+                f"num_channels is {self.num_channels}; give 3, or 1 for grey pictures."
+            )
         if self.max_pixels < 1:
-            raise ValueError(f"max_pixels is {self.max_pixels}; give a count >= 1 (default {MAX_PIXELS}).")
+            raise ValueError(
+                f"max_pixels is {self.max_pixels}; give a count >= 1 (default {MAX_PIXELS})."
+            )
 
     @property
     def max_bytes(self) -> int:
@@ -130,7 +144,9 @@ class ImageReader:
                 raise ArtifactError(f"Cannot read {file}: {error.strerror}.") from error
             raise BrokenImage(_said(error)) from error
         except Exception as error:  # for bytes that are no image PIL's decoders raise whatever they run into, MemoryError included
-            raise BrokenImage(self._too_large(error) if _is_bomb(error) else _said(error)) from error
+            raise BrokenImage(
+                self._too_large(error) if _is_bomb(error) else _said(error)
+            ) from error
 
     def convert(self, image: Any) -> tuple[Tensor, Note]:
         """As `read`, of a PIL image; what PIL raises passes through."""
@@ -139,7 +155,9 @@ class ImageReader:
 
     def _convert(self, image: Any) -> tuple[Tensor, Note]:
         if image.width * image.height > self.max_pixels:
-            raise BrokenImage(f"it has {image.width * image.height} pixels, more than max_pixels={self.max_pixels}")
+            raise BrokenImage(
+                f"it has {image.width * image.height} pixels, more than max_pixels={self.max_pixels}"
+            )
         image.load()
         notes = Note.ORIENTED if _orientation(image) not in (None, 1) else Note(0)
         pixels, more = _eight_bits(image)
@@ -163,7 +181,9 @@ class ImageReader:
         if not size:
             raise BrokenImage("the file is empty")
         if size > self.max_bytes:
-            raise BrokenImage(f"{size} bytes are more than an image of max_pixels={self.max_pixels} takes")
+            raise BrokenImage(
+                f"{size} bytes are more than an image of max_pixels={self.max_pixels} takes"
+            )
 
     @contextmanager
     def _bounded(self) -> Iterator[None]:
@@ -190,7 +210,9 @@ def center_crop(image, size: int):
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
     scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), resample=Image.Resampling.BICUBIC)
+    image = image.resize(
+        (round(image.width * scale), round(image.height * scale)), resample=Image.Resampling.BICUBIC
+    )
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
 
@@ -200,21 +222,27 @@ def _eight_bits(image: Any) -> tuple[Any, Note]:
     from PIL import Image
 
     mode = image.mode
-    if mode.startswith("I;16") or (mode == "I" and image.format in ("PNG", "PPM")):  # older PIL opens 16-bit PNG as I; PPM as ever
+    if mode.startswith("I;16") or (
+        mode == "I" and image.format in ("PNG", "PPM")
+    ):  # older PIL opens 16-bit PNG as I; PPM as ever
         values = np.asarray(image)
         bits = 12 if _bits_per_sample(image) == 12 else 16
         highest, largest = int(values.max()), 2**bits - 1
         if 0 < highest <= 255:
-            raise BrokenImage(f"it has 16 bits, but no value above {highest}: 8-bit values in a 16-bit file, or an almost black image? "
-                              "Save it with 8 bits")
+            raise BrokenImage(
+                f"it has 16 bits, but no value above {highest}: 8-bit values in a 16-bit file, or an almost black image? "
+                "Save it with 8 bits"
+            )
         note = Note.DARK if bits == 16 and 0 < highest <= 4095 else Note(0)
         table = (np.arange(largest + 1) * 255 + largest // 2) // largest
         return Image.fromarray(table.astype(np.uint8)[values]), note
     if mode in ("I", "F"):
         low, high = (f"{each:g}" for each in (np.asarray(image).min(), np.asarray(image).max()))
         kind, other = ("32-bit integers", "0..65535") if mode == "I" else ("floats", "0..1")
-        raise BrokenImage(f"it is of mode {mode!r}: {kind} between {low} and {high}, which may mean {other} or 0..255. Save it with 8 or "
-                          "16 bits")
+        raise BrokenImage(
+            f"it is of mode {mode!r}: {kind} between {low} and {high}, which may mean {other} or 0..255. Save it with 8 or "
+            "16 bits"
+        )
     note = Note(0)
     if mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         if mode == "La":  # colors multiplied by alpha; PIL converts them to LA only

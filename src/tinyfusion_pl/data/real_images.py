@@ -14,8 +14,10 @@ from tinyfusion_pl.data.classes import disagreement
 from tinyfusion_pl.data.images import LabelledImages, open_images
 from tinyfusion_pl.data.reading import Note, describe_notes
 
-REMEDY = ("Remove it; or make a reference file, which may leave such images out: task=reference reference.files.skip_broken=true, then "
-          "evaluate.reference=FILE.npz.")
+REMEDY = (
+    "Remove it; or make a reference file, which may leave such images out: task=reference reference.files.skip_broken=true, then "
+    "evaluate.reference=FILE.npz."
+)
 
 
 class RealImages:
@@ -27,12 +29,16 @@ class RealImages:
         class_to_idx: See `label_classes`.
     """
 
-    def __init__(self, path: str | Path, *, image_size: int, class_to_idx: str | None = None) -> None:
+    def __init__(
+        self, path: str | Path, *, image_size: int, class_to_idx: str | None = None
+    ) -> None:
         self.path, self.image_size, self.class_to_idx = path, image_size, class_to_idx
 
     @cached_property
     def images(self) -> LabelledImages:
-        images = open_images(self.path, image_size=self.image_size, class_to_idx=self.class_to_idx, remedy=REMEDY)
+        images = open_images(
+            self.path, image_size=self.image_size, class_to_idx=self.class_to_idx, remedy=REMEDY
+        )
         for sentence in images.said:
             rank_zero_warn(f"data.pictures: {sentence}")
         return images
@@ -55,8 +61,15 @@ class RealImages:
         Raises:
             ValueError: when they are not among the `num_classes` classes of a model, or may be others of them.
         """
-        found = disagreement(self.images.classes, self.images.indices, kind=self.images.labelled_by, num_classes=num_classes)
+        found = disagreement(
+            self.images.classes,
+            self.images.indices,
+            kind=self.images.labelled_by,
+            num_classes=num_classes,
+        )
         if found is not None:
-            raise ValueError(f"data.pictures={self.path}: {found[0]}. Give data.class_to_idx=FILE, a JSON file {{name: label}}, "
-                             "data.class_to_idx=imagenet where the names are wnids, or data.class_to_idx=order if 0, 1, ... is right.")
+            raise ValueError(
+                f"data.pictures={self.path}: {found[0]}. Give data.class_to_idx=FILE, a JSON file {{name: label}}, "
+                "data.class_to_idx=imagenet where the names are wnids, or data.class_to_idx=order if 0, 1, ... is right."
+            )
         return sorted(set(self.images.labels.tolist()))

@@ -30,7 +30,16 @@ DIGESTS = "digests"
 NUM_NAMED = 5
 MAX_BROKEN = 1000
 MAX_STORED = 1e4  # means and log-variances of VAEs stay below 100
-UNUSABLE = (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError)  # of foreign headers
+UNUSABLE = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    IndexError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+)  # of foreign headers
 MAX_OPEN = 128
 
 
@@ -50,8 +59,11 @@ class LatentShards:
     def __init__(self, root: str | os.PathLike) -> None:
         self.root = Path(root)
         if not (self.root / FINISHED).is_file():
-            what = ("holds an extraction that is not finished: run the same task=extract_latents command again, it goes on where it was"
-                    if (self.root / UNFINISHED).exists() else f"holds no {FINISHED}: task=extract_latents makes such a folder")
+            what = (
+                "holds an extraction that is not finished: run the same task=extract_latents command again, it goes on where it was"
+                if (self.root / UNFINISHED).exists()
+                else f"holds no {FINISHED}: task=extract_latents makes such a folder"
+            )
             raise ArtifactError(f"{self.root} {what}.")
         self.info = LatentsInfo.from_dict(read_json(self.root / FINISHED), self.root / FINISHED)
         self.offsets, labels, broken = [], [], []
@@ -67,15 +79,25 @@ class LatentShards:
         if broken:
             more = f", and {len(broken) - NUM_NAMED} more" if len(broken) > NUM_NAMED else ""
             named = ", ".join(broken[:NUM_NAMED]) + more
-            raise ArtifactError(f"{len(broken)} of {self.info.num_shards} shards cannot be used: {named}. Copy them again, or "
-                                f"delete them and {FINISHED} and extract again: only what is missing is made.")
+            raise ArtifactError(
+                f"{len(broken)} of {self.info.num_shards} shards cannot be used: {named}. Copy them again, or "
+                f"delete them and {FINISHED} and extract again: only what is missing is made."
+            )
         stored = np.concatenate(labels)
         kept = np.ones(len(stored), dtype=bool)
         kept[list(self.info.skipped.values())] = False
         if not kept.any() or (stored[kept] < 0).any():
-            what = f"sample {int(np.flatnonzero(kept & (stored < 0))[0])} has none" if kept.any() else "all samples are left out"
-            raise ArtifactError(f"{self.root / FINISHED} and the labels in the shards disagree: {what}. Extract again.")
-        self.slots = np.flatnonzero(kept) if self.info.skipped else None  # sample -> its place in the shards; None: the same
+            what = (
+                f"sample {int(np.flatnonzero(kept & (stored < 0))[0])} has none"
+                if kept.any()
+                else "all samples are left out"
+            )
+            raise ArtifactError(
+                f"{self.root / FINISHED} and the labels in the shards disagree: {what}. Extract again."
+            )
+        self.slots = (
+            np.flatnonzero(kept) if self.info.skipped else None
+        )  # sample -> its place in the shards; None: the same
         self.labels = stored[kept]
         self._files: dict[int, Any] = {}
 
@@ -103,13 +125,26 @@ class LatentShards:
             self._read_into(row, index, view)
         values = stored.astype(np.float32, copy=False)
         for index, each in zip(indices, values):
-            highest, lowest, means = each.max(), each.min(), each[: self.info.latent_shape[0]]  # of a kept sample: all of it
-            if max(highest, -lowest) <= MAX_STORED and (means.size == 1 or means.max() > means.min()):  # false for NaN, too
+            highest, lowest, means = (
+                each.max(),
+                each.min(),
+                each[: self.info.latent_shape[0]],
+            )  # of a kept sample: all of it
+            if max(highest, -lowest) <= MAX_STORED and (
+                means.size == 1 or means.max() > means.min()
+            ):  # false for NaN, too
                 continue
-            what = (f"values up to {np.abs(each).max():.3g}" if max(highest, -lowest) > MAX_STORED else
-                    f"the number {means.max():g} alone" if np.isfinite(each).all() else "values that are not finite")
-            raise ArtifactError(f"Sample {index} in shard {self._path_of(index)} holds {what}: the file is damaged. "
-                                f"Delete it and {FINISHED} and extract again: only what is missing is made.")
+            what = (
+                f"values up to {np.abs(each).max():.3g}"
+                if max(highest, -lowest) > MAX_STORED
+                else f"the number {means.max():g} alone"
+                if np.isfinite(each).all()
+                else "values that are not finite"
+            )
+            raise ArtifactError(
+                f"Sample {index} in shard {self._path_of(index)} holds {what}: the file is damaged. "
+                f"Delete it and {FINISHED} and extract again: only what is missing is made."
+            )
         return values
 
     def close(self) -> None:
@@ -121,13 +156,19 @@ class LatentShards:
         shard, place = divmod(index, self.info.shard_size)
         try:
             file = self._files.get(shard) or self._open(shard)
-            num_read = os.preadv(file.fileno(), [row], self.offsets[shard] + (place * VIEWS + view) * row.nbytes)
+            num_read = os.preadv(
+                file.fileno(), [row], self.offsets[shard] + (place * VIEWS + view) * row.nbytes
+            )
         except OSError as error:
-            raise ArtifactError(f"Sample {index} cannot be read: shard {self._path_of(index)}: {error.strerror}. It was there when "
-                                "training began; put it back, and the same command goes on.") from error
+            raise ArtifactError(
+                f"Sample {index} cannot be read: shard {self._path_of(index)}: {error.strerror}. It was there when "
+                "training began; put it back, and the same command goes on."
+            ) from error
         if num_read != row.nbytes:
-            raise ArtifactError(f"Sample {index} cannot be read: shard {self._path_of(index)} was whole when training began and is "
-                                "cut now. Put it back, and the same command goes on.")
+            raise ArtifactError(
+                f"Sample {index} cannot be read: shard {self._path_of(index)} was whole when training began and is "
+                "cut now. Put it back, and the same command goes on."
+            )
 
     def _path_of(self, index: int) -> Path:
         return shard_path(self.root, index // self.info.shard_size)
@@ -153,14 +194,24 @@ def check_shard(root: Path, info: LatentsInfo, shard: int) -> tuple[int, np.ndar
     expected |= {DIGESTS: [num]} if DIGESTS in header else {}
     if (shapes := {name: header[name]["shape"] for name in expected}) != expected:
         raise ValueError(f"it holds {shapes} instead of {expected}")
-    dtypes = {"latents": {"float32": "F32", "float16": "F16"}[info.dtype], "labels": "I64", DIGESTS: "I64"}
+    dtypes = {
+        "latents": {"float32": "F32", "float16": "F16"}[info.dtype],
+        "labels": "I64",
+        DIGESTS: "I64",
+    }
     for name, dtype in ((name, dtypes[name]) for name in expected):
         if header[name]["dtype"] != dtype:
-            raise ValueError(f"it holds {header[name]['dtype']} instead of {info.dtype if name == 'latents' else 'int64'}")
+            raise ValueError(
+                f"it holds {header[name]['dtype']} instead of {info.dtype if name == 'latents' else 'int64'}"
+            )
         first, last = header[name]["data_offsets"]
-        num_bytes = math.prod(expected[name]) * (DTYPES[info.dtype].itemsize if name == "latents" else 8)
+        num_bytes = math.prod(expected[name]) * (
+            DTYPES[info.dtype].itemsize if name == "latents" else 8
+        )
         if type(first) is not int or first < 0 or last - first != num_bytes:
-            raise ValueError(f"its header gives {name} the bytes {first} to {last} instead of {num_bytes} bytes")
+            raise ValueError(
+                f"its header gives {name} the bytes {first} to {last} instead of {num_bytes} bytes"
+            )
     if size != (end := begin + max(header[name]["data_offsets"][1] for name in expected)):
         raise ValueError(f"it has {size} bytes instead of {end}")
     with open(path, "rb") as file:

@@ -27,11 +27,16 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "sd": {
-        "block_out_channels": (128, 256, 512, 512), "latent_channels": 4, "scaling_factor": 0.18215,
-        "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "block_out_channels": (128, 256, 512, 512),
+        "latent_channels": 4,
+        "scaling_factor": 0.18215,
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
     },
     "mar": {
-        "block_out_channels": (128, 128, 256, 256, 512), "latent_channels": 16, "scaling_factor": 0.2325,
+        "block_out_channels": (128, 128, 256, 256, 512),
+        "latent_channels": 16,
+        "scaling_factor": 0.2325,
         "down_block_types": ("DownEncoderBlock2D",) * 4 + ("AttnDownEncoderBlock2D",),
         "up_block_types": ("AttnUpDecoderBlock2D",) + ("UpDecoderBlock2D",) * 4,
     },
@@ -51,28 +56,50 @@ class VAE:
         tiling: Work on overlapping tiles of large pictures: less memory, slightly other results.
     """
 
-    def __init__(self, model: Any, *, source: str, scaling_factor: float | None = None, batch_size: int = 32, precision: str = "float32",
-                 slicing: bool = False, tiling: bool = False) -> None:
+    def __init__(
+        self,
+        model: Any,
+        *,
+        source: str,
+        scaling_factor: float | None = None,
+        batch_size: int = 32,
+        precision: str = "float32",
+        slicing: bool = False,
+        tiling: bool = False,
+    ) -> None:
         if precision not in PRECISIONS:
-            raise ValueError(f"The VAE's precision is {precision!r}; give one of {', '.join(map(repr, PRECISIONS))}.")
+            raise ValueError(
+                f"The VAE's precision is {precision!r}; give one of {', '.join(map(repr, PRECISIONS))}."
+            )
         if type(batch_size) is not int or batch_size < 1:
             raise ValueError(f"The VAE's batch_size is {batch_size!r}; give a count >= 1.")
         if getattr(model.config, "shift_factor", None):
-            raise ValueError(f"The VAE of {source} shifts its latents (shift_factor {model.config.shift_factor}); those of the denoisers "
-                             "here are scaled only. Give Stable Diffusion's VAE (DiT, SiT, U-ViT, U-DiT) or MAR's.")
-        if any(getattr(model.config, name, None) is not None for name in ("latents_mean", "latents_std")):
-            raise ValueError(f"The VAE of {source} normalises its latents channel by channel (latents_mean, latents_std); those of the "
-                             "denoisers here are scaled only. Give Stable Diffusion's VAE (DiT, SiT, U-ViT, U-DiT) or MAR's.")
+            raise ValueError(
+                f"The VAE of {source} shifts its latents (shift_factor {model.config.shift_factor}); those of the denoisers "
+                "here are scaled only. Give Stable Diffusion's VAE (DiT, SiT, U-ViT, U-DiT) or MAR's."
+            )
+        if any(
+            getattr(model.config, name, None) is not None
+            for name in ("latents_mean", "latents_std")
+        ):
+            raise ValueError(
+                f"The VAE of {source} normalises its latents channel by channel (latents_mean, latents_std); those of the "
+                "denoisers here are scaled only. Give Stable Diffusion's VAE (DiT, SiT, U-ViT, U-DiT) or MAR's."
+            )
         factor = model.config.scaling_factor if scaling_factor is None else scaling_factor
         if type(factor) not in (int, float) or not 0 < factor < math.inf:
             of = f" in the config of {source}" if scaling_factor is None else ""
-            raise ValueError(f"The VAE's scaling_factor is {factor!r:.80}{of}; give a number > 0 (Stable Diffusion 0.18215, MAR 0.2325).")
+            raise ValueError(
+                f"The VAE's scaling_factor is {factor!r:.80}{of}; give a number > 0 (Stable Diffusion 0.18215, MAR 0.2325)."
+            )
         self.scaling_factor = float(factor)
         self.source, self.batch_size = source, batch_size
         self.num_channels = int(model.config.latent_channels)
         self.downsampling = 2 ** (len(model.config.block_out_channels) - 1)
         self._encoder = encoder_fingerprint(model)  # of the weights as they are in the file
-        if model.dtype != PRECISIONS[precision]:  # without need diffusers' `to` says things about nothing
+        if (
+            model.dtype != PRECISIONS[precision]
+        ):  # without need diffusers' `to` says things about nothing
             model.to(PRECISIONS[precision])
         self.model = model.eval().requires_grad_(False)
         (model.enable_slicing if slicing else model.disable_slicing)()
@@ -81,14 +108,18 @@ class VAE:
     def latent_shape(self, image_size: int) -> tuple[int, int, int]:
         """(C, h, w) of the latents of square pictures. ValueError for a size that is no multiple of `downsampling`."""
         if image_size < 1 or image_size % self.downsampling:
-            raise ValueError(f"image_size is {image_size}; the VAE of {self.source} takes multiples of {self.downsampling}.")
+            raise ValueError(
+                f"image_size is {image_size}; the VAE of {self.source} takes multiples of {self.downsampling}."
+            )
         return self.num_channels, image_size // self.downsampling, image_size // self.downsampling
 
     @torch.no_grad()
     def encode(self, pictures: Tensor) -> Tensor:
         """uint8 pictures (N, 3, H, W) to the posterior's mean and log-variance, (N, 2C, h, w) float32, not scaled."""
         if pictures.dtype != torch.uint8 or pictures.ndim != 4 or pictures.shape[1] != 3:
-            raise ValueError(f"The VAE takes uint8 pictures (N, 3, H, W); these are {pictures.dtype} {tuple(pictures.shape)}.")
+            raise ValueError(
+                f"The VAE takes uint8 pictures (N, 3, H, W); these are {pictures.dtype} {tuple(pictures.shape)}."
+            )
         self.model.to(pictures.device)
         moments = []
         for part in pictures.split(self.batch_size):
@@ -104,24 +135,41 @@ class VAE:
             ValueError: for latents of another channel count, or that are not finite.
         """
         if latents.ndim != 4 or latents.shape[1] != self.num_channels:
-            raise ValueError(f"The VAE of {self.source} decodes latents (N, {self.num_channels}, h, w); these are {tuple(latents.shape)}. "
-                             "Give the VAE that the denoiser's latents are from.")
+            raise ValueError(
+                f"The VAE of {self.source} decodes latents (N, {self.num_channels}, h, w); these are {tuple(latents.shape)}. "
+                "Give the VAE that the denoiser's latents are from."
+            )
         if not torch.isfinite(latents).all():
-            raise ValueError("The latents hold values that are not finite: the model that made them has diverged.")
+            raise ValueError(
+                "The latents hold values that are not finite: the model that made them has diverged."
+            )
         self.model.to(latents.device)
         pictures = []
         for part in latents.split(self.batch_size):
-            x = self.model.decode((part.float() / self.scaling_factor).to(self.model.dtype)).sample  # (n, 3, H, W) in [-1, 1]
+            x = self.model.decode(
+                (part.float() / self.scaling_factor).to(self.model.dtype)
+            ).sample  # (n, 3, H, W) in [-1, 1]
             pictures.append((x.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8))
         return torch.cat(pictures)
 
     def record(self) -> dict[str, Any]:
         """What latents must share to be of this VAE, and where it is from: plain data."""
-        return {"source": self.source, "num_channels": self.num_channels, "downsampling": self.downsampling,
-                "scaling_factor": self.scaling_factor, "encoder": self._encoder}
+        return {
+            "source": self.source,
+            "num_channels": self.num_channels,
+            "downsampling": self.downsampling,
+            "scaling_factor": self.scaling_factor,
+            "encoder": self._encoder,
+        }
 
 
-def load_vae(source: str | Path | None, *, architecture: str = "sd", variant: str | None = None, **options: Any) -> VAE:
+def load_vae(
+    source: str | Path | None,
+    *,
+    architecture: str = "sd",
+    variant: str | None = None,
+    **options: Any,
+) -> VAE:
     """A `VAE`.
 
     Args:
@@ -138,16 +186,24 @@ def load_vae(source: str | Path | None, *, architecture: str = "sd", variant: st
         ArtifactError: when it cannot be had; says what to put where.
     """
     if architecture not in ARCHITECTURES:
-        raise ValueError(f"vae.architecture is {architecture!r}; give one of {', '.join(map(repr, ARCHITECTURES))}.")
+        raise ValueError(
+            f"vae.architecture is {architecture!r}; give one of {', '.join(map(repr, ARCHITECTURES))}."
+        )
     if source is None:
-        raise ValueError("The VAE has no weights: vae.source is not set. Give the path of MAR's kl16.ckpt (its repository LTH14/mar says "
-                         "where it is), or of a folder or checkpoint of another VAE; 'random' is a randomly initialised one, for dry runs.")
+        raise ValueError(
+            "The VAE has no weights: vae.source is not set. Give the path of MAR's kl16.ckpt (its repository LTH14/mar says "
+            "where it is), or of a folder or checkpoint of another VAE; 'random' is a randomly initialised one, for dry runs."
+        )
     path = Path(source)
     if variant is not None and (str(source) == RANDOM or path.is_file()):
-        raise ValueError(f"vae.variant is {variant!r}, which is of a folder or a hub repository; vae.source={source} is none. Give "
-                         "vae.variant=null.")
+        raise ValueError(
+            f"vae.variant is {variant!r}, which is of a folder or a hub repository; vae.source={source} is none. Give "
+            "vae.variant=null."
+        )
     if str(source) == RANDOM:
-        rank_zero_warn(f"The VAE is randomly initialised (architecture {architecture!r}): its latents and its pictures mean nothing.")
+        rank_zero_warn(
+            f"The VAE is randomly initialised (architecture {architecture!r}): its latents and its pictures mean nothing."
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # the same one each time: what it encoded is its own
             model = _new(architecture)
@@ -155,12 +211,16 @@ def load_vae(source: str | Path | None, *, architecture: str = "sd", variant: st
         model = read_vae_folder(vae_folder(path), variant=variant)
     elif path.suffix in SUFFIXES:
         state = load_checkpoint(path, weights="raw")
-        model = fit_weights(_new(architecture), as_diffusers(without_prefix(state, path)), path, fresh=True)
+        model = fit_weights(
+            _new(architecture), as_diffusers(without_prefix(state, path)), path, fresh=True
+        )
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not path.parent.exists():
         model = _from_hub(str(source), variant)
     else:
-        raise ArtifactError(f"There is no VAE at {source}. Give a folder with config.json and diffusion_pytorch_model.safetensors, a "
-                            f"checkpoint ({', '.join(SUFFIXES)}), a hub repository as OWNER/NAME, or 'random'.")
+        raise ArtifactError(
+            f"There is no VAE at {source}. Give a folder with config.json and diffusion_pytorch_model.safetensors, a "
+            f"checkpoint ({', '.join(SUFFIXES)}), a hub repository as OWNER/NAME, or 'random'."
+        )
     return VAE(model, source=str(source), **options)
 
 
@@ -170,28 +230,50 @@ def encoder_fingerprint(model: Any) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         if name.startswith(("encoder.", "quant_conv.")):
-            digest.update(name.encode() + tensor.detach().cpu().half().contiguous().numpy().tobytes())
+            digest.update(
+                name.encode() + tensor.detach().cpu().half().contiguous().numpy().tobytes()
+            )
     return digest.hexdigest()[:16]
 
 
 def _new(architecture: str) -> Any:
     from diffusers import AutoencoderKL  # seconds to import, and only needed here
 
-    return AutoencoderKL(in_channels=3, out_channels=3, layers_per_block=2, sample_size=256, **ARCHITECTURES[architecture])
+    return AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        layers_per_block=2,
+        sample_size=256,
+        **ARCHITECTURES[architecture],
+    )
 
 
 def _from_hub(name: str, variant: str | None) -> Any:
     from diffusers import AutoencoderKL
 
-    remedy = (f"Where there is no network, download config.json and diffusion_pytorch_model.safetensors from https://huggingface.co/{name} "
-              "into a folder and give vae.source=FOLDER.")
+    remedy = (
+        f"Where there is no network, download config.json and diffusion_pytorch_model.safetensors from https://huggingface.co/{name} "
+        "into a folder and give vae.source=FOLDER."
+    )
     try:
-        model, found = AutoencoderKL.from_pretrained(name, variant=variant, low_cpu_mem_usage=False, torch_dtype=torch.float32,
-                                                     output_loading_info=True)
+        model, found = AutoencoderKL.from_pretrained(
+            name,
+            variant=variant,
+            low_cpu_mem_usage=False,
+            torch_dtype=torch.float32,
+            output_loading_info=True,
+        )
     except Exception as error:  # of many kinds: hub, network, safetensors, shapes
-        raise ArtifactError(f"The VAE {name} cannot be loaded ({_first_line(error)}). {remedy}") from error
-    if lacking := [*found["missing_keys"], *found["mismatched_keys"]]:  # which diffusers leaves at random values
-        raise ArtifactError(f"The VAE {name} lacks {len(lacking)} weights, {', '.join(map(str, lacking[:3]))} among them. {remedy}")
+        raise ArtifactError(
+            f"The VAE {name} cannot be loaded ({_first_line(error)}). {remedy}"
+        ) from error
+    if lacking := [
+        *found["missing_keys"],
+        *found["mismatched_keys"],
+    ]:  # which diffusers leaves at random values
+        raise ArtifactError(
+            f"The VAE {name} lacks {len(lacking)} weights, {', '.join(map(str, lacking[:3]))} among them. {remedy}"
+        )
     check_values(model.state_dict(), name)
     return model
 

@@ -12,7 +12,9 @@ from torch import Tensor
 from tinyfusion_pl.models.prefixes import plain_names, prefixes_with, under_prefix
 
 _ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
-_LEVEL = re.compile(r"(encoder\.down|decoder\.up)\.(\d+)\.(block|attn|downsample|upsample)\.(\d+|conv)\.(.+)")
+_LEVEL = re.compile(
+    r"(encoder\.down|decoder\.up)\.(\d+)\.(block|attn|downsample|upsample)\.(\d+|conv)\.(.+)"
+)
 _MIDDLE = re.compile(r"(encoder|decoder)\.mid\.(block_1|block_2|attn_1)\.(.+)")
 # As diffusers named them up to version 0.16.
 _OLDER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -41,14 +43,20 @@ def as_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if found := _OLD_NAME.fullmatch(key):
             key = f"{found[1]}.{_OLDER[found[2]]}.{found[3]}"
             if key in state:
-                raise ValueError(f"The weights name {key} twice, also as {found[0]}. Leave one of them.")
+                raise ValueError(
+                    f"The weights name {key} twice, also as {found[0]}. Leave one of them."
+                )
         renamed[key] = _linear(key, tensor)
     return renamed
 
 
 def _linear(key: str, tensor: Tensor) -> Tensor:
     """Attention is made of 1x1 convolutions (C, C, 1, 1) in older layouts and of linear layers (C, C) in diffusers."""
-    return tensor.flatten(1) if "attentions." in key and tensor.ndim == 4 and tensor.shape[2:] == (1, 1) else tensor
+    return (
+        tensor.flatten(1)
+        if "attentions." in key and tensor.ndim == 4 and tensor.shape[2:] == (1, 1)
+        else tensor
+    )
 
 
 def is_compvis(state: Mapping[str, Tensor]) -> bool:
@@ -61,7 +69,9 @@ def compvis_to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     The decoder's levels are numbered from the picture inward in one layout and outward in the other.
     """
-    num_levels = 1 + max((int(found[2]) for key in state if (found := _LEVEL.fullmatch(key))), default=0)
+    num_levels = 1 + max(
+        (int(found[2]) for key in state if (found := _LEVEL.fullmatch(key))), default=0
+    )
     renamed = {}
     for key, tensor in state.items():
         if key.startswith("loss."):
@@ -78,7 +88,11 @@ def _renamed(key: str, num_levels: int) -> str:
         prefix = f"{side}_blocks.{number_of_level}"
         if kind in ("downsample", "upsample"):
             return f"{prefix}.{kind}rs.0.conv.{rest}"
-        return f"{prefix}.{_attention(number, rest)}" if kind == "attn" else f"{prefix}.{_resnet(number, rest)}"
+        return (
+            f"{prefix}.{_attention(number, rest)}"
+            if kind == "attn"
+            else f"{prefix}.{_resnet(number, rest)}"
+        )
     if found := _MIDDLE.fullmatch(key):
         side, kind, rest = found.groups()
         return f"{side}.mid_block.{_attention('0', rest) if kind == 'attn_1' else _resnet(str(int(kind[-1]) - 1), rest)}"

@@ -6,7 +6,12 @@ from tinyfusion_pl.distill.distillation import Distillation
 from tinyfusion_pl.distill.features import feature_loss, within_sigma
 from tinyfusion_pl.distill.hidden_states import HiddenStates, float_tensors, in_backward, needs_grad
 from tinyfusion_pl.distill.interval_losses import TeacherRuns, interval_loss, interval_losses
-from tinyfusion_pl.distill.intervals import Interval, check_single_blocks, intervals_of, resolve_intervals
+from tinyfusion_pl.distill.intervals import (
+    Interval,
+    check_single_blocks,
+    intervals_of,
+    resolve_intervals,
+)
 from tinyfusion_pl.distill.lift import lift_loss
 from tinyfusion_pl.distill.outputs import output_loss, predictions
 from tinyfusion_pl.distill.pairs import check_pairs, resolve_pairs

@@ -50,7 +50,11 @@ class LeafGradients:
         leaves = iter(waiting.pop(which))
 
         def with_gradient(path: str, each: Any) -> Any:
-            return _AddGradient.apply(each, next(leaves)) if isinstance(each, Tensor) and each.is_floating_point() else each
+            return (
+                _AddGradient.apply(each, next(leaves))
+                if isinstance(each, Tensor) and each.is_floating_point()
+                else each
+            )
 
         return map_tree(with_gradient, output)
 
@@ -90,6 +94,10 @@ class CheckpointedOutputs(BlockOutputs):
         if in_backward():
             return self.gradients.add((self.path, index), output)
         if self.found is not None:
-            checkpointed = not torch.is_grad_enabled() and (self.whole or needs_grad([args, kwargs]))
-            self.found[index] = self.gradients.stand_in((self.path, index), output) if checkpointed else output
+            checkpointed = not torch.is_grad_enabled() and (
+                self.whole or needs_grad([args, kwargs])
+            )
+            self.found[index] = (
+                self.gradients.stand_in((self.path, index), output) if checkpointed else output
+            )
         return None

@@ -12,7 +12,9 @@ from tinyfusion_pl.distill.hidden_states import BlockOutputs, HiddenStates, Layo
 from tinyfusion_pl.distill.pairs import Pairs
 
 Outputs = Mapping[str, Mapping[int, Any]]  # what blocks returned, by stack path and block
-Hidden = Mapping[str, Mapping[int, tuple[Layout, Mapping[Any, Tensor]]]]  # hidden states, and where a block's output has them
+Hidden = Mapping[
+    str, Mapping[int, tuple[Layout, Mapping[Any, Tensor]]]
+]  # hidden states, and where a block's output has them
 
 
 class _OfAllStacks(ExitStack):
@@ -42,8 +44,15 @@ class _OfAllStacks(ExitStack):
 class StudentOutputs(_OfAllStacks):
     """What the student's paired blocks return while it runs."""
 
-    def __init__(self, student: nn.Module, pairs: Pairs, collector: type[BlockOutputs] = BlockOutputs) -> None:
-        super().__init__({path: collector(student, path, [s for s, _ in of_path]) for path, of_path in pairs.items()})
+    def __init__(
+        self, student: nn.Module, pairs: Pairs, collector: type[BlockOutputs] = BlockOutputs
+    ) -> None:
+        super().__init__(
+            {
+                path: collector(student, path, [s for s, _ in of_path])
+                for path, of_path in pairs.items()
+            }
+        )
 
     def take(self) -> dict[str, dict[int, Any]]:
         """What was collected since the start."""
@@ -53,10 +62,16 @@ class StudentOutputs(_OfAllStacks):
 class TeacherStates(_OfAllStacks):
     """The hidden states of the teacher's paired blocks while it runs."""
 
-    def __init__(self, teacher: nn.Module, pairs: Pairs, streams: Mapping[str, list[str]] | None = None) -> None:
+    def __init__(
+        self, teacher: nn.Module, pairs: Pairs, streams: Mapping[str, list[str]] | None = None
+    ) -> None:
         given = streams or {}
-        super().__init__({path: HiddenStates(teacher, path, [t for _, t in of_path], streams=given.get(path))
-                          for path, of_path in pairs.items()})
+        super().__init__(
+            {
+                path: HiddenStates(teacher, path, [t for _, t in of_path], streams=given.get(path))
+                for path, of_path in pairs.items()
+            }
+        )
 
     def take(self) -> dict[str, dict[int, tuple[Layout, dict[Any, Tensor]]]]:
         """What was collected since the start."""
@@ -65,5 +80,8 @@ class TeacherStates(_OfAllStacks):
             taken[path] = {}
             for block, states in collector.found.items():
                 layout = collector.layouts[block]
-                taken[path][block] = (layout, dict(zip(layout.keys, states if isinstance(states, tuple) else (states,))))
+                taken[path][block] = (
+                    layout,
+                    dict(zip(layout.keys, states if isinstance(states, tuple) else (states,))),
+                )
         return taken

@@ -47,34 +47,76 @@ class Distillation:
             range.
     """
 
-    def __init__(self, *, weight_kd: float = 0.9, weight_data: float = 0.1, weight_feature: float = 1e-2, feature_mask: str = "reference",
-                 num_sigma: float = 2.0, pairs: Pairs | None = None, output_loss: str = "mse", group_size: int = GROUP_SIZE,
-                 weight_interval: float = 0.0, interval_share: float | None = None) -> None:
-        weights = {"weight_kd": weight_kd, "weight_data": weight_data, "weight_feature": weight_feature, "weight_interval": weight_interval}
+    def __init__(
+        self,
+        *,
+        weight_kd: float = 0.9,
+        weight_data: float = 0.1,
+        weight_feature: float = 1e-2,
+        feature_mask: str = "reference",
+        num_sigma: float = 2.0,
+        pairs: Pairs | None = None,
+        output_loss: str = "mse",
+        group_size: int = GROUP_SIZE,
+        weight_interval: float = 0.0,
+        interval_share: float | None = None,
+    ) -> None:
+        weights = {
+            "weight_kd": weight_kd,
+            "weight_data": weight_data,
+            "weight_feature": weight_feature,
+            "weight_interval": weight_interval,
+        }
         if wrong := {name: w for name, w in weights.items() if not w >= 0}:
             raise ValueError(f"Distillation weights must be >= 0, got {wrong}.")
         if not any(weights.values()):
-            raise ValueError("All distillation weights are 0: nothing would be learned. Give at least weight_data > 0.")
+            raise ValueError(
+                "All distillation weights are 0: nothing would be learned. Give at least weight_data > 0."
+            )
         check_feature_mask(feature_mask, num_sigma)
         if output_loss not in OUTPUT_LOSSES:
-            raise ValueError(f"output_loss is {output_loss!r}; give one of {', '.join(map(repr, OUTPUT_LOSSES))}.")
+            raise ValueError(
+                f"output_loss is {output_loss!r}; give one of {', '.join(map(repr, OUTPUT_LOSSES))}."
+            )
         if output_loss != "mse" and not weight_kd:
-            raise ValueError(f"output_loss is {output_loss!r}, but weight_kd is 0: outputs would not be compared. Give weight_kd > 0.")
+            raise ValueError(
+                f"output_loss is {output_loss!r}, but weight_kd is 0: outputs would not be compared. Give weight_kd > 0."
+            )
         check_group_size(group_size)
-        if interval_share is not None and (isinstance(interval_share, bool) or not 0 < interval_share <= 1):
-            raise ValueError(f"interval_share is {interval_share!r}; give a share of the steps in (0, 1], or None for all of them, beside "
-                             "the other terms.")
+        if interval_share is not None and (
+            isinstance(interval_share, bool) or not 0 < interval_share <= 1
+        ):
+            raise ValueError(
+                f"interval_share is {interval_share!r}; give a share of the steps in (0, 1], or None for all of them, beside "
+                "the other terms."
+            )
         if interval_share is not None and not weight_interval:
-            raise ValueError(f"interval_share is {interval_share}, but weight_interval is 0: nothing would be learned in that share. Give "
-                             "weight_interval > 0, or leave out interval_share.")
-        if interval_share != 1 and not (weight_kd or weight_data or weight_feature) and interval_share is not None:
-            raise ValueError(f"interval_share is {interval_share}, and all other weights are 0: the steps after it would learn nothing. "
-                             "Give interval_share=1, or another weight.")
+            raise ValueError(
+                f"interval_share is {interval_share}, but weight_interval is 0: nothing would be learned in that share. Give "
+                "weight_interval > 0, or leave out interval_share."
+            )
+        if (
+            interval_share != 1
+            and not (weight_kd or weight_data or weight_feature)
+            and interval_share is not None
+        ):
+            raise ValueError(
+                f"interval_share is {interval_share}, and all other weights are 0: the steps after it would learn nothing. "
+                "Give interval_share=1, or another weight."
+            )
         self.weight_interval, self.interval_share = weight_interval, interval_share
         self.output_loss, self.group_size = output_loss, group_size
-        self.weight_kd, self.weight_data, self.weight_feature = weight_kd, weight_data, weight_feature
+        self.weight_kd, self.weight_data, self.weight_feature = (
+            weight_kd,
+            weight_data,
+            weight_feature,
+        )
         self.feature_mask, self.num_sigma = feature_mask, num_sigma
-        self.pairs = None if pairs is None else {path: [tuple(pair) for pair in of_path] for path, of_path in pairs.items()}
+        self.pairs = (
+            None
+            if pairs is None
+            else {path: [tuple(pair) for pair in of_path] for path, of_path in pairs.items()}
+        )
 
     @property
     def needs_teacher(self) -> bool:
@@ -91,8 +133,19 @@ class Distillation:
         alone = self.interval_share is not None and step < self.interval_share * num_steps
         return alone or self.interval_share is None, alone
 
-    def losses(self, student: nn.Module, teacher: nn.Module | None, objective: Any, draw: Any, y: Tensor, *, pairs: Pairs,
-               feature_weight: float, intervals: Intervals | None = None, alone: bool = False) -> dict[str, Tensor]:
+    def losses(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        objective: Any,
+        draw: Any,
+        y: Tensor,
+        *,
+        pairs: Pairs,
+        feature_weight: float,
+        intervals: Intervals | None = None,
+        alone: bool = False,
+    ) -> dict[str, Tensor]:
         """Per-sample losses (N,): "loss" (the weighted sum), and where they count "loss_data", "loss_kd", "loss_feature", "loss_interval".
 
         Teacher and student see the same x_t, t and labels; the teacher runs without a graph. With a feature weight of 0 no hidden
@@ -109,7 +162,11 @@ class Distillation:
             output = student(draw.x_t, draw.t, y)
         data, kd, feature, interval = objective.losses(output, draw)["loss"], None, None, None
         if self.weight_kd or pairs or intervals:
-            with torch.no_grad(), TeacherStates(teacher, pairs) as hidden, TeacherRuns(teacher, intervals) as runs:
+            with (
+                torch.no_grad(),
+                TeacherStates(teacher, pairs) as hidden,
+                TeacherRuns(teacher, intervals) as runs,
+            ):
                 teacher_output = teacher(draw.x_t, draw.t, y)
             if self.weight_kd:
                 given = {} if (distance := self.distance()) is None else {"distance": distance}
@@ -118,11 +175,17 @@ class Distillation:
                 feature = self.feature_losses(outputs.take(), hidden.take(), pairs)
             if intervals:
                 interval = interval_loss(student, runs.take(), intervals)
-        return self.total(data, kd=kd, feature=feature, feature_weight=feature_weight, interval=interval)
+        return self.total(
+            data, kd=kd, feature=feature, feature_weight=feature_weight, interval=interval
+        )
 
     def distance(self, *, channel_axis: int = 1) -> Callable[[Tensor, Tensor], Tensor] | None:
         """What compares two predictions, per sample (N,); None for the mean square, which objectives and `output_loss` know."""
-        return partial(lift_loss, group_size=self.group_size, channel_axis=channel_axis) if self.output_loss == "lift" else None
+        return (
+            partial(lift_loss, group_size=self.group_size, channel_axis=channel_axis)
+            if self.output_loss == "lift"
+            else None
+        )
 
     def feature_losses(self, outputs: Outputs, hidden: Hidden, pairs: Pairs) -> Tensor:
         """Representation distillation of one call, averaged over the streams of a pair and the pairs of all stacks. (N,)
@@ -141,16 +204,31 @@ class Distillation:
                 layout, theirs = hidden[path][teacher_block]
                 ours = layout.take(outputs[path][block])
                 if not (common := [key for key in theirs if key in ours]):
-                    raise ValueError(f"Block {block} of the student's '{path}' returns none of the hidden states of the teacher's block "
-                                     f"{teacher_block}, its pair. Pair blocks of the same class.")
-                each.append(torch.stack([self._feature_loss(ours[key], theirs[key]) for key in common]).mean(0))
+                    raise ValueError(
+                        f"Block {block} of the student's '{path}' returns none of the hidden states of the teacher's block "
+                        f"{teacher_block}, its pair. Pair blocks of the same class."
+                    )
+                each.append(
+                    torch.stack(
+                        [self._feature_loss(ours[key], theirs[key]) for key in common]
+                    ).mean(0)
+                )
         return torch.stack(each).mean(0)
 
     def _feature_loss(self, ours: Tensor, theirs: Tensor) -> Tensor:
-        return feature_loss(ours, theirs.to(ours.device), mask=self.feature_mask, num_sigma=self.num_sigma)
+        return feature_loss(
+            ours, theirs.to(ours.device), mask=self.feature_mask, num_sigma=self.num_sigma
+        )
 
-    def total(self, data: Tensor, *, kd: Tensor | None, feature: Tensor | None, feature_weight: float,
-              interval: Tensor | None = None) -> dict[str, Tensor]:
+    def total(
+        self,
+        data: Tensor,
+        *,
+        kd: Tensor | None,
+        feature: Tensor | None,
+        feature_weight: float,
+        interval: Tensor | None = None,
+    ) -> dict[str, Tensor]:
         """The weighted sum "loss" and its terms; terms that are None are left out."""
         terms, total = {"loss_data": data}, self.weight_data * data
         if kd is not None:
@@ -164,6 +242,14 @@ class Distillation:
 
 def _nothing(student: nn.Module, intervals: Intervals) -> Tensor:
     """Zero, with zero gradients for what trains in `student` beside its blocks: data-parallel training waits for all of them."""
-    inside = {id(p) for path in intervals for block in get_stack(student, path) for p in block.parameters()}
+    inside = {
+        id(p)
+        for path in intervals
+        for block in get_stack(student, path)
+        for p in block.parameters()
+    }
     others = [p for p in student.parameters() if p.requires_grad and id(p) not in inside]
-    return sum((0.0 * p.sum() for p in others), start=torch.zeros((), device=next(student.parameters()).device))
+    return sum(
+        (0.0 * p.sum() for p in others),
+        start=torch.zeros((), device=next(student.parameters()).device),
+    )

@@ -15,7 +15,9 @@ FEATURE_MASKS = ("reference", "joint", "none")
 def check_feature_mask(mask: str, num_sigma: float) -> None:
     """Raise a ValueError for an unknown kind of mask or a width that is not positive."""
     if mask not in FEATURE_MASKS:
-        raise ValueError(f"The feature mask is {mask!r}; give one of {', '.join(map(repr, FEATURE_MASKS))}.")
+        raise ValueError(
+            f"The feature mask is {mask!r}; give one of {', '.join(map(repr, FEATURE_MASKS))}."
+        )
     if not num_sigma > 0:
         raise ValueError(f"num_sigma is {num_sigma}; give a number > 0 (published: 2).")
 
@@ -27,7 +29,9 @@ def within_sigma(hidden: Tensor, num_sigma: float) -> Tensor:
     return (hidden.detach() - mean).abs() < num_sigma * sigma
 
 
-def feature_loss(student: Tensor, teacher: Tensor, *, mask: str = "reference", num_sigma: float = 2.0) -> Tensor:
+def feature_loss(
+    student: Tensor, teacher: Tensor, *, mask: str = "reference", num_sigma: float = 2.0
+) -> Tensor:
     """Mean square of the masked difference of two hidden states, per sample.
 
     Args:
@@ -44,12 +48,17 @@ def feature_loss(student: Tensor, teacher: Tensor, *, mask: str = "reference", n
     """
     check_feature_mask(mask, num_sigma)
     if student.shape != teacher.shape:
-        raise ValueError(f"Hidden states of student {tuple(student.shape)} and teacher {tuple(teacher.shape)} differ in shape; "
-                         "representation distillation needs equal widths and token counts.")
+        raise ValueError(
+            f"Hidden states of student {tuple(student.shape)} and teacher {tuple(teacher.shape)} differ in shape; "
+            "representation distillation needs equal widths and token counts."
+        )
     if mask == "none":
         difference = student - teacher
     else:
-        keep_student, keep_teacher = within_sigma(student, num_sigma), within_sigma(teacher, num_sigma)
+        keep_student, keep_teacher = (
+            within_sigma(student, num_sigma),
+            within_sigma(teacher, num_sigma),
+        )
         if mask == "joint":
             keep_student = keep_teacher = keep_student & keep_teacher
         difference = student * keep_student - teacher * keep_teacher

@@ -33,13 +33,19 @@ class Layout:
         items = items_of(output)
         if len(self.keys) == len(items) == 1:  # a tensor, and a tuple with nothing but that
             return {self.keys[0]: next(iter(items.values())).movedim(self.axis, 0)}
-        return {key: items[key].movedim(self.axis, 0) for key in self.keys if isinstance(items.get(key), Tensor)}
+        return {
+            key: items[key].movedim(self.axis, 0)
+            for key in self.keys
+            if isinstance(items.get(key), Tensor)
+        }
 
 
 _LAYOUTS: weakref.WeakKeyDictionary[nn.Module, dict[tuple, Layout]] = weakref.WeakKeyDictionary()
 
 
-def layout_of(block: nn.Module, call: Call, output: Any, *, given: Sequence[str] | None, name: str) -> Layout:
+def layout_of(
+    block: nn.Module, call: Call, output: Any, *, given: Sequence[str] | None, name: str
+) -> Layout:
     """The layout of what `block` returned for `call`; the block is run a few times, once for each pattern of shapes.
 
     Raises:
@@ -52,14 +58,24 @@ def layout_of(block: nn.Module, call: Call, output: Any, *, given: Sequence[str]
     return known[key]
 
 
-def _find_layout(block: nn.Module, call: Call, output: Any, given: Sequence[str] | None, name: str) -> Layout:
+def _find_layout(
+    block: nn.Module, call: Call, output: Any, given: Sequence[str] | None, name: str
+) -> Layout:
     try:
         with gathered(block):
-            plan = plan_batch(block, block.forward, call, given=list(given) if given else None, name=name)
-        return Layout(tuple(key for key in items_of(output) if key in plan.streams.inputs), plan.axis)
+            plan = plan_batch(
+                block, block.forward, call, given=list(given) if given else None, name=name
+            )
+        return Layout(
+            tuple(key for key in items_of(output) if key in plan.streams.inputs), plan.axis
+        )
     except ValueError:
         # Not a block that could be dropped, because its hidden states change their shape; if there is one of them, that is it.
-        found = [key for key, item in items_of(output).items() if isinstance(item, Tensor) and item.is_floating_point()]
+        found = [
+            key
+            for key, item in items_of(output).items()
+            if isinstance(item, Tensor) and item.is_floating_point()
+        ]
         sequence_first = any(getattr(m, "batch_first", True) is False for m in block.modules())
         if given or len(found) != 1 or sequence_first:
             raise
@@ -69,8 +85,15 @@ def _find_layout(block: nn.Module, call: Call, output: Any, given: Sequence[str]
 class _AroundCompiled:
     """Hooks of a block that ``block.compile()`` compiled: outside of what is compiled, which would keep the first ones for ever."""
 
-    def __init__(self, block: nn.Module, before: Callable[..., Any] | None, after: Callable[..., Any] | None) -> None:
-        self.block, self.compiled, self.before, self.after = block, block._compiled_call_impl, before, after
+    def __init__(
+        self, block: nn.Module, before: Callable[..., Any] | None, after: Callable[..., Any] | None
+    ) -> None:
+        self.block, self.compiled, self.before, self.after = (
+            block,
+            block._compiled_call_impl,
+            before,
+            after,
+        )
         block._compiled_call_impl = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -84,7 +107,12 @@ class _AroundCompiled:
         self.block._compiled_call_impl = self.compiled
 
 
-def watch(block: nn.Module, *, before: Callable[..., Any] | None = None, after: Callable[..., Any] | None = None) -> Any:
+def watch(
+    block: nn.Module,
+    *,
+    before: Callable[..., Any] | None = None,
+    after: Callable[..., Any] | None = None,
+) -> Any:
     """Call ``before(block, args, kwargs)`` or ``after(block, args, kwargs, output)`` at each call of `block`.
 
     What `after` returns, where it is not None, takes the place of the output.
@@ -109,13 +137,17 @@ class BlockOutputs:
     def __init__(self, model: nn.Module, path: str, blocks: Sequence[int]) -> None:
         stack = get_stack(model, path)
         if wrong := [index for index in blocks if not 0 <= index < len(stack)]:
-            raise ValueError(f"Blocks {wrong} are not in '{path}', which has blocks 0..{len(stack) - 1}.")
+            raise ValueError(
+                f"Blocks {wrong} are not in '{path}', which has blocks 0..{len(stack) - 1}."
+            )
         self.path, self.blocks = path, {index: stack[index] for index in blocks}
         self.found: dict[int, Any] | None = None
 
     def __enter__(self) -> dict[int, Any]:
         self.found = {}
-        self.handles = [watch(block, after=self._hook(index)) for index, block in self.blocks.items()]
+        self.handles = [
+            watch(block, after=self._hook(index)) for index, block in self.blocks.items()
+        ]
         return self.found
 
     def __exit__(self, *exc) -> None:
@@ -129,7 +161,9 @@ class BlockOutputs:
 
         return collect
 
-    def _collect(self, index: int, block: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+    def _collect(
+        self, index: int, block: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any
+    ) -> Any:
         if self.found is not None and not in_backward():
             self.found[index] = output
 
@@ -155,19 +189,27 @@ class HiddenStates(BlockOutputs):
         hidden[7]  # (N, T, D)
     """
 
-    def __init__(self, model: nn.Module, path: str, blocks: Sequence[int], *, streams: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        path: str,
+        blocks: Sequence[int],
+        *,
+        streams: Sequence[str] | None = None,
+    ) -> None:
         super().__init__(model, path, blocks)
         self.streams = streams
         self.layouts: dict[int, Layout] = {}
 
-    def _collect(self, index: int, block: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    def _collect(
+        self, index: int, block: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any
+    ) -> None:
         if self.found is None or in_backward():
             return
         call, name = Call(block_signature(block), args, kwargs), f"{self.path}.{index}"
         self.layouts[index] = layout_of(block, call, output, given=self.streams, name=name)
         states = tuple(self.layouts[index].take(output).values())
         self.found[index] = states[0] if len(states) == 1 else states
-
 
 
 def in_backward() -> bool:
@@ -181,7 +223,11 @@ def float_tensors(tree: Any) -> list[Tensor]:
         return [tree] if tree.is_floating_point() else []
     if isinstance(tree, Mapping):
         tree = list(tree.values())
-    return [tensor for item in tree for tensor in float_tensors(item)] if isinstance(tree, (tuple, list)) else []
+    return (
+        [tensor for item in tree for tensor in float_tensors(item)]
+        if isinstance(tree, (tuple, list))
+        else []
+    )
 
 
 def needs_grad(tree: Any) -> bool:

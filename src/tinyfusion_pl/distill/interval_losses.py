@@ -58,7 +58,9 @@ class TeacherRuns:
 
     def __enter__(self) -> TeacherRuns:
         self.states.__enter__()
-        self._handles = [watch(block, before=self._hook(path, index)) for path, index, block in self.firsts]
+        self._handles = [
+            watch(block, before=self._hook(path, index)) for path, index, block in self.firsts
+        ]
         self.start()
         return self
 

@@ -14,7 +14,9 @@ _BY_THE_WAY = ("loss", "hidden_states", "attentions", "cross_attentions", "past_
 """What models of transformers return beside their prediction, where they are asked to."""
 
 
-def output_loss(output: Any, teacher_output: Any, *, distance: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
+def output_loss(
+    output: Any, teacher_output: Any, *, distance: Callable[[Tensor, Tensor], Tensor] | None = None
+) -> Tensor:
     """Mean squared error of what two models return, in float32, averaged over its tensors; of tensors, tuples, lists, `ModelOutput`.
 
     With `distance`, the mean of that in place of the squared error: tensors must then be batch first. Losses that the models
@@ -26,10 +28,14 @@ def output_loss(output: Any, teacher_output: Any, *, distance: Callable[[Tensor,
     ours, theirs = predictions(output), predictions(teacher_output)
     shapes = [[tuple(t.shape) for t in tensors] for tensors in (ours, theirs)]
     if not ours or shapes[0] != shapes[1]:
-        raise ValueError(f"The student returns floating-point tensors of shapes {shapes[0]}, the teacher {shapes[1]}. They must be equal "
-                         "and at least one: give a teacher of the student's class and widths.")
+        raise ValueError(
+            f"The student returns floating-point tensors of shapes {shapes[0]}, the teacher {shapes[1]}. They must be equal "
+            "and at least one: give a teacher of the student's class and widths."
+        )
     distance = distance or (lambda s, t: (s - t).square())
-    return torch.stack([distance(s.float(), t.to(s.device).float()).mean() for s, t in zip(ours, theirs)]).mean()
+    return torch.stack(
+        [distance(s.float(), t.to(s.device).float()).mean() for s, t in zip(ours, theirs)]
+    ).mean()
 
 
 def predictions(output: Any) -> list[Tensor]:

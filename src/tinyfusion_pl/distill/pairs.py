@@ -18,12 +18,20 @@ def check_pairs(pairs: Pairs, student: nn.Module, teacher: nn.Module) -> None:
         sizes = len(get_stack(student, path)), len(get_stack(teacher, path))
         for pair in of_path:
             if len(pair) != 2 or not all(0 <= index < size for index, size in zip(pair, sizes)):
-                raise ValueError(f"Layer pair {list(pair)} of '{path}' does not fit: a pair is (student block 0..{sizes[0] - 1}, "
-                                 f"teacher block 0..{sizes[1] - 1}).")
+                raise ValueError(
+                    f"Layer pair {list(pair)} of '{path}' does not fit: a pair is (student block 0..{sizes[0] - 1}, "
+                    f"teacher block 0..{sizes[1] - 1})."
+                )
 
 
-def resolve_pairs(given: Pairs | Decision, student: nn.Module, teacher: nn.Module, *, module: str = "",
-                  owner: nn.Module | None = None) -> dict[str, list[tuple[int, int]]]:
+def resolve_pairs(
+    given: Pairs | Decision,
+    student: nn.Module,
+    teacher: nn.Module,
+    *,
+    module: str = "",
+    owner: nn.Module | None = None,
+) -> dict[str, list[tuple[int, int]]]:
     """The pairs by the paths of the stacks in `student`, whatever module the paths of `given` begin at.
 
     Args:
@@ -40,11 +48,17 @@ def resolve_pairs(given: Pairs | Decision, student: nn.Module, teacher: nn.Modul
     for path in given.stacks if isinstance(given, Decision) else given:
         if (inside := resolve_path(path, student, module, owner)) is None:
             continue
-        pairs[inside] = [tuple(pair) for pair in given[path]] if not isinstance(given, Decision) else given.stacks[path].layer_pairs()
+        pairs[inside] = (
+            [tuple(pair) for pair in given[path]]
+            if not isinstance(given, Decision)
+            else given.stacks[path].layer_pairs()
+        )
         if isinstance(given, Decision):
             check_decision(given.stacks[path], inside, student, teacher)
     if not pairs:
-        raise ValueError(f"None of {list(given.stacks if isinstance(given, Decision) else given)} is a stack of '{module}', the student.")
+        raise ValueError(
+            f"None of {list(given.stacks if isinstance(given, Decision) else given)} is a stack of '{module}', the student."
+        )
     check_pairs(pairs, student, teacher)
     return pairs
 
@@ -53,9 +67,11 @@ def check_decision(stack: StackDecision, path: str, student: nn.Module, teacher:
     """`ValueError` unless the stack at `path` is as deep in `teacher` and `student` as the decision on it says."""
     depths = len(get_stack(student, path)), len(get_stack(teacher, path))
     if depths != (len(stack.kept_blocks), stack.num_blocks):
-        raise ValueError(f"The decision keeps {len(stack.kept_blocks)} of {stack.num_blocks} blocks of '{path}', but there the "
-                         f"student has {depths[0]} blocks and the teacher {depths[1]}. Give the dense model as teacher, the "
-                         "shallow one as student, and their decision.")
+        raise ValueError(
+            f"The decision keeps {len(stack.kept_blocks)} of {stack.num_blocks} blocks of '{path}', but there the "
+            f"student has {depths[0]} blocks and the teacher {depths[1]}. Give the dense model as teacher, the "
+            "shallow one as student, and their decision."
+        )
 
 
 def resolve_path(path: str, student: nn.Module, module: str, owner: nn.Module | None) -> str | None:
@@ -67,14 +83,24 @@ def resolve_path(path: str, student: nn.Module, module: str, owner: nn.Module | 
     fitting = sorted(each for each in candidates if _has_stack(student, each))
     if not fitting:  # the paths begin further inside
         joined = "+" in plain
-        lists = [name for name, m in walk_modules(student) if isinstance(m, (nn.ModuleList, nn.Sequential))]
+        lists = [
+            name
+            for name, m in walk_modules(student)
+            if isinstance(m, (nn.ModuleList, nn.Sequential))
+        ]
         fitting = [] if joined else [name for name in lists if name.endswith(f".{plain}")]
     if len(fitting) > 1:
-        raise ValueError(f"'{path}' may be any of the stacks {fitting} of the student '{module}'. Give pairs= with the paths of the "
-                         "stacks in the student.")
+        raise ValueError(
+            f"'{path}' may be any of the stacks {fitting} of the student '{module}'. Give pairs= with the paths of the "
+            "stacks in the student."
+        )
     if fitting:
         return fitting[0]
-    if owner is not None and not any(plain.startswith(head) for head in heads[1:]) and _has_stack(owner, plain):
+    if (
+        owner is not None
+        and not any(plain.startswith(head) for head in heads[1:])
+        and _has_stack(owner, plain)
+    ):
         return None
     get_stack(student, plain)  # raises, and names the lists that are there
     return None

@@ -32,15 +32,23 @@ class Teacher:
     def __init__(self, model: nn.Module, *, device: Any = None, offload: bool = False) -> None:
         tensors = list(model.parameters())
         if any(tensor.is_meta for tensor in tensors):
-            raise ValueError("The teacher has parameters on the meta device, which hold no values. Load its weights first.")
+            raise ValueError(
+                "The teacher has parameters on the meta device, which hold no values. Load its weights first."
+            )
         self.model = model.eval().requires_grad_(False)
         self.device, self.offload = None if device is None else torch.device(device), offload
         # Spread over devices by its library, which moves the inputs itself.
-        self.placed = len({tensor.device for tensor in tensors}) > 1 or hasattr(model, "hf_device_map")
+        self.placed = len({tensor.device for tensor in tensors}) > 1 or hasattr(
+            model, "hf_device_map"
+        )
         if self.placed and (device is not None or offload):
-            raise ValueError("The teacher is spread over several devices, so it is not moved. Leave out device and offload.")
+            raise ValueError(
+                "The teacher is spread over several devices, so it is not moved. Leave out device and offload."
+            )
         self._casts = any(map(_holds_values, tensors))
-        self._writes: bool | None = None  # whether it writes into its inputs; known after the first call
+        self._writes: bool | None = (
+            None  # whether it writes into its inputs; known after the first call
+        )
 
     def __deepcopy__(self, memo: Any) -> Teacher:
         return self
@@ -48,7 +56,9 @@ class Teacher:
     def wake(self, device: torch.device) -> None:
         """Move the model to where it runs: its own device, or else `device`."""
         where = self.device or device
-        if not self.placed and any(tensor.device != where for tensor in (*self.model.parameters(), *self.model.buffers())):
+        if not self.placed and any(
+            tensor.device != where for tensor in (*self.model.parameters(), *self.model.buffers())
+        ):
             self.model.to(where)
 
     def rest(self) -> None:
@@ -66,13 +76,20 @@ class Teacher:
         if not self._casts:
             return self.model(*args, **kwargs)
         call = Call(block_signature(self.model), args, kwargs)
-        if caches := [name for name in call.remembering if "cache" in type(call.value(name)).__name__.lower()]:
-            raise ValueError(f"The student is called with {caches[0]!r}, a cache that the teacher would write into too. Train without a "
-                             "cache (use_cache=False).")
+        if caches := [
+            name for name in call.remembering if "cache" in type(call.value(name)).__name__.lower()
+        ]:
+            raise ValueError(
+                f"The student is called with {caches[0]!r}, a cache that the teacher would write into too. Train without a "
+                "cache (use_cache=False)."
+            )
         like = next(t for t in self.model.parameters() if _holds_values(t))
         moved = {name: self._moved(name, tensor, like) for name, tensor in call.tensors.items()}
         if self._writes is not False:
-            moved = {name: tensor.clone() if tensor is call.tensors[name] else tensor for name, tensor in moved.items()}
+            moved = {
+                name: tensor.clone() if tensor is call.tensors[name] else tensor
+                for name, tensor in moved.items()
+            }
         versions = {name: tensor._version for name, tensor in moved.items()}
         args, kwargs = call.replace(moved)
         with torch.random.fork_rng([like.device] if like.device.type == "cuda" else []):
@@ -97,7 +114,10 @@ def _holds_values(tensor: Tensor) -> bool:
 def reset_compiled(*models: nn.Module) -> bool:
     """Have compiled parts of `models` compiled again at their next call, with the hooks that are on them then; whether there are any."""
     modules = [module for model in models for module in model.modules()]
-    compiled = any(hasattr(m, "_orig_mod") or m.__dict__.get("_compiled_call_impl") is not None for m in modules)
+    compiled = any(
+        hasattr(m, "_orig_mod") or m.__dict__.get("_compiled_call_impl") is not None
+        for m in modules
+    )
     if compiled:
         torch.compiler.reset()
     return compiled
@@ -113,5 +133,7 @@ def lowered(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             for parameter in module.parameters(recurse=False):
-                memo[id(parameter)] = nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
+                memo[id(parameter)] = nn.Parameter(
+                    parameter.detach().to(dtype), requires_grad=False
+                )
     return copy.deepcopy(model, memo)

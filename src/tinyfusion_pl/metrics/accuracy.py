@@ -27,7 +27,9 @@ class LabelAccuracy(FeatureMetric):
         for name in ("right", "labelled", "seen"):
             self.add_state(name, torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
-    def update(self, logits: Features | Tensor, labels: Tensor | None = None, *, real: bool = False) -> None:
+    def update(
+        self, logits: Features | Tensor, labels: Tensor | None = None, *, real: bool = False
+    ) -> None:
         """Add logits (N, classes) of pictures that should be `labels` (N,)."""
         if real:
             return
@@ -42,7 +44,9 @@ class LabelAccuracy(FeatureMetric):
     def check_labels(self, labels: Tensor, num: int) -> None:
         """`ValueError` unless `labels` are `num` classes of the network."""
         if labels.shape != (num,):
-            raise ValueError(f"{num} pictures need labels of shape ({num},); these are {tuple(labels.shape)}.")
+            raise ValueError(
+                f"{num} pictures need labels of shape ({num},); these are {tuple(labels.shape)}."
+            )
         if num and not 0 <= labels.min() <= labels.max() < self.num_features:
             raise ValueError(
                 f"Labels go from {labels.min()} to {labels.max()}, but the feature network names classes 0 to {self.num_features - 1}. "
@@ -53,5 +57,7 @@ class LabelAccuracy(FeatureMetric):
         """``accuracy``, float64, 0 to 1; nothing where no picture had a label."""
         right, labelled, seen = (int(x) for x in (self.right, self.labelled, self.seen))
         if labelled not in (0, seen):
-            raise ValueError(f"{labelled} of {seen} generated pictures have labels. Give labels with all or with none.")
+            raise ValueError(
+                f"{labelled} of {seen} generated pictures have labels. Give labels with all or with none."
+            )
         return {"accuracy": self.right.double() / labelled} if labelled else {}

@@ -28,7 +28,9 @@ class FeatureMetric(Metric):
     needs_reference = True
     SETTINGS: tuple[str, ...] = ()
 
-    def __init__(self, *, of: str, num_features: int, reset_real_features: bool = True, **kwargs: Any) -> None:
+    def __init__(
+        self, *, of: str, num_features: int, reset_real_features: bool = True, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         if of not in Features._fields:
             raise ValueError(f"of is {of!r}; give one of {', '.join(map(repr, Features._fields))}.")
@@ -40,13 +42,19 @@ class FeatureMetric(Metric):
         """The tensor (N, num_features) that this metric looks at; `ValueError` unless it is finite and as wide as expected."""
         x = given if isinstance(given, Tensor) else getattr(given, self.of)
         if x is None:
-            raise ValueError(f"{type(self).__name__} looks at {self.of!r}, which this feature network does not give.")
+            raise ValueError(
+                f"{type(self).__name__} looks at {self.of!r}, which this feature network does not give."
+            )
         if x.ndim != 2 or x.shape[1] != self.num_features:
-            raise ValueError(f"{type(self).__name__} takes {self.of} (N, {self.num_features}); these are {tuple(x.shape)}. A reference and "
-                             "samples must come from the same feature network.")
+            raise ValueError(
+                f"{type(self).__name__} takes {self.of} (N, {self.num_features}); these are {tuple(x.shape)}. A reference and "
+                "samples must come from the same feature network."
+            )
         if not torch.isfinite(x).all():
             wrong = (~torch.isfinite(x)).any(1).nonzero().flatten().tolist()
-            raise ValueError(f"{len(wrong)} of {len(x)} pictures have {self.of} that are not finite (places {wrong[:8]} of the batch).")
+            raise ValueError(
+                f"{len(wrong)} of {len(x)} pictures have {self.of} that are not finite (places {wrong[:8]} of the batch)."
+            )
         return x.detach().to(self.device)
 
     def settings(self) -> dict[str, Any]:
@@ -54,8 +62,15 @@ class FeatureMetric(Metric):
         return {"of": self.of, **{name: getattr(self, name) for name in self.SETTINGS}}
 
     def reset(self) -> None:
-        names = () if self.reset_real_features else [name for name in self._defaults if name.startswith("reference_")]
-        kept = {name: list(state) if isinstance(state := getattr(self, name), list) else state for name in names}
+        names = (
+            ()
+            if self.reset_real_features
+            else [name for name in self._defaults if name.startswith("reference_")]
+        )
+        kept = {
+            name: list(state) if isinstance(state := getattr(self, name), list) else state
+            for name in names
+        }
         super().reset()  # empties lists in place
         for name, state in kept.items():
             setattr(self, name, state)
@@ -80,7 +95,9 @@ class RowsMetric(FeatureMetric):
         width, dtype = self._widths[name]
         return torch.cat([torch.empty(0, width, dtype=dtype, device=self.device), *rows])
 
-    def _sync_dist(self, dist_sync_fn: Callable | None = None, process_group: Any | None = None) -> None:
+    def _sync_dist(
+        self, dist_sync_fn: Callable | None = None, process_group: Any | None = None
+    ) -> None:
         # A process without rows would take part with a tensor of another rank and shape, which cannot be gathered.
         for name in self._widths:
             setattr(self, name, [self._joined(name)])

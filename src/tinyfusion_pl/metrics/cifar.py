@@ -21,14 +21,19 @@ class Block(nn.Module):
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.stride = 1 if in_channels == out_channels else 2
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride=self.stride, padding=1, bias=False)
+        self.conv1 = nn.Conv2d(
+            in_channels, out_channels, 3, stride=self.stride, padding=1, bias=False
+        )
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
         self.bn1, self.bn2 = nn.BatchNorm2d(out_channels), nn.BatchNorm2d(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
         missing = y.shape[1] - x.shape[1]
-        shortcut = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, missing // 2, missing - missing // 2))
+        shortcut = F.pad(
+            x[:, :, :: self.stride, :: self.stride],
+            (0, 0, 0, 0, missing // 2, missing - missing // 2),
+        )
         return F.relu(y + shortcut)
 
 
@@ -38,8 +43,14 @@ class ResNet(nn.Module):
     def __init__(self, n: int = 9) -> None:
         super().__init__()
         self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
-        for name, in_channels, out_channels in (("layer1", 16, 16), ("layer2", 16, 32), ("layer3", 32, 64)):
-            blocks = [Block(in_channels if i == 0 else out_channels, out_channels) for i in range(n)]
+        for name, in_channels, out_channels in (
+            ("layer1", 16, 16),
+            ("layer2", 16, 32),
+            ("layer3", 32, 64),
+        ):
+            blocks = [
+                Block(in_channels if i == 0 else out_channels, out_channels) for i in range(n)
+            ]
             setattr(self, name, nn.Sequential(*blocks))
         self.linear = nn.Linear(NUM_FEATURES, NUM_CLASSES)
 
@@ -47,7 +58,9 @@ class ResNet(nn.Module):
         x = F.relu(self.bn1(self.conv1(x.contiguous(memory_format=torch.channels_last))))
         maps = self.layer3(self.layer2(self.layer1(x)))  # (N, 64, 8, 8)
         features = maps.mean((2, 3))  # (N, 64)
-        return Features(features, self.linear(features), spatial_features(maps))  # (N, 64), (N, 10), (N, 448)
+        return Features(
+            features, self.linear(features), spatial_features(maps)
+        )  # (N, 64), (N, 10), (N, 448)
 
 
 def load_cifar_resnet(path: str | Path) -> ModuleFeatures:
@@ -66,10 +79,18 @@ def load_cifar_resnet(path: str | Path) -> ModuleFeatures:
     resnet = ResNet()
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-        resnet.load_state_dict({name.removeprefix("module."): x for name, x in state.items()})  # saved from within DataParallel
+        resnet.load_state_dict(
+            {name.removeprefix("module."): x for name, x in state.items()}
+        )  # saved from within DataParallel
     except Exception as error:  # torch raises whatever it runs into
         raise ArtifactError(
             f"{path} does not hold the weights of a CIFAR-10 ResNet-56 ({str(error).splitlines()[0]}). Download it again."
         ) from error
     resnet = resnet.to(memory_format=torch.channels_last).eval().requires_grad_(False)
-    return ModuleFeatures(resnet, num_features=NUM_FEATURES, num_classes=NUM_CLASSES, num_spatial=NUM_SPATIAL, name="resnet56_cifar10")
+    return ModuleFeatures(
+        resnet,
+        num_features=NUM_FEATURES,
+        num_classes=NUM_CLASSES,
+        num_spatial=NUM_SPATIAL,
+        name="resnet56_cifar10",
+    )

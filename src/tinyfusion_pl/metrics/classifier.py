@@ -15,7 +15,13 @@ from torch import Tensor
 from tinyfusion_pl.artifacts import save_tensors, sha256, write_json
 from tinyfusion_pl.metrics.digits import ASSETS, DigitsClassifier, load_digits_classifier
 
-__all__ = ["DigitsClassifier", "digits_split", "held_out_accuracy", "load_digits_classifier", "train_digits_classifier"]
+__all__ = [
+    "DigitsClassifier",
+    "digits_split",
+    "held_out_accuracy",
+    "load_digits_classifier",
+    "train_digits_classifier",
+]
 
 HELD_OUT = 0.2
 SPLIT_SEED = 0
@@ -27,14 +33,23 @@ def digits_split() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     from sklearn.model_selection import train_test_split
 
     images, labels = load_digits(return_X_y=True)
-    pictures = torch.from_numpy(images).mul(255 / 16).round().to(torch.uint8).view(-1, 1, 8, 8)  # as the data module's
+    pictures = (
+        torch.from_numpy(images).mul(255 / 16).round().to(torch.uint8).view(-1, 1, 8, 8)
+    )  # as the data module's
     labels = torch.from_numpy(labels).long()
-    train, test = train_test_split(range(len(labels)), test_size=HELD_OUT, random_state=SPLIT_SEED, stratify=labels)
+    train, test = train_test_split(
+        range(len(labels)), test_size=HELD_OUT, random_state=SPLIT_SEED, stratify=labels
+    )
     return (pictures[train], labels[train]), (pictures[test], labels[test])
 
 
 def train_digits_classifier(
-    *, seed: int = 0, num_epochs: int = 30, batch_size: int = 64, lr: float = 3e-3, weight_decay: float = 1e-2
+    *,
+    seed: int = 0,
+    num_epochs: int = 30,
+    batch_size: int = 64,
+    lr: float = 3e-3,
+    weight_decay: float = 1e-2,
 ) -> DigitsClassifier:
     """A classifier trained from `seed`: AdamW, one-cycle schedule. Global generators are left as they were."""
     (pictures, labels), _ = digits_split()
@@ -71,11 +86,18 @@ def write_digits_classifier(folder: Path, *, seed: int = 0) -> dict[str, Any]:
         "model": "tinyfusion_pl.metrics.DigitsClassifier",
         "recipe": "python -m tinyfusion_pl.metrics.classifier",
         "seed": seed,
-        "split": {"data": "sklearn.datasets.load_digits", "held_out": HELD_OUT, "stratified": True, "seed": SPLIT_SEED},
+        "split": {
+            "data": "sklearn.datasets.load_digits",
+            "held_out": HELD_OUT,
+            "stratified": True,
+            "seed": SPLIT_SEED,
+        },
         "held_out_accuracy": held_out_accuracy(classifier),
         "num_params": sum(parameter.numel() for parameter in classifier.parameters()),
         "sha256": sha256(folder / "model.safetensors"),
-        "versions": {module.__name__: str(module.__version__) for module in (torch, numpy, sklearn)},
+        "versions": {
+            module.__name__: str(module.__version__) for module in (torch, numpy, sklearn)
+        },
     }
     write_json(folder / "record.json", record)
     return record
@@ -86,11 +108,16 @@ def _shifted(pictures: Tensor) -> Tensor:
     num, _, height, width = pictures.shape
     padded = F.pad(pictures, (1, 1, 1, 1))  # (N, 1, H + 2, W + 2)
     down, right = torch.randint(0, 3, (2, num, 1, 1))
-    rows, columns = torch.arange(height).view(1, -1, 1) + down, torch.arange(width).view(1, 1, -1) + right
+    rows, columns = (
+        torch.arange(height).view(1, -1, 1) + down,
+        torch.arange(width).view(1, 1, -1) + right,
+    )
     return padded[torch.arange(num).view(-1, 1, 1), 0, rows, columns].unsqueeze(1)  # (N, 1, H, W)
 
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else str(ASSETS))
     record = write_digits_classifier(folder)
-    print(f"{folder / 'model.safetensors'}: {record['held_out_accuracy']:.2%} of the held-out digits named correctly")
+    print(
+        f"{folder / 'model.safetensors'}: {record['held_out_accuracy']:.2%} of the held-out digits named correctly"
+    )

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from tinyfusion_pl.artifacts import load_tensors
 from tinyfusion_pl.metrics.features import Features, check_pictures, spatial_features
 
-ASSETS = files("tinyfusion_pl") / "assets" / "digits_classifier"  # model.safetensors and record.json
+ASSETS = (
+    files("tinyfusion_pl") / "assets" / "digits_classifier"
+)  # model.safetensors and record.json
 
 
 class DigitsClassifier(nn.Module):
@@ -23,7 +25,9 @@ class DigitsClassifier(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.Sequential(_conv(1, 32), _conv(32, 32), nn.MaxPool2d(2), _conv(32, 64), nn.MaxPool2d(2))
+        self.body = nn.Sequential(
+            _conv(1, 32), _conv(32, 32), nn.MaxPool2d(2), _conv(32, 64), nn.MaxPool2d(2)
+        )
         self.neck = nn.Sequential(nn.Flatten(), nn.Linear(256, self.num_features), nn.ReLU())
         self.head = nn.Linear(self.num_features, self.num_classes)
 
@@ -32,7 +36,9 @@ class DigitsClassifier(nn.Module):
         x = pictures.to(self.head.weight.dtype) / 127.5 - 1  # (N, 1, 8, 8)
         maps = self.body[:4](x)  # (N, 64, 4, 4)
         features = self.neck(self.body[4:](maps))  # (N, 64)
-        return Features(features, self.head(features), spatial_features(maps))  # (N, 64), (N, 10), (N, 112)
+        return Features(
+            features, self.head(features), spatial_features(maps)
+        )  # (N, 64), (N, 10), (N, 112)
 
 
 def load_digits_classifier() -> DigitsClassifier:

@@ -28,7 +28,9 @@ class FeatureNetwork(Protocol):
     def __call__(self, pictures: Tensor) -> Features: ...
 
 
-def check_pictures(pictures: Tensor, *, num_channels: int | None = None, size: tuple[int, int] | None = None) -> None:
+def check_pictures(
+    pictures: Tensor, *, num_channels: int | None = None, size: tuple[int, int] | None = None
+) -> None:
     """`ValueError` unless `pictures` is uint8 (N, C, H, W) with that number of channels and that size, if given."""
     if pictures.dtype != torch.uint8:
         raise ValueError(
@@ -45,7 +47,9 @@ def check_pictures(pictures: Tensor, *, num_channels: int | None = None, size: t
             f"{kinds.get(shape[1], 'other')} ones, {shape}. Choose the feature network that belongs to the data."
         )
     if size is not None and shape[2:] != size:
-        raise ValueError(f"This feature network sees pictures of {size[0]}x{size[1]}; these are {shape[2]}x{shape[3]}.")
+        raise ValueError(
+            f"This feature network sees pictures of {size[0]}x{size[1]}; these are {shape[2]}x{shape[3]}."
+        )
 
 
 def spatial_features(maps: Tensor, num_channels: int = 7) -> Tensor:
@@ -57,7 +61,11 @@ def describe_values(pictures: Tensor) -> str:
     """What is in pictures (N, ...) that are not uint8, for the person who looks for the mistake: not-a-numbers counted, or the range."""
     if not pictures.is_floating_point() or not pictures.numel():
         return ""
-    bad = (~torch.isfinite(pictures)).flatten(1).any(1) if pictures.ndim > 1 else ~torch.isfinite(pictures)
+    bad = (
+        (~torch.isfinite(pictures)).flatten(1).any(1)
+        if pictures.ndim > 1
+        else ~torch.isfinite(pictures)
+    )
     if bad.any():
         return f", and {int(bad.sum())} of {len(pictures)} hold values that are not finite (places {bad.nonzero().flatten().tolist()[:8]})"
     return f" between {pictures.min():.3g} and {pictures.max():.3g}"

@@ -37,16 +37,26 @@ class FrechetDistance(FeatureMetric):
     def __init__(self, num_features: int, *, of: str = "features", **kwargs: Any) -> None:
         super().__init__(of=of, num_features=num_features, **kwargs)
         for side in ("reference", "samples"):
-            self.add_state(f"{side}_sum", torch.zeros(num_features, dtype=torch.float64), dist_reduce_fx="sum")
-            self.add_state(f"{side}_products", torch.zeros(num_features, num_features, dtype=torch.float64), dist_reduce_fx="sum")
-            self.add_state(f"{side}_number", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+            self.add_state(
+                f"{side}_sum", torch.zeros(num_features, dtype=torch.float64), dist_reduce_fx="sum"
+            )
+            self.add_state(
+                f"{side}_products",
+                torch.zeros(num_features, num_features, dtype=torch.float64),
+                dist_reduce_fx="sum",
+            )
+            self.add_state(
+                f"{side}_number", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum"
+            )
         self._given: tuple[Tensor, Tensor] | None = None
 
     def update(self, features: Features | Tensor, *, real: bool = False) -> None:
         """Add features (N, D) of generated pictures, or of the reference (`real`)."""
         x, side = self._rows(features).double(), "reference" if real else "samples"
         if real and self._given is not None:
-            raise ValueError("The reference's statistics were given; pictures cannot be added to them.")
+            raise ValueError(
+                "The reference's statistics were given; pictures cannot be added to them."
+            )
         setattr(self, f"{side}_sum", getattr(self, f"{side}_sum") + x.sum(0))
         setattr(self, f"{side}_products", getattr(self, f"{side}_products") + x.T @ x)
         setattr(self, f"{side}_number", getattr(self, f"{side}_number") + len(x))
@@ -59,9 +69,14 @@ class FrechetDistance(FeatureMetric):
 
     def check_statistics(self, mu: Tensor, sigma: Tensor) -> None:
         """`ValueError` unless mean and covariance are as wide as these features."""
-        if tuple(mu.shape) != (self.num_features,) or tuple(sigma.shape) != (self.num_features,) * 2:
-            raise ValueError(f"The reference's statistics have shapes {tuple(mu.shape)} and {tuple(sigma.shape)}; these {self.of} have "
-                             f"{self.num_features} values. It was made with another feature network: make it anew with this one.")
+        if (
+            tuple(mu.shape) != (self.num_features,)
+            or tuple(sigma.shape) != (self.num_features,) * 2
+        ):
+            raise ValueError(
+                f"The reference's statistics have shapes {tuple(mu.shape)} and {tuple(sigma.shape)}; these {self.of} have "
+                f"{self.num_features} values. It was made with another feature network: make it anew with this one."
+            )
 
     def statistics(self, side: str = "reference") -> tuple[Tensor, Tensor]:
         """Mean (D,) and unbiased covariance (D, D) of this process's ``"reference"`` or ``"samples"``, float64.
@@ -71,10 +86,18 @@ class FrechetDistance(FeatureMetric):
         """
         if side == "reference" and self._given is not None:
             return self._given
-        number, total, products = (getattr(self, f"{side}_{name}") for name in ("number", "sum", "products"))
+        number, total, products = (
+            getattr(self, f"{side}_{name}") for name in ("number", "sum", "products")
+        )
         if (num := int(number)) < 2:
-            kind, call = ("generated", "update(features)") if side == "samples" else ("reference", "update(features, real=True)")
-            raise ValueError(f"A Fréchet distance needs 2 or more {kind} pictures and has {num}: call {call} first.")
+            kind, call = (
+                ("generated", "update(features)")
+                if side == "samples"
+                else ("reference", "update(features, real=True)")
+            )
+            raise ValueError(
+                f"A Fréchet distance needs 2 or more {kind} pictures and has {num}: call {call} first."
+            )
         mean = total / num
         return mean, (products - num * torch.outer(mean, mean)) / (num - 1)
 

@@ -43,13 +43,20 @@ class GenerationMetrics(nn.Module):
         {'fid': 6.0, 'sfid': 3.0, 'inception_score': 9.9, 'precision': 0.8, 'recall': 0.8, 'accuracy': 1.0}
     """
 
-    def __init__(self, feature_network: FeatureNetwork, *, metrics: Mapping[str, FeatureMetric | None] | None = None) -> None:
+    def __init__(
+        self,
+        feature_network: FeatureNetwork,
+        *,
+        metrics: Mapping[str, FeatureMetric | None] | None = None,
+    ) -> None:
         super().__init__()
         self.feature_network = feature_network
         metrics = dict(default_metrics(feature_network) if metrics is None else metrics)
         metrics = {name: metric for name, metric in metrics.items() if metric is not None}
         if not metrics:
-            raise ValueError("metrics is empty; give at least one, or null for all that the feature network allows.")
+            raise ValueError(
+                "metrics is empty; give at least one, or null for all that the feature network allows."
+            )
         _check_widths(metrics, feature_network)
         for metric in metrics.values():
             metric.reset_real_features = False
@@ -72,9 +79,13 @@ class GenerationMetrics(nn.Module):
         check_pictures(pictures)
         pictures = pictures.to(self.device)
         with torch.no_grad(), torch.autocast(pictures.device.type, enabled=False):
-            return Features(*(x if x is None else x.float() for x in self.feature_network(pictures)))
+            return Features(
+                *(x if x is None else x.float() for x in self.feature_network(pictures))
+            )
 
-    def update(self, pictures: Tensor, labels: Tensor | None = None, *, indices: Tensor | None = None) -> None:
+    def update(
+        self, pictures: Tensor, labels: Tensor | None = None, *, indices: Tensor | None = None
+    ) -> None:
         """Add generated pictures, uint8 (N, C, H, W), the classes (N,) they were asked to be, and their numbers (N,) among all samples.
 
         Leave `labels` out where the network's logits are not the classes of the data: there is no accuracy then. Without `indices`,
@@ -82,17 +93,23 @@ class GenerationMetrics(nn.Module):
         """
         self.update_features(self.features(pictures), labels, indices=indices)
 
-    def update_features(self, features: Features, labels: Tensor | None = None, *, indices: Tensor | None = None) -> None:
+    def update_features(
+        self, features: Features, labels: Tensor | None = None, *, indices: Tensor | None = None
+    ) -> None:
         """As `update`, of what `features` said of the pictures."""
         num = len(features.features)
         if indices is None:
             indices = self.samples.next(num)
         elif indices.shape != (num,):
-            raise ValueError(f"{num} pictures need numbers of shape ({num},); these are {tuple(indices.shape)}.")
+            raise ValueError(
+                f"{num} pictures need numbers of shape ({num},); these are {tuple(indices.shape)}."
+            )
         for metric in self.collection.values():
             if labels is not None and isinstance(metric, LabelAccuracy):
                 metric.check_labels(labels, num)  # before anything is counted
-        self.collection.update(features, labels=labels, indices=indices.to(features.features.device), real=False)
+        self.collection.update(
+            features, labels=labels, indices=indices.to(features.features.device), real=False
+        )
         self.samples.update(indices)
 
     def update_reference(self, pictures: Tensor) -> None:
@@ -104,7 +121,9 @@ class GenerationMetrics(nn.Module):
         for metric in self.collection.values():
             metric.update(features, real=True)
 
-    def set_reference(self, reference: Reference, *, rank: int = 0, world_size: int = 1, batch_size: int = 64) -> None:
+    def set_reference(
+        self, reference: Reference, *, rank: int = 0, world_size: int = 1, batch_size: int = 64
+    ) -> None:
         """Hold samples against a file's statistics, features or pictures; process `rank` of `world_size` takes its share.
 
         Raises:
@@ -147,26 +166,37 @@ class GenerationMetrics(nn.Module):
     def check_reference(self, reference: Reference) -> None:
         """`ValueError` when a file was made with another feature network, or lacks what a metric needs: nothing is computed."""
         if reference.network and reference.network != self.fingerprint():
-            raise ValueError(f"{reference.path} was made with the feature network {reference.network}; this is {self.fingerprint()}. Make "
-                             "it anew with this one (task=reference), or choose the metrics that it was made with.")
+            raise ValueError(
+                f"{reference.path} was made with the feature network {reference.network}; this is {self.fingerprint()}. Make "
+                "it anew with this one (task=reference), or choose the metrics that it was made with."
+            )
         for name, metric in self.collection.items():
             given = isinstance(metric, FrechetDistance) and metric.of in reference.statistics
             if given:
                 metric.check_statistics(*reference.statistics[metric.of])
             elif reference.features is not None and metric.of == "features":
                 if reference.features.shape[1] != metric.num_features:
-                    raise ValueError(f"{reference.path} holds {reference.features.shape[1]} features of each picture; this feature network "
-                                     f"gives {metric.num_features}. Make it anew with this one (task=reference).")
+                    raise ValueError(
+                        f"{reference.path} holds {reference.features.shape[1]} features of each picture; this feature network "
+                        f"gives {metric.num_features}. Make it anew with this one (task=reference)."
+                    )
             elif reference.pictures is None and metric.needs_reference:
-                raise ValueError(f"{reference.path} holds {reference.contents()}: not enough for {name!r}, which needs pictures (arr_0). "
-                                 "Leave that metric out, or make a reference from pictures (task=reference).")
+                raise ValueError(
+                    f"{reference.path} holds {reference.contents()}: not enough for {name!r}, which needs pictures (arr_0). "
+                    "Leave that metric out, or make a reference from pictures (task=reference)."
+                )
 
     def check(self, *, num_samples: int, num_reference: int | None = None) -> None:
         """`ValueError` where a metric cannot be had of so many pictures: before they are made."""
         for name, metric in self.collection.items():
-            for kind, num in (("samples", num_samples), ("reference pictures", num_reference if metric.needs_reference else None)):
+            for kind, num in (
+                ("samples", num_samples),
+                ("reference pictures", num_reference if metric.needs_reference else None),
+            ):
                 if num is not None and num < metric.num_required:
-                    raise ValueError(f"{name!r} needs {metric.num_required} or more {kind}; there are {num}.")
+                    raise ValueError(
+                        f"{name!r} needs {metric.num_required} or more {kind}; there are {num}."
+                    )
 
     def compute(self) -> dict[str, float]:
         """Each metric's number (0 is best for distances; the score goes from 1 to the number of classes; shares from 0 to 1)."""
@@ -175,7 +205,10 @@ class GenerationMetrics(nn.Module):
         results: dict[str, float] = {}
         for name in self.names:  # a collection sorts them
             value = self.collection[name].compute()
-            results |= {key: x.item() for key, x in (value if isinstance(value, dict) else {name: value}).items()}
+            results |= {
+                key: x.item()
+                for key, x in (value if isinstance(value, dict) else {name: value}).items()
+            }
         return results
 
     def reset(self, *, reference: bool = False) -> None:
@@ -188,11 +221,21 @@ class GenerationMetrics(nn.Module):
 
     def statistics(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Mean and covariance of the reference on this process: ``{"features": (mu, sigma), "spatial": ...}``."""
-        return {metric.of: metric.statistics() for metric in self.collection.values() if isinstance(metric, FrechetDistance)}
+        return {
+            metric.of: metric.statistics()
+            for metric in self.collection.values()
+            if isinstance(metric, FrechetDistance)
+        }
 
     def settings(self) -> dict[str, dict[str, Any]]:
         """Name -> what decides its number beside the pictures: for the protocol of a result."""
-        return {name: {"metric": type(self.collection[name]).__name__, **self.collection[name].settings()} for name in self.names}
+        return {
+            name: {
+                "metric": type(self.collection[name]).__name__,
+                **self.collection[name].settings(),
+            }
+            for name in self.names
+        }
 
     def protocol(self, **made: Any) -> dict[str, Any]:
         """What two results must share to be comparable: how the pictures were `made`, the feature network, each metric's settings."""
@@ -229,8 +272,14 @@ class _Samples(RowsMetric):
         self._add_rows("numbers", 1, torch.long)
 
     def next(self, num: int) -> Tensor:
-        if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            raise ValueError("Several processes share the samples: give their numbers, update(pictures, labels, indices=...).")
+        if (
+            torch.distributed.is_available()
+            and torch.distributed.is_initialized()
+            and torch.distributed.get_world_size() > 1
+        ):
+            raise ValueError(
+                "Several processes share the samples: give their numbers, update(pictures, labels, indices=...)."
+            )
         return torch.arange(num) + sum(len(rows) for rows in self.numbers)
 
     def update(self, indices: Tensor) -> None:
@@ -239,17 +288,29 @@ class _Samples(RowsMetric):
     def compute(self) -> Tensor:
         numbers, counts = self._joined("numbers")[:, 0].unique(return_counts=True)
         if (twice := numbers[counts > 1]).numel():
-            raise ValueError(f"{len(twice)} samples were measured more than once (numbers {twice[:8].tolist()}): the sampler pads its last "
-                             "batch, or two processes got the same share. Give every sample to one process.")
+            raise ValueError(
+                f"{len(twice)} samples were measured more than once (numbers {twice[:8].tolist()}): the sampler pads its last "
+                "batch, or two processes got the same share. Give every sample to one process."
+            )
         return numbers
 
 
 def _check_widths(metrics: Mapping[str, Metric], network: FeatureNetwork) -> None:
-    widths = {of: getattr(network, name, None) for of, name in
-              {"features": "num_features", "logits": "num_classes", "spatial": "num_spatial"}.items()}
+    widths = {
+        of: getattr(network, name, None)
+        for of, name in {
+            "features": "num_features",
+            "logits": "num_classes",
+            "spatial": "num_spatial",
+        }.items()
+    }
     for name, metric in metrics.items():
         if not isinstance(metric, FeatureMetric):
-            raise ValueError(f"metrics.{name} is a {type(metric).__name__}; give one of this package's metrics of features.")
+            raise ValueError(
+                f"metrics.{name} is a {type(metric).__name__}; give one of this package's metrics of features."
+            )
         if (width := widths[metric.of]) != metric.num_features:
             there = f"has {width} of them" if width else "gives none"
-            raise ValueError(f"metrics.{name} looks at {metric.num_features} {metric.of}, but the feature network {there}.")
+            raise ValueError(
+                f"metrics.{name} looks at {metric.num_features} {metric.of}, but the feature network {there}."
+            )

@@ -39,7 +39,10 @@ class InceptionFeatures(nn.Module):
     def __init__(self, weights_path: str | os.PathLike | None = None) -> None:
         super().__init__()
         if str(weights_path) == RANDOM:
-            warnings.warn("InceptionV3 is randomly initialised: every number that is measured with it means nothing.", stacklevel=2)
+            warnings.warn(
+                "InceptionV3 is randomly initialised: every number that is measured with it means nothing.",
+                stacklevel=2,
+            )
             self.network, self.name = _random(), "RandomInceptionFeatures"
             return
         path = _downloaded() if weights_path is None else Path(weights_path)
@@ -52,12 +55,16 @@ class InceptionFeatures(nn.Module):
     def forward(self, pictures: Tensor) -> Features:
         check_pictures(pictures, num_channels=3)
         maps: list[Tensor] = []
-        handle = self.network.Mixed_6d.branch1x1.register_forward_hook(lambda _, __, output: maps.append(output))
+        handle = self.network.Mixed_6d.branch1x1.register_forward_hook(
+            lambda _, __, output: maps.append(output)
+        )
         try:
             features, logits = self.network(pictures)
         finally:
             handle.remove()
-        return Features(features, logits, spatial_features(maps[0]))  # (N, 2048), (N, 1008), (N, 2023)
+        return Features(
+            features, logits, spatial_features(maps[0])
+        )  # (N, 2048), (N, 1008), (N, 2023)
 
 
 def _network(path: Path) -> nn.Module:
@@ -65,9 +72,13 @@ def _network(path: Path) -> nn.Module:
 
     class Network(FeatureExtractorInceptionV3):
         def load_state_dict(self, state: dict[str, Tensor], *args: Any) -> Any:
-            return super().load_state_dict(state, *args) if state else None  # an empty file leaves it at random values
+            return (
+                super().load_state_dict(state, *args) if state else None
+            )  # an empty file leaves it at random values
 
-    return Network("inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path))
+    return Network(
+        "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path)
+    )
 
 
 def _random() -> nn.Module:
@@ -81,14 +92,20 @@ def _downloaded() -> Path:
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3 as URL
 
     try:
-        return fetch(URL, cache_folder() / URL.rsplit("/", 1)[1])  # where torch-fidelity itself keeps it
+        return fetch(
+            URL, cache_folder() / URL.rsplit("/", 1)[1]
+        )  # where torch-fidelity itself keeps it
     except ArtifactError as error:
-        raise ArtifactError(f"InceptionV3's weights: {error} Or give its place as weights_path.") from error
+        raise ArtifactError(
+            f"InceptionV3's weights: {error} Or give its place as weights_path."
+        ) from error
 
 
 def _check_is_data(path: Path) -> None:
     if not path.is_file():
-        raise ArtifactError(f"There is no file {path}, where InceptionV3's weights were expected. Check weights_path.")
+        raise ArtifactError(
+            f"There is no file {path}, where InceptionV3's weights were expected. Check weights_path."
+        )
     try:
         torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a broken or foreign file makes torch.load raise

@@ -25,7 +25,9 @@ class InceptionScore(RowsMetric):
     needs_reference = False
     SETTINGS = ("block_size",)
 
-    def __init__(self, num_classes: int, *, block_size: int = 5000, of: str = "logits", **kwargs: Any) -> None:
+    def __init__(
+        self, num_classes: int, *, block_size: int = 5000, of: str = "logits", **kwargs: Any
+    ) -> None:
         super().__init__(of=of, num_features=num_classes, **kwargs)
         if block_size < 1:
             raise ValueError(f"block_size is {block_size}; give at least 1 (published: 5000).")
@@ -33,7 +35,9 @@ class InceptionScore(RowsMetric):
         self._add_rows("blocks", 3 + num_classes, torch.float64)
         self.add_state("arrived", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
-    def update(self, logits: Features | Tensor, *, indices: Tensor | None = None, real: bool = False) -> None:
+    def update(
+        self, logits: Features | Tensor, *, indices: Tensor | None = None, real: bool = False
+    ) -> None:
         """Add logits (N, classes) of the samples with numbers `indices` (N,); default: they follow those that came before.
 
         Raises:
@@ -43,8 +47,14 @@ class InceptionScore(RowsMetric):
             return
         x = self._rows(logits)
         if indices is None:
-            if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-                raise ValueError("Several processes share the samples: give their numbers, update(logits, indices=...).")
+            if (
+                torch.distributed.is_available()
+                and torch.distributed.is_initialized()
+                and torch.distributed.get_world_size() > 1
+            ):
+                raise ValueError(
+                    "Several processes share the samples: give their numbers, update(logits, indices=...)."
+                )
             indices = self.arrived + torch.arange(len(x), device=x.device)
         self.arrived = self.arrived + len(x)
         rows = torch.cat([self._joined("blocks"), block_sums(x, indices, self.block_size)])
@@ -54,5 +64,7 @@ class InceptionScore(RowsMetric):
         """The score, float64, 1 to the number of classes."""
         rows = self._joined("blocks")
         if not len(rows):
-            raise ValueError("An Inception score needs generated pictures and has none: call update(logits) first.")
+            raise ValueError(
+                "An Inception score needs generated pictures and has none: call update(logits) first."
+            )
         return score_of_blocks(add_blocks(rows[:, 0].long(), rows[:, 1:]))

@@ -24,16 +24,22 @@ class _KernelDistance(RowsMetric):
             self._add_rows(f"{side}_rows", num_features, torch.float32)
             self._add_rows(f"{side}_order", 1, torch.long)
 
-    def update(self, features: Features | Tensor, *, indices: Tensor | None = None, real: bool = False) -> None:
+    def update(
+        self, features: Features | Tensor, *, indices: Tensor | None = None, real: bool = False
+    ) -> None:
         """Add features (N, D) of generated pictures with numbers `indices` (N,), or of the reference (`real`)."""
         x, side = self._rows(features).float(), "reference" if real else "samples"
         if indices is None:
-            indices = torch.arange(len(x)) + sum(len(rows) for rows in getattr(self, f"{side}_rows"))
+            indices = torch.arange(len(x)) + sum(
+                len(rows) for rows in getattr(self, f"{side}_rows")
+            )
         getattr(self, f"{side}_rows").append(x)
         getattr(self, f"{side}_order").append(indices.to(x.device).long().unsqueeze(1))
 
     def _sorted(self, side: str) -> Tensor:
-        return self._joined(f"{side}_rows")[self._joined(f"{side}_order")[:, 0].argsort(stable=True)]
+        return self._joined(f"{side}_rows")[
+            self._joined(f"{side}_order")[:, 0].argsort(stable=True)
+        ]
 
 
 class KernelInceptionDistance(_KernelDistance):
@@ -47,14 +53,24 @@ class KernelInceptionDistance(_KernelDistance):
 
     SETTINGS = ("options",)
 
-    def __init__(self, num_features: int, *, num_subsets: int = 100, subset_size: int = 1000, seed: int = 0, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        num_subsets: int = 100,
+        subset_size: int = 1000,
+        seed: int = 0,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(num_features, **kwargs)
         self.options = {"num_subsets": num_subsets, "subset_size": subset_size, "seed": seed}
         self.num_required = subset_size
 
     def compute(self) -> Tensor:
         """The distance, float64, around 0 for equal distributions."""
-        return kernel_inception_distance(self._sorted("reference"), self._sorted("samples"), **self.options)
+        return kernel_inception_distance(
+            self._sorted("reference"), self._sorted("samples"), **self.options
+        )
 
 
 class GaussianMMD(_KernelDistance):
@@ -69,8 +85,16 @@ class GaussianMMD(_KernelDistance):
 
     SETTINGS = ("normalize", "options")
 
-    def __init__(self, num_features: int, *, normalize: bool = True, sigma: float = 10.0, scale: float = 1000.0, max_block_mib: int = 256,
-                 **kwargs: Any) -> None:
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        normalize: bool = True,
+        sigma: float = 10.0,
+        scale: float = 1000.0,
+        max_block_mib: int = 256,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(num_features, **kwargs)
         self.normalize = normalize
         self.options = {"sigma": sigma, "scale": scale, "max_block_mib": max_block_mib}

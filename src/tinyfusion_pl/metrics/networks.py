@@ -30,14 +30,28 @@ class ModuleFeatures(nn.Module):
         name: Goes into references and results.
     """
 
-    def __init__(self, module: nn.Module, *, num_features: int, num_classes: int | None = None, num_spatial: int | None = None,
-                 image_size: int | None = None, interpolation: str = "bilinear", mean: Sequence[float] = IMAGENET_MEAN,
-                 std: Sequence[float] = IMAGENET_STD, name: str | None = None) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        num_features: int,
+        num_classes: int | None = None,
+        num_spatial: int | None = None,
+        image_size: int | None = None,
+        interpolation: str = "bilinear",
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+        name: str | None = None,
+    ) -> None:
         super().__init__()
         if interpolation not in ("bilinear", "bicubic"):
             raise ValueError(f"interpolation is {interpolation!r}; give 'bilinear' or 'bicubic'.")
         self.module = module
-        self.num_features, self.num_classes, self.num_spatial = num_features, num_classes, num_spatial
+        self.num_features, self.num_classes, self.num_spatial = (
+            num_features,
+            num_classes,
+            num_spatial,
+        )
         self.image_size, self.interpolation = image_size, interpolation
         self.name = name or type(module).__name__
         self.preprocessing = {"image_size": image_size, "interpolation": interpolation}
@@ -48,9 +62,20 @@ class ModuleFeatures(nn.Module):
         check_pictures(pictures, num_channels=self.mean.shape[1])
         x = pictures.float() / 255
         if self.image_size is not None:
-            x = resize(x, [self.image_size] * 2, interpolation=InterpolationMode(self.interpolation), antialias=True)
+            x = resize(
+                x,
+                [self.image_size] * 2,
+                interpolation=InterpolationMode(self.interpolation),
+                antialias=True,
+            )
         output = self.call((x - self.mean) / self.std)
-        return output if isinstance(output, Features) else Features(*output) if isinstance(output, (tuple, list)) else Features(output)
+        return (
+            output
+            if isinstance(output, Features)
+            else Features(*output)
+            if isinstance(output, (tuple, list))
+            else Features(output)
+        )
 
     def call(self, x: Tensor) -> Any:
         """What the module says of normalised pictures (N, C, H', W')."""
@@ -76,33 +101,59 @@ class TimmFeatures(ModuleFeatures):
         ArtifactError: when the weights cannot be had.
     """
 
-    def __init__(self, model_name: str, *, pretrained: bool = True, checkpoint_path: str | os.PathLike | None = None,
-                 image_size: int | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model_name: str,
+        *,
+        pretrained: bool = True,
+        checkpoint_path: str | os.PathLike | None = None,
+        image_size: int | None = None,
+        **kwargs: Any,
+    ) -> None:
         import timm
         from timm.data import resolve_model_data_config
 
         if not timm.is_model(model_name.split(".")[0]):
-            raise ValueError(f"timm knows no model {model_name!r}. timm.list_models('*dino*') lists names.")
+            raise ValueError(
+                f"timm knows no model {model_name!r}. timm.list_models('*dino*') lists names."
+            )
         if image_size is not None and "vit" in model_name:
             kwargs["img_size"] = image_size  # position embeddings are made for it
         try:
-            model = timm.create_model(model_name, pretrained=pretrained and checkpoint_path is None, **kwargs)
+            model = timm.create_model(
+                model_name, pretrained=pretrained and checkpoint_path is None, **kwargs
+            )
             if checkpoint_path is not None:
                 timm.models.load_checkpoint(model, str(checkpoint_path))
         except Exception as error:  # hub and file errors are of many types
             where = checkpoint_path or "timm's hub"
-            raise ArtifactError(f"The weights of {model_name} cannot be had from {where} ({_first_line(error)}). Download them elsewhere "
-                                "and give the file as checkpoint_path.") from error
+            raise ArtifactError(
+                f"The weights of {model_name} cannot be had from {where} ({_first_line(error)}). Download them elsewhere "
+                "and give the file as checkpoint_path."
+            ) from error
         config = resolve_model_data_config(model)
-        super().__init__(model.eval(), num_features=model.num_features, num_classes=model.num_classes or None,
-                         image_size=image_size or config["input_size"][-1],
-                         interpolation=config["interpolation"] if config["interpolation"] == "bicubic" else "bilinear",
-                         mean=config["mean"], std=config["std"], name=model_name)
-        self.preprocessing |= {name: str(value) for name, value in sorted(kwargs.items())}  # a pooling has no weights, and decides
+        super().__init__(
+            model.eval(),
+            num_features=model.num_features,
+            num_classes=model.num_classes or None,
+            image_size=image_size or config["input_size"][-1],
+            interpolation=config["interpolation"]
+            if config["interpolation"] == "bicubic"
+            else "bilinear",
+            mean=config["mean"],
+            std=config["std"],
+            name=model_name,
+        )
+        self.preprocessing |= {
+            name: str(value) for name, value in sorted(kwargs.items())
+        }  # a pooling has no weights, and decides
 
     def call(self, x: Tensor) -> Features:
         maps = self.module.forward_features(x)
-        return Features(self.module.forward_head(maps, pre_logits=True), self.module.forward_head(maps) if self.num_classes else None)
+        return Features(
+            self.module.forward_head(maps, pre_logits=True),
+            self.module.forward_head(maps) if self.num_classes else None,
+        )
 
 
 def _first_line(error: Exception) -> str:

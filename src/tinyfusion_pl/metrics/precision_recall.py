@@ -25,10 +25,21 @@ class PrecisionRecall(RowsMetric):
     """
 
     higher_is_better = True
-    SETTINGS = ("k", "precision")  # and in adm_float16 the blocks, since each falls back on float32 as a whole
+    SETTINGS = (
+        "k",
+        "precision",
+    )  # and in adm_float16 the blocks, since each falls back on float32 as a whole
 
-    def __init__(self, num_features: int, *, k: int = 3, precision: str = "float32", max_block_mib: int = 256, of: str = "features",
-                 **kwargs: Any) -> None:
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        k: int = 3,
+        precision: str = "float32",
+        max_block_mib: int = 256,
+        of: str = "features",
+        **kwargs: Any,
+    ) -> None:
         super().__init__(of=of, num_features=num_features, **kwargs)
         check_options(k, precision, max_block_mib)
         self.k, self.precision, self.max_block_mib = k, precision, max_block_mib
@@ -42,10 +53,17 @@ class PrecisionRecall(RowsMetric):
 
     def update(self, features: Features | Tensor, *, real: bool = False) -> None:
         """Add features (N, D) of generated pictures, or of the reference (`real`)."""
-        getattr(self, "reference_rows" if real else "samples_rows").append(self._rows(features).float())
+        getattr(self, "reference_rows" if real else "samples_rows").append(
+            self._rows(features).float()
+        )
 
     def compute(self) -> dict[str, Tensor]:
         """``precision`` and ``recall``, float64, 0 to 1."""
-        precision, recall = precision_recall(self._joined("reference_rows"), self._joined("samples_rows"), self.k, self.precision,
-                                             max_block_mib=self.max_block_mib)
+        precision, recall = precision_recall(
+            self._joined("reference_rows"),
+            self._joined("samples_rows"),
+            self.k,
+            self.precision,
+            max_block_mib=self.max_block_mib,
+        )
         return {"precision": precision, "recall": recall}

@@ -60,7 +60,10 @@ class Reference:
             arrays["arr_0"] = self.pictures.permute(0, 2, 3, 1).contiguous().cpu().numpy()
         if self.features is not None:
             arrays["features"] = self.features.cpu().numpy()
-        arrays |= {"network": np.array(self.network), "num_pictures": np.array(-1 if self.num_pictures is None else self.num_pictures)}
+        arrays |= {
+            "network": np.array(self.network),
+            "num_pictures": np.array(-1 if self.num_pictures is None else self.num_pictures),
+        }
         write_npz(self.path, arrays)
 
 
@@ -74,42 +77,70 @@ def read_reference(path: str | os.PathLike) -> Reference:
     statistics = {}
     for of, (mean, covariance) in STATISTICS.items():
         if (mean in arrays) != (covariance in arrays):
-            raise ArtifactError(f"{path} holds only one of {mean!r} and {covariance!r}. It may be truncated: make it again.")
+            raise ArtifactError(
+                f"{path} holds only one of {mean!r} and {covariance!r}. It may be truncated: make it again."
+            )
         if mean in arrays:
             mu = as_floats(arrays[mean], num_dimensions=1, name=mean, path=path)
             sigma = as_floats(arrays[covariance], num_dimensions=2, name=covariance, path=path)
             if sigma.shape != (len(mu), len(mu)):
-                raise ArtifactError(f"{path} holds {mean!r} of shape {mu.shape} and {covariance!r} of shape {sigma.shape}; a covariance is "
-                                    "of as many rows and columns as the mean has values. Make it again.")
+                raise ArtifactError(
+                    f"{path} holds {mean!r} of shape {mu.shape} and {covariance!r} of shape {sigma.shape}; a covariance is "
+                    "of as many rows and columns as the mean has values. Make it again."
+                )
             statistics[of] = (torch.from_numpy(mu), torch.from_numpy(sigma))
     pictures = as_pictures(arrays["arr_0"], path) if "arr_0" in arrays else None
     features = None
     if "features" in arrays:
-        features = torch.from_numpy(as_floats(arrays["features"], num_dimensions=2, name="features", path=path)).float()
+        features = torch.from_numpy(
+            as_floats(arrays["features"], num_dimensions=2, name="features", path=path)
+        ).float()
     if not statistics and pictures is None and features is None:
-        raise ArtifactError(f"{path} holds {', '.join(names) or 'nothing'}. A reference holds arr_0 (pictures), or mu and sigma, or both.")
+        raise ArtifactError(
+            f"{path} holds {', '.join(names) or 'nothing'}. A reference holds arr_0 (pictures), or mu and sigma, or both."
+        )
     given = arrays.get("num_pictures", np.array(-1))
     if given.shape != () or given.dtype.kind not in "iu":
-        raise ArtifactError(f"'num_pictures' of {path} is {given.dtype} {given.shape}; expected one whole number. Make it again.")
+        raise ArtifactError(
+            f"'num_pictures' of {path} is {given.dtype} {given.shape}; expected one whole number. Make it again."
+        )
     network = arrays.get("network", np.array(""))
     if network.shape != () or network.dtype.kind != "U":
-        raise ArtifactError(f"'network' of {path} is {network.dtype} {network.shape}; expected a name. Make it again.")
+        raise ArtifactError(
+            f"'network' of {path} is {network.dtype} {network.shape}; expected a name. Make it again."
+        )
     num = int(given) if given >= 0 else None if pictures is None else len(pictures)
-    return Reference(path=Path(path), statistics=statistics, pictures=pictures, features=features, network=str(network), num_pictures=num)
+    return Reference(
+        path=Path(path),
+        statistics=statistics,
+        pictures=pictures,
+        features=features,
+        network=str(network),
+        num_pictures=num,
+    )
 
 
 def as_pictures(array: np.ndarray, path: str | os.PathLike) -> Tensor:
     """``arr_0`` (N, H, W, C) uint8 as pictures (N, C, H, W)."""
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
-    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] not in (1, 3) or 0 in array.shape:
+    if (
+        array.dtype != np.uint8
+        or array.ndim != 4
+        or array.shape[3] not in (1, 3)
+        or 0 in array.shape
+    ):
         is_float = array.dtype in (np.float16, np.float32, np.float64) and array.ndim > 0
         values = describe_values(torch.from_numpy(array)) if is_float else ""
-        raise ArtifactError(f"arr_0 of {path} is {array.dtype} {array.shape}{values}; pictures are uint8 (N, H, W, C), 0..255, with 1 or 3 "
-                            "channels.")
+        raise ArtifactError(
+            f"arr_0 of {path} is {array.dtype} {array.shape}{values}; pictures are uint8 (N, H, W, C), 0..255, with 1 or 3 "
+            "channels."
+        )
     return torch.from_numpy(array).permute(0, 3, 1, 2)
 
 
-def write_pictures(path: str | os.PathLike, batches: Iterable[tuple[Tensor, Tensor]], *, num_pictures: int) -> None:
+def write_pictures(
+    path: str | os.PathLike, batches: Iterable[tuple[Tensor, Tensor]], *, num_pictures: int
+) -> None:
     """Write numbered pictures as ``arr_0`` (N, H, W, C) of an npz, in the order of their numbers, without holding them all in memory.
 
     Args:
@@ -122,7 +153,12 @@ def write_pictures(path: str | os.PathLike, batches: Iterable[tuple[Tensor, Tens
             for numbers, pictures in batches:
                 pictures = pictures.permute(0, 2, 3, 1).numpy()  # (n, H, W, C)
                 if rows is None:
-                    rows = np.lib.format.open_memmap(unpacked, mode="w+", dtype=np.uint8, shape=(num_pictures, *pictures.shape[1:]))
+                    rows = np.lib.format.open_memmap(
+                        unpacked,
+                        mode="w+",
+                        dtype=np.uint8,
+                        shape=(num_pictures, *pictures.shape[1:]),
+                    )
                 rows[numbers.numpy()] = pictures
             if rows is None:
                 raise ValueError(f"There are no pictures to write to {path}.")

@@ -13,7 +13,24 @@ from tinyfusion_pl.models.udit import UDiT, merged
 from tinyfusion_pl.models.uvit import UViT
 
 __all__ = [
-    "MAR", "Denoiser", "DiT", "MaskedTokens", "SiT", "UDiT", "UViT", "create_model", "export_model", "library_versions", "list_models",
-    "load_checkpoint", "load_decision", "load_denoiser", "load_pretrained", "load_shallow", "load_weights", "merged", "register_model",
+    "MAR",
+    "Denoiser",
+    "DiT",
+    "MaskedTokens",
+    "SiT",
+    "UDiT",
+    "UViT",
+    "create_model",
+    "export_model",
+    "library_versions",
+    "list_models",
+    "load_checkpoint",
+    "load_decision",
+    "load_denoiser",
+    "load_pretrained",
+    "load_shallow",
+    "load_weights",
+    "merged",
+    "register_model",
     "save_shallow",
 ]

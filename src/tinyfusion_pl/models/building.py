@@ -16,11 +16,25 @@ from tinyfusion_pl.models.fitting import fit_weights, fitting_state
 from tinyfusion_pl.models.notices import first_line
 from tinyfusion_pl.models.registry import create_model, model_arguments
 
-BUILD_ERRORS = (RuntimeError, OverflowError, ZeroDivisionError, MemoryError, IndexError, AttributeError, KeyError)
+BUILD_ERRORS = (
+    RuntimeError,
+    OverflowError,
+    ZeroDivisionError,
+    MemoryError,
+    IndexError,
+    AttributeError,
+    KeyError,
+)
 
 
-def build_model(name: str, arguments: Mapping[str, Any], state: Mapping[str, Tensor], where: str | Path, *,
-                prepare: Callable[[nn.Module], nn.Module] | None = None) -> nn.Module:
+def build_model(
+    name: str,
+    arguments: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    where: str | Path,
+    *,
+    prepare: Callable[[nn.Module], nn.Module] | None = None,
+) -> nn.Module:
     """The model `name` of `arguments`, with the weights `state` that came from `where`, in evaluation mode.
 
     `prepare` gives the model, before its weights, what its arguments do not say (linear maps). It is built without memory first: a depth
@@ -37,18 +51,24 @@ def build_model(name: str, arguments: Mapping[str, Any], state: Mapping[str, Ten
         outline = prepare(outline)
         found, expected = family_of(state), family_of(outline.state_dict())
         if found != expected and None not in (found, expected):
-            raise ValueError(f"{where} holds weights of another family ({found}) than {name}'s ({expected}). Give that family's model as "
-                             "name= (model.name=), or another checkpoint.")
+            raise ValueError(
+                f"{where} holds weights of another family ({found}) than {name}'s ({expected}). Give that family's model as "
+                "name= (model.name=), or another checkpoint."
+            )
         state = fitting_state(outline, state, where)
     return fit_weights(prepare(create_model(name, **arguments)), state, where, fresh=True).eval()
 
 
-def check_depths(arguments: Mapping[str, Any], state: Mapping[str, Tensor], where: str | Path) -> None:
+def check_depths(
+    arguments: Mapping[str, Any], state: Mapping[str, Tensor], where: str | Path
+) -> None:
     """Refuse more blocks than there are tensors: each takes time and memory, even without weights."""
     for argument, value in arguments.items():
         if "depth" in argument and isinstance(value, (int, float)) and value > len(state):
-            raise ArtifactError(f"{where} does not go with {argument}={value}: it holds {len(state)} tensors, fewer than blocks. "
-                                "Give the depth that the weights have, or copy the file again.")
+            raise ArtifactError(
+                f"{where} does not go with {argument}={value}: it holds {len(state)} tensors, fewer than blocks. "
+                "Give the depth that the weights have, or copy the file again."
+            )
 
 
 def _outline(name: str, arguments: Mapping[str, Any], where: str | Path) -> nn.Module | None:
@@ -64,7 +84,9 @@ def _outline(name: str, arguments: Mapping[str, Any], where: str | Path) -> nn.M
         if "meta" in str(error):
             return None
         said = ", ".join(f"{key}={value!r:.80}" for key, value in arguments.items())
-        raise ArtifactError(f"{where}: no {name} can be built of {said} ({type(error).__name__}: {first_line(error)}).") from error
+        raise ArtifactError(
+            f"{where}: no {name} can be built of {said} ({type(error).__name__}: {first_line(error)})."
+        ) from error
 
 
 def check_arguments(name: str, arguments: Mapping[str, Any], where: str) -> None:
@@ -76,17 +98,26 @@ def check_arguments(name: str, arguments: Mapping[str, Any], where: str) -> None
     Raises:
         ArtifactError: names the argument.
     """
-    known = {key: _type_name(parameter.annotation) for key, parameter in model_arguments(name).items()}
+    known = {
+        key: _type_name(parameter.annotation) for key, parameter in model_arguments(name).items()
+    }
     for argument, value in arguments.items():
         if argument not in known:
-            raise ArtifactError(f"{where}.{argument} is no argument of {name}; it has {', '.join(known)}. Install the "
-                                "version that the file "
-                                "was written with, or copy it again.")
+            raise ArtifactError(
+                f"{where}.{argument} is no argument of {name}; it has {', '.join(known)}. Install the "
+                "version that the file "
+                "was written with, or copy it again."
+            )
         expected = known[argument]
-        fits = {"int": type(value) is int and abs(value) < 2**31, "bool": isinstance(value, bool),
-                "float": type(value) in (int, float) and math.isfinite(value)}.get(expected, True)
+        fits = {
+            "int": type(value) is int and abs(value) < 2**31,
+            "bool": isinstance(value, bool),
+            "float": type(value) in (int, float) and math.isfinite(value),
+        }.get(expected, True)
         if not fits:
-            raise ArtifactError(f"{where}.{argument} is {value!r:.80}; {expected} was expected. Copy the file again.")
+            raise ArtifactError(
+                f"{where}.{argument} is {value!r:.80}; {expected} was expected. Copy the file again."
+            )
 
 
 def _type_name(annotation: Any) -> str:

@@ -43,10 +43,15 @@ class Checkpoint:
     @property
     def source(self) -> dict[str, str]:
         """For a record: what was really taken, and from which entry where that is not called the same."""
-        return {"weights": self.weights, **({} if self.key in (None, self.weights) else {"key": self.key})}
+        return {
+            "weights": self.weights,
+            **({} if self.key in (None, self.weights) else {"key": self.key}),
+        }
 
 
-def load_checkpoint(path: str | Path, *, weights: str = "ema", prefix: str = "") -> dict[str, Tensor]:
+def load_checkpoint(
+    path: str | Path, *, weights: str = "ema", prefix: str = ""
+) -> dict[str, Tensor]:
     """The state dict in a file.
 
     Read are ``.safetensors``; ``.pt`` and ``.pth``, bare, as ``{"ema": ..., "model": ...}`` (DiT, SiT) or as
@@ -70,9 +75,13 @@ def read_checkpoint(path: str | Path, *, weights: str = "ema", prefix: str = "")
     """`load_checkpoint`, with what is known of the weights."""
     path = Path(path)
     if weights not in WEIGHTS and not path.is_file():
-        raise ValueError(f"weights is {weights!r}; give 'ema' or 'raw', or an entry of the file; and there is no file {path}.")
+        raise ValueError(
+            f"weights is {weights!r}; give 'ema' or 'raw', or an entry of the file; and there is no file {path}."
+        )
     if not path.is_file():
-        raise ArtifactError(f"There is no checkpoint at {path}. Give the path of a .safetensors, .pt or .ckpt file.")
+        raise ArtifactError(
+            f"There is no checkpoint at {path}. Give the path of a .safetensors, .pt or .ckpt file."
+        )
     if path.suffix == ".safetensors":
         content, stated = load_tensors(path), read_metadata(path)
     else:
@@ -80,9 +89,13 @@ def read_checkpoint(path: str | Path, *, weights: str = "ema", prefix: str = "")
         stated = _trained_as(content)
     chosen = choose(content, weights, path, prefix=prefix)
     state = _sound(chosen.state, path)
-    if not prefix and state and all(key.startswith(DENOISER) for key in state):  # this project's own modules
+    if (
+        not prefix and state and all(key.startswith(DENOISER) for key in state)
+    ):  # this project's own modules
         prefix = DENOISER
-    return Checkpoint(_without(prefix, state, path), chosen.kind, ".".join(chosen.path) or None, stated)
+    return Checkpoint(
+        _without(prefix, state, path), chosen.kind, ".".join(chosen.path) or None, stated
+    )
 
 
 def _trained_as(content: Any) -> dict[str, str]:
@@ -94,23 +107,47 @@ def _trained_as(content: Any) -> dict[str, str]:
 def _sound(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     """`state`, whose tensors hold what they claim: a tensor may be a view that is larger than anything in the file."""
     for key, tensor in state.items():
-        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or tensor.is_nested:
-            kind = "meta" if tensor.is_meta else "quantized" if tensor.is_quantized else "nested" if tensor.is_nested else tensor.layout
-            raise ArtifactError(f"{path} holds {key} as a {kind} tensor; plain (strided) ones are read. Save it as tensor.to_dense(), or "
-                                "dequantized.")
-    claimed, there = sum(each.numel() * each.element_size() for each in state.values()), path.stat().st_size
+        if (
+            tensor.layout != torch.strided
+            or tensor.is_meta
+            or tensor.is_quantized
+            or tensor.is_nested
+        ):
+            kind = (
+                "meta"
+                if tensor.is_meta
+                else "quantized"
+                if tensor.is_quantized
+                else "nested"
+                if tensor.is_nested
+                else tensor.layout
+            )
+            raise ArtifactError(
+                f"{path} holds {key} as a {kind} tensor; plain (strided) ones are read. Save it as tensor.to_dense(), or "
+                "dequantized."
+            )
+    claimed, there = (
+        sum(each.numel() * each.element_size() for each in state.values()),
+        path.stat().st_size,
+    )
     if claimed > MAX_TIES * there:
         largest = max(state, key=lambda key: state[key].numel())
-        raise ArtifactError(f"{path} has {there} bytes, and its tensors claim {claimed}, {largest} "
-                            f"{tuple(state[largest].shape)} among them: "
-                            "it is damaged, or its tensors are expanded views. Save them with tensor.clone().")
+        raise ArtifactError(
+            f"{path} has {there} bytes, and its tensors claim {claimed}, {largest} "
+            f"{tuple(state[largest].shape)} among them: "
+            "it is damaged, or its tensors are expanded views. Save them with tensor.clone()."
+        )
     return state
 
 
 def _without(prefix: str, state: dict[str, Tensor], where: str | Path) -> dict[str, Tensor]:
-    found = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    found = {
+        key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)
+    }
     if prefix and not found:
-        raise ValueError(f"No key in {where} starts with {prefix!r}; it has {', '.join(list(state)[:NUM_NAMED])}.")
+        raise ValueError(
+            f"No key in {where} starts with {prefix!r}; it has {', '.join(list(state)[:NUM_NAMED])}."
+        )
     return found
 
 
@@ -118,7 +155,9 @@ def _unpickle(path: Path) -> Any:
     try:
         zipped = zipfile.is_zipfile(path)
         if zipped and _is_compressed(path):
-            raise ArtifactError(f"{path} is refused: it is a compressed archive, and torch writes plain ones. Save it with torch.save.")
+            raise ArtifactError(
+                f"{path} is refused: it is a compressed archive, and torch writes plain ones. Save it with torch.save."
+            )
         with torch.serialization.safe_globals([argparse.Namespace]):
             # Mapped where the format allows: of a training's checkpoint only the weights asked for are read, not the optimizer's state.
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
@@ -143,7 +182,13 @@ def _is_compressed(path: Path) -> bool:
         return any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
 
 
-def load_weights(model: nn.Module, source: str | Path | Mapping[str, Tensor], *, weights: str = "ema", prefix: str = "") -> nn.Module:
+def load_weights(
+    model: nn.Module,
+    source: str | Path | Mapping[str, Tensor],
+    *,
+    weights: str = "ema",
+    prefix: str = "",
+) -> nn.Module:
     """Put weights into `model`; every key and shape must fit.
 
     What training codes and wrappers put before names (``module.``, ``_orig_mod.``, ``model.``, nested in any order) is taken off, with a
@@ -159,5 +204,7 @@ def load_weights(model: nn.Module, source: str | Path | Mapping[str, Tensor], *,
             all zero or not finite.
     """
     if isinstance(source, Mapping):
-        return fit_weights(model, _without(prefix, dict(source), "the given state dict"), "The given state dict")
+        return fit_weights(
+            model, _without(prefix, dict(source), "the given state dict"), "The given state dict"
+        )
     return fit_weights(model, load_checkpoint(source, weights=weights, prefix=prefix), source)

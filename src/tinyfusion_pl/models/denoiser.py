@@ -34,12 +34,16 @@ class Denoiser(nn.Module):
     STACKS: ClassVar[dict[str, str]] = {}
     out_channels: int | None = None
 
-    def __init__(self, config: dict[str, Any], *, activation_checkpointing: bool | float = False) -> None:
+    def __init__(
+        self, config: dict[str, Any], *, activation_checkpointing: bool | float = False
+    ) -> None:
         super().__init__()
         self.config = config
         self.num_classes: int = config["num_classes"]
         if not 0 <= activation_checkpointing <= 1:
-            raise ValueError(f"activation_checkpointing is {activation_checkpointing}; give true, false, or a share of the blocks.")
+            raise ValueError(
+                f"activation_checkpointing is {activation_checkpointing}; give true, false, or a share of the blocks."
+            )
         self.activation_checkpointing, self._due = activation_checkpointing, 0.0
 
     @property
@@ -58,7 +62,12 @@ class Denoiser(nn.Module):
 
     def run(self, block: Callable[..., Any], *args: Any) -> Any:
         """``block(*args)``, its activations recomputed in the backward pass where `activation_checkpointing` says so."""
-        if self.activation_checkpointing and self.training and torch.is_grad_enabled() and self._is_due():
+        if (
+            self.activation_checkpointing
+            and self.training
+            and torch.is_grad_enabled()
+            and self._is_due()
+        ):
             return checkpoint(block, *args, use_reentrant=False)
         return block(*args)
 

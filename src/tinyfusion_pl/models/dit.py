@@ -11,13 +11,20 @@ from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
 from tinyfusion_pl.models.denoiser import Denoiser
-from tinyfusion_pl.models.layers import LabelEmbedder, TimestepEmbedder, initialize_linears, unpatchify
+from tinyfusion_pl.models.layers import (
+    LabelEmbedder,
+    TimestepEmbedder,
+    initialize_linears,
+    unpatchify,
+)
 from tinyfusion_pl.models.registry import register_model
 
 
 def sincos_position_embedding(hidden_size: int, grid_size: int) -> Tensor:
     """Fixed 2-D sine-cosine embedding, float32 (grid_size**2, hidden_size): half of the channels for the column, half for the row."""
-    frequencies = 10000.0 ** -(torch.arange(hidden_size // 4, dtype=torch.float64) / (hidden_size / 4))
+    frequencies = 10000.0 ** -(
+        torch.arange(hidden_size // 4, dtype=torch.float64) / (hidden_size / 4)
+    )
     angles = torch.arange(grid_size, dtype=torch.float64)[:, None] * frequencies  # (G, D/4)
     axis = torch.cat([angles.sin(), angles.cos()], 1)  # (G, D/2)
     columns, rows = axis.repeat(grid_size, 1), axis.repeat_interleave(grid_size, 0)  # (G*G, D/2)
@@ -31,16 +38,22 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 class DiTBlock(nn.Module):
     """Attention and MLP, each modulated and gated by the conditioning (adaLN-Zero)."""
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, *, norm2_eps: float = 1e-6) -> None:
+    def __init__(
+        self, hidden_size: int, num_heads: int, mlp_ratio: float, *, norm2_eps: float = 1e-6
+    ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(hidden_size, num_heads=num_heads, qkv_bias=True)
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=norm2_eps)
-        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=lambda: nn.GELU(approximate="tanh"))
+        self.mlp = Mlp(
+            hidden_size, int(hidden_size * mlp_ratio), act_layer=lambda: nn.GELU(approximate="tanh")
+        )
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, 1)  # each (N, D)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(
+            6, 1
+        )  # each (N, D)
         x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1))  # (N, T, D)
         return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))  # (N, T, D)
 
@@ -83,35 +96,83 @@ class DiT(Denoiser):
 
     STACKS = {"blocks": "depth"}
 
-    def __init__(self, *, input_size: int = 32, patch_size: int = 2, in_channels: int = 4, hidden_size: int = 1152, depth: int = 28,
-                 num_heads: int = 16, mlp_ratio: float = 4.0, num_classes: int = 1000, class_dropout_prob: float = 0.1,
-                 learn_sigma: bool = True, frequency_shift: int = 0, norm2_eps: float = 1e-6,
-                 activation_checkpointing: bool | float = False) -> None:
-        sizes = {"input_size": input_size, "patch_size": patch_size, "in_channels": in_channels, "depth": depth,
-                 "hidden_size": hidden_size, "num_heads": num_heads, "num_classes": num_classes}
+    def __init__(
+        self,
+        *,
+        input_size: int = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        hidden_size: int = 1152,
+        depth: int = 28,
+        num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        num_classes: int = 1000,
+        class_dropout_prob: float = 0.1,
+        learn_sigma: bool = True,
+        frequency_shift: int = 0,
+        norm2_eps: float = 1e-6,
+        activation_checkpointing: bool | float = False,
+    ) -> None:
+        sizes = {
+            "input_size": input_size,
+            "patch_size": patch_size,
+            "in_channels": in_channels,
+            "depth": depth,
+            "hidden_size": hidden_size,
+            "num_heads": num_heads,
+            "num_classes": num_classes,
+        }
         if wrong := {name: size for name, size in sizes.items() if size < 1}:
-            raise ValueError(f"A {type(self).__name__}'s sizes must be at least 1, got {', '.join(f'{k}={v}' for k, v in wrong.items())}.")
+            raise ValueError(
+                f"A {type(self).__name__}'s sizes must be at least 1, got {', '.join(f'{k}={v}' for k, v in wrong.items())}."
+            )
         if not 0 <= class_dropout_prob <= 1:
-            raise ValueError(f"class_dropout_prob is {class_dropout_prob}; give a probability in [0, 1] (published: 0.1).")
+            raise ValueError(
+                f"class_dropout_prob is {class_dropout_prob}; give a probability in [0, 1] (published: 0.1)."
+            )
         if frequency_shift not in (0, 1):
-            raise ValueError(f"frequency_shift is {frequency_shift}; give 0 (published weights) or 1 (weights from diffusers).")
+            raise ValueError(
+                f"frequency_shift is {frequency_shift}; give 0 (published weights) or 1 (weights from diffusers)."
+            )
         if not norm2_eps > 0:
-            raise ValueError(f"norm2_eps is {norm2_eps}; give a small positive number (published: 1e-6).")
+            raise ValueError(
+                f"norm2_eps is {norm2_eps}; give a small positive number (published: 1e-6)."
+            )
         if input_size % patch_size:
             raise ValueError(f"input_size {input_size} is no multiple of patch_size {patch_size}.")
         if hidden_size % num_heads or hidden_size % 4:
-            raise ValueError(f"hidden_size {hidden_size} must be a multiple of num_heads ({num_heads}) and of 4.")
-        super().__init__(dict(input_size=input_size, patch_size=patch_size, in_channels=in_channels, hidden_size=hidden_size, depth=depth,
-                              num_heads=num_heads, mlp_ratio=mlp_ratio, num_classes=num_classes, class_dropout_prob=class_dropout_prob,
-                              learn_sigma=learn_sigma, frequency_shift=frequency_shift, norm2_eps=norm2_eps),
-                         activation_checkpointing=activation_checkpointing)
+            raise ValueError(
+                f"hidden_size {hidden_size} must be a multiple of num_heads ({num_heads}) and of 4."
+            )
+        super().__init__(
+            dict(
+                input_size=input_size,
+                patch_size=patch_size,
+                in_channels=in_channels,
+                hidden_size=hidden_size,
+                depth=depth,
+                num_heads=num_heads,
+                mlp_ratio=mlp_ratio,
+                num_classes=num_classes,
+                class_dropout_prob=class_dropout_prob,
+                learn_sigma=learn_sigma,
+                frequency_shift=frequency_shift,
+                norm2_eps=norm2_eps,
+            ),
+            activation_checkpointing=activation_checkpointing,
+        )
         self.patch_size, self.learn_sigma = patch_size, learn_sigma
         self.out_channels = in_channels * 2 if learn_sigma else in_channels
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size, frequency_shift=frequency_shift)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, has_null=class_dropout_prob > 0)
-        self.pos_embed = nn.Parameter(sincos_position_embedding(hidden_size, input_size // patch_size)[None], requires_grad=False)
-        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio, norm2_eps=norm2_eps) for _ in range(depth))
+        self.pos_embed = nn.Parameter(
+            sincos_position_embedding(hidden_size, input_size // patch_size)[None],
+            requires_grad=False,
+        )
+        self.blocks = nn.ModuleList(
+            DiTBlock(hidden_size, num_heads, mlp_ratio, norm2_eps=norm2_eps) for _ in range(depth)
+        )
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         self.initialize_weights()
 
@@ -122,9 +183,17 @@ class DiT(Denoiser):
         projection = self.x_embedder.proj
         nn.init.xavier_uniform_(projection.weight.view(projection.weight.shape[0], -1))
         nn.init.zeros_(projection.bias)
-        for weight in (self.y_embedder.embedding_table.weight, self.t_embedder.mlp[0].weight, self.t_embedder.mlp[2].weight):
+        for weight in (
+            self.y_embedder.embedding_table.weight,
+            self.t_embedder.mlp[0].weight,
+            self.t_embedder.mlp[2].weight,
+        ):
             nn.init.normal_(weight, std=0.02)
-        for zero in (*(block.adaLN_modulation[1] for block in self.blocks), self.final_layer.adaLN_modulation[1], self.final_layer.linear):
+        for zero in (
+            *(block.adaLN_modulation[1] for block in self.blocks),
+            self.final_layer.adaLN_modulation[1],
+            self.final_layer.linear,
+        ):
             nn.init.zeros_(zero.weight)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -137,14 +206,57 @@ class DiT(Denoiser):
         return unpatchify(self.final_layer(x, c), self.patch_size).to(dtype)  # (N, C_out, H, W)
 
 
-SIZES = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "xl": (1152, 28, 16), "h": (1280, 32, 16)}
+SIZES = {
+    "s": (384, 12, 6),
+    "b": (768, 12, 12),
+    "l": (1024, 24, 16),
+    "xl": (1152, 28, 16),
+    "h": (1280, 32, 16),
+}
 
 for _size, (_hidden_size, _depth, _num_heads) in SIZES.items():
     for _patch_size in (2, 4, 8):
-        register_model(f"dit_{_size}_{_patch_size}", DiT, alias=f"DiT-{_size.upper()}/{_patch_size}", hidden_size=_hidden_size,
-                       depth=_depth, num_heads=_num_heads, patch_size=_patch_size)
+        register_model(
+            f"dit_{_size}_{_patch_size}",
+            DiT,
+            alias=f"DiT-{_size.upper()}/{_patch_size}",
+            hidden_size=_hidden_size,
+            depth=_depth,
+            num_heads=_num_heads,
+            patch_size=_patch_size,
+        )
 
 register_model("dit", DiT)  # of sizes that have no name
-register_model("dit_digits", DiT, input_size=8, patch_size=2, in_channels=1, hidden_size=64, depth=12, num_heads=4, num_classes=10)
-register_model("dit_cifar10", DiT, input_size=32, patch_size=2, in_channels=3, hidden_size=256, depth=28, num_heads=4, num_classes=10)
-register_model("dit_digits_deep", DiT, input_size=8, patch_size=2, in_channels=1, hidden_size=48, depth=24, num_heads=4, num_classes=10)
+register_model(
+    "dit_digits",
+    DiT,
+    input_size=8,
+    patch_size=2,
+    in_channels=1,
+    hidden_size=64,
+    depth=12,
+    num_heads=4,
+    num_classes=10,
+)
+register_model(
+    "dit_cifar10",
+    DiT,
+    input_size=32,
+    patch_size=2,
+    in_channels=3,
+    hidden_size=256,
+    depth=28,
+    num_heads=4,
+    num_classes=10,
+)
+register_model(
+    "dit_digits_deep",
+    DiT,
+    input_size=8,
+    patch_size=2,
+    in_channels=1,
+    hidden_size=48,
+    depth=24,
+    num_heads=4,
+    num_classes=10,
+)

@@ -44,7 +44,9 @@ def cache_folder() -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints"
 
 
-def fetch(url: str, path: str | os.PathLike, *, size: int | None = None, sha256: str | None = None) -> Path:
+def fetch(
+    url: str, path: str | os.PathLike, *, size: int | None = None, sha256: str | None = None
+) -> Path:
     """`path`, fetched from `url` unless it is there, in which case nothing is asked of the network.
 
     A progress bar is shown on a terminal. The length that the server states is always held against what arrives.
@@ -62,7 +64,9 @@ def fetch(url: str, path: str | os.PathLike, *, size: int | None = None, sha256:
     if path.exists():
         return path
     if _waits.get():
-        raise ArtifactError(f"{path.name} is not there yet. It is downloaded from {url} when nothing else is missing, or put it at {path}.")
+        raise ArtifactError(
+            f"{path.name} is not there yet. It is downloaded from {url} when nothing else is missing, or put it at {path}."
+        )
     by_hand = f"Download that file elsewhere and put it at {path}."
     remove_strays(path.parent, of=path)  # what a killed download left
     digest = hashlib.sha256()
@@ -75,10 +79,14 @@ def fetch(url: str, path: str | os.PathLike, *, size: int | None = None, sha256:
             received += len(chunk)
         for expected in (stated, size):
             if expected is not None and received != expected:
-                raise ArtifactError(f"{path.name} did not come whole from {url}: {received} of {expected} bytes. Run again. {by_hand}")
+                raise ArtifactError(
+                    f"{path.name} did not come whole from {url}: {received} of {expected} bytes. Run again. {by_hand}"
+                )
         if sha256 is not None and digest.hexdigest() != sha256:
-            raise ArtifactError(f"What {url} gave is not {path.name}: its checksum is {digest.hexdigest()[:12]}..., that of the published "
-                                f"file {sha256[:12]}.... {by_hand}")
+            raise ArtifactError(
+                f"What {url} gave is not {path.name}: its checksum is {digest.hexdigest()[:12]}..., that of the published "
+                f"file {sha256[:12]}.... {by_hand}"
+            )
     return path
 
 
@@ -91,20 +99,28 @@ def _chunks(url: str, name: str, by_hand: str) -> Iterator[tuple[bytes, int | No
                 raise ArtifactError(f"{url} gave a web page instead of {name}. {by_hand}")
             length = response.headers.get("Content-Length")
             total = int(length) if length is not None else None
-            with tqdm(total=total, desc=name, unit="B", unit_scale=True, unit_divisor=1024, disable=None) as bar:
+            with tqdm(
+                total=total, desc=name, unit="B", unit_scale=True, unit_divisor=1024, disable=None
+            ) as bar:
                 yield b"", total
                 while chunk := _read(response, url, name, by_hand):
                     yield chunk, total
                     bar.update(len(chunk))
     except urllib.error.HTTPError as error:
         kind = NotOnServer if error.code in (404, 410) else ArtifactError
-        raise kind(f"{name} cannot be fetched: {url} answers {error.code} {error.reason}. {by_hand}") from error
+        raise kind(
+            f"{name} cannot be fetched: {url} answers {error.code} {error.reason}. {by_hand}"
+        ) from error
     except (OSError, http.client.HTTPException) as error:
-        raise ArtifactError(f"{name} cannot be fetched from {url} ({getattr(error, 'reason', error)}). {by_hand}") from error
+        raise ArtifactError(
+            f"{name} cannot be fetched from {url} ({getattr(error, 'reason', error)}). {by_hand}"
+        ) from error
 
 
 def _read(response: http.client.HTTPResponse, url: str, name: str, by_hand: str) -> bytes:
     try:
         return response.read(CHUNK)
     except (OSError, http.client.HTTPException) as error:
-        raise ArtifactError(f"{name} stopped coming from {url} ({error!r}). Run again. {by_hand}") from error
+        raise ArtifactError(
+            f"{name} stopped coming from {url} ({error!r}). Run again. {by_hand}"
+        ) from error

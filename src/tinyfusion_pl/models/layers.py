@@ -16,7 +16,11 @@ def sinusoidal_features(t: Tensor, num_channels: int, *, frequency_shift: int = 
     With a `frequency_shift` of 0 the last frequency stays just above 1/10000, with 1 it is that.
     """
     half = num_channels // 2
-    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / (half - frequency_shift))
+    frequencies = torch.exp(
+        -math.log(10000)
+        * torch.arange(half, dtype=torch.float32, device=t.device)
+        / (half - frequency_shift)
+    )
     angles = t[:, None].float() * frequencies  # (N, C/2)
     return torch.cat([angles.cos(), angles.sin()], 1)  # (N, C)
 
@@ -27,10 +31,16 @@ class TimestepEmbedder(nn.Module):
     def __init__(self, hidden_size: int, *, frequency_shift: int = 0) -> None:
         super().__init__()
         self.frequency_shift = frequency_shift
-        self.mlp = nn.Sequential(nn.Linear(FREQUENCY_CHANNELS, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+        self.mlp = nn.Sequential(
+            nn.Linear(FREQUENCY_CHANNELS, hidden_size),
+            nn.SiLU(),
+            nn.Linear(hidden_size, hidden_size),
+        )
 
     def forward(self, t: Tensor) -> Tensor:
-        features = sinusoidal_features(t, FREQUENCY_CHANNELS, frequency_shift=self.frequency_shift)  # (N, 256)
+        features = sinusoidal_features(
+            t, FREQUENCY_CHANNELS, frequency_shift=self.frequency_shift
+        )  # (N, 256)
         return self.mlp(features.to(self.mlp[0].weight.dtype))  # (N, D)
 
 

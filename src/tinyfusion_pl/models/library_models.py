@@ -98,7 +98,9 @@ def remove_library_files(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def load_library_model(folder: Path, entry: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.Module:
+def load_library_model(
+    folder: Path, entry: Mapping[str, Any], state: Mapping[str, Tensor]
+) -> nn.Module:
     """The model that `save_library_model` wrote, by the plain ``from_pretrained`` of the class in a record's `entry`.
 
     Args:
@@ -136,16 +138,27 @@ def load_library_model(folder: Path, entry: Mapping[str, Any], state: Mapping[st
     check_values(state, folder)
     _check_config(cls, folder, state)
     try:
-        model, info = cls.from_pretrained(folder, local_files_only=True, use_safetensors=True, output_loading_info=True)
+        model, info = cls.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
     except Exception as error:  # of many kinds: config, safetensors, shapes
-        raise ArtifactError(f"{folder} cannot be loaded by {library} as {name} ({type(error).__name__}: {first_line(error)}). Copy the "
-                            "folder again.") from error
-    if wrong := [*info["missing_keys"], *info["mismatched_keys"]]:  # which the library leaves at random values
-        raise ArtifactError(f"The weights in {folder} lack {len(wrong)} of those that its {CONFIG_FILES[0]} asks for, "
-                            f"{', '.join(map(str, wrong[:3]))} among them. Copy the folder again.")
+        raise ArtifactError(
+            f"{folder} cannot be loaded by {library} as {name} ({type(error).__name__}: {first_line(error)}). Copy the "
+            "folder again."
+        ) from error
+    if wrong := [
+        *info["missing_keys"],
+        *info["mismatched_keys"],
+    ]:  # which the library leaves at random values
+        raise ArtifactError(
+            f"The weights in {folder} lack {len(wrong)} of those that its {CONFIG_FILES[0]} asks for, "
+            f"{', '.join(map(str, wrong[:3]))} among them. Copy the folder again."
+        )
     if extra := info["unexpected_keys"]:  # which the library leaves out
-        raise ArtifactError(f"The weights in {folder} hold {len(extra)} tensors that a model of its {CONFIG_FILES[0]} has not, "
-                            f"{', '.join(map(str, list(extra)[:3]))} among them. Copy the folder again.")
+        raise ArtifactError(
+            f"The weights in {folder} hold {len(extra)} tensors that a model of its {CONFIG_FILES[0]} has not, "
+            f"{', '.join(map(str, list(extra)[:3]))} among them. Copy the folder again."
+        )
     return model
 
 
@@ -154,12 +167,18 @@ def _check_config(cls: type[nn.Module], folder: Path, state: Mapping[str, Tensor
     file = folder / CONFIG_FILES[0]
     config = read_json(file)
     if not isinstance(config, dict):
-        raise ArtifactError(f"{file} holds {type(config).__name__}, where a mapping was expected. Copy the folder again.")
+        raise ArtifactError(
+            f"{file} holds {type(config).__name__}, where a mapping was expected. Copy the folder again."
+        )
     for path, value in leaves(config):
-        if any(word in str(path[-1]) for word in COUNTING) and _largest(value) > max(len(state), MIN_COUNT):
-            raise ArtifactError(f"{file}: {'.'.join(map(str, path))!r} is {value!r:.80}, and the weights beside it are "
-                                f"{len(state)} tensors. "
-                                "Copy the folder again.")
+        if any(word in str(path[-1]) for word in COUNTING) and _largest(value) > max(
+            len(state), MIN_COUNT
+        ):
+            raise ArtifactError(
+                f"{file}: {'.'.join(map(str, path))!r} is {value!r:.80}, and the weights beside it are "
+                f"{len(state)} tensors. "
+                "Copy the folder again."
+            )
     try:
         with torch.device("meta"):
             if hasattr(cls, "from_config"):
@@ -171,12 +190,18 @@ def _check_config(cls: type[nn.Module], folder: Path, state: Mapping[str, Tensor
     except Exception as error:  # what a wrong setting ends in is up to the library
         if "meta" in str(error):
             return
-        raise ArtifactError(f"{file} describes no {cls.__name__} ({type(error).__name__}: {first_line(error)}). Copy the "
-                            "folder again.") from error
+        raise ArtifactError(
+            f"{file} describes no {cls.__name__} ({type(error).__name__}: {first_line(error)}). Copy the "
+            "folder again."
+        ) from error
     own = outline.state_dict()
-    if wrong := [key for key, value in state.items() if key in own and own[key].shape != value.shape]:
-        raise ArtifactError(f"{file} describes another model than the weights beside it are of: {wrong[0]} would be "
-                            f"{tuple(own[wrong[0]].shape)} and is {tuple(state[wrong[0]].shape)}. Copy the folder again.")
+    if wrong := [
+        key for key, value in state.items() if key in own and own[key].shape != value.shape
+    ]:
+        raise ArtifactError(
+            f"{file} describes another model than the weights beside it are of: {wrong[0]} would be "
+            f"{tuple(own[wrong[0]].shape)} and is {tuple(state[wrong[0]].shape)}. Copy the folder again."
+        )
 
 
 def _largest(value: Any) -> float:

@@ -69,27 +69,73 @@ class MAR(Denoiser):
 
     STACKS = {"encoder_blocks": "encoder_depth", "decoder_blocks": "decoder_depth"}
 
-    def __init__(self, *, input_size: int = 16, in_channels: int = 16, hidden_size: int = 1024, encoder_depth: int = 16,
-                 decoder_depth: int = 16, num_heads: int = 16, mlp_ratio: float = 4.0, num_classes: int = 1000, buffer_size: int = 64,
-                 attn_dropout: float = 0.1, proj_dropout: float = 0.1, head_width: int = 1280, head_depth: int = 8,
-                 activation_checkpointing: bool | float = False) -> None:
-        sizes = {"input_size": input_size, "in_channels": in_channels, "hidden_size": hidden_size, "encoder_depth": encoder_depth,
-                 "decoder_depth": decoder_depth, "num_heads": num_heads, "num_classes": num_classes, "buffer_size": buffer_size,
-                 "head_width": head_width, "head_depth": head_depth}
+    def __init__(
+        self,
+        *,
+        input_size: int = 16,
+        in_channels: int = 16,
+        hidden_size: int = 1024,
+        encoder_depth: int = 16,
+        decoder_depth: int = 16,
+        num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        num_classes: int = 1000,
+        buffer_size: int = 64,
+        attn_dropout: float = 0.1,
+        proj_dropout: float = 0.1,
+        head_width: int = 1280,
+        head_depth: int = 8,
+        activation_checkpointing: bool | float = False,
+    ) -> None:
+        sizes = {
+            "input_size": input_size,
+            "in_channels": in_channels,
+            "hidden_size": hidden_size,
+            "encoder_depth": encoder_depth,
+            "decoder_depth": decoder_depth,
+            "num_heads": num_heads,
+            "num_classes": num_classes,
+            "buffer_size": buffer_size,
+            "head_width": head_width,
+            "head_depth": head_depth,
+        }
         if wrong := {name: size for name, size in sizes.items() if size < 1}:
-            raise ValueError(f"A MAR's sizes must be at least 1, got {', '.join(f'{k}={v}' for k, v in wrong.items())}.")
+            raise ValueError(
+                f"A MAR's sizes must be at least 1, got {', '.join(f'{k}={v}' for k, v in wrong.items())}."
+            )
         rates = {"attn_dropout": attn_dropout, "proj_dropout": proj_dropout}
         if wrong := {name: rate for name, rate in rates.items() if not 0 <= rate < 1}:
-            raise ValueError(f"Dropout must be in [0, 1), got {', '.join(f'{k}={v}' for k, v in wrong.items())} (published: 0.1).")
+            raise ValueError(
+                f"Dropout must be in [0, 1), got {', '.join(f'{k}={v}' for k, v in wrong.items())} (published: 0.1)."
+            )
         if hidden_size % num_heads:
-            raise ValueError(f"hidden_size {hidden_size} must be a multiple of num_heads ({num_heads}).")
-        super().__init__({**sizes, "mlp_ratio": mlp_ratio, **rates}, activation_checkpointing=activation_checkpointing)
-        self.num_tokens, self.in_channels, self.buffer_size = input_size**2, in_channels, buffer_size
+            raise ValueError(
+                f"hidden_size {hidden_size} must be a multiple of num_heads ({num_heads})."
+            )
+        super().__init__(
+            {**sizes, "mlp_ratio": mlp_ratio, **rates},
+            activation_checkpointing=activation_checkpointing,
+        )
+        self.num_tokens, self.in_channels, self.buffer_size = (
+            input_size**2,
+            in_channels,
+            buffer_size,
+        )
         norm = partial(nn.LayerNorm, eps=1e-6)
 
         def blocks(depth: int) -> nn.ModuleList:
-            return nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio, qkv_bias=True, norm_layer=norm, proj_drop=proj_dropout,
-                                       attn_drop=attn_dropout) for _ in range(depth))
+            return nn.ModuleList(
+                Block(
+                    hidden_size,
+                    num_heads,
+                    mlp_ratio,
+                    qkv_bias=True,
+                    norm_layer=norm,
+                    proj_drop=proj_dropout,
+                    attn_drop=attn_dropout,
+                )
+                for _ in range(depth)
+            )
 
         self.class_emb = nn.Embedding(num_classes, hidden_size)
         self.fake_latent = nn.Parameter(torch.empty(1, hidden_size))  # the null label's row
@@ -101,17 +147,27 @@ class MAR(Denoiser):
         self.mask_token = nn.Parameter(torch.empty(1, 1, hidden_size))
         self.decoder_pos_embed_learned = nn.Parameter(torch.empty(1, num_positions, hidden_size))
         self.decoder_blocks, self.decoder_norm = blocks(decoder_depth), norm(hidden_size)
-        self.diffusion_pos_embed_learned = nn.Parameter(torch.empty(1, self.num_tokens, hidden_size))
+        self.diffusion_pos_embed_learned = nn.Parameter(
+            torch.empty(1, self.num_tokens, hidden_size)
+        )
         self.initialize_weights()
         # Its published name is diffloss.net. After the initialisation: it has one of its own.
-        head = DiffusionHead(in_channels=in_channels, cond_channels=hidden_size, width=head_width, depth=head_depth)
+        head = DiffusionHead(
+            in_channels=in_channels, cond_channels=hidden_size, width=head_width, depth=head_depth
+        )
         self.diffloss = nn.ModuleDict({"net": head})
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
         initialize_linears(self)
-        for weight in (self.class_emb.weight, self.fake_latent, self.mask_token, self.encoder_pos_embed_learned,
-                       self.decoder_pos_embed_learned, self.diffusion_pos_embed_learned):
+        for weight in (
+            self.class_emb.weight,
+            self.fake_latent,
+            self.mask_token,
+            self.encoder_pos_embed_learned,
+            self.decoder_pos_embed_learned,
+            self.diffusion_pos_embed_learned,
+        ):
             nn.init.normal_(weight, std=0.02)
 
     def encode(self, tokens: Tensor, visible: Tensor, y: Tensor) -> Tensor:
@@ -126,8 +182,10 @@ class MAR(Denoiser):
             ValueError: for another number of tokens or channels than the model's.
         """
         if tokens.shape[1:] != (expected := (self.num_tokens, self.in_channels)):
-            raise ValueError(f"The tokens have shape {tuple(tokens.shape)}; this MAR takes (N, {expected[0]}, {expected[1]}): latents of "
-                             f"{self.in_channels} channels and {self.config['input_size']} x {self.config['input_size']} positions.")
+            raise ValueError(
+                f"The tokens have shape {tuple(tokens.shape)}; this MAR takes (N, {expected[0]}, {expected[1]}): latents of "
+                f"{self.in_channels} channels and {self.config['input_size']} x {self.config['input_size']} positions."
+            )
         b, positions = self.buffer_size, self.encoder_pos_embed_learned
         label = F.embedding(y, torch.cat([self.class_emb.weight, self.fake_latent]))  # (N, D)
         buffer = label[:, None] + positions[:, :b]  # (N, B, D)
@@ -142,11 +200,15 @@ class MAR(Denoiser):
         """A conditioning vector for every token, (N, L, D), from the encoder's `hidden` (N, B + V, D) and the same `visible` (N, V)."""
         x = self.decoder_embed(hidden.to(self.mask_token.dtype))  # (N, B + V, D)
         buffer, known = x[:, : self.buffer_size], x[:, self.buffer_size :]  # (N, B, D), (N, V, D)
-        x = put(self.mask_token.to(x.dtype).expand(len(x), self.num_tokens, -1), visible, known)  # (N, L, D)
+        x = put(
+            self.mask_token.to(x.dtype).expand(len(x), self.num_tokens, -1), visible, known
+        )  # (N, L, D)
         x = torch.cat([buffer, x], 1) + self.decoder_pos_embed_learned  # (N, B + L, D)
         for block in self.decoder_blocks:
             x = self.run(block, x)  # (N, B + L, D)
-        return self.decoder_norm(x)[:, self.buffer_size :] + self.diffusion_pos_embed_learned  # (N, L, D)
+        return (
+            self.decoder_norm(x)[:, self.buffer_size :] + self.diffusion_pos_embed_learned
+        )  # (N, L, D)
 
     def head(self, noised: Tensor, t: Tensor, z: Tensor) -> Tensor:
         """The diffusion head's noise and variance, (..., 2C), for tokens `noised` (..., C) at timesteps `t` (...) given `z` (..., D)."""
@@ -165,14 +227,29 @@ class MAR(Denoiser):
             (N, M, K, 2C), in the dtype of the tokens.
         """
         if not isinstance(x, MaskedTokens):
-            raise ValueError(f"A MAR takes MaskedTokens, which objective=mar draws, not a {type(x).__name__}.")
+            raise ValueError(
+                f"A MAR takes MaskedTokens, which objective=mar draws, not a {type(x).__name__}."
+            )
         hidden = self.encode(x.tokens, x.visible, y)  # (N, B + V, D)
         z = take(self.decode(hidden, x.visible), x.masked)  # (N, K, D)
         return self.head(x.noised, t, z[:, None]).to(x.tokens.dtype)  # (N, M, K, 2C)
 
 
-SIZES = {"base": (768, 12, 12, 1024, 6), "large": (1024, 16, 16, 1280, 8), "huge": (1280, 20, 16, 1536, 12)}
+SIZES = {
+    "base": (768, 12, 12, 1024, 6),
+    "large": (1024, 16, 16, 1280, 8),
+    "huge": (1280, 20, 16, 1536, 12),
+}
 
 for _size, (_hidden_size, _depth, _num_heads, _head_width, _head_depth) in SIZES.items():
-    register_model(f"mar_{_size}", MAR, alias=f"MAR-{_size[0].upper()}", hidden_size=_hidden_size, encoder_depth=_depth,
-                   decoder_depth=_depth, num_heads=_num_heads, head_width=_head_width, head_depth=_head_depth)
+    register_model(
+        f"mar_{_size}",
+        MAR,
+        alias=f"MAR-{_size[0].upper()}",
+        hidden_size=_hidden_size,
+        encoder_depth=_depth,
+        decoder_depth=_depth,
+        num_heads=_num_heads,
+        head_width=_head_width,
+        head_depth=_head_depth,
+    )

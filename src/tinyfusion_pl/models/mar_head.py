@@ -71,11 +71,16 @@ class DiffusionHead(nn.Module):
         initialize_linears(self)
         for layer in (self.time_embed.mlp[0], self.time_embed.mlp[2]):
             nn.init.normal_(layer.weight, std=0.02)
-        for zero in (*(block.adaLN_modulation[1] for block in self.res_blocks), self.final_layer.adaLN_modulation[1],
-                     self.final_layer.linear):
+        for zero in (
+            *(block.adaLN_modulation[1] for block in self.res_blocks),
+            self.final_layer.adaLN_modulation[1],
+            self.final_layer.linear,
+        ):
             nn.init.zeros_(zero.weight)
 
-    def forward(self, x: Tensor, t: Tensor, z: Tensor, *, run: Callable[..., Any] = _call) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, z: Tensor, *, run: Callable[..., Any] = _call
+    ) -> Tensor:
         """Predict for noised tokens `x` (..., C) at timesteps `t` (...) conditioned on `z` (..., Z): (..., 2C).
 
         The leading axes broadcast: several noised versions of a token share its `z`. `run` calls the blocks (see `Denoiser.run`).

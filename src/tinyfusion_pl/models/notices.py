@@ -30,5 +30,7 @@ def first_line(error: BaseException, length: int = 300) -> str:
 def _rank() -> int:
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank()
-    found = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))  # before the processes know each other
+    found = os.environ.get(
+        "RANK", os.environ.get("LOCAL_RANK", "0")
+    )  # before the processes know each other
     return int(found) if found.isdigit() else 0

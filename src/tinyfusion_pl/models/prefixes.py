@@ -26,10 +26,14 @@ def prefixes_with(keys: Collection[str], expected: Iterable[str]) -> list[str]:
         return []
     keys, first = set(keys), max(expected, key=len)
     candidates = [key[: -len(first)] for key in keys if key == first or key.endswith(f".{first}")]
-    return sorted(prefix for prefix in candidates if all(prefix + name in keys for name in expected))
+    return sorted(
+        prefix for prefix in candidates if all(prefix + name in keys for name in expected)
+    )
 
 
-def under_prefix(state: Mapping[str, Tensor], expected: Iterable[str], where: str | Path) -> dict[str, Tensor]:
+def under_prefix(
+    state: Mapping[str, Tensor], expected: Iterable[str], where: str | Path
+) -> dict[str, Tensor]:
     """The part of `state` that has the names `expected`, without what is before them; `state` with plain names where nothing has.
 
     Says so where something was taken off, and what was left out.
@@ -41,18 +45,26 @@ def under_prefix(state: Mapping[str, Tensor], expected: Iterable[str], where: st
     found = prefixes_with(plain, expected)
     if len(found) > 1:
         named = " and ".join(repr(prefix) if prefix else "no prefix" for prefix in found)
-        raise ValueError(f"{where} holds weights that fit under each of {named}. Give the one that is meant: prefix={found[-1]!r} "
-                         "(model.prefix).")
+        raise ValueError(
+            f"{where} holds weights that fit under each of {named}. Give the one that is meant: prefix={found[-1]!r} "
+            "(model.prefix)."
+        )
     if not found or (not found[0] and plain.keys() == state.keys()):
         return dict(state)
     prefix = found[0]
     rest = [key for key in plain if not key.startswith(prefix) and plain[key].ndim]
-    left = f" {len(rest)} other keys are left out: {', '.join(rest[:NUM_NAMED])}{', ...' if len(rest) > NUM_NAMED else ''}." if rest else ""
+    left = (
+        f" {len(rest)} other keys are left out: {', '.join(rest[:NUM_NAMED])}{', ...' if len(rest) > NUM_NAMED else ''}."
+        if rest
+        else ""
+    )
     said = "parts that wrappers put into names were taken off"
     if prefix:
         said = f"the prefix {prefix!r} was taken off the names of its weights"
     warn(f"{where}: {said}.{left}")
-    return {key.removeprefix(prefix): value for key, value in plain.items() if key.startswith(prefix)}
+    return {
+        key.removeprefix(prefix): value for key, value in plain.items() if key.startswith(prefix)
+    }
 
 
 def nearest_prefix(keys: Collection[str], expected: Collection[str]) -> str:

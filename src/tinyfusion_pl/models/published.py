@@ -41,35 +41,59 @@ class Published:
     num_training_images: int | None = None
 
 
-IMAGES_OF_7M_STEPS = 7_000_000 * 256  # DiT-XL/2 at 256 x 256 (arXiv 2212.09748) and SiT-XL/2 (arXiv 2401.08740)
+IMAGES_OF_7M_STEPS = (
+    7_000_000 * 256
+)  # DiT-XL/2 at 256 x 256 (arXiv 2212.09748) and SiT-XL/2 (arXiv 2401.08740)
 
 
 def _dit(file: str, **kwargs: Any) -> Published:
-    return Published(model="dit_xl_2", url=f"https://dl.fbaipublicfiles.com/DiT/models/{file}", kwargs=kwargs,
-                     num_training_images=IMAGES_OF_7M_STEPS if "input_size" not in kwargs else 3_000_000 * 256)
+    return Published(
+        model="dit_xl_2",
+        url=f"https://dl.fbaipublicfiles.com/DiT/models/{file}",
+        kwargs=kwargs,
+        num_training_images=IMAGES_OF_7M_STEPS if "input_size" not in kwargs else 3_000_000 * 256,
+    )
 
 
 def _diffusers(repository: str) -> Published:
-    return Published(model="dit_xl_2", url=f"https://huggingface.co/{repository}/resolve/main", file=repository.replace("/", "--"),
-                     is_folder=True)
+    return Published(
+        model="dit_xl_2",
+        url=f"https://huggingface.co/{repository}/resolve/main",
+        file=repository.replace("/", "--"),
+        is_folder=True,
+    )
 
 
 def _mar(size: str, place: str) -> Published:
-    return Published(model=f"mar_{size}", url=f"https://www.dropbox.com/scl/fi/{place}&dl=1", file=f"mar_{size}.pth")
+    return Published(
+        model=f"mar_{size}",
+        url=f"https://www.dropbox.com/scl/fi/{place}&dl=1",
+        file=f"mar_{size}.pth",
+    )
 
 
 PUBLISHED: dict[str, Published] = {
     "DiT-XL-2-256x256.pt": _dit("DiT-XL-2-256x256.pt"),
     "DiT-XL-2-512x512.pt": _dit("DiT-XL-2-512x512.pt", input_size=64),
     "TinyDiT-D14-MaskedKD-500K.pt": Published(
-        model="dit_xl_2", kwargs={"depth": 14},
-        url="https://github.com/VainF/TinyFusion/releases/download/v1.0.0/TinyDiT-D14-MaskedKD-500K.pt"),
+        model="dit_xl_2",
+        kwargs={"depth": 14},
+        url="https://github.com/VainF/TinyFusion/releases/download/v1.0.0/TinyDiT-D14-MaskedKD-500K.pt",
+    ),
     "SiT-XL-2-256x256.pt": Published(
-        model="sit_xl_2", num_training_images=IMAGES_OF_7M_STEPS,
-        url="https://www.dl.dropboxusercontent.com/scl/fi/as9oeomcbub47de5g4be0/SiT-XL-2-256.pt?rlkey=uxzxmpicu46coq3msb17b9ofa&dl=1"),
-    "mar_base.pth": _mar("base", "f6dpuyjb7fudzxcyhvrhk/checkpoint-last.pth?rlkey=a6i4bo71vhfo4anp33n9ukujb"),
-    "mar_large.pth": _mar("large", "pxacc5b2mrt3ifw4cah6k/checkpoint-last.pth?rlkey=m48ovo6g7ivcbosrbdaz0ehqt"),
-    "mar_huge.pth": _mar("huge", "1qmfx6fpy3k7j9vcjjs3s/checkpoint-last.pth?rlkey=4lae281yzxb406atp32vzc83o"),
+        model="sit_xl_2",
+        num_training_images=IMAGES_OF_7M_STEPS,
+        url="https://www.dl.dropboxusercontent.com/scl/fi/as9oeomcbub47de5g4be0/SiT-XL-2-256.pt?rlkey=uxzxmpicu46coq3msb17b9ofa&dl=1",
+    ),
+    "mar_base.pth": _mar(
+        "base", "f6dpuyjb7fudzxcyhvrhk/checkpoint-last.pth?rlkey=a6i4bo71vhfo4anp33n9ukujb"
+    ),
+    "mar_large.pth": _mar(
+        "large", "pxacc5b2mrt3ifw4cah6k/checkpoint-last.pth?rlkey=m48ovo6g7ivcbosrbdaz0ehqt"
+    ),
+    "mar_huge.pth": _mar(
+        "huge", "1qmfx6fpy3k7j9vcjjs3s/checkpoint-last.pth?rlkey=4lae281yzxb406atp32vzc83o"
+    ),
     "facebook/DiT-XL-2-256": _diffusers("facebook/DiT-XL-2-256"),
     "facebook/DiT-XL-2-512": _diffusers("facebook/DiT-XL-2-512"),
 }

@@ -15,7 +15,9 @@ _FACTORIES: dict[str, Callable[..., nn.Module]] = {}
 _ALIASES: dict[str, str] = {}
 
 
-def register_model(name: str, factory: Callable[..., nn.Module], *, alias: str | None = None, **defaults: Any) -> None:
+def register_model(
+    name: str, factory: Callable[..., nn.Module], *, alias: str | None = None, **defaults: Any
+) -> None:
     """Add a model under `name`, and under `alias`, its published name; it is ``factory(**defaults)`` unless told otherwise."""
     _FACTORIES[name] = partial(factory, **defaults)
     if alias is not None:
@@ -35,9 +37,13 @@ def registered_name(name: str) -> str:
     """
     key = _ALIASES.get(name.lower(), name)
     if key not in _FACTORIES:
-        near = difflib.get_close_matches(name.lower().replace("/", "_").replace("-", "_"), _FACTORIES, n=4)
-        raise ValueError(f"There is no model {name!r}. {'Did you mean ' + ', '.join(near) + '? ' if near else ''}"
-                         "tinyfusion_pl.models.list_models() gives all names.")
+        near = difflib.get_close_matches(
+            name.lower().replace("/", "_").replace("-", "_"), _FACTORIES, n=4
+        )
+        raise ValueError(
+            f"There is no model {name!r}. {'Did you mean ' + ', '.join(near) + '? ' if near else ''}"
+            "tinyfusion_pl.models.list_models() gives all names."
+        )
     return key
 
 
@@ -63,12 +69,18 @@ def model_arguments(name: str) -> dict[str, inspect.Parameter]:
             continue
         parameters = inspect.signature(function).parameters.values()
         for parameter in parameters:
-            if parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD) and parameter.name != "self":
+            if (
+                parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+                and parameter.name != "self"
+            ):
                 found.setdefault(parameter.name, parameter)
         if not any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters):
             break
     defaults = model_defaults(name)
-    return {key: parameter.replace(default=defaults.get(key, parameter.default)) for key, parameter in found.items()}
+    return {
+        key: parameter.replace(default=defaults.get(key, parameter.default))
+        for key, parameter in found.items()
+    }
 
 
 def create_model(name: str, **overrides: Any) -> nn.Module:

@@ -9,14 +9,19 @@ from torch import Tensor
 MAX_PRODUCT = 10_000_000  # of the two lengths
 
 
-def name_shadow_params(values: Sequence[Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+def name_shadow_params(
+    values: Sequence[Tensor], state: Mapping[str, Tensor]
+) -> dict[str, Tensor] | None:
     """The list `values` under the names of `state`, whose order it has; what it leaves out (buffers, frozen parameters) is that of `state`.
 
     Returns:
         None where the shapes do not fit, or fit in more than one way.
     """
     keys = list(state)
-    shapes, own = [tuple(state[key].shape) for key in keys], [tuple(value.shape) for value in values]
+    shapes, own = (
+        [tuple(state[key].shape) for key in keys],
+        [tuple(value.shape) for value in values],
+    )
     if len(own) > len(keys) or len(own) * len(keys) > MAX_PRODUCT:
         return None
     if len(own) == len(keys):

@@ -65,18 +65,25 @@ def save_shallow(folder: str | Path, model: nn.Module, record: Mapping[str, Any]
     folder, model = Path(folder), unwrap(model)
     with without_compiling(model):
         library = _save_weights(folder, model)
-    own = {"name": model.model_name, "kwargs": model.config} if hasattr(model, "model_name") and hasattr(model, "config") else None
+    own = (
+        {"name": model.model_name, "kwargs": model.config}
+        if hasattr(model, "model_name") and hasattr(model, "config")
+        else None
+    )
     maps = [each.as_dict() for each in maps_of(model)]
-    write_sealed(folder / RECORD, {
-        "format": FORMAT,
-        "model": own,
-        "library": library,
-        **record,
-        **({"run_maps": maps} if maps else {}),
-        "num_params": sum(p.numel() for p in model.parameters()),
-        "weights": {"file": WEIGHTS, "sha256": sha256(folder / WEIGHTS)},
-        "versions": library_versions(),
-    })
+    write_sealed(
+        folder / RECORD,
+        {
+            "format": FORMAT,
+            "model": own,
+            "library": library,
+            **record,
+            **({"run_maps": maps} if maps else {}),
+            "num_params": sum(p.numel() for p in model.parameters()),
+            "weights": {"file": WEIGHTS, "sha256": sha256(folder / WEIGHTS)},
+            "versions": library_versions(),
+        },
+    )
     return folder
 
 
@@ -88,8 +95,14 @@ def _save_weights(folder: Path, model: nn.Module) -> dict[str, str] | None:
     if folder.is_dir():
         remove_library_files(folder)
     if type(model).__module__.partition(".")[0] in LIBRARIES:
-        log.warning("%s The shallow model in %s is a state dict with its record: load_shallow(path, model=...) reads it.", reason, folder)
-    save_tensors(folder / WEIGHTS, {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()})
+        log.warning(
+            "%s The shallow model in %s is a state dict with its record: load_shallow(path, model=...) reads it.",
+            reason,
+            folder,
+        )
+    save_tensors(
+        folder / WEIGHTS, {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    )
     return None
 
 
@@ -100,12 +113,16 @@ def check_weights(folder: Path, record: Mapping[str, Any]) -> Path:
         if file.name != WEIGHTS and (not file.exists() or file.samefile(folder / WEIGHTS)):
             continue
         if (found := sha256(file)) != expected:
-            raise ArtifactError(f"{file} has checksum {found[:12]}..., its record says {expected[:12]}...: the file was altered or "
-                                "only partly copied. Copy the folder again.")
+            raise ArtifactError(
+                f"{file} has checksum {found[:12]}..., its record says {expected[:12]}...: the file was altered or "
+                "only partly copied. Copy the folder again."
+            )
     return folder / WEIGHTS
 
 
-def load_shallow(path: str | Path, *, model: nn.Module | None = None, **overrides: Any) -> nn.Module:
+def load_shallow(
+    path: str | Path, *, model: nn.Module | None = None, **overrides: Any
+) -> nn.Module:
     """The shallow model that was saved in folder `path`, in evaluation mode.
 
     Args:
@@ -121,19 +138,40 @@ def load_shallow(path: str | Path, *, model: nn.Module | None = None, **override
     folder = Path(path)
     record = read_record(folder, decided=True)
     if record.get("format") != FORMAT:
-        raise ArtifactError(f"{folder / RECORD} has format {record.get('format')!r:.80}, this version reads {FORMAT}.")
+        raise ArtifactError(
+            f"{folder / RECORD} has format {record.get('format')!r:.80}, this version reads {FORMAT}."
+        )
     weights, stated = check_weights(folder, record), record.get("model")
     if overrides and (model is not None or stated is None):
-        raise ValueError(f"{', '.join(overrides)} is of this project's models, and the record in {folder} names none.")
+        raise ValueError(
+            f"{', '.join(overrides)} is of this project's models, and the record in {folder} names none."
+        )
     decision, state = decision_of(record, folder / RECORD), read_checkpoint(weights).state
     maps = maps_in(record, state, folder / RECORD)
-    shallow = _built(folder, record, decision.kept_blocks, state, weights, model, overrides, lambda cut: _with_maps(cut, maps, folder))
+    shallow = _built(
+        folder,
+        record,
+        decision.kept_blocks,
+        state,
+        weights,
+        model,
+        overrides,
+        lambda cut: _with_maps(cut, maps, folder),
+    )
     check_depths(shallow, decision, folder / RECORD)
     return shallow.eval()
 
 
-def _built(folder: Path, record: Mapping[str, Any], kept: Mapping[str, Sequence[int]], state: Mapping[str, Tensor], weights: Path,
-           model: nn.Module | None, overrides: Mapping[str, Any], prepare: Callable[[nn.Module], nn.Module]) -> nn.Module:
+def _built(
+    folder: Path,
+    record: Mapping[str, Any],
+    kept: Mapping[str, Sequence[int]],
+    state: Mapping[str, Tensor],
+    weights: Path,
+    model: nn.Module | None,
+    overrides: Mapping[str, Any],
+    prepare: Callable[[nn.Module], nn.Module],
+) -> nn.Module:
     stated = record.get("model")
     if (library := record.get("library")) is not None:
         shallow = load_library_model(folder, library, state)
@@ -144,11 +182,15 @@ def _built(folder: Path, record: Mapping[str, Any], kept: Mapping[str, Sequence[
         return shallow
     if model is None and stated is not None:
         check_arguments(stated["name"], stated["kwargs"], f"{folder / RECORD}: model.kwargs")
-        return build_model(stated["name"], {**stated["kwargs"], **overrides}, state, weights, prepare=prepare)
+        return build_model(
+            stated["name"], {**stated["kwargs"], **overrides}, state, weights, prepare=prepare
+        )
     if model is not None:
         shallow = prepare(remove_blocks(uncompiled(copy.deepcopy(model)), kept))
     elif record.get("model_factory"):
-        shallow = from_factory(record["model_factory"], kept, state, folder / RECORD, prepare=prepare)
+        shallow = from_factory(
+            record["model_factory"], kept, state, folder / RECORD, prepare=prepare
+        )
     else:
         raise ValueError(
             f"The record in {folder} does not say how to build its model, which is not one of this project nor one that its "
@@ -162,7 +204,9 @@ def _with_maps(model: nn.Module, maps: Sequence[RunMap], folder: Path) -> nn.Mod
     try:
         return attach_maps(model, maps)
     except ValueError as error:
-        raise ArtifactError(f"{folder / RECORD}: 'run_maps' does not fit its model: {error} Copy the folder again.") from error
+        raise ArtifactError(
+            f"{folder / RECORD}: 'run_maps' does not fit its model: {error} Copy the folder again."
+        ) from error
 
 
 def load_decision(path: str | Path) -> Decision:

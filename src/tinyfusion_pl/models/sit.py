@@ -32,5 +32,12 @@ class SiT(DiT):
 for _size in ("s", "b", "l", "xl"):
     _hidden_size, _depth, _num_heads = SIZES[_size]
     for _patch_size in (2, 4, 8):
-        register_model(f"sit_{_size}_{_patch_size}", SiT, alias=f"SiT-{_size.upper()}/{_patch_size}", hidden_size=_hidden_size,
-                       depth=_depth, num_heads=_num_heads, patch_size=_patch_size)
+        register_model(
+            f"sit_{_size}_{_patch_size}",
+            SiT,
+            alias=f"SiT-{_size.upper()}/{_patch_size}",
+            hidden_size=_hidden_size,
+            depth=_depth,
+            num_heads=_num_heads,
+            patch_size=_patch_size,
+        )

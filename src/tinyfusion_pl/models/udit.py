@@ -18,7 +18,9 @@ from tinyfusion_pl.models.registry import register_model
 
 FACTOR = 2
 """By which tokens are downsampled in attention, and pictures between stages."""
-MAX_LOG_SCALE = 4.605170185988092  # log 100: the cosine attention's temperature stays above 0.01 (Swin V2)
+MAX_LOG_SCALE = (
+    4.605170185988092  # log 100: the cosine attention's temperature stays above 0.01 (Swin V2)
+)
 ROTARY_BASE = 10000.0
 
 
@@ -29,9 +31,15 @@ def rotation(grid_size: int, head_size: int, device: torch.device) -> Tensor:
     shared by the batch.
     """
     num_frequencies = head_size // 4
-    frequencies = ROTARY_BASE ** -(torch.arange(num_frequencies, dtype=torch.float32, device=device) / num_frequencies)
-    axis = torch.arange(grid_size, dtype=torch.float32, device=device)[:, None] * frequencies  # (G, F)
-    angles = torch.stack([axis.repeat(grid_size, 1), axis.repeat_interleave(grid_size, 0)], -1).flatten(1)  # (G*G, 2F)
+    frequencies = ROTARY_BASE ** -(
+        torch.arange(num_frequencies, dtype=torch.float32, device=device) / num_frequencies
+    )
+    axis = (
+        torch.arange(grid_size, dtype=torch.float32, device=device)[:, None] * frequencies
+    )  # (G, F)
+    angles = torch.stack(
+        [axis.repeat(grid_size, 1), axis.repeat_interleave(grid_size, 0)], -1
+    ).flatten(1)  # (G*G, 2F)
     return torch.stack([angles.cos(), angles.sin()])[None]  # (1, 2, T, D/2)
 
 
@@ -39,12 +47,16 @@ def rotate(x: Tensor, by: Tensor) -> Tensor:
     """Each pair of neighbouring channels of `x` (..., T, D) turned by its angle, see `rotation`."""
     cos, sin = by[0]  # (T, D/2)
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)  # each (..., T, D/2)
-    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(-2)  # (..., T, D)
+    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(
+        -2
+    )  # (..., T, D)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Normalise `x` (N, C, H, W) over its channels, then scale and shift it by (N, C)."""
-    normal = functional.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], eps=1e-6).permute(0, 3, 1, 2)
+    normal = functional.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], eps=1e-6).permute(
+        0, 3, 1, 2
+    )
     return normal * (1 + scale[:, :, None, None]) + shift[:, :, None, None]  # (N, C, H, W)
 
 
@@ -58,7 +70,9 @@ class TokenDownsampler(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.layer(x)
         n, c, h, w = x.shape
-        x = x.view(n, c, h // FACTOR, FACTOR, w // FACTOR, FACTOR).permute(0, 3, 5, 2, 4, 1)  # (N, 2, 2, H/2, W/2, C)
+        x = x.view(n, c, h // FACTOR, FACTOR, w // FACTOR, FACTOR).permute(
+            0, 3, 5, 2, 4, 1
+        )  # (N, 2, 2, H/2, W/2, C)
         return x.reshape(n * FACTOR**2, h * w // FACTOR**2, c)  # (4N, T, C)
 
 
@@ -75,11 +89,15 @@ class DownsampledAttention(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         n, c, h, w = x.shape
-        qkv = self.to_qkv(self.downsampler(x)).unflatten(-1, (3, self.num_heads, -1))  # (4N, T, 3, heads, C/heads)
+        qkv = self.to_qkv(self.downsampler(x)).unflatten(
+            -1, (3, self.num_heads, -1)
+        )  # (4N, T, 3, heads, C/heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (4N, heads, T, C/heads)
         q, k = (rotate(functional.normalize(part.float(), dim=-1), positions) for part in (q, k))
         q = q * self.logit_scale.float().clamp(max=MAX_LOG_SCALE).exp()
-        out = functional.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, scale=1.0)  # (4N, heads, T, C/heads)
+        out = functional.scaled_dot_product_attention(
+            q.to(v.dtype), k.to(v.dtype), v, scale=1.0
+        )  # (4N, heads, T, C/heads)
         out = out.transpose(1, 2).reshape(n, FACTOR, FACTOR, h // FACTOR, w // FACTOR, c)
         return self.to_out(out.permute(0, 5, 3, 1, 4, 2).reshape(n, c, h, w))  # (N, C, H, W)
 
@@ -97,26 +115,54 @@ class FeedForward(nn.Module):
         self.merged = merged
         if merged:
             self.project_in = nn.Conv2d(channels, hidden_channels, 1)
-            self.dwconv = nn.Conv2d(hidden_channels, hidden_channels, self.KERNELS[0], padding=self.KERNELS[0] // 2, groups=hidden_channels)
+            self.dwconv = nn.Conv2d(
+                hidden_channels,
+                hidden_channels,
+                self.KERNELS[0],
+                padding=self.KERNELS[0] // 2,
+                groups=hidden_channels,
+            )
             self.project_out = nn.Conv2d(hidden_channels, channels, 1)
         else:
-            self.project_in = nn.Sequential(nn.Conv2d(channels, channels, 1), nn.Conv2d(channels, hidden_channels, 1))
-            self.dwconv = nn.ModuleList(nn.Conv2d(hidden_channels, hidden_channels, kernel, padding=kernel // 2, groups=hidden_channels)
-                                        for kernel in self.KERNELS)
-            self.project_out = nn.Sequential(nn.Conv2d(hidden_channels, channels, 1), nn.Conv2d(channels, channels, 1))
+            self.project_in = nn.Sequential(
+                nn.Conv2d(channels, channels, 1), nn.Conv2d(channels, hidden_channels, 1)
+            )
+            self.dwconv = nn.ModuleList(
+                nn.Conv2d(
+                    hidden_channels,
+                    hidden_channels,
+                    kernel,
+                    padding=kernel // 2,
+                    groups=hidden_channels,
+                )
+                for kernel in self.KERNELS
+            )
+            self.project_out = nn.Sequential(
+                nn.Conv2d(hidden_channels, channels, 1), nn.Conv2d(channels, channels, 1)
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         x = functional.gelu(self.project_in(x))  # (N, R*C, H, W)
-        x = self.dwconv(x) if self.merged else x + sum(conv(x) for conv in self.dwconv)  # (N, R*C, H, W)
+        x = (
+            self.dwconv(x) if self.merged else x + sum(conv(x) for conv in self.dwconv)
+        )  # (N, R*C, H, W)
         return self.project_out(x)  # (N, C, H, W)
 
     def merged_convolutions(self) -> dict[str, Tensor]:
         """The state dict of the merged form, summed in float64."""
-        kernel = sum(functional.pad(conv.weight.double(), [(self.KERNELS[0] - size) // 2] * 4)
-                     for size, conv in zip(self.KERNELS, self.dwconv))
+        kernel = sum(
+            functional.pad(conv.weight.double(), [(self.KERNELS[0] - size) // 2] * 4)
+            for size, conv in zip(self.KERNELS, self.dwconv)
+        )
         kernel[:, :, self.KERNELS[0] // 2, self.KERNELS[0] // 2] += 1  # the identity
-        state = {"dwconv.weight": kernel, "dwconv.bias": sum(conv.bias.double() for conv in self.dwconv)}
-        for name, (first, second) in {"project_in": self.project_in, "project_out": self.project_out}.items():
+        state = {
+            "dwconv.weight": kernel,
+            "dwconv.bias": sum(conv.bias.double() for conv in self.dwconv),
+        }
+        for name, (first, second) in {
+            "project_in": self.project_in,
+            "project_out": self.project_out,
+        }.items():
             matrix = second.weight.double().flatten(1)
             state[f"{name}.weight"] = (matrix @ first.weight.double().flatten(1))[:, :, None, None]
             state[f"{name}.bias"] = matrix @ first.bias.double() + second.bias.double()
@@ -130,13 +176,22 @@ class UDiTBlock(nn.Module):
         super().__init__()
         for i in (1, 2):
             self.add_module(f"attn{i}", DownsampledAttention(channels, num_heads))
-            self.add_module(f"mlp{i}", FeedForward(channels, int(channels * mlp_ratio), merged=merged))
-            self.add_module(f"adaLN_modulation{i}", nn.Sequential(nn.SiLU(), nn.Linear(channels, 6 * channels)))
+            self.add_module(
+                f"mlp{i}", FeedForward(channels, int(channels * mlp_ratio), merged=merged)
+            )
+            self.add_module(
+                f"adaLN_modulation{i}", nn.Sequential(nn.SiLU(), nn.Linear(channels, 6 * channels))
+            )
 
     def forward(self, x: Tensor, c: Tensor, positions: Tensor) -> Tensor:
-        for attn, mlp, modulation in ((self.attn1, self.mlp1, self.adaLN_modulation1), (self.attn2, self.mlp2, self.adaLN_modulation2)):
+        for attn, mlp, modulation in (
+            (self.attn1, self.mlp1, self.adaLN_modulation1),
+            (self.attn2, self.mlp2, self.adaLN_modulation2),
+        ):
             shift1, scale1, gate1, shift2, scale2, gate2 = modulation(c).chunk(6, 1)  # each (N, C)
-            x = x + gate1[:, :, None, None] * attn(modulate(x, shift1, scale1), positions)  # (N, C, H, W)
+            x = x + gate1[:, :, None, None] * attn(
+                modulate(x, shift1, scale1), positions
+            )  # (N, C, H, W)
             x = x + gate2[:, :, None, None] * mlp(modulate(x, shift2, scale2))  # (N, C, H, W)
         return x
 
@@ -146,7 +201,9 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(channels, channels // 2, 3, padding=1, bias=False), nn.PixelUnshuffle(FACTOR))
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, channels // 2, 3, padding=1, bias=False), nn.PixelUnshuffle(FACTOR)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.body(x)  # (N, 2C, H/2, W/2)
@@ -157,7 +214,9 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(channels, channels * 2, 3, padding=1, bias=False), nn.PixelShuffle(FACTOR))
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, channels * 2, 3, padding=1, bias=False), nn.PixelShuffle(FACTOR)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.body(x)  # (N, C/2, 2H, 2W)
@@ -210,39 +269,95 @@ class UDiT(Denoiser):
         ValueError: for sizes that do not fit together.
     """
 
-    STACKS = {"encoder_level_1": "depth_encoder_1", "encoder_level_2": "depth_encoder_2", "latent": "depth_latent",
-              "decoder_level_2": "depth_decoder_2", "decoder_level_1": "depth_decoder_1"}
+    STACKS = {
+        "encoder_level_1": "depth_encoder_1",
+        "encoder_level_2": "depth_encoder_2",
+        "latent": "depth_latent",
+        "decoder_level_2": "depth_decoder_2",
+        "decoder_level_1": "depth_decoder_1",
+    }
 
-    def __init__(self, *, input_size: int = 32, in_channels: int = 4, hidden_size: int = 384, depth_encoder_1: int = 2,
-                 depth_encoder_2: int = 5, depth_latent: int = 8, depth_decoder_2: int = 5, depth_decoder_1: int = 2, num_heads: int = 16,
-                 mlp_ratio: float = 2.0, num_classes: int = 1000, class_dropout_prob: float = 0.1, learn_sigma: bool = True,
-                 merged: bool = False, activation_checkpointing: bool | float = False) -> None:
-        depths = {"depth_encoder_1": depth_encoder_1, "depth_encoder_2": depth_encoder_2, "depth_latent": depth_latent,
-                  "depth_decoder_2": depth_decoder_2, "depth_decoder_1": depth_decoder_1}
-        sizes = {"input_size": input_size, "in_channels": in_channels, "hidden_size": hidden_size, "num_heads": num_heads,
-                 "num_classes": num_classes, **depths}
+    def __init__(
+        self,
+        *,
+        input_size: int = 32,
+        in_channels: int = 4,
+        hidden_size: int = 384,
+        depth_encoder_1: int = 2,
+        depth_encoder_2: int = 5,
+        depth_latent: int = 8,
+        depth_decoder_2: int = 5,
+        depth_decoder_1: int = 2,
+        num_heads: int = 16,
+        mlp_ratio: float = 2.0,
+        num_classes: int = 1000,
+        class_dropout_prob: float = 0.1,
+        learn_sigma: bool = True,
+        merged: bool = False,
+        activation_checkpointing: bool | float = False,
+    ) -> None:
+        depths = {
+            "depth_encoder_1": depth_encoder_1,
+            "depth_encoder_2": depth_encoder_2,
+            "depth_latent": depth_latent,
+            "depth_decoder_2": depth_decoder_2,
+            "depth_decoder_1": depth_decoder_1,
+        }
+        sizes = {
+            "input_size": input_size,
+            "in_channels": in_channels,
+            "hidden_size": hidden_size,
+            "num_heads": num_heads,
+            "num_classes": num_classes,
+            **depths,
+        }
         if wrong := {name: size for name, size in sizes.items() if size < 1}:
-            raise ValueError(f"A U-DiT's sizes must be at least 1, got {', '.join(f'{k}={v}' for k, v in wrong.items())}.")
+            raise ValueError(
+                f"A U-DiT's sizes must be at least 1, got {', '.join(f'{k}={v}' for k, v in wrong.items())}."
+            )
         if not 0 <= class_dropout_prob <= 1:
-            raise ValueError(f"class_dropout_prob is {class_dropout_prob}; give a probability in [0, 1] (published: 0.1).")
+            raise ValueError(
+                f"class_dropout_prob is {class_dropout_prob}; give a probability in [0, 1] (published: 0.1)."
+            )
         if input_size % FACTOR**3:
-            raise ValueError(f"input_size {input_size} is no multiple of {FACTOR**3}, which two stages down and subsampled tokens need.")
+            raise ValueError(
+                f"input_size {input_size} is no multiple of {FACTOR**3}, which two stages down and subsampled tokens need."
+            )
         if hidden_size % (4 * num_heads):
-            raise ValueError(f"hidden_size {hidden_size} must be a multiple of 4 times num_heads ({num_heads}), for 2-D rotary positions.")
-        super().__init__(dict(input_size=input_size, in_channels=in_channels, hidden_size=hidden_size, **depths, num_heads=num_heads,
-                              mlp_ratio=mlp_ratio, num_classes=num_classes, class_dropout_prob=class_dropout_prob, learn_sigma=learn_sigma,
-                              merged=merged), activation_checkpointing=activation_checkpointing)
+            raise ValueError(
+                f"hidden_size {hidden_size} must be a multiple of 4 times num_heads ({num_heads}), for 2-D rotary positions."
+            )
+        super().__init__(
+            dict(
+                input_size=input_size,
+                in_channels=in_channels,
+                hidden_size=hidden_size,
+                **depths,
+                num_heads=num_heads,
+                mlp_ratio=mlp_ratio,
+                num_classes=num_classes,
+                class_dropout_prob=class_dropout_prob,
+                learn_sigma=learn_sigma,
+                merged=merged,
+            ),
+            activation_checkpointing=activation_checkpointing,
+        )
         self.input_size, self.num_heads, self.learn_sigma = input_size, num_heads, learn_sigma
         self.out_channels = in_channels * 2 if learn_sigma else in_channels
         width1, width2, width3 = hidden_size, 2 * hidden_size, 4 * hidden_size
 
         def stage(depth: int, width: int) -> nn.ModuleList:
-            return nn.ModuleList(UDiTBlock(width, num_heads, mlp_ratio, merged=merged) for _ in range(depth))
+            return nn.ModuleList(
+                UDiTBlock(width, num_heads, mlp_ratio, merged=merged) for _ in range(depth)
+            )
 
         self.x_embedder = ConvEmbedder(in_channels, width1)
         for level, width in enumerate((width1, width2, width3), start=1):
             self.add_module(f"t_embedder_{level}", TimestepEmbedder(width))
-            self.add_module(f"y_embedder_{level}", LabelEmbedder(num_classes, width, has_null=class_dropout_prob > 0))
+            self.add_module(
+                f"y_embedder_{level}",
+                LabelEmbedder(num_classes, width, has_null=class_dropout_prob > 0),
+            )
         self.encoder_level_1 = stage(depth_encoder_1, width1)
         self.down1_2 = Downsample(width1)
         self.encoder_level_2 = stage(depth_encoder_2, width2)
@@ -277,7 +392,9 @@ class UDiT(Denoiser):
 
     def stage(self, blocks: nn.ModuleList, x: Tensor, c: Tensor) -> Tensor:
         """Features `x` (N, C, H, W) through the blocks of a stage."""
-        positions = rotation(x.shape[-1] // FACTOR, x.shape[1] // self.num_heads, x.device)  # (1, 2, T, C/heads/2)
+        positions = rotation(
+            x.shape[-1] // FACTOR, x.shape[1] // self.num_heads, x.device
+        )  # (1, 2, T, C/heads/2)
         for block in blocks:
             x = self.run(block, x, c, positions)  # (N, C, H, W)
         return x
@@ -285,7 +402,9 @@ class UDiT(Denoiser):
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Predict for latents `x` (N, C, H, W) at timesteps `t` (N,) with labels `y` (N,): (N, C or 2C, H, W), in the dtype of `x`."""
         if tuple(x.shape[2:]) != (self.input_size, self.input_size):
-            raise ValueError(f"The latents are {tuple(x.shape[2:])}; this U-DiT was built for input_size {self.input_size}.")
+            raise ValueError(
+                f"The latents are {tuple(x.shape[2:])}; this U-DiT was built for input_size {self.input_size}."
+            )
         dtype = x.dtype
         c1 = self.t_embedder_1(t) + self.y_embedder_1(y)  # (N, D)
         c2 = self.t_embedder_2(t) + self.y_embedder_2(y)  # (N, 2D)
@@ -314,9 +433,14 @@ def merged(model: UDiT) -> UDiT:
         if isinstance(module, FeedForward):
             for key in [key for key in state if key.startswith(f"{name}.")]:
                 del state[key]
-            state.update({f"{name}.{key}": value for key, value in module.merged_convolutions().items()})
+            state.update(
+                {f"{name}.{key}": value for key, value in module.merged_convolutions().items()}
+            )
     with torch.device("meta"):
-        new = UDiT(**{**model.config, "merged": True}, activation_checkpointing=model.activation_checkpointing)
+        new = UDiT(
+            **{**model.config, "merged": True},
+            activation_checkpointing=model.activation_checkpointing,
+        )
     new.load_state_dict({key: value.clone() for key, value in state.items()}, assign=True)
     for name in ("model_name", "source"):
         if hasattr(model, name):
@@ -327,4 +451,10 @@ def merged(model: UDiT) -> UDiT:
 SIZES = {"s": (96, 4), "b": (192, 8), "l": (384, 16)}
 
 for _size, (_hidden_size, _num_heads) in SIZES.items():
-    register_model(f"udit_{_size}", UDiT, alias=f"U-DiT-{_size.upper()}", hidden_size=_hidden_size, num_heads=_num_heads)
+    register_model(
+        f"udit_{_size}",
+        UDiT,
+        alias=f"U-DiT-{_size.upper()}",
+        hidden_size=_hidden_size,
+        num_heads=_num_heads,
+    )

@@ -23,7 +23,9 @@ NUM_EXTRA_TOKENS = 2
 class UViTBlock(nn.Module):
     """A transformer block; with a skip, a linear layer first joins the tokens with those of the mirrored block."""
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, *, skip: bool = False) -> None:
+    def __init__(
+        self, hidden_size: int, num_heads: int, mlp_ratio: float, *, skip: bool = False
+    ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden_size)
         self.attn = Attention(hidden_size, num_heads=num_heads, qkv_bias=False)
@@ -63,35 +65,88 @@ class UViT(Denoiser):
 
     STACKS = {STACK: "depth"}
 
-    def __init__(self, *, input_size: int = 32, patch_size: int = 2, in_channels: int = 4, hidden_size: int = 1152, depth: int = 28,
-                 num_heads: int = 16, mlp_ratio: float = 4.0, num_classes: int = 1000, class_dropout_prob: float = 0.1,
-                 final_conv: bool = False, timestep_offset: float = 0.0, activation_checkpointing: bool | float = False) -> None:
-        sizes = {"input_size": input_size, "patch_size": patch_size, "in_channels": in_channels, "depth": depth,
-                 "hidden_size": hidden_size, "num_heads": num_heads, "num_classes": num_classes}
+    def __init__(
+        self,
+        *,
+        input_size: int = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        hidden_size: int = 1152,
+        depth: int = 28,
+        num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        num_classes: int = 1000,
+        class_dropout_prob: float = 0.1,
+        final_conv: bool = False,
+        timestep_offset: float = 0.0,
+        activation_checkpointing: bool | float = False,
+    ) -> None:
+        sizes = {
+            "input_size": input_size,
+            "patch_size": patch_size,
+            "in_channels": in_channels,
+            "depth": depth,
+            "hidden_size": hidden_size,
+            "num_heads": num_heads,
+            "num_classes": num_classes,
+        }
         if wrong := {name: size for name, size in sizes.items() if size < 1}:
-            raise ValueError(f"A U-ViT's sizes must be at least 1, got {', '.join(f'{k}={v}' for k, v in wrong.items())}.")
+            raise ValueError(
+                f"A U-ViT's sizes must be at least 1, got {', '.join(f'{k}={v}' for k, v in wrong.items())}."
+            )
         if depth % 2:
-            raise ValueError(f"depth is {depth}; give an even number: in and out blocks are mirrored, the middle block comes on top "
-                             "(published: 28 in U-ViT-H).")
+            raise ValueError(
+                f"depth is {depth}; give an even number: in and out blocks are mirrored, the middle block comes on top "
+                "(published: 28 in U-ViT-H)."
+            )
         if not 0 <= class_dropout_prob <= 1:
-            raise ValueError(f"class_dropout_prob is {class_dropout_prob}; give a probability in [0, 1].")
+            raise ValueError(
+                f"class_dropout_prob is {class_dropout_prob}; give a probability in [0, 1]."
+            )
         if input_size % patch_size:
             raise ValueError(f"input_size {input_size} is no multiple of patch_size {patch_size}.")
         if hidden_size % num_heads or hidden_size % 2:
-            raise ValueError(f"hidden_size {hidden_size} must be even and a multiple of num_heads ({num_heads}).")
-        super().__init__(dict(input_size=input_size, patch_size=patch_size, in_channels=in_channels, hidden_size=hidden_size, depth=depth,
-                              num_heads=num_heads, mlp_ratio=mlp_ratio, num_classes=num_classes, class_dropout_prob=class_dropout_prob,
-                              final_conv=final_conv, timestep_offset=timestep_offset), activation_checkpointing=activation_checkpointing)
-        self.patch_size, self.out_channels, self.timestep_offset = patch_size, in_channels, timestep_offset
+            raise ValueError(
+                f"hidden_size {hidden_size} must be even and a multiple of num_heads ({num_heads})."
+            )
+        super().__init__(
+            dict(
+                input_size=input_size,
+                patch_size=patch_size,
+                in_channels=in_channels,
+                hidden_size=hidden_size,
+                depth=depth,
+                num_heads=num_heads,
+                mlp_ratio=mlp_ratio,
+                num_classes=num_classes,
+                class_dropout_prob=class_dropout_prob,
+                final_conv=final_conv,
+                timestep_offset=timestep_offset,
+            ),
+            activation_checkpointing=activation_checkpointing,
+        )
+        self.patch_size, self.out_channels, self.timestep_offset = (
+            patch_size,
+            in_channels,
+            timestep_offset,
+        )
         self.patch_embed = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
         self.label_emb = nn.Embedding(num_classes + (class_dropout_prob > 0), hidden_size)
-        self.pos_embed = nn.Parameter(torch.empty(1, NUM_EXTRA_TOKENS + (input_size // patch_size) ** 2, hidden_size))
-        self.in_blocks = nn.ModuleList(UViTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth // 2))
+        self.pos_embed = nn.Parameter(
+            torch.empty(1, NUM_EXTRA_TOKENS + (input_size // patch_size) ** 2, hidden_size)
+        )
+        self.in_blocks = nn.ModuleList(
+            UViTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth // 2)
+        )
         self.mid_block = UViTBlock(hidden_size, num_heads, mlp_ratio)
-        self.out_blocks = nn.ModuleList(UViTBlock(hidden_size, num_heads, mlp_ratio, skip=True) for _ in range(depth // 2))
+        self.out_blocks = nn.ModuleList(
+            UViTBlock(hidden_size, num_heads, mlp_ratio, skip=True) for _ in range(depth // 2)
+        )
         self.norm = nn.LayerNorm(hidden_size)
         self.decoder_pred = nn.Linear(hidden_size, patch_size**2 * in_channels)
-        self.final_layer = nn.Conv2d(in_channels, in_channels, 3, padding=1) if final_conv else nn.Identity()
+        self.final_layer = (
+            nn.Conv2d(in_channels, in_channels, 3, padding=1) if final_conv else nn.Identity()
+        )
         self.initialize_weights()
 
     @torch.no_grad()
@@ -112,8 +167,13 @@ class UViT(Denoiser):
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Predict the noise in latents `x` (N, C, H, W) at timesteps `t` (N,) with labels `y` (N,): (N, C, H, W), in the dtype of `x`."""
         dtype, own = x.dtype, self.pos_embed.dtype
-        time = sinusoidal_features(t + self.timestep_offset, self.pos_embed.shape[-1]).to(own)  # (N, D)
-        x = torch.cat([self.label_emb(y)[:, None], time[:, None], self.patch_embed(x.to(own))], 1) + self.pos_embed  # (N, T, D)
+        time = sinusoidal_features(t + self.timestep_offset, self.pos_embed.shape[-1]).to(
+            own
+        )  # (N, D)
+        x = (
+            torch.cat([self.label_emb(y)[:, None], time[:, None], self.patch_embed(x.to(own))], 1)
+            + self.pos_embed
+        )  # (N, T, D)
         skips = []
         for block in self.in_blocks:
             x = self.run(block, x)  # (N, T, D)
@@ -132,5 +192,13 @@ PATCH_4 = {"s": PIXELS, "m": PIXELS, "l": {"input_size": 64}, "h": {"input_size"
 
 for _size, (_hidden_size, _depth, _num_heads) in SIZES.items():
     for _patch_size, _input in ((2, {}), (4, PATCH_4[_size])):
-        register_model(f"uvit_{_size}_{_patch_size}", UViT, alias=f"U-ViT-{_size.upper()}/{_patch_size}", hidden_size=_hidden_size,
-                       depth=_depth, num_heads=_num_heads, patch_size=_patch_size, **_input)
+        register_model(
+            f"uvit_{_size}_{_patch_size}",
+            UViT,
+            alias=f"U-ViT-{_size.upper()}/{_patch_size}",
+            hidden_size=_hidden_size,
+            depth=_depth,
+            num_heads=_num_heads,
+            patch_size=_patch_size,
+            **_input,
+        )

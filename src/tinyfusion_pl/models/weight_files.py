@@ -20,7 +20,9 @@ SINGLE = re.compile(rf"{STEM}(?:\.(?P<variant>[^.]+))?\.(?P<kind>safetensors|bin
 INDEX = re.compile(rf"{STEM}\.(?P<kind>safetensors|bin)\.index(?:\.(?P<variant>[^.]+))?\.json")
 
 
-def read_folder_weights(folder: str | Path, *, variant: str | None = None) -> tuple[dict[str, Tensor], Path]:
+def read_folder_weights(
+    folder: str | Path, *, variant: str | None = None
+) -> tuple[dict[str, Tensor], Path]:
     """The state dict in `folder`, and the file that it is from (the index, of several).
 
     Args:
@@ -33,16 +35,22 @@ def read_folder_weights(folder: str | Path, *, variant: str | None = None) -> tu
     """
     folder, found = Path(folder), _files(Path(folder))
     if not found:
-        raise ArtifactError(f"{folder} has no weights: {' or '.join(DIFFUSERS_WEIGHTS)} was expected beside config.json. "
-                            "Copy the folder again.")
+        raise ArtifactError(
+            f"{folder} has no weights: {' or '.join(DIFFUSERS_WEIGHTS)} was expected beside config.json. "
+            "Copy the folder again."
+        )
     if variant not in found:
         there = ", ".join(f"{file.name}" for file in found.values())
         if variant is not None:
-            raise ArtifactError(f"{folder} has no weights of variant {variant!r}; it has {there}. Give variant=null for the plain file, or "
-                                "the variant that is there.")
+            raise ArtifactError(
+                f"{folder} has no weights of variant {variant!r}; it has {there}. Give variant=null for the plain file, or "
+                "the variant that is there."
+            )
         if len(found) > 1:
-            raise ValueError(f"{folder} has no plain weights and several variants: {there}. Give the one that is meant, e.g. "
-                             f"variant={next(iter(found))!r}.")
+            raise ValueError(
+                f"{folder} has no plain weights and several variants: {there}. Give the one that is meant, e.g. "
+                f"variant={next(iter(found))!r}."
+            )
         variant = next(iter(found))
         warn(f"{folder} has no plain weights: its only variant, {variant!r}, is taken ({there}).")
     file = found[variant]
@@ -54,7 +62,9 @@ def weights_sha256(file: Path) -> str:
     if file.suffix != ".json":
         return sha256(file)
     parts = sorted(set(read_json(file)["weight_map"].values()))
-    return hashlib.sha256("".join(sha256(each) for each in (file, *(file.parent / part for part in parts))).encode()).hexdigest()
+    return hashlib.sha256(
+        "".join(sha256(each) for each in (file, *(file.parent / part for part in parts))).encode()
+    ).hexdigest()
 
 
 def _files(folder: Path) -> dict[str | None, Path]:
@@ -74,18 +84,24 @@ def _read_parts(index: Path) -> dict[str, Tensor]:
     for name, part in places.items():
         check(part, f"weight_map.{name}", "text", index)
         if Path(part).name != part or Path(part).suffix not in (".safetensors", ".bin"):
-            raise ArtifactError(f"{index}: 'weight_map.{name}' is {part!r:.80}; the name of a .safetensors or .bin file "
-                                "beside it was expected.")
+            raise ArtifactError(
+                f"{index}: 'weight_map.{name}' is {part!r:.80}; the name of a .safetensors or .bin file "
+                "beside it was expected."
+            )
     state: dict[str, Tensor] = {}
     for part in sorted(set(places.values())):
         held = _load(index.parent / part)
         if wrong := [name for name in held if places.get(name) != part]:
-            raise ArtifactError(f"{index.parent / part} holds {wrong[0]}, which {index.name} says is "
-                                f"{'in ' + places[wrong[0]] if wrong[0] in places else 'nowhere'}. Copy the folder again.")
+            raise ArtifactError(
+                f"{index.parent / part} holds {wrong[0]}, which {index.name} says is "
+                f"{'in ' + places[wrong[0]] if wrong[0] in places else 'nowhere'}. Copy the folder again."
+            )
         state |= held
     if lacking := [name for name in places if name not in state]:
-        raise ArtifactError(f"{index.parent / places[lacking[0]]} lacks {lacking[0]}, which {index.name} says it holds. Copy "
-                            "the folder again.")
+        raise ArtifactError(
+            f"{index.parent / places[lacking[0]]} lacks {lacking[0]}, which {index.name} says it holds. Copy "
+            "the folder again."
+        )
     return state
 
 

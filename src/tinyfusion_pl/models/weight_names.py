@@ -14,22 +14,69 @@ EMA, RAW, UNSTATED = "ema", "raw", "unstated"
 # shadow_params, average_model_state, swa_model, avg_model, ...
 AVERAGED = frozenset({"ema", "average", "averaged", "averaging", "avg", "shadow", "polyak", "swa"})
 NEGATIONS = frozenset({"non", "no", "not", "without"})  # non_ema
-NOT_AVERAGED = frozenset({"online", "raw", "current"})  # online_model of ema_pytorch, current_model_state of Lightning
-RAW_NAMES = frozenset({
-    "model", "module", "net", "network", "nnet", "unet", "dit", "sit", "transformer", "denoiser", "backbone", "student", "generator",
-    "state_dict", "model_state", "model_state_dict", "network_state_dict", "net_state_dict", "model_dict", "model_weights", "weights",
-    "params", "parameters", "state",
-})
+NOT_AVERAGED = frozenset(
+    {"online", "raw", "current"}
+)  # online_model of ema_pytorch, current_model_state of Lightning
+RAW_NAMES = frozenset(
+    {
+        "model",
+        "module",
+        "net",
+        "network",
+        "nnet",
+        "unet",
+        "dit",
+        "sit",
+        "transformer",
+        "denoiser",
+        "backbone",
+        "student",
+        "generator",
+        "state_dict",
+        "model_state",
+        "model_state_dict",
+        "network_state_dict",
+        "net_state_dict",
+        "model_dict",
+        "model_weights",
+        "weights",
+        "params",
+        "parameters",
+        "state",
+    }
+)
 # Entries that hold tensors by name as well, and no weights: optimizers (Adam's exp_avg), schedulers, scalers, generators.
-NO_MODEL = frozenset({
-    "opt", "optim", "optimizer", "optimizers", "momentum", "grad", "grads", "gradients", "scheduler", "schedulers", "scaler",
-    "loops", "rng", "random",
-})
+NO_MODEL = frozenset(
+    {
+        "opt",
+        "optim",
+        "optimizer",
+        "optimizers",
+        "momentum",
+        "grad",
+        "grads",
+        "gradients",
+        "scheduler",
+        "schedulers",
+        "scaler",
+        "loops",
+        "rng",
+        "random",
+    }
+)
 # The last part of names that no training changes, and that averages of parameters lack.
-FIXED = frozenset({
-    "pos_embed", "freqs", "inv_freq", "freqs_cos", "freqs_sin", "running_mean", "running_var",
-    "relative_position_index",
-})
+FIXED = frozenset(
+    {
+        "pos_embed",
+        "freqs",
+        "inv_freq",
+        "freqs_cos",
+        "freqs_sin",
+        "running_mean",
+        "running_var",
+        "relative_position_index",
+    }
+)
 SEARCH_STATE = "DepthPruningCallback"  # its state in a checkpoint holds the weights that the search started from
 # What wrappers put inside names, anywhere: torch.compile, FSDP, activation checkpointing.
 WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})

@@ -12,7 +12,10 @@ from tinyfusion_pl.models.weight_names import EMA, RAW, UNSTATED, are_alike, is_
 
 NUM_NAMED = 5
 MAX_DEPTH, MAX_ENTRIES = 5, 100_000  # of entries inside entries
-LIGHTNING = ("state_dict", "current_model_state")  # where its weight averaging keeps averaged and raw weights
+LIGHTNING = (
+    "state_dict",
+    "current_model_state",
+)  # where its weight averaging keeps averaged and raw weights
 
 
 @dataclass(frozen=True)
@@ -46,24 +49,50 @@ def find_sets(content: Any, *, prefix: str = "") -> Iterator[WeightSet]:
             yield from _branches(WeightSet(path, kind, state))
 
 
-def _walk(value: Any, path: tuple[str, ...], around: tuple[int, ...], num: list[int],
-          ) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor] | list[Tensor]]]:
+def _walk(
+    value: Any,
+    path: tuple[str, ...],
+    around: tuple[int, ...],
+    num: list[int],
+) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor] | list[Tensor]]]:
     """State dicts and lists of tensors inside `value`; `around` are the containers that it is in, `num` counts those in them."""
-    if id(value) in around or len(path) > MAX_DEPTH or not isinstance(value, (Mapping, list, tuple)):
+    if (
+        id(value) in around
+        or len(path) > MAX_DEPTH
+        or not isinstance(value, (Mapping, list, tuple))
+    ):
         return
     around = (*around, id(value))
     held = value.values() if isinstance(value, Mapping) else value[:NUM_NAMED]
     num[0] += sum(isinstance(each, (Mapping, list, tuple)) for each in held)
     if num[0] > MAX_ENTRIES:
-        raise TooManyEntries(f"holds more than {MAX_ENTRIES} entries inside entries, where a state dict was expected")
+        raise TooManyEntries(
+            f"holds more than {MAX_ENTRIES} entries inside entries, where a state dict was expected"
+        )
     if isinstance(value, Mapping):
-        if value and all(isinstance(each, Tensor) for each in value.values()) and _are_places(value):
+        if (
+            value
+            and all(isinstance(each, Tensor) for each in value.values())
+            and _are_places(value)
+        ):
             yield from _walk([value[key] for key in sorted(value, key=int)], path, around, num)
             return
-        tensors = {key: each for key, each in value.items() if isinstance(key, str) and isinstance(each, Tensor)}
-        inner = {str(key): each for key, each in value.items() if isinstance(each, (Mapping, list, tuple))}
+        tensors = {
+            key: each
+            for key, each in value.items()
+            if isinstance(key, str) and isinstance(each, Tensor)
+        }
+        inner = {
+            str(key): each
+            for key, each in value.items()
+            if isinstance(each, (Mapping, list, tuple))
+        }
         named = all(isinstance(key, str) for key in value)
-        if named and any(each.ndim for each in tensors.values()) and (not inner or any("." in key for key in tensors)):
+        if (
+            named
+            and any(each.ndim for each in tensors.values())
+            and (not inner or any("." in key for key in tensors))
+        ):
             yield path, tensors
         for key, each in inner.items():
             if not is_no_model(key):
@@ -82,16 +111,30 @@ def _branches(whole: WeightSet) -> Iterator[WeightSet]:
     if isinstance(state, list):
         yield whole
         return
-    if "n_averaged" in state and all(key.startswith("module.") for key in state if key != "n_averaged"):  # torch's AveragedModel
-        inner = {key.removeprefix("module."): value for key, value in state.items() if key != "n_averaged"}
+    if "n_averaged" in state and all(
+        key.startswith("module.") for key in state if key != "n_averaged"
+    ):  # torch's AveragedModel
+        inner = {
+            key.removeprefix("module."): value
+            for key, value in state.items()
+            if key != "n_averaged"
+        }
         yield WeightSet(whole.path, EMA, inner)
         return
     for prefix in _averaged_prefixes(state):
-        inside = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix) and value.ndim}
+        inside = {
+            key.removeprefix(prefix): value
+            for key, value in state.items()
+            if key.startswith(prefix) and value.ndim
+        }
         rest = {key: value for key, value in state.items() if not key.startswith(prefix)}
         if not any(value.ndim for value in rest.values()):
-            names = {key: value for key, value in state.items() if key.startswith(prefix) and value.ndim}
-            yield WeightSet((*whole.path, prefix[:-1]), EMA, names)  # the prefix is taken off, and said, as any other
+            names = {
+                key: value for key, value in state.items() if key.startswith(prefix) and value.ndim
+            }
+            yield WeightSet(
+                (*whole.path, prefix[:-1]), EMA, names
+            )  # the prefix is taken off, and said, as any other
             return
         if (inside := _as_named_in(rest, inside)) is not None:
             kind = RAW if whole.kind == UNSTATED else kind_of([*whole.path, *_first_parts(rest)])
@@ -112,7 +155,7 @@ def _averaged_prefixes(state: Mapping[str, Tensor]) -> list[str]:
     for key in state:
         parts = key.split(".")
         for depth in range(1, MAX_DEPTH):
-            if len(parts) > depth and kind_of(parts[depth - 1:depth]) == EMA:
+            if len(parts) > depth and kind_of(parts[depth - 1 : depth]) == EMA:
                 found[".".join(parts[:depth]) + "."] = None
                 break
     return list(found)[:NUM_NAMED]
@@ -133,4 +176,6 @@ def _as_named_in(rest: Mapping[str, Tensor], inside: dict[str, Tensor]) -> dict[
 def _are_places(keys: Iterable[Any]) -> bool:
     """Whether keys are 0, 1, 2, ..., as numbers or as text."""
     found = [str(key) for key in keys]
-    return all(key.isascii() and key.isdecimal() and len(key) < 10 for key in found) and sorted(map(int, found)) == list(range(len(found)))
+    return all(key.isascii() and key.isdecimal() and len(key) < 10 for key in found) and sorted(
+        map(int, found)
+    ) == list(range(len(found)))

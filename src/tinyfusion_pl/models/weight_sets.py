@@ -13,7 +13,15 @@ from torch import Tensor
 from tinyfusion_pl.artifacts import ArtifactError
 from tinyfusion_pl.models.notices import warn
 from tinyfusion_pl.models.shadow_params import name_shadow_params
-from tinyfusion_pl.models.weight_names import EMA, RAW, UNSTATED, are_alike, core_names, is_fixed, kind_of
+from tinyfusion_pl.models.weight_names import (
+    EMA,
+    RAW,
+    UNSTATED,
+    are_alike,
+    core_names,
+    is_fixed,
+    kind_of,
+)
 from tinyfusion_pl.models.weight_search import NUM_NAMED, TooManyEntries, WeightSet, find_sets
 
 WEIGHTS = (EMA, RAW)
@@ -37,8 +45,10 @@ def choose(content: Any, weights: str, path: Path, *, prefix: str = "") -> Weigh
     named = [each for each in sets if isinstance(each.state, dict)]
     if not sets:
         held = list(content)[:NUM_NAMED] if isinstance(content, Mapping) else type(content).__name__
-        raise ArtifactError(f"{path} holds no state dict: a mapping from names to tensors, bare or under 'ema', 'model_ema', 'model' or "
-                            f"'state_dict', was expected; found {held}.")
+        raise ArtifactError(
+            f"{path} holds no state dict: a mapping from names to tensors, bare or under 'ema', 'model_ema', 'model' or "
+            f"'state_dict', was expected; found {held}."
+        )
     if weights not in WEIGHTS:
         chosen = [each for each in sets if each.path and each.name == weights]
         if not chosen:
@@ -49,7 +59,9 @@ def choose(content: Any, weights: str, path: Path, *, prefix: str = "") -> Weigh
 
 def _or_names(sets: Sequence[WeightSet]) -> str:
     names = [repr(each.name) for each in sets if each.path]
-    return f", or the entry of the file that is meant: {', '.join(names[:NUM_NAMED])}" if names else ""
+    return (
+        f", or the entry of the file that is meant: {', '.join(names[:NUM_NAMED])}" if names else ""
+    )
 
 
 def _of_kind(sets: list[WeightSet], weights: str, path: Path, ignored: str) -> WeightSet:
@@ -62,18 +74,24 @@ def _of_kind(sets: list[WeightSet], weights: str, path: Path, ignored: str) -> W
         alike = [each for each in of[UNSTATED] if _same_model(each, chosen)]
         if alike:
             what = {EMA: "the averaged", RAW: "the raw"}
-            raise ValueError(f"{path} holds {what[other]} weights under {chosen.name!r}, and under "
-                             f"{', '.join(repr(e.name) for e in alike)} "
-                             f"others of the same keys. If these are {what[weights]} ones, give weights={alike[0].name!r} (model.weights); "
-                             f"weights={other!r} takes {chosen.name!r}.")
+            raise ValueError(
+                f"{path} holds {what[other]} weights under {chosen.name!r}, and under "
+                f"{', '.join(repr(e.name) for e in alike)} "
+                f"others of the same keys. If these are {what[weights]} ones, give weights={alike[0].name!r} (model.weights); "
+                f"weights={other!r} takes {chosen.name!r}."
+            )
         kinds = {EMA: "averaged", RAW: "raw"}
-        warn(f"{path} holds {kinds[other]} weights only (under {chosen.name!r}): they are taken and recorded as weights={other!r}, "
-             f"although weights={weights!r} was asked for.{ignored}")
+        warn(
+            f"{path} holds {kinds[other]} weights only (under {chosen.name!r}): they are taken and recorded as weights={other!r}, "
+            f"although weights={weights!r} was asked for.{ignored}"
+        )
         return chosen
     chosen = _the_one(of[UNSTATED], weights, path)
     if chosen.path:
-        warn(f"{path} holds weights under {chosen.name!r}, which does not say whether they are averaged: they are taken, and recorded "
-             f"as {UNSTATED}.")
+        warn(
+            f"{path} holds weights under {chosen.name!r}, which does not say whether they are averaged: they are taken, and recorded "
+            f"as {UNSTATED}."
+        )
     return chosen
 
 
@@ -82,10 +100,21 @@ def _not_read(content: Any, sets: list[WeightSet]) -> str:
     if not isinstance(content, Mapping):
         return ""
     read = {each.path[0] for each in sets if each.path}
-    sizes = {str(key): value.numel() if isinstance(value, Tensor) else len(value) for key, value in content.items()
-             if isinstance(value, (Tensor, Mapping, list, tuple))}
-    names = [name for name, size in sizes.items() if size > 1 and kind_of([name]) == EMA and name not in read]
-    return f" What is under {', '.join(map(repr, names[:NUM_NAMED]))} is no state dict, and was not read." if names else ""
+    sizes = {
+        str(key): value.numel() if isinstance(value, Tensor) else len(value)
+        for key, value in content.items()
+        if isinstance(value, (Tensor, Mapping, list, tuple))
+    }
+    names = [
+        name
+        for name, size in sizes.items()
+        if size > 1 and kind_of([name]) == EMA and name not in read
+    ]
+    return (
+        f" What is under {', '.join(map(repr, names[:NUM_NAMED]))} is no state dict, and was not read."
+        if names
+        else ""
+    )
 
 
 def _the_one(sets: list[WeightSet], weights: str, path: Path) -> WeightSet:
@@ -93,27 +122,40 @@ def _the_one(sets: list[WeightSet], weights: str, path: Path) -> WeightSet:
     if all(_equal(first, each) for each in sets[1:]):
         return first
     names = ", ".join(repr(each.name) for each in sets)
-    raise ValueError(f"{path} holds {len(sets)} sets of weights that may be meant by weights={weights!r}: under {names}. Give the one that "
-                     f"is meant, e.g. weights={sets[-1].name!r} (model.weights).")
+    raise ValueError(
+        f"{path} holds {len(sets)} sets of weights that may be meant by weights={weights!r}: under {names}. Give the one that "
+        f"is meant, e.g. weights={sets[-1].name!r} (model.weights)."
+    )
 
 
 def _equal(one: WeightSet, other: WeightSet) -> bool:
     if isinstance(one.state, list) or isinstance(other.state, list):
         return False
     first, second = core_names(one.state), core_names(other.state)
-    return first.keys() == second.keys() and all(_same(one.state[key], other.state[second[name]]) for name, key in first.items())
+    return first.keys() == second.keys() and all(
+        _same(one.state[key], other.state[second[name]]) for name, key in first.items()
+    )
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    plain = all(each.layout == torch.strided and not (each.is_meta or each.is_quantized or each.is_nested) for each in (one, other))
-    return one is other or (plain and one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other))
+    plain = all(
+        each.layout == torch.strided and not (each.is_meta or each.is_quantized or each.is_nested)
+        for each in (one, other)
+    )
+    return one is other or (
+        plain and one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other)
+    )
 
 
 def _is_statistics(one: WeightSet, sets: Sequence[WeightSet]) -> bool:
     """Whether an average is of something smaller than the model beside it: of a loss, of norms, the decay itself."""
+
     def is_far_larger(other: WeightSet) -> bool:
-        return isinstance(other.state, dict) and len(other.state) > 2 * len(one.state) and not core_names(one.state).keys() & core_names(
-            other.state).keys()
+        return (
+            isinstance(other.state, dict)
+            and len(other.state) > 2 * len(one.state)
+            and not core_names(one.state).keys() & core_names(other.state).keys()
+        )
 
     return one.kind == EMA and isinstance(one.state, dict) and any(map(is_far_larger, sets))
 
@@ -132,14 +174,20 @@ def _with_names(chosen: WeightSet, named: list[WeightSet], path: Path) -> Weight
         if (state := name_shadow_params(chosen.state, other.state)) is not None:
             left = [key for key in other.state if state[key] is other.state[key]]
             if learned := [key for key in left if not is_fixed(key, other.state[key])]:
-                raise ValueError(f"{path} holds under {chosen.name!r} {len(chosen.state)} tensors without names, which go with those of "
-                                 f"{other.name!r} but for {', '.join(learned[:NUM_NAMED])}{', ...' if len(learned) > NUM_NAMED else ''}: "
-                                 "these were frozen, or are lost. Save the averaged weights with their names.")
+                raise ValueError(
+                    f"{path} holds under {chosen.name!r} {len(chosen.state)} tensors without names, which go with those of "
+                    f"{other.name!r} but for {', '.join(learned[:NUM_NAMED])}{', ...' if len(learned) > NUM_NAMED else ''}: "
+                    "these were frozen, or are lost. Save the averaged weights with their names."
+                )
             if left:
-                warn(f"{path}: {chosen.name!r} has no {', '.join(left[:NUM_NAMED])}; taken from {other.name!r}.")
+                warn(
+                    f"{path}: {chosen.name!r} has no {', '.join(left[:NUM_NAMED])}; taken from {other.name!r}."
+                )
             return replace(chosen, state=state)
-    raise ValueError(f"{path} holds under {chosen.name!r} {len(chosen.state)} tensors without names, and no state dict that they go with "
-                     f"one by one. Save them with their names, or give {_or_names(named).removeprefix(', or ') or 'another file'}.")
+    raise ValueError(
+        f"{path} holds under {chosen.name!r} {len(chosen.state)} tensors without names, and no state dict that they go with "
+        f"one by one. Save them with their names, or give {_or_names(named).removeprefix(', or ') or 'another file'}."
+    )
 
 
 def _completed(chosen: WeightSet, named: list[WeightSet], path: Path) -> WeightSet:
@@ -148,10 +196,19 @@ def _completed(chosen: WeightSet, named: list[WeightSet], path: Path) -> WeightS
     for other in named:
         names = core_names(other.state)
         lacking = [name for name in names if name not in own]
-        if other is chosen or not own.keys() < names.keys() or not all(is_fixed(name, other.state[names[name]]) for name in lacking):
+        if (
+            other is chosen
+            or not own.keys() < names.keys()
+            or not all(is_fixed(name, other.state[names[name]]) for name in lacking)
+        ):
             continue
         name, key = next(iter(own.items()))
         prefix = key.removesuffix(name) if key.endswith(name) else ""
-        warn(f"{path}: {chosen.name!r} has no {', '.join(lacking[:NUM_NAMED])}; taken from {other.name!r}.")
-        return replace(chosen, state={**chosen.state, **{prefix + name: other.state[names[name]] for name in lacking}})
+        warn(
+            f"{path}: {chosen.name!r} has no {', '.join(lacking[:NUM_NAMED])}; taken from {other.name!r}."
+        )
+        return replace(
+            chosen,
+            state={**chosen.state, **{prefix + name: other.state[names[name]] for name in lacking}},
+        )
     return chosen

@@ -8,4 +8,12 @@ from tinyfusion_pl.modules.recovery import Recovery
 from tinyfusion_pl.modules.schedules import cosine_with_warmup
 from tinyfusion_pl.modules.strategies import FSDP2Strategy
 
-__all__ = ["Denoising", "Extraction", "FSDP2Strategy", "Generation", "MaskLearning", "Recovery", "cosine_with_warmup"]
+__all__ = [
+    "Denoising",
+    "Extraction",
+    "FSDP2Strategy",
+    "Generation",
+    "MaskLearning",
+    "Recovery",
+    "cosine_with_warmup",
+]

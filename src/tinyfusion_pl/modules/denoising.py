@@ -34,16 +34,31 @@ class Denoising(OwnRandomness):
     compiles = False
     """Whether a fit compiles the blocks, each by itself; gates, hooks and the names of parameters are as without."""
 
-    def __init__(self, denoiser: nn.Module, *, objective: Any, optimizer: OptimizerFactory | None = None,
-                 scheduler: SchedulerFactory | None = None, label_dropout: float = 0.1) -> None:
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        *,
+        objective: Any,
+        optimizer: OptimizerFactory | None = None,
+        scheduler: SchedulerFactory | None = None,
+        label_dropout: float = 0.1,
+    ) -> None:
         super().__init__()
         if not 0 <= label_dropout <= 1:
-            raise ValueError(f"label_dropout is {label_dropout}; give a probability in [0, 1] (published: 0.1).")
+            raise ValueError(
+                f"label_dropout is {label_dropout}; give a probability in [0, 1] (published: 0.1)."
+            )
         if label_dropout and not getattr(denoiser, "has_null_label", True):
-            raise ValueError(f"label_dropout is {label_dropout}, but the denoiser has no null label (class_dropout_prob=0) to put in a "
-                             "label's place. Set label_dropout to 0, or build the denoiser with class_dropout_prob > 0.")
+            raise ValueError(
+                f"label_dropout is {label_dropout}, but the denoiser has no null label (class_dropout_prob=0) to put in a "
+                "label's place. Set label_dropout to 0, or build the denoiser with class_dropout_prob > 0."
+            )
         self.denoiser, self.objective = denoiser, objective
-        self.optimizer_factory, self.scheduler_factory, self.label_dropout = optimizer, scheduler, label_dropout
+        self.optimizer_factory, self.scheduler_factory, self.label_dropout = (
+            optimizer,
+            scheduler,
+            label_dropout,
+        )
 
     def blocks(self) -> Iterator[nn.Module]:
         """The blocks of all models that a step runs."""
@@ -60,8 +75,10 @@ class Denoising(OwnRandomness):
             return
         self.check_sharded()
         if mesh["tensor_parallel"].size() > 1:
-            raise ValueError(f"The strategy divides each layer over {mesh['tensor_parallel'].size()} processes (tensor_parallel_size), "
-                             "which the denoisers do not support. Give strategy='fsdp2', which shares out whole blocks.")
+            raise ValueError(
+                f"The strategy divides each layer over {mesh['tensor_parallel'].size()} processes (tensor_parallel_size), "
+                "which the denoisers do not support. Give strategy='fsdp2', which shares out whole blocks."
+            )
         self.shard(mesh["data_parallel"])
 
     def check_sharded(self) -> None:
@@ -88,7 +105,9 @@ class Denoising(OwnRandomness):
         """Labels (N,) with each one replaced by the null label with probability `label_dropout`."""
         if not self.label_dropout:
             return y
-        return torch.where(torch.rand(y.shape, device=y.device) < self.label_dropout, self.denoiser.num_classes, y)
+        return torch.where(
+            torch.rand(y.shape, device=y.device) < self.label_dropout, self.denoiser.num_classes, y
+        )
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         x, y = batch
@@ -101,7 +120,10 @@ class Denoising(OwnRandomness):
 
     def _logged(self, losses: dict[str, Tensor], *, num_samples: int) -> Tensor:
         means = {name: value.mean() for name, value in losses.items()}
-        self.log_dict({f"train/{name}": value.detach() for name, value in means.items() if name != "loss"}, batch_size=num_samples)
+        self.log_dict(
+            {f"train/{name}": value.detach() for name, value in means.items() if name != "loss"},
+            batch_size=num_samples,
+        )
         self.log("train/loss", means["loss"].detach(), prog_bar=True, batch_size=num_samples)
         # The step that this batch is part of, counted from 1 as callbacks count: Lightning logs by it instead of counting from 0.
         self.log("step", torch.tensor(self.trainer.global_step + 1.0), batch_size=num_samples)
@@ -111,17 +133,25 @@ class Denoising(OwnRandomness):
         parameters = [p for p in self.trained_parameters() if p.requires_grad]
         if not parameters:  # gates alone are learned: Lightning still needs something to step
             return None
-        made = self.make_optimizers(parameters, num_steps=int(self.trainer.estimated_stepping_batches))
+        made = self.make_optimizers(
+            parameters, num_steps=int(self.trainer.estimated_stepping_batches)
+        )
         use_fused(made["optimizer"] if isinstance(made, dict) else made)
         return made
 
     def make_optimizers(self, parameters: list[nn.Parameter], *, num_steps: int) -> Any:
         """Optimizer and scheduler for `parameters` over `num_steps`, as ``configure_optimizers`` returns them."""
-        optimizer = (self.optimizer_factory or (lambda p: torch.optim.AdamW(p, lr=self.default_lr, weight_decay=0.0)))(parameters)
+        optimizer = (
+            self.optimizer_factory
+            or (lambda p: torch.optim.AdamW(p, lr=self.default_lr, weight_decay=0.0))
+        )(parameters)
         if self.scheduler_factory is None:
             return optimizer
         scheduler = self.scheduler_factory(optimizer, num_steps=num_steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
 
     def trained_parameters(self) -> Iterable[nn.Parameter]:
         return self.denoiser.parameters()

@@ -27,25 +27,42 @@ class Extraction(LightningModule):
 
     what_it_does = "Extracting"  # for the progress bar
 
-    def __init__(self, vae: VAE, *, images: Dataset, writer: Callable[..., ShardWriter], batch_size: int = 32,
-                 num_workers: int = 0) -> None:
+    def __init__(
+        self,
+        vae: VAE,
+        *,
+        images: Dataset,
+        writer: Callable[..., ShardWriter],
+        batch_size: int = 32,
+        num_workers: int = 0,
+    ) -> None:
         super().__init__()
         self.model = vae.model  # a module, so that it is moved to the device
         self.vae, self.images, self.make_writer = vae, images, writer
         self.batch_size, self.num_workers = batch_size, num_workers
         self.num_done = 0
-        self.notes = torch.zeros(len(Note), dtype=torch.long)  # images of this process that each note is of
+        self.notes = torch.zeros(
+            len(Note), dtype=torch.long
+        )  # images of this process that each note is of
         self.broken: list[str] = []  # which images of this process were left out, and why
 
     def setup(self, stage: str) -> None:
-        self.writer = self.make_writer(rank=self.trainer.global_rank, world_size=self.trainer.world_size)
+        self.writer = self.make_writer(
+            rank=self.trainer.global_rank, world_size=self.trainer.world_size
+        )
         self.trainer.strategy.barrier("every process has seen what is there")
 
     def test_dataloader(self) -> DataLoader:
         self.writer.start()
-        return DataLoader(self.images, batch_sampler=self.writer.batches(self.batch_size), num_workers=self.num_workers)
+        return DataLoader(
+            self.images,
+            batch_sampler=self.writer.batches(self.batch_size),
+            num_workers=self.num_workers,
+        )
 
-    def test_step(self, batch: tuple[Tensor, Tensor, Tensor, Tensor, list[str], Tensor], batch_idx: int) -> None:
+    def test_step(
+        self, batch: tuple[Tensor, Tensor, Tensor, Tensor, list[str], Tensor], batch_idx: int
+    ) -> None:
         numbers, pictures, labels, notes, reasons, digests = batch
         both = torch.stack([pictures, pictures.flip(-1)], dim=1)  # (n, 2, 3, H, W)
         moments = self.vae.encode(both.flatten(0, 1)).unflatten(0, (-1, 2))  # (n, 2, 2C, h, w)

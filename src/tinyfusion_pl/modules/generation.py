@@ -23,7 +23,9 @@ class Measured(Protocol):
 
     def batches(self, *, rank: int, world_size: int) -> Any: ...
 
-    def write(self, indices: Tensor, labels: Tensor, features: Features, pictures: Tensor) -> None: ...
+    def write(
+        self, indices: Tensor, labels: Tensor, features: Features, pictures: Tensor
+    ) -> None: ...
 
 
 class Generation(LightningModule):
@@ -37,11 +39,26 @@ class Generation(LightningModule):
         measured: Keeps finished batches; None: nothing is kept.
     """
 
-    def __init__(self, sampler: PictureSampler, *, labels: Tensor, metrics: GenerationMetrics, batch_size: int = 128,
-                 measured: Measured | None = None) -> None:
+    def __init__(
+        self,
+        sampler: PictureSampler,
+        *,
+        labels: Tensor,
+        metrics: GenerationMetrics,
+        batch_size: int = 128,
+        measured: Measured | None = None,
+    ) -> None:
         super().__init__()
-        self.denoiser, self.metrics = sampler.denoiser, metrics  # modules, so that they are moved to the device
-        self.sampler, self.labels, self.batch_size, self.measured = sampler, labels, batch_size, measured
+        self.denoiser, self.metrics = (
+            sampler.denoiser,
+            metrics,
+        )  # modules, so that they are moved to the device
+        self.sampler, self.labels, self.batch_size, self.measured = (
+            sampler,
+            labels,
+            batch_size,
+            measured,
+        )
         self.results: dict[str, float] = {}
 
     def setup(self, stage: str) -> None:
@@ -50,18 +67,24 @@ class Generation(LightningModule):
         if self.measured is not None:
             self.measured.check()
             self.trainer.strategy.barrier("what was measured before is checked")
-        done = torch.empty(0, dtype=torch.long) if self.measured is None else self.measured.indices()
+        done = (
+            torch.empty(0, dtype=torch.long) if self.measured is None else self.measured.indices()
+        )
         remaining = torch.ones(len(self.labels), dtype=torch.bool)
         remaining[done] = False
         if self.measured is not None:
-            for indices, labels, features in self.measured.batches(rank=rank, world_size=world_size):
+            for indices, labels, features in self.measured.batches(
+                rank=rank, world_size=world_size
+            ):
                 self.metrics.update_features(features, labels, indices=indices)
         # A share each, without padding: no sample is measured twice.
         self.mine = remaining.nonzero().flatten()[rank::world_size]
         self.trainer.strategy.barrier("every process has read what was measured before")
 
     def test_dataloader(self) -> DataLoader:
-        return DataLoader(TensorDataset(self.mine, self.labels[self.mine]), batch_size=self.batch_size)
+        return DataLoader(
+            TensorDataset(self.mine, self.labels[self.mine]), batch_size=self.batch_size
+        )
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         indices, labels = batch
@@ -75,5 +98,7 @@ class Generation(LightningModule):
         # Not at the end of the test's epoch: a process that had nothing left to do has none, and all must take part.
         self.results = self.metrics.compute()
         if self.metrics.num_samples != len(self.labels):
-            raise RuntimeError(f"{self.metrics.num_samples} of {len(self.labels)} samples were measured. Delete the folder of kept batches "
-                               "and evaluate again.")
+            raise RuntimeError(
+                f"{self.metrics.num_samples} of {len(self.labels)} samples were measured. Delete the folder of kept batches "
+                "and evaluate again."
+            )

@@ -40,8 +40,10 @@ class MaskLearning(Denoising):
 
     def get_ready(self) -> None:
         if find_gates(self.denoiser) is None:
-            raise ValueError("The denoiser carries no gates, so there is no mask to learn. Add DepthPruningCallback(pattern) to the "
-                             "Trainer's callbacks.")
+            raise ValueError(
+                "The denoiser carries no gates, so there is no mask to learn. Add DepthPruningCallback(pattern) to the "
+                "Trainer's callbacks."
+            )
         if self._teacher is not None:
             self._teacher.wake(self.device)
 

@@ -47,5 +47,7 @@ def use_fused(optimizer: torch.optim.Optimizer) -> None:
         return
     for group in optimizer.param_groups:
         told = group["fused"] is not None or group["foreach"] is not None or group["differentiable"]
-        if not told and all(p.device.type in FUSED_ON and p.is_floating_point() for p in group["params"]):
+        if not told and all(
+            p.device.type in FUSED_ON and p.is_floating_point() for p in group["params"]
+        ):
             group["fused"] = True

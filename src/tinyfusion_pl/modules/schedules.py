@@ -8,14 +8,18 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 
-def cosine_with_warmup(optimizer: Optimizer, *, num_steps: int, num_warmup_steps: int = 0, final_ratio: float = 0.0) -> LambdaLR:
+def cosine_with_warmup(
+    optimizer: Optimizer, *, num_steps: int, num_warmup_steps: int = 0, final_ratio: float = 0.0
+) -> LambdaLR:
     """Linear warm-up over `num_warmup_steps`, then half a cosine from the full rate to `final_ratio` of it at `num_steps`.
 
     Raises:
         ValueError: when the warm-up is not shorter than the training, or the ratio not in [0, 1].
     """
     if not 0 <= num_warmup_steps < num_steps:
-        raise ValueError(f"num_warmup_steps is {num_warmup_steps} of {num_steps} steps; give a count >= 0 and below the steps.")
+        raise ValueError(
+            f"num_warmup_steps is {num_warmup_steps} of {num_steps} steps; give a count >= 0 and below the steps."
+        )
     if not 0 <= final_ratio <= 1:
         raise ValueError(f"final_ratio is {final_ratio}; give a number in [0, 1].")
 

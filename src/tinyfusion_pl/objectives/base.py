@@ -39,8 +39,14 @@ class Objective(Protocol):
     def losses(self, output: Tensor, draw: Draw) -> dict[str, Tensor]:
         """Per-sample (N,) "loss" and its terms for the denoiser's `output` at ``(draw.x_t, draw.t)``."""
 
-    def distillation_losses(self, output: Tensor, teacher_output: Tensor, draw: Draw, *,
-                            distance: Distance = mean_square) -> dict[str, Tensor]:
+    def distillation_losses(
+        self,
+        output: Tensor,
+        teacher_output: Tensor,
+        draw: Draw,
+        *,
+        distance: Distance = mean_square,
+    ) -> dict[str, Tensor]:
         """Per-sample (N,) "loss_kd" and its terms for the student's output against the teacher's.
 
         `distance` compares the two predictions (N, C, ...), weighted as in `losses`. What an output says beside its prediction (a learned
@@ -62,11 +68,16 @@ class Objective(Protocol):
 
 def check_channels(denoiser: nn.Module, *, expected: int, objective: str) -> None:
     """`ValueError` unless a `Denoiser` predicts for each channel of its latents `expected` ones; of others nothing is known."""
-    config, name = getattr(denoiser, "config", {}), getattr(denoiser, "model_name", type(denoiser).__name__)
+    config, name = (
+        getattr(denoiser, "config", {}),
+        getattr(denoiser, "model_name", type(denoiser).__name__),
+    )
     if "in_channels" not in config or not hasattr(denoiser, "out_channels"):
         return
     found = f"{denoiser.out_channels} channels" if denoiser.out_channels else "masked tokens"
     if denoiser.out_channels != (wanted := expected * config["in_channels"]):
-        raise ValueError(f"{name} predicts {found} of latents of {config['in_channels']}, but {objective} needs {wanted} channels. Give "
-                         "the objective that goes with it: objective=gaussian_diffusion for DiT and U-DiT, sit for SiT, mar for MAR, noise "
-                         "for U-ViT; or learn_sigma alike in both.")
+        raise ValueError(
+            f"{name} predicts {found} of latents of {config['in_channels']}, but {objective} needs {wanted} channels. Give "
+            "the objective that goes with it: objective=gaussian_diffusion for DiT and U-DiT, sit for SiT, mar for MAR, noise "
+            "for U-ViT; or learn_sigma alike in both."
+        )

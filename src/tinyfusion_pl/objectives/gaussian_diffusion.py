@@ -28,7 +28,11 @@ class GaussianDiffusion(GaussianProcess):
 
     def check_fits(self, denoiser: nn.Module) -> None:
         """Raise ValueError for a denoiser of another number of channels than learn_sigma says."""
-        check_channels(denoiser, expected=2 if self.learn_sigma else 1, objective=f"Gaussian diffusion with learn_sigma={self.learn_sigma}")
+        check_channels(
+            denoiser,
+            expected=2 if self.learn_sigma else 1,
+            objective=f"Gaussian diffusion with learn_sigma={self.learn_sigma}",
+        )
 
     # -- training -----------------------------------------------------------------------------------------------------------------------
     def draw(self, x0: Tensor, *, t: Tensor | None = None, noise: Tensor | None = None) -> Draw:
@@ -38,7 +42,12 @@ class GaussianDiffusion(GaussianProcess):
         if noise is None:
             noise = torch.randn_like(x0)
         a = self.tables.alphas_cumprod
-        return Draw(x0, self.tables.at(a.sqrt(), t, x0) * x0 + self.tables.at((1 - a).sqrt(), t, x0) * noise, t, noise)
+        return Draw(
+            x0,
+            self.tables.at(a.sqrt(), t, x0) * x0 + self.tables.at((1 - a).sqrt(), t, x0) * noise,
+            t,
+            noise,
+        )
 
     def losses(self, output: Tensor, draw: Draw) -> dict[str, Tensor]:
         """Per sample (N,): "mse" of epsilon, "vb" in bits per dimension (mean detached, times T/1000), and their sum "loss"."""
@@ -47,12 +56,22 @@ class GaussianDiffusion(GaussianProcess):
         if fraction is None:
             return {"loss": terms["mse"], **terms}
         true_mean = self.tables.posterior_mean(draw.x0, draw.x_t, draw.t)
-        true_log_variance = self.tables.at(self.tables.posterior_log_variance_clipped, draw.t, draw.x_t)
-        terms["vb"] = self._vb(epsilon.detach(), fraction, draw, true_mean, true_log_variance, draw.x0)
+        true_log_variance = self.tables.at(
+            self.tables.posterior_log_variance_clipped, draw.t, draw.x_t
+        )
+        terms["vb"] = self._vb(
+            epsilon.detach(), fraction, draw, true_mean, true_log_variance, draw.x0
+        )
         return {"loss": terms["mse"] + terms["vb"], **terms}
 
-    def distillation_losses(self, output: Tensor, teacher_output: Tensor, draw: Draw, *,
-                            distance: Distance = mean_square) -> dict[str, Tensor]:
+    def distillation_losses(
+        self,
+        output: Tensor,
+        teacher_output: Tensor,
+        draw: Draw,
+        *,
+        distance: Distance = mean_square,
+    ) -> dict[str, Tensor]:
         """Per sample (N,): "mse_kd", the `distance` of the student's epsilon to the teacher's, "vb_kd", the KL divergence in bits
         per dimension of the student's step from the teacher's (the student's mean detached, so that it teaches the variance only), and
         their sum "loss_kd".
@@ -60,19 +79,33 @@ class GaussianDiffusion(GaussianProcess):
         At t = 0 "vb_kd" is the student's likelihood of the data, as "vb" is. Published recovery: 0.9 * "loss_kd" + 0.1 * the "loss" of
         `losses` + 0.01 * the feature loss of `tinyfusion_pl.distill`.
         """
-        (epsilon, fraction), (teacher_epsilon, teacher_fraction) = (self.split(o, draw.x_t) for o in (output, teacher_output.detach()))
+        (epsilon, fraction), (teacher_epsilon, teacher_fraction) = (
+            self.split(o, draw.x_t) for o in (output, teacher_output.detach())
+        )
         terms = {"mse_kd": distance(epsilon, teacher_epsilon)}
         if fraction is None:
             return {"loss_kd": terms["mse_kd"], **terms}
         true_mean, true_log_variance = self._moments(teacher_epsilon, teacher_fraction, draw)
-        terms["vb_kd"] = self._vb(epsilon.detach(), fraction, draw, true_mean, true_log_variance, draw.x0)
+        terms["vb_kd"] = self._vb(
+            epsilon.detach(), fraction, draw, true_mean, true_log_variance, draw.x0
+        )
         return {"loss_kd": terms["mse_kd"] + terms["vb_kd"], **terms}
 
     def _moments(self, epsilon: Tensor, fraction: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
         x0 = self.tables.x0_from_epsilon(draw.x_t, draw.t, epsilon)
-        return self.tables.posterior_mean(x0, draw.x_t, draw.t), self.tables.log_variance(fraction, draw.t, draw.x_t)
+        return self.tables.posterior_mean(x0, draw.x_t, draw.t), self.tables.log_variance(
+            fraction, draw.t, draw.x_t
+        )
 
-    def _vb(self, epsilon: Tensor, fraction: Tensor, draw: Draw, true_mean: Tensor, true_log_variance: Tensor, x0: Tensor) -> Tensor:
+    def _vb(
+        self,
+        epsilon: Tensor,
+        fraction: Tensor,
+        draw: Draw,
+        true_mean: Tensor,
+        true_log_variance: Tensor,
+        x0: Tensor,
+    ) -> Tensor:
         mean, log_variance = self._moments(epsilon, fraction, draw)
         kl = _mean(gaussian_kl(true_mean, true_log_variance, mean, log_variance)) / math.log(2)
         nll = -_mean(discretized_gaussian_log_likelihood(x0, mean, log_variance / 2)) / math.log(2)
@@ -88,10 +121,20 @@ class GaussianDiffusion(GaussianProcess):
         return GaussianSampling(**options).num_noises(self)
 
     @torch.no_grad()
-    def sample(self, denoiser: nn.Module, z: Tensor, y: Tensor, *, noise: Tensor | None = None,
-               generator: torch.Generator | None = None, **options: Any) -> Tensor:
+    def sample(
+        self,
+        denoiser: nn.Module,
+        z: Tensor,
+        y: Tensor,
+        *,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        **options: Any,
+    ) -> Tensor:
         """Samples (N, C, H, W) from noise `z`; see `GaussianSampling` for the options, and its `sample` for noise and generator."""
-        return GaussianSampling(**options).sample(self, denoiser, z, y, noise=noise, generator=generator)
+        return GaussianSampling(**options).sample(
+            self, denoiser, z, y, noise=noise, generator=generator
+        )
 
 
 def _mean(x: Tensor) -> Tensor:

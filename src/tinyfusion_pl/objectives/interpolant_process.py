@@ -25,18 +25,32 @@ class InterpolantProcess:
         ValueError: for settings out of range or that do not go together.
     """
 
-    def __init__(self, *, path: str = "linear", prediction: str = "velocity", loss_weighting: str = "none",
-                 train_eps: float | None = None, sample_eps: float | None = None) -> None:
-        for name, value, known in (("path", path, PATHS), ("prediction", prediction, PREDICTIONS),
-                                   ("loss_weighting", loss_weighting, LOSS_WEIGHTINGS)):
+    def __init__(
+        self,
+        *,
+        path: str = "linear",
+        prediction: str = "velocity",
+        loss_weighting: str = "none",
+        train_eps: float | None = None,
+        sample_eps: float | None = None,
+    ) -> None:
+        for name, value, known in (
+            ("path", path, PATHS),
+            ("prediction", prediction, PREDICTIONS),
+            ("loss_weighting", loss_weighting, LOSS_WEIGHTINGS),
+        ):
             if value not in known:
                 raise ValueError(f"{name} is {value!r}; give one of {', '.join(map(repr, known))}.")
         if prediction == "velocity" and loss_weighting != "none":
-            raise ValueError(f"loss_weighting is {loss_weighting!r}, but a velocity loss has no other weighting than 'none'; set "
-                             "loss_weighting to 'none', or prediction to 'noise' or 'score'.")
+            raise ValueError(
+                f"loss_weighting is {loss_weighting!r}, but a velocity loss has no other weighting than 'none'; set "
+                "loss_weighting to 'none', or prediction to 'noise' or 'score'."
+            )
         for name, value in (("train_eps", train_eps), ("sample_eps", sample_eps)):
             if value is not None and not 0 <= value < 0.5:
-                raise ValueError(f"{name} is {value}; give a number in [0, 0.5), or null for the published one.")
+                raise ValueError(
+                    f"{name} is {value}; give a number in [0, 0.5), or null for the published one."
+                )
         self.path, self.prediction, self.loss_weighting = path, prediction, loss_weighting
         self.train_eps, self.sample_eps = train_eps, sample_eps
 
@@ -46,11 +60,16 @@ class InterpolantProcess:
 
     def singular_ends(self) -> tuple[bool, bool]:
         """Whether the velocity that the prediction says is singular at t = 0, and at t = 1."""
-        return self.path != "vp" and self.prediction != "velocity", self.path == "vp" or self.prediction != "velocity"
+        return (
+            self.path != "vp" and self.prediction != "velocity",
+            self.path == "vp" or self.prediction != "velocity",
+        )
 
     def checked(self, output: Tensor, like: Tensor) -> Tensor:
         """The denoiser's output in float32."""
         if output.shape != like.shape:
-            raise ValueError(f"The denoiser gave outputs of shape {tuple(output.shape)} for latents of shape {tuple(like.shape)}; "
-                             "interpolants expect the latents' shape: a SiT, or a denoiser with learn_sigma=False.")
+            raise ValueError(
+                f"The denoiser gave outputs of shape {tuple(output.shape)} for latents of shape {tuple(like.shape)}; "
+                "interpolants expect the latents' shape: a SiT, or a denoiser with learn_sigma=False."
+            )
         return output.float()

@@ -71,20 +71,32 @@ class SamplingOptions:
     guidance_channels: int | None = 3
 
     def __post_init__(self) -> None:
-        for name, known in (("sampler", ODE_SAMPLERS + SDE_SAMPLERS), ("diffusion", DIFFUSIONS), ("last_step", LAST_STEPS)):
+        for name, known in (
+            ("sampler", ODE_SAMPLERS + SDE_SAMPLERS),
+            ("diffusion", DIFFUSIONS),
+            ("last_step", LAST_STEPS),
+        ):
             if getattr(self, name) not in known:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; give one of {', '.join(map(repr, known))}.")
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}; give one of {', '.join(map(repr, known))}."
+                )
         check_guidance(self.guidance_channels, self.guidance_scale)
         for name in ("atol", "rtol"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; give a number > 0.")
         if not self.diffusion_norm >= 0:
-            raise ValueError(f"diffusion_norm is {self.diffusion_norm}; give a number >= 0 (published: 1).")
+            raise ValueError(
+                f"diffusion_norm is {self.diffusion_norm}; give a number >= 0 (published: 1)."
+            )
         if self.has_last_step and not 0 < self.last_step_size < 1:
-            raise ValueError(f"last_step_size is {self.last_step_size}; give a number in (0, 1) (published: 0.04), or last_step='none'.")
+            raise ValueError(
+                f"last_step_size is {self.last_step_size}; give a number in (0, 1) (published: 0.04), or last_step='none'."
+            )
         if self.num_sampling_steps < (least := 1 + self.has_last_step):
-            raise ValueError(f"num_sampling_steps is {self.num_sampling_steps}; give at least {least}"
-                             f"{', one of which is the last step' if self.has_last_step else ''}.")
+            raise ValueError(
+                f"num_sampling_steps is {self.num_sampling_steps}; give at least {least}"
+                f"{', one of which is the last step' if self.has_last_step else ''}."
+            )
 
     @property
     def is_sde(self) -> bool:
@@ -107,11 +119,16 @@ class SamplingOptions:
         """
         start, end = process.singular_ends()
         if self.is_sde:  # the score at t = 1 is singular, and "sbdm" where alpha is 0
-            start, end = start or (self.diffusion == "sbdm" and process.path != "vp"), not self.has_last_step
+            start, end = (
+                start or (self.diffusion == "sbdm" and process.path != "vp"),
+                not self.has_last_step,
+            )
         eps = EPS if process.sample_eps is None else process.sample_eps
         if eps == 0 and (start or end):
-            raise ValueError(f"sample_eps is 0, but {process.prediction} prediction on the path {process.path!r} sampled with "
-                             f"{self.sampler!r} is singular at t = {0 if start else 1}; give sample_eps > 0 (published: 1e-3).")
+            raise ValueError(
+                f"sample_eps is 0, but {process.prediction} prediction on the path {process.path!r} sampled with "
+                f"{self.sampler!r} is singular at t = {0 if start else 1}; give sample_eps > 0 (published: 1e-3)."
+            )
         return eps * start, 1 - (self.last_step_size if self.has_last_step else eps * end)
 
 
@@ -126,9 +143,19 @@ class _Guided:
 
     def ask(self, x: Tensor, t: float | Tensor) -> tuple[Tensor, Coefficients, Tensor]:
         t = torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(len(x))
-        output = guided(self.denoiser, x, t, self.y, guidance_scale=self.options.guidance_scale,
-                        guidance_channels=self.options.guidance_channels)
-        return self.process.checked(output, x), self.process.coefficients(t, x), t.view(-1, *[1] * (x.ndim - 1))
+        output = guided(
+            self.denoiser,
+            x,
+            t,
+            self.y,
+            guidance_scale=self.options.guidance_scale,
+            guidance_channels=self.options.guidance_channels,
+        )
+        return (
+            self.process.checked(output, x),
+            self.process.coefficients(t, x),
+            t.view(-1, *[1] * (x.ndim - 1)),
+        )
 
     def velocity(self, x: Tensor, t: float | Tensor) -> Tensor:
         output, c, _ = self.ask(x, t)
@@ -154,8 +181,16 @@ class _Guided:
         return (x - c.sigma * c.noise(self.process.prediction, output, x)) / c.alpha
 
 
-def sample_interpolant(process: InterpolantProcess, denoiser: nn.Module, z: Tensor, y: Tensor, *, noise: Tensor | None = None,
-                       generator: torch.Generator | None = None, **options: Any) -> Tensor:
+def sample_interpolant(
+    process: InterpolantProcess,
+    denoiser: nn.Module,
+    z: Tensor,
+    y: Tensor,
+    *,
+    noise: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    **options: Any,
+) -> Tensor:
     """Samples (N, C, H, W) from noise `z` (N, C, H, W) with labels `y` (N,).
 
     Args:
@@ -193,7 +228,9 @@ def sample_interpolant(process: InterpolantProcess, denoiser: nn.Module, z: Tens
     if opts.last_step == "tweedie" and opts.has_last_step:
         return field.data(x, end)
     if opts.has_last_step:
-        x = x + opts.last_step_size * (field.sde if opts.last_step == "mean" else field.velocity)(x, end)
+        x = x + opts.last_step_size * (field.sde if opts.last_step == "mean" else field.velocity)(
+            x, end
+        )
     return x
 
 
@@ -201,8 +238,17 @@ def _dopri5(field: _Guided, z: Tensor, start: float, end: float) -> Tensor:
     options, ends = field.options, torch.tensor([start, end], device=z.device)
     try:
         # A step must land on the end: by itself the solver steps past it, where the paths are not defined, and interpolates.
-        return odeint(lambda t, x: field.velocity(x, t), z, ends, method="dopri5", atol=options.atol, rtol=options.rtol,
-                      options={"step_t": ends[1:]})[-1]
+        return odeint(
+            lambda t, x: field.velocity(x, t),
+            z,
+            ends,
+            method="dopri5",
+            atol=options.atol,
+            rtol=options.rtol,
+            options={"step_t": ends[1:]},
+        )[-1]
     except AssertionError as error:  # its steps became too small to count
-        raise ValueError(f"dopri5 cannot solve the ODE to atol={options.atol} and rtol={options.rtol}: the model has diverged, or they are "
-                         f"too small for {z.dtype} ({error}). Give larger ones, or another sampler.") from error
+        raise ValueError(
+            f"dopri5 cannot solve the ODE to atol={options.atol} and rtol={options.rtol}: the model has diverged, or they are "
+            f"too small for {z.dtype} ({error}). Give larger ones, or another sampler."
+        ) from error

@@ -56,13 +56,30 @@ class Interpolants(InterpolantProcess):
         c = self.coefficients(draw.t, draw.x_t)
         return {"loss": self._loss(output, c.target(self.prediction, draw.x0, draw.noise), c, draw)}
 
-    def distillation_losses(self, output: Tensor, teacher_output: Tensor, draw: Draw, *,
-                            distance: Distance = mean_square) -> dict[str, Tensor]:
+    def distillation_losses(
+        self,
+        output: Tensor,
+        teacher_output: Tensor,
+        draw: Draw,
+        *,
+        distance: Distance = mean_square,
+    ) -> dict[str, Tensor]:
         """Per sample (N,): "loss_kd", the same as the "loss" of `losses` with the teacher's output as the target, by `distance`."""
         c = self.coefficients(draw.t, draw.x_t)
-        return {"loss_kd": self._loss(output, self.checked(teacher_output.detach(), draw.x_t), c, draw, distance)}
+        return {
+            "loss_kd": self._loss(
+                output, self.checked(teacher_output.detach(), draw.x_t), c, draw, distance
+            )
+        }
 
-    def _loss(self, output: Tensor, target: Tensor, c: Coefficients, draw: Draw, distance: Distance = mean_square) -> Tensor:
+    def _loss(
+        self,
+        output: Tensor,
+        target: Tensor,
+        c: Coefficients,
+        draw: Draw,
+        distance: Distance = mean_square,
+    ) -> Tensor:
         output = self.checked(output, draw.x_t)
         return distance(self._weighted(output, c), self._weighted(target, c))
 

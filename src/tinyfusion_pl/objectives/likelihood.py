@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 
-def gaussian_kl(mean_a: Tensor, log_variance_a: Tensor, mean_b: Tensor, log_variance_b: Tensor) -> Tensor:
+def gaussian_kl(
+    mean_a: Tensor, log_variance_a: Tensor, mean_b: Tensor, log_variance_b: Tensor
+) -> Tensor:
     """KL(a || b) of diagonal Gaussians, element by element, in nats."""
     ratio = log_variance_a - log_variance_b
     return 0.5 * (ratio.exp() - 1 - ratio + (mean_a - mean_b).square() * (-log_variance_b).exp())

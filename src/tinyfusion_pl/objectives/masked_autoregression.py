@@ -38,10 +38,22 @@ class MaskedDraw(Draw):
     def rows(self, index: Tensor) -> MaskedDraw:
         """The draw of the samples at `index`, which may repeat."""
         index, per_sample = index.to(self.x0.device), len(self.flat.t) // len(self.x0)
-        flat_index = (index[:, None] * per_sample + torch.arange(per_sample, device=index.device)).flatten()
+        flat_index = (
+            index[:, None] * per_sample + torch.arange(per_sample, device=index.device)
+        ).flatten()
         parts = {name: getattr(self, name).index_select(0, index) for name in ("x0", "t", "noise")}
-        flat = Draw(*(getattr(self.flat, name).index_select(0, flat_index) for name in ("x0", "x_t", "t", "noise")))
-        return replace(self, **parts, x_t=MaskedTokens(*(each.index_select(0, index) for each in self.x_t)), flat=flat)
+        flat = Draw(
+            *(
+                getattr(self.flat, name).index_select(0, flat_index)
+                for name in ("x0", "x_t", "t", "noise")
+            )
+        )
+        return replace(
+            self,
+            **parts,
+            x_t=MaskedTokens(*(each.index_select(0, index) for each in self.x_t)),
+            flat=flat,
+        )
 
 
 class MaskedAutoregression:
@@ -64,24 +76,41 @@ class MaskedAutoregression:
 
     sampling_options = MaskedSampling  # has the parameters that `sample` takes
 
-    def __init__(self, *, mask_ratio_min: float = 0.7, num_noised: int = 4, num_timesteps: int = 1000) -> None:
+    def __init__(
+        self, *, mask_ratio_min: float = 0.7, num_noised: int = 4, num_timesteps: int = 1000
+    ) -> None:
         if not 0 <= mask_ratio_min < 1:
-            raise ValueError(f"mask_ratio_min is {mask_ratio_min}; give a share in [0, 1) (published: 0.7).")
+            raise ValueError(
+                f"mask_ratio_min is {mask_ratio_min}; give a share in [0, 1) (published: 0.7)."
+            )
         if num_noised < 1:
             raise ValueError(f"num_noised is {num_noised}; give a count >= 1 (published: 4).")
         self.mask_ratio_min, self.num_noised = mask_ratio_min, num_noised
-        self.diffusion = GaussianDiffusion(num_timesteps=num_timesteps, noise_schedule="cosine", learn_sigma=True)
+        self.diffusion = GaussianDiffusion(
+            num_timesteps=num_timesteps, noise_schedule="cosine", learn_sigma=True
+        )
 
     def check_fits(self, denoiser: nn.Module) -> None:
         """Raise ValueError for a denoiser that is no MAR: one without the parts that the sampler calls."""
-        if lacking := [part for part in ("encode", "decode", "head") if not hasattr(denoiser, part)]:
-            raise ValueError(f"{getattr(denoiser, 'model_name', type(denoiser).__name__)} is no MAR: it has no {', no '.join(lacking)}. "
-                             "Give model=mar_large, or the objective of this model: gaussian_diffusion for DiT and U-DiT, sit for SiT, "
-                             "noise for U-ViT.")
+        if lacking := [
+            part for part in ("encode", "decode", "head") if not hasattr(denoiser, part)
+        ]:
+            raise ValueError(
+                f"{getattr(denoiser, 'model_name', type(denoiser).__name__)} is no MAR: it has no {', no '.join(lacking)}. "
+                "Give model=mar_large, or the objective of this model: gaussian_diffusion for DiT and U-DiT, sit for SiT, "
+                "noise for U-ViT."
+            )
 
     # -- training -----------------------------------------------------------------------------------------------------------------------
-    def draw(self, x0: Tensor, *, order: Tensor | None = None, num_masked: int | None = None, t: Tensor | None = None,
-             noise: Tensor | None = None) -> MaskedDraw:
+    def draw(
+        self,
+        x0: Tensor,
+        *,
+        order: Tensor | None = None,
+        num_masked: int | None = None,
+        t: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> MaskedDraw:
         """Mask and noise latents `x0` (N, C, H, W), at random unless given.
 
         Args:
@@ -98,10 +127,14 @@ class MaskedAutoregression:
         if num_masked is None:
             num_masked = math.ceil(num_tokens * self.mask_ratio())
         if not 1 <= num_masked <= num_tokens:
-            raise ValueError(f"num_masked is {num_masked}; give 1 to {num_tokens}, the number of tokens.")
+            raise ValueError(
+                f"num_masked is {num_masked}; give 1 to {num_tokens}, the number of tokens."
+            )
         if order is None:
             order = torch.rand(n, num_tokens, device=x0.device).argsort(1)
-        masked, visible = (part.sort(1).values for part in order.tensor_split([num_masked], 1))  # (N, K), (N, L - K)
+        masked, visible = (
+            part.sort(1).values for part in order.tensor_split([num_masked], 1)
+        )  # (N, K), (N, L - K)
         target = take(tokens, masked)[:, None].expand(-1, self.num_noised, -1, -1)  # (N, M, K, C)
         if t is None:
             t = torch.randint(self.diffusion.num_timesteps, target.shape[:3], device=x0.device)
@@ -123,18 +156,32 @@ class MaskedAutoregression:
         this process's share: their mean over all samples of all processes is the mean over all masked tokens."""
         return self._per_sample(self.diffusion.losses(output.flatten(0, 2), draw.flat), draw)
 
-    def distillation_losses(self, output: Tensor, teacher_output: Tensor, draw: MaskedDraw, *,
-                            distance: Distance = mean_square) -> dict[str, Tensor]:
+    def distillation_losses(
+        self,
+        output: Tensor,
+        teacher_output: Tensor,
+        draw: MaskedDraw,
+        *,
+        distance: Distance = mean_square,
+    ) -> dict[str, Tensor]:
         """Per sample (N,): "mse_kd", "vb_kd" and their sum "loss_kd" of the head's predictions, weighted as in `losses`; see
         `GaussianDiffusion.distillation_losses`. `distance` is given the epsilon of all noised tokens of a sample, (N, C, M*K)."""
         n = len(draw.x0)
 
-        def of_samples(epsilon: Tensor, target: Tensor) -> Tensor:  # (N*M*K, C) -> a sample's distance at each of its tokens (N*M*K,)
-            pair = [x.view(n, -1, x.shape[-1]).transpose(1, 2) for x in (epsilon, target)]  # (N, C, M*K)
+        def of_samples(
+            epsilon: Tensor, target: Tensor
+        ) -> Tensor:  # (N*M*K, C) -> a sample's distance at each of its tokens (N*M*K,)
+            pair = [
+                x.view(n, -1, x.shape[-1]).transpose(1, 2) for x in (epsilon, target)
+            ]  # (N, C, M*K)
             return distance(*pair).repeat_interleave(len(epsilon) // n)
 
-        terms = self.diffusion.distillation_losses(output.flatten(0, 2), teacher_output.flatten(0, 2), draw.flat,
-                                                   distance=mean_square if distance is mean_square else of_samples)
+        terms = self.diffusion.distillation_losses(
+            output.flatten(0, 2),
+            teacher_output.flatten(0, 2),
+            draw.flat,
+            distance=mean_square if distance is mean_square else of_samples,
+        )
         return self._per_sample(terms, draw)
 
     def _per_sample(self, terms: dict[str, Tensor], draw: MaskedDraw) -> dict[str, Tensor]:
@@ -151,16 +198,36 @@ class MaskedAutoregression:
         return MaskedSampling(**options).num_noises
 
     @torch.no_grad()
-    def sample(self, denoiser: nn.Module, z: Tensor, y: Tensor, *, noise: Tensor | None = None,
-               generator: torch.Generator | None = None, **options: Any) -> Tensor:
+    def sample(
+        self,
+        denoiser: nn.Module,
+        z: Tensor,
+        y: Tensor,
+        *,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        **options: Any,
+    ) -> Tensor:
         """Samples (N, C, H, W) from noise `z`; see `MaskedSampling` for the options and `sample_tokens` for noise and generator."""
-        return sample_tokens(self.diffusion, denoiser, z, y, MaskedSampling(**options), noise=noise, generator=generator)
+        return sample_tokens(
+            self.diffusion,
+            denoiser,
+            z,
+            y,
+            MaskedSampling(**options),
+            noise=noise,
+            generator=generator,
+        )
 
 
 def _share(num_masked: int, device: torch.device) -> Tensor | float:
     """This process's number of masked tokens over the mean of all processes' numbers."""
     distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+    if not (
+        distributed.is_available()
+        and distributed.is_initialized()
+        and distributed.get_world_size() > 1
+    ):
         return 1.0
     total = torch.full((), float(num_masked), device=device)
     distributed.all_reduce(total)

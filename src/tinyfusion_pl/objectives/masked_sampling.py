@@ -30,12 +30,19 @@ def masked_counts(num_tokens: int, num_iterations: int) -> list[int]:
     for i in range(num_iterations - 1):
         if left == 1:
             break
-        left = max(1, min(left - 1, math.floor(num_tokens * math.cos(math.pi / 2 * (i + 1) / num_iterations))))
+        left = max(
+            1,
+            min(
+                left - 1, math.floor(num_tokens * math.cos(math.pi / 2 * (i + 1) / num_iterations))
+            ),
+        )
         counts.append(left)
     return [*counts, 0]
 
 
-def guidance_at(num_masked: int, num_tokens: int, *, guidance_scale: float, guidance_schedule: str) -> float:
+def guidance_at(
+    num_masked: int, num_tokens: int, *, guidance_scale: float, guidance_schedule: str
+) -> float:
     """The guidance scale of an iteration that leaves `num_masked` tokens masked: growing with the share of known tokens, or constant."""
     if guidance_schedule == "constant":
         return guidance_scale
@@ -66,11 +73,17 @@ class MaskedSampling:
 
     def __post_init__(self) -> None:
         if self.num_iterations < 1:
-            raise ValueError(f"num_iterations is {self.num_iterations}; give a count >= 1 (published: 256).")
+            raise ValueError(
+                f"num_iterations is {self.num_iterations}; give a count >= 1 (published: 256)."
+            )
         if self.guidance_schedule not in GUIDANCE_SCHEDULES:
-            raise ValueError(f"guidance_schedule is {self.guidance_schedule!r}; give one of {', '.join(map(repr, GUIDANCE_SCHEDULES))}.")
+            raise ValueError(
+                f"guidance_schedule is {self.guidance_schedule!r}; give one of {', '.join(map(repr, GUIDANCE_SCHEDULES))}."
+            )
         if not (self.temperature >= 0 and math.isfinite(self.temperature)):
-            raise ValueError(f"temperature is {self.temperature}; give a number >= 0 (published: 1).")
+            raise ValueError(
+                f"temperature is {self.temperature}; give a number >= 0 (published: 1)."
+            )
         check_guidance(None, self.guidance_scale)
 
     @property
@@ -79,8 +92,16 @@ class MaskedSampling:
         return self.num_sampling_steps + 1
 
 
-def sample_tokens(process: GaussianProcess, denoiser: nn.Module, z: Tensor, y: Tensor, options: MaskedSampling, *,
-                  noise: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
+def sample_tokens(
+    process: GaussianProcess,
+    denoiser: nn.Module,
+    z: Tensor,
+    y: Tensor,
+    options: MaskedSampling,
+    *,
+    noise: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
     """Sample all tokens of latents (N, C, H, W) from `z` with labels `y` (N,).
 
     Each iteration runs encoder and decoder once, and the reverse diffusion with the head for the tokens that are its turn, as many in each
@@ -100,27 +121,52 @@ def sample_tokens(process: GaussianProcess, denoiser: nn.Module, z: Tensor, y: T
     """
     process.respaced(options.num_sampling_steps)
     if missing := [name for name in ("encode", "decode", "head") if not hasattr(denoiser, name)]:
-        raise ValueError(f"The denoiser has no {', '.join(missing)}: MAR's sampler needs a MAR. Set the objective that the denoiser was "
-                         "trained with.")
+        raise ValueError(
+            f"The denoiser has no {', '.join(missing)}: MAR's sampler needs a MAR. Set the objective that the denoiser was "
+            "trained with."
+        )
     expected = (options.num_noises, *z.shape)
     if noise is None:
         device = z.device if generator is None else generator.device
-        noise = torch.randn(expected, generator=generator, device=device, dtype=z.dtype).to(z.device)
+        noise = torch.randn(expected, generator=generator, device=device, dtype=z.dtype).to(
+            z.device
+        )
     elif noise.shape != expected:
-        raise ValueError(f"noise has shape {tuple(noise.shape)}; expected {expected} (steps and one for the order, then the shape of z).")
+        raise ValueError(
+            f"noise has shape {tuple(noise.shape)}; expected {expected} (steps and one for the order, then the shape of z)."
+        )
     n, c, *_ = z.shape
-    start, step_noise = tokens_of(z), noise[:-1].flatten(3).transpose(2, 3)  # (N, L, C), (S, N, L, C)
+    start, step_noise = (
+        tokens_of(z),
+        noise[:-1].flatten(3).transpose(2, 3),
+    )  # (N, L, C), (S, N, L, C)
     order = noise[-1, :, 0].flatten(1).argsort(1)  # (N, L)
     tokens, num_tokens = torch.zeros_like(start), start.shape[1]
     num_masked = num_tokens
     for num_left in masked_counts(num_tokens, options.num_iterations):
         visible, turn = order[:, num_masked:], order[:, num_left:num_masked]  # (N, V), (N, K)
-        scale = guidance_at(num_left, num_tokens, guidance_scale=options.guidance_scale, guidance_schedule=options.guidance_schedule)
+        scale = guidance_at(
+            num_left,
+            num_tokens,
+            guidance_scale=options.guidance_scale,
+            guidance_schedule=options.guidance_schedule,
+        )
         head = _Head(denoiser, tokens, visible, turn, y, with_null=scale != 1)
-        drawn = step_noise.gather(2, turn[None, ..., None].expand(len(step_noise), -1, -1, c)).flatten(1, 2)  # (S, N*K, C)
-        steps = GaussianSampling(num_sampling_steps=options.num_sampling_steps, guidance_scale=scale, guidance_channels=None)
-        sampled = steps.sample(process, head, take(start, turn).flatten(0, 1), y.repeat_interleave(turn.shape[1]),
-                               noise=options.temperature * drawn)  # (N*K, C)
+        drawn = step_noise.gather(
+            2, turn[None, ..., None].expand(len(step_noise), -1, -1, c)
+        ).flatten(1, 2)  # (S, N*K, C)
+        steps = GaussianSampling(
+            num_sampling_steps=options.num_sampling_steps,
+            guidance_scale=scale,
+            guidance_channels=None,
+        )
+        sampled = steps.sample(
+            process,
+            head,
+            take(start, turn).flatten(0, 1),
+            y.repeat_interleave(turn.shape[1]),
+            noise=options.temperature * drawn,
+        )  # (N*K, C)
         tokens = put(tokens, turn, sampled.view(n, -1, c))  # (N, L, C)
         num_masked = num_left
     return tokens.transpose(1, 2).reshape(z.shape)  # (N, C, H, W)
@@ -132,12 +178,23 @@ class _Head:
     The transformer runs here, once; with guidance on the batch and on the same with the null label behind it, as `guided` puts them.
     """
 
-    def __init__(self, denoiser: nn.Module, tokens: Tensor, visible: Tensor, turn: Tensor, y: Tensor, *, with_null: bool) -> None:
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        tokens: Tensor,
+        visible: Tensor,
+        turn: Tensor,
+        y: Tensor,
+        *,
+        with_null: bool,
+    ) -> None:
         self.denoiser, self.num_classes = denoiser, denoiser.num_classes
         if with_null:
             tokens, visible, turn = (torch.cat([part, part]) for part in (tokens, visible, turn))
             y = torch.cat([y, torch.full_like(y, self.num_classes)])
-        decoded = denoiser.decode(denoiser.encode(tokens, visible, y), visible)  # (N, L, D), or (2N, L, D)
+        decoded = denoiser.decode(
+            denoiser.encode(tokens, visible, y), visible
+        )  # (N, L, D), or (2N, L, D)
         self.z = take(decoded, turn).flatten(0, 1)  # (N*K, D), or (2N*K, D)
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:

@@ -51,7 +51,9 @@ class Coefficients:
             return output
         if prediction == "score":
             return -self.sigma * output
-        return (self.d_alpha * x - self.alpha * output) / (self.d_alpha * self.sigma - self.alpha * self.d_sigma)
+        return (self.d_alpha * x - self.alpha * output) / (
+            self.d_alpha * self.sigma - self.alpha * self.d_sigma
+        )
 
     def score(self, prediction: str, output: Tensor, x: Tensor) -> Tensor:
         """The score that an output for `x` says."""

@@ -18,7 +18,12 @@ PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.floa
 
 def noise_of(indices: Sequence[int] | Tensor, shape: Sequence[int], *, seed: int) -> Tensor:
     """Standard normal noise (N, *shape) that depends on the sample's index and the seed alone, not on batches or devices."""
-    return torch.stack([torch.randn(tuple(shape), generator=_generator(index, seed)) for index in torch.as_tensor(indices).tolist()])
+    return torch.stack(
+        [
+            torch.randn(tuple(shape), generator=_generator(index, seed))
+            for index in torch.as_tensor(indices).tolist()
+        ]
+    )
 
 
 def balanced_labels(num_samples: int, num_classes: int) -> Tensor:
@@ -31,16 +36,29 @@ def random_labels(num_samples: int, num_classes: int, *, seed: int) -> Tensor:
     return torch.randint(num_classes, (num_samples,), generator=_generator(0, seed))
 
 
-def labels_of(kind: str, num_samples: int, num_classes: int, *, seed: int, classes: Sequence[int] | None = None) -> Tensor:
+def labels_of(
+    kind: str,
+    num_samples: int,
+    num_classes: int,
+    *,
+    seed: int,
+    classes: Sequence[int] | None = None,
+) -> Tensor:
     """Labels (num_samples,), ``"balanced"`` or ``"random"``, of the `classes` given; None: of all `num_classes` that the model knows."""
     if kind not in LABELS:
         raise ValueError(f"labels is {kind!r}; give one of {', '.join(map(repr, LABELS))}.")
     if classes is not None and (not classes or min(classes) < 0 or max(classes) >= num_classes):
         given = f"{min(classes)} to {max(classes)}" if classes else "none at all"
-        raise ValueError(f"The data's classes are {given}, but the model knows the classes 0 to {num_classes - 1}. Give a model of these "
-                         "classes, or data of its classes.")
+        raise ValueError(
+            f"The data's classes are {given}, but the model knows the classes 0 to {num_classes - 1}. Give a model of these "
+            "classes, or data of its classes."
+        )
     num = num_classes if classes is None else len(classes)
-    labels = balanced_labels(num_samples, num) if kind == "balanced" else random_labels(num_samples, num, seed=seed + 2)
+    labels = (
+        balanced_labels(num_samples, num)
+        if kind == "balanced"
+        else random_labels(num_samples, num, seed=seed + 2)
+    )
     return labels if classes is None else torch.tensor(classes)[labels]
 
 
@@ -70,40 +88,63 @@ class PictureSampler:
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
-            raise ValueError(f"precision is {self.precision!r}; give one of {', '.join(map(repr, PRECISIONS))}.")
-        self._denoise = _Denoise(self.denoiser, dtype=PRECISIONS[self.precision], compile=self.compile)
+            raise ValueError(
+                f"precision is {self.precision!r}; give one of {', '.join(map(repr, PRECISIONS))}."
+            )
+        self._denoise = _Denoise(
+            self.denoiser, dtype=PRECISIONS[self.precision], compile=self.compile
+        )
 
     def check(self) -> None:
         """Raise the ValueError that sampling with these options would raise."""
-        if self.sampling.get("guidance_scale", 1) != 1 and not getattr(self.denoiser, "has_null_label", True):
-            raise ValueError(f"guidance_scale is {self.sampling['guidance_scale']}, but the denoiser has no null label "
-                             "(class_dropout_prob=0): it cannot be guided. Set guidance_scale to 1.")
+        if self.sampling.get("guidance_scale", 1) != 1 and not getattr(
+            self.denoiser, "has_null_label", True
+        ):
+            raise ValueError(
+                f"guidance_scale is {self.sampling['guidance_scale']}, but the denoiser has no null label "
+                "(class_dropout_prob=0): it cannot be guided. Set guidance_scale to 1."
+            )
         self.objective.check_sampling(**self.sampling)
         channels, num = self.sampling.get("guidance_channels"), self.latent_shape[0]
         if channels is not None and channels > max(num, PUBLISHED_CHANNELS):
-            raise ValueError(f"guidance_channels is {channels}, but the latents have {num} channels. Give {num} or fewer, or null for all.")
+            raise ValueError(
+                f"guidance_channels is {channels}, but the latents have {num} channels. Give {num} or fewer, or null for all."
+            )
         if 0 <= (scale := self.sampling.get("guidance_scale", 1)) < 1:
-            warnings.warn(f"guidance_scale is {scale}, which samples "
-                          f"{'without labels' if scale == 0 else 'with less than the labels say'}: "
-                          f"1 is no guidance here. If it is meant as U-ViT counts, give {scale + 1:g}.", stacklevel=2)
+            warnings.warn(
+                f"guidance_scale is {scale}, which samples "
+                f"{'without labels' if scale == 0 else 'with less than the labels say'}: "
+                f"1 is no guidance here. If it is meant as U-ViT counts, give {scale + 1:g}.",
+                stacklevel=2,
+            )
 
     @torch.no_grad()
-    def __call__(self, indices: Tensor, labels: Tensor, *, device: torch.device | str = "cpu") -> Tensor:
+    def __call__(
+        self, indices: Tensor, labels: Tensor, *, device: torch.device | str = "cpu"
+    ) -> Tensor:
         """uint8 pictures (N, C, H, W) of samples `indices` (N,) with `labels` (N,), made on `device`."""
         z = noise_of(indices, self.latent_shape, seed=self.seed)
         options = dict(self.sampling)
         if num_noises := self.objective.num_noises(**options):
-            options["noise"] = noise_of(indices, (num_noises, *self.latent_shape), seed=self.seed + 1).transpose(0, 1).to(device)
+            options["noise"] = (
+                noise_of(indices, (num_noises, *self.latent_shape), seed=self.seed + 1)
+                .transpose(0, 1)
+                .to(device)
+            )
         was_training = self.denoiser.training
         self.denoiser.eval()
         try:
-            latents = self.objective.sample(self._denoise, z.to(device), labels.to(device), **options)
+            latents = self.objective.sample(
+                self._denoise, z.to(device), labels.to(device), **options
+            )
         finally:
             self.denoiser.train(was_training)
         if (bad := ~torch.isfinite(latents).flatten(1).all(1)).any():
             numbers = torch.as_tensor(indices).to(bad.device)[bad].tolist()
-            raise ValueError(f"{len(numbers)} of {len(latents)} samples hold values that are not finite (numbers {numbers[:8]}): the model "
-                             "has diverged, or its precision is too low for it.")
+            raise ValueError(
+                f"{len(numbers)} of {len(latents)} samples hold values that are not finite (numbers {numbers[:8]}): the model "
+                "has diverged, or its precision is too low for it."
+            )
         return self.decode(latents)
 
 
@@ -128,7 +169,9 @@ class _Denoise:
 
     def _part(self, name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if name not in self.parts:
-            self.parts[name] = _InPrecision(torch.compile(function) if self.compile else function, self.dtype)
+            self.parts[name] = _InPrecision(
+                torch.compile(function) if self.compile else function, self.dtype
+            )
         return self.parts[name]
 
 
@@ -139,7 +182,9 @@ class _InPrecision:
         self.function, self.dtype = function, dtype
 
     def __call__(self, x: Tensor, *args: Tensor) -> Tensor:
-        with nullcontext() if self.dtype is None else torch.autocast(x.device.type, dtype=self.dtype):
+        with (
+            nullcontext() if self.dtype is None else torch.autocast(x.device.type, dtype=self.dtype)
+        ):
             return self.function(x, *args).to(x.dtype)
 
 

@@ -14,7 +14,9 @@ ADAPTER = "tinyfusion"
 """Name of the adapter that learns beside the gates; the user's own have other names."""
 
 
-ADAPTER_KEY = re.compile(r"\.(lora_|hada_|lokr_|oft_|boft_|ia3_|vera_|ln_tuning_|fourierft_|hra_)\w+(\.|$)")
+ADAPTER_KEY = re.compile(
+    r"\.(lora_|hada_|lokr_|oft_|boft_|ia3_|vera_|ln_tuning_|fourierft_|hra_)\w+(\.|$)"
+)
 
 
 def is_adapter_key(key: str) -> bool:
@@ -32,7 +34,11 @@ def our_layers(model: nn.Module) -> dict[str, bool]:
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
-            keys = [key for key, _ in (*module.named_parameters(), *module.named_buffers()) if not key.startswith("base_layer.")]
+            keys = [
+                key
+                for key, _ in (*module.named_parameters(), *module.named_buffers())
+                if not key.startswith("base_layer.")
+            ]
             if any(map(_is_ours, keys)):
                 found[name] = all(map(_is_ours, keys))
     return found
@@ -56,7 +62,11 @@ def keep_plain_keys(model: nn.Module) -> None:
 def release_plain_keys(model: nn.Module) -> None:
     """Undo `keep_plain_keys`."""
     for hooks in (model._state_dict_hooks, model._load_state_dict_pre_hooks):
-        for key in [k for k, hook in hooks.items() if getattr(hook, "hook", hook) in (_to_plain_keys, _from_plain_keys)]:
+        for key in [
+            k
+            for k, hook in hooks.items()
+            if getattr(hook, "hook", hook) in (_to_plain_keys, _from_plain_keys)
+        ]:
             del hooks[key]
 
 

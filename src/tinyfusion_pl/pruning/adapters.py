@@ -13,7 +13,13 @@ from peft import LoraConfig, PeftConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from tinyfusion_pl.pruning.adapter_state import ADAPTER, keep_plain_keys, our_layers, plain_name, release_plain_keys
+from tinyfusion_pl.pruning.adapter_state import (
+    ADAPTER,
+    keep_plain_keys,
+    our_layers,
+    plain_name,
+    release_plain_keys,
+)
 from tinyfusion_pl.pruning.copies import outline_of
 from tinyfusion_pl.pruning.linear_layers import linear_names, reads_weight
 from tinyfusion_pl.pruning.sharding import whole
@@ -34,13 +40,17 @@ class WeightUpdate:
 
     def __init__(self, kind: str | PeftConfig = "lora") -> None:
         if not isinstance(kind, PeftConfig) and kind not in WEIGHT_UPDATES:
-            raise ValueError(f"weight_update is {kind!r}; give one of {', '.join(map(repr, WEIGHT_UPDATES))} or a peft config.")
+            raise ValueError(
+                f"weight_update is {kind!r}; give one of {', '.join(map(repr, WEIGHT_UPDATES))} or a peft config."
+            )
         for name in ("modules_to_save", "trainable_token_indices"):
             if getattr(kind, name, None):
                 raise ValueError(f"The peft config sets {name}, which puts copies in place of whole modules; they could not be taken back. "
                                  "Leave it out, or use weight_update='full'.")  # fmt: skip
         for name in ("lora_alpha", "alpha"):
-            if (alpha := getattr(kind, name, None)) is not None and not (math.isfinite(alpha) and alpha > 0):
+            if (alpha := getattr(kind, name, None)) is not None and not (
+                math.isfinite(alpha) and alpha > 0
+            ):
                 raise ValueError(f"{name} is {alpha}; give a finite number > 0 (published: 16).")
         self.kind = kind
         self.original: dict[str, Tensor] = {}  # by the keys that the model had before
@@ -51,7 +61,11 @@ class WeightUpdate:
         if isinstance(self.kind, str):
             return self.kind
         settings = self.kind.to_dict()
-        return {k: sorted(v) if isinstance(v, set) else v for k, v in settings.items() if v not in (None, False, {}, [], set())}
+        return {
+            k: sorted(v) if isinstance(v, set) else v
+            for k, v in settings.items()
+            if v not in (None, False, {}, [], set())
+        }
 
     def check(self, model: nn.Module) -> None:
         """Find out whether the adapters go onto `model`, which is not changed.
@@ -81,9 +95,13 @@ class WeightUpdate:
         self.remember(model)
 
     def _inject(self, model: nn.Module) -> None:
-        config = copy.copy(LoraConfig(r=8, lora_alpha=16) if self.kind == "lora" else self.kind)  # peft changes it
+        config = copy.copy(
+            LoraConfig(r=8, lora_alpha=16) if self.kind == "lora" else self.kind
+        )  # peft changes it
         target = model
-        if getattr(config, "target_modules", None) in (None, "all-linear") and not getattr(config, "target_parameters", None):
+        if getattr(config, "target_modules", None) in (None, "all-linear") and not getattr(
+            config, "target_parameters", None
+        ):
             if not (names := linear_names(model)):
                 raise ValueError(f"{type(model).__name__} has no linear layer for the adapters of weight_update={self.kind!r:.80}. Use "
                                  "weight_update='full' or 'frozen'.")  # fmt: skip
@@ -91,13 +109,21 @@ class WeightUpdate:
             # without a config, by which peft would give some mixtures of experts other targets.
             target = nn.ModuleDict({"model": model})
             config.target_modules = "|".join(re.escape(f"model.{name}") for name in names)
-        users = {n: list(m.active_adapters) for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+        users = {
+            n: list(m.active_adapters)
+            for n, m in model.named_modules()
+            if isinstance(m, BaseTunerLayer)
+        }
         try:
             inject_adapter_in_model(config, target, adapter_name=ADAPTER)
         except Exception as error:  # peft refuses settings by errors of several types, some with a part of the layers wrapped
             _take_back(model, users)
             # Without the printed modules that some of its messages hold.
-            reason = re.sub(r"\(\n.*\n\)", "", str(error).strip(), flags=re.DOTALL).partition("\n")[0].rstrip(".")
+            reason = (
+                re.sub(r"\(\n.*\n\)", "", str(error).strip(), flags=re.DOTALL)
+                .partition("\n")[0]
+                .rstrip(".")
+            )
             raise ValueError(f"The adapters of weight_update do not go onto {type(model).__name__}: {reason}. Give a peft config that "
                              "does, or weight_update='full'.") from error  # fmt: skip
         for name, active in users.items():  # peft turns the others off, and frees their parameters
@@ -123,9 +149,15 @@ class WeightUpdate:
         `start` does it; again where the weights come only afterwards.
         """
         ours = our_layers(model)
-        movable = {plain_name(name, ours) for name, p in model.named_parameters() if p.requires_grad} & self.trainable.keys()
+        movable = {
+            plain_name(name, ours) for name, p in model.named_parameters() if p.requires_grad
+        } & self.trainable.keys()
         movable |= {plain_name(name, ours) for name, _ in model.named_buffers()}
-        self.original = {k: whole(v.detach()).cpu().clone() for k, v in model.state_dict().items() if k in movable}
+        self.original = {
+            k: whole(v.detach()).cpu().clone()
+            for k, v in model.state_dict().items()
+            if k in movable
+        }
 
     def finish(self, model: nn.Module, *, delta_w: str) -> None:
         """Make `model` an ordinary one again, in place: ``"discard"`` the update (published behaviour) or ``"merge"`` it.
@@ -150,11 +182,16 @@ class WeightUpdate:
 def check_delta_w(delta_w: str) -> None:
     """`ValueError` for anything but the two ways to end a weight update."""
     if delta_w not in ("discard", "merge"):
-        raise ValueError(f"delta_w is {delta_w!r}; give 'discard' (kept blocks get their original weights back) or 'merge'.")
+        raise ValueError(
+            f"delta_w is {delta_w!r}; give 'discard' (kept blocks get their original weights back) or 'merge'."
+        )
 
 
 def _has_ours(layer: nn.Module) -> bool:
-    return any(name == ADAPTER or name.endswith(f".{ADAPTER}") or f".{ADAPTER}." in name for name, _ in layer.named_parameters())
+    return any(
+        name == ADAPTER or name.endswith(f".{ADAPTER}") or f".{ADAPTER}." in name
+        for name, _ in layer.named_parameters()
+    )
 
 
 def _check_effect(model: nn.Module) -> None:
@@ -209,6 +246,11 @@ def unload_adapters(model: nn.Module, *, merge: bool) -> None:
         if "_tinyfusion_activation" in layer.__dict__:
             layer.activation_relu_or_gelu = layer.__dict__.pop("_tinyfusion_activation")
     configs = getattr(model, "peft_config", None)
-    if isinstance(configs, dict) and configs.pop(ADAPTER, None) is not None and not configs and "peft_config" in vars(model):
+    if (
+        isinstance(configs, dict)
+        and configs.pop(ADAPTER, None) is not None
+        and not configs
+        and "peft_config" in vars(model)
+    ):
         del model.peft_config
     release_plain_keys(model)

@@ -45,7 +45,11 @@ class Assignment:
         self.num_samples = num_samples
         self.num_structures = len(next(iter(self.kept.values())))
         # Structures of equal state have kept the same blocks so far.
-        self._states = torch.zeros(self.num_structures, dtype=torch.long) if shared else torch.arange(self.num_structures)
+        self._states = (
+            torch.zeros(self.num_structures, dtype=torch.long)
+            if shared
+            else torch.arange(self.num_structures)
+        )
         self._num_states = self.num_structures
         self.num_runs = 0
 
@@ -55,7 +59,9 @@ class Assignment:
         if not len(kept):
             return None
         states, source = self._states[kept].unique(return_inverse=True)
-        first = torch.full((len(states),), len(kept)).scatter_reduce_(0, source, torch.arange(len(kept)), "amin")
+        first = torch.full((len(states),), len(kept)).scatter_reduce_(
+            0, source, torch.arange(len(kept)), "amin"
+        )
         self._states[kept] = self._num_states + source
         self._num_states += len(states)
         self.num_runs += len(states) * self.num_samples

@@ -42,7 +42,9 @@ class BatchPlan:
 
     def select(self, call: Call, index: Tensor) -> dict[str, Tensor]:
         """The tensors of the samples at `index`."""
-        return {name: call.tensors[name].index_select(axis, index) for name, axis in self.axes.items()}
+        return {
+            name: call.tensors[name].index_select(axis, index) for name, axis in self.axes.items()
+        }
 
     @property
     def axes(self) -> dict[str, int]:
@@ -61,10 +63,14 @@ def shape_key(call: Call) -> tuple:
 
 def couples_samples(block: nn.Module) -> bool:
     """Whether the block has batch statistics, so that part of a batch gives other numbers."""
-    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in block.modules())
+    return any(
+        isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in block.modules()
+    )
 
 
-def plan_batch(block: nn.Module, forward: Callable, call: Call, *, given: list[str] | None, name: str) -> BatchPlan:
+def plan_batch(
+    block: nn.Module, forward: Callable, call: Call, *, given: list[str] | None, name: str
+) -> BatchPlan:
     """Find the streams and batch axes of `block` from one of its calls, by running it a few times.
 
     Args:
@@ -111,9 +117,15 @@ def _may_change(argument: str) -> str:
     return f"it may change its argument '{argument}'"
 
 
-def _streams_of_remembering(block: nn.Module, forward: Callable, call: Call, given, name: str) -> Streams:
+def _streams_of_remembering(
+    block: nn.Module, forward: Callable, call: Call, given, name: str
+) -> Streams:
     """From a call without what the block would change."""
-    kept = {k: v for k, v in call.kwargs.items() if not any(r == k or r.startswith(f"{k}[") for r in call.remembering)}
+    kept = {
+        k: v
+        for k, v in call.kwargs.items()
+        if not any(r == k or r.startswith(f"{k}[") for r in call.remembering)
+    }
     args = [None if any(r == n or r.startswith(f"{n}[") for r in call.remembering) else v
             for n, v in zip(call.positional, call.args)]  # fmt: skip
     try:
@@ -126,9 +138,15 @@ def _streams_of_remembering(block: nn.Module, forward: Callable, call: Call, giv
     return find_streams(block, call, output, given=given, name=name)
 
 
-def _run(forward: Callable, call: Call, tensors: Mapping[str, Tensor], written: list[str] | None = None) -> Any:
+def _run(
+    forward: Callable, call: Call, tensors: Mapping[str, Tensor], written: list[str] | None = None
+) -> Any:
     """What `forward` returns for the call with `tensors` in it; adds the names of what it wrote into to `written`."""
-    copies = {n: tensors.get(n, t).clone() for n, t in call.tensors.items() if not isinstance(t, nn.Parameter)}
+    copies = {
+        n: tensors.get(n, t).clone()
+        for n, t in call.tensors.items()
+        if not isinstance(t, nn.Parameter)
+    }
     args, kwargs = call.replace(copies)
     before = Call(None, args, kwargs)
     output = forward(*args, **kwargs)
@@ -141,18 +159,27 @@ def _run(forward: Callable, call: Call, tensors: Mapping[str, Tensor], written: 
 
 
 def _stated_axis(block: nn.Module) -> int:
-    stated = [m.batch_first for m in block.modules() if isinstance(getattr(m, "batch_first", None), bool)]
+    stated = [
+        m.batch_first for m in block.modules() if isinstance(getattr(m, "batch_first", None), bool)
+    ]
     return 1 if stated and not any(stated) else 0
 
 
-def _stream_axis(block, call: Call, streams: Streams, run: Run, reference, name: str) -> tuple[int, str]:
+def _stream_axis(
+    block, call: Call, streams: Streams, run: Run, reference, name: str
+) -> tuple[int, str]:
     """The axis along which samples are independent; the second item says why none is."""
     tensors = [call.tensors[n] for n in streams.names]
     first = _stated_axis(block)
     for axis in (first, 1 - first):
         sizes = {t.shape[axis] if t.ndim > axis else -1 for t in tensors}
-        if len(sizes) == 1 and -1 not in sizes and (
-            sizes == {1} or _only_touches(0, axis, streams.names, axis, call, run, reference) is not False
+        if (
+            len(sizes) == 1
+            and -1 not in sizes
+            and (
+                sizes == {1}
+                or _only_touches(0, axis, streams.names, axis, call, run, reference) is not False
+            )
         ):
             return axis, ""
     sizes = {t.shape[first] if t.ndim > first else -1 for t in tensors}
@@ -164,7 +191,9 @@ def _stream_axis(block, call: Call, streams: Streams, run: Run, reference, name:
     return first, SAMPLES_MIX
 
 
-def _only_touches(index: int, axis: int, names: Iterable[str], stream_axis: int, call: Call, run: Run, reference) -> bool | None:
+def _only_touches(
+    index: int, axis: int, names: Iterable[str], stream_axis: int, call: Call, run: Run, reference
+) -> bool | None:
     """Whether changing entry `index` of these tensors changes that sample alone; None: it changes nothing."""
     changed = {}
     for n in names:
@@ -189,11 +218,15 @@ def _only_touches(index: int, axis: int, names: Iterable[str], stream_axis: int,
     return touched or None
 
 
-def _per_sample(call: Call, streams: Streams, axis: int, num_samples: int, run: Run, reference) -> dict[str, int] | None:
+def _per_sample(
+    call: Call, streams: Streams, axis: int, num_samples: int, run: Run, reference
+) -> dict[str, int] | None:
     """The batch axes of the further tensors, held against a run of part of the batch; None where none fit."""
     extras = {n: t for n, t in call.tensors.items() if n not in streams.names and num_samples in t.shape
               and not isinstance(t, nn.Parameter)}  # fmt: skip
-    likely = {n: 0 if t.shape[0] == num_samples else t.shape.index(num_samples) for n, t in extras.items()}
+    likely = {
+        n: 0 if t.shape[0] == num_samples else t.shape.index(num_samples) for n, t in extras.items()
+    }
     if num_samples > 2 and _part_agrees(call, streams, axis, likely, num_samples, run, reference):
         return likely
     # By what each touches: an entry of a per-sample tensor touches that sample alone.
@@ -208,9 +241,13 @@ def _per_sample(call: Call, streams: Streams, axis: int, num_samples: int, run: 
     return found if _part_agrees(call, streams, axis, found, num_samples, run, reference) else None
 
 
-def _part_agrees(call: Call, streams: Streams, axis: int, per_sample, num_samples: int, run: Run, reference) -> bool:
+def _part_agrees(
+    call: Call, streams: Streams, axis: int, per_sample, num_samples: int, run: Run, reference
+) -> bool:
     device = call.tensors[streams.names[0]].device
-    part = torch.arange(num_samples - 1, num_samples // 2 - 1, -1, device=device)  # the second half, reversed
+    part = torch.arange(
+        num_samples - 1, num_samples // 2 - 1, -1, device=device
+    )  # the second half, reversed
     plan = BatchPlan(streams, axis, per_sample)
     try:
         outputs = run(plan.select(call, part))
@@ -219,11 +256,17 @@ def _part_agrees(call: Call, streams: Streams, axis: int, per_sample, num_sample
     for key, whole in reference.items():
         expected = whole.index_select(axis, part)
         out = outputs.get(key)
-        if out is None or out.shape != expected.shape or not bool(((out.float() - expected.float()).abs() <= _tolerance(whole)).all()):
+        if (
+            out is None
+            or out.shape != expected.shape
+            or not bool(((out.float() - expected.float()).abs() <= _tolerance(whole)).all())
+        ):
             return False
     return True
 
 
 def _tolerance(tensor: Tensor) -> float:
     scale = float(tensor.float().abs().amax()) if tensor.numel() else 0.0
-    return max(scale, 1e-6) * max(2e3 * torch.finfo(tensor.dtype).eps if tensor.is_floating_point() else 1e-4, 1e-4)
+    return max(scale, 1e-6) * max(
+        2e3 * torch.finfo(tensor.dtype).eps if tensor.is_floating_point() else 1e-4, 1e-4
+    )

@@ -78,11 +78,17 @@ class _Blend(torch.autograd.Function):
             elif ctx.all_dropped:
                 grad_x = g.to(x_dtype)
             else:
-                grad_x = g.to(x_dtype, copy=g.dtype == x_dtype).index_fill_(ctx.axis, ctx.kept_index, 0)
+                grad_x = g.to(x_dtype, copy=g.dtype == x_dtype).index_fill_(
+                    ctx.axis, ctx.kept_index, 0
+                )
         if not ctx.all_dropped and ctx.needs_input_grad[1]:
-            grad_kept = (g if ctx.all_kept else g.index_select(ctx.axis, ctx.kept_index)).to(y_dtype)
+            grad_kept = (g if ctx.all_kept else g.index_select(ctx.axis, ctx.kept_index)).to(
+                y_dtype
+            )
         if ctx.needs_input_grad[3]:
-            delta, generation = ctx.saved_tensors  # under activation checkpointing: those of the recomputation
+            delta, generation = (
+                ctx.saved_tensors
+            )  # under activation checkpointing: those of the recomputation
             if int(generation) != ctx.generation:
                 raise RuntimeError(
                     "The masks were drawn anew between a checkpointed forward pass and its backward pass. Call gates.redraw() only after "
@@ -112,14 +118,19 @@ class _ZeroGradients(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        return g, *(torch.zeros_like(t) if needed else None for t, needed in zip(ctx.tensors, ctx.needs_input_grad[1:]))
+        return g, *(
+            torch.zeros_like(t) if needed else None
+            for t, needed in zip(ctx.tensors, ctx.needs_input_grad[1:])
+        )
 
 
 @contextmanager
 def without_graph(*, keep_cast_cache: bool) -> Iterator[None]:
     """No graph; and no low-precision copy of a weight that autocast would keep, graphless, for a later call with a graph."""
     cached = torch.is_autocast_cache_enabled()
-    if any(map(torch.is_autocast_enabled, DEVICES)):  # else there is none, and compiled blocks would be compiled anew for the flag
+    if any(
+        map(torch.is_autocast_enabled, DEVICES)
+    ):  # else there is none, and compiled blocks would be compiled anew for the flag
         torch.set_autocast_cache_enabled(cached and keep_cast_cache)
     try:
         with torch.no_grad():

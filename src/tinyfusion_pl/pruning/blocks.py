@@ -187,7 +187,9 @@ def check_units(units: Sequence[Sequence[int]], num_blocks: int, path: str) -> U
     try:
         units = [[operator.index(i) for i in unit] for unit in units]
     except TypeError as error:
-        raise ValueError(f"units of '{path}' is {units!r}; give lists of block numbers, e.g. [[0, 5], [1, 4], [2, 3]].") from error
+        raise ValueError(
+            f"units of '{path}' is {units!r}; give lists of block numbers, e.g. [[0, 5], [1, 4], [2, 3]]."
+        ) from error
     flat = [index for unit in units for index in unit]
     if (
         len(set(flat)) != len(flat)

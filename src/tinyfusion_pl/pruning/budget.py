@@ -29,14 +29,18 @@ class Budget:
     def __init__(self, pattern: Any = None, keep: Any = None, *, enumerated: bool = True) -> None:
         if (keep is None) == (pattern is None):
             raise ValueError(both_or_neither(keep, pattern))
-        self.what, self.stated, self.enumerated = ("keep", keep, enumerated) if pattern is None else ("pattern", pattern, enumerated)
+        self.what, self.stated, self.enumerated = (
+            ("keep", keep, enumerated) if pattern is None else ("pattern", pattern, enumerated)
+        )
         values = list(self.stated.values()) if self.is_by_path else [self.stated]
         if self.what == "keep":
             for value in values:
                 check_keep(value)
             return
         parsed = [Pattern.parse(each, enumerated=enumerated) for each in values]
-        if parsed and all(num_kept == num_blocks for each in parsed for num_kept, num_blocks in each.terms):
+        if parsed and all(
+            num_kept == num_blocks for each in parsed for num_kept, num_blocks in each.terms
+        ):
             raise ValueError(
                 f"The pattern {pattern!r} keeps every block, so that there is nothing to learn. Give N:M with N < M in one "
                 "place at least, e.g. '1:2', or '4:4+2:4', which leaves each first group whole."
@@ -49,7 +53,12 @@ class Budget:
 
     def check_stacks(self, paths: Sequence[str]) -> None:
         """`ValueError` for one count where there are several stacks, which could be meant of each or of all together."""
-        if self.what == "keep" and not self.is_by_path and not 0 < self.stated < 1 and len(paths) > 1:
+        if (
+            self.what == "keep"
+            and not self.is_by_path
+            and not 0 < self.stated < 1
+            and len(paths) > 1
+        ):
             counts = ", ".join(f"{path}: COUNT" for path in paths)
             raise ValueError(
                 f"keep is {self.stated}, one count for several stacks ({', '.join(paths)}), and masks are learned for each of them. Give "

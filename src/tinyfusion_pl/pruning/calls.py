@@ -39,7 +39,9 @@ class Call:
         leaves: Everything that containers among the arguments hold, tensors and others.
     """
 
-    def __init__(self, signature: inspect.Signature | None, args: tuple, kwargs: dict[str, Any]) -> None:
+    def __init__(
+        self, signature: inspect.Signature | None, args: tuple, kwargs: dict[str, Any]
+    ) -> None:
         self.args, self.kwargs = args, kwargs
         self.positional = _positional_names(signature, len(args))
         self._order = list(signature.parameters) if signature else []
@@ -56,13 +58,19 @@ class Call:
         self.leaves.append(leaf)
         if isinstance(leaf, Tensor):
             self.tensors[name] = leaf
-        elif not isinstance(leaf, _IMMUTABLE) and not inspect.isroutine(leaf) and not _is_partial(leaf):
+        elif (
+            not isinstance(leaf, _IMMUTABLE)
+            and not inspect.isroutine(leaf)
+            and not _is_partial(leaf)
+        ):
             self.remembering.append(name)
         return leaf
 
     def replace(self, tensors: Mapping[str, Tensor]) -> tuple[tuple, dict[str, Any]]:
         """Positional and keyword arguments with these tensors in place of those of their names."""
-        return self._map(lambda name, leaf: tensors.get(name, leaf) if isinstance(leaf, Tensor) else leaf)
+        return self._map(
+            lambda name, leaf: tensors.get(name, leaf) if isinstance(leaf, Tensor) else leaf
+        )
 
     def value(self, name: str) -> Any:
         """The argument given to the parameter `name`; None where it was left out."""
@@ -72,11 +80,16 @@ class Call:
     def parameters(self) -> list[str]:
         """Names of the parameters that were given something, in the order of the signature."""
         given = [*self.positional, *self.kwargs]
-        return sorted(given, key=lambda n: self._order.index(n) if n in self._order else len(self._order))
+        return sorted(
+            given, key=lambda n: self._order.index(n) if n in self._order else len(self._order)
+        )
 
     def describe(self) -> str:
         """Names and shapes of the tensors, for messages."""
-        return ", ".join(f"{name} {tuple(t.shape)}" for name, t in self.tensors.items()) or "no tensors"
+        return (
+            ", ".join(f"{name} {tuple(t.shape)}" for name, t in self.tensors.items())
+            or "no tensors"
+        )
 
 
 def block_signature(block: nn.Module) -> inspect.Signature | None:
@@ -102,7 +115,10 @@ def _positional_names(signature: inspect.Signature | None, num: int) -> list[str
             named.append(parameter.name)
         elif parameter.kind is parameter.VAR_POSITIONAL:
             variadic = parameter.name
-    return [named[i] if i < len(named) else f"{variadic or 'args'}[{i - len(named)}]" for i in range(num)]
+    return [
+        named[i] if i < len(named) else f"{variadic or 'args'}[{i - len(named)}]"
+        for i in range(num)
+    ]
 
 
 def _is_partial(leaf: Any) -> bool:
@@ -123,7 +139,9 @@ def quiet(module: nn.Module, *, seed: int | None = None) -> Iterator[None]:
     for each, _ in training:
         each.training = False  # not eval(): a model may have made more of train()
     torch.backends.mha.set_fastpath_enabled(False)
-    torch.set_autocast_cache_enabled(False)  # its low-precision copies of weights would lack a graph later
+    torch.set_autocast_cache_enabled(
+        False
+    )  # its low-precision copies of weights would lack a graph later
     try:
         with torch.random.fork_rng(devices), torch.no_grad():
             if seed is not None:

@@ -15,7 +15,13 @@ from torch import nn
 
 from tinyfusion_pl.pruning.blocks import get_module, get_stack, split_path
 from tinyfusion_pl.pruning.config_values import Kept, choices
-from tinyfusion_pl.pruning.library_interface import build_from, difference, plain_shapes, rebuilt, settings_of
+from tinyfusion_pl.pruning.library_interface import (
+    build_from,
+    difference,
+    plain_shapes,
+    rebuilt,
+    settings_of,
+)
 
 MAX_BUILDS = 200  # of one stack; each takes some hundredths of a second
 

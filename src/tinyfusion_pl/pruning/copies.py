@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 def copy_of(model: nn.Module) -> nn.Module:
     """A deep copy of `model`; tensors of the last forward pass that modules keep (attention maps) lose their graph."""
-    return copy.deepcopy(model, {id(t): t.detach().clone() for t in _kept_tensors(model) if not t.is_leaf})
+    return copy.deepcopy(
+        model, {id(t): t.detach().clone() for t in _kept_tensors(model) if not t.is_leaf}
+    )
 
 
 def outline_of(model: nn.Module) -> nn.Module:
@@ -24,7 +26,11 @@ def outline_of(model: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {id(t): t.detach() for t in _kept_tensors(model) if not t.is_leaf}
     for tensor in (*model.parameters(), *model.buffers()):
         empty = torch.empty_like(tensor, device="meta")
-        memo[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+        memo[id(tensor)] = (
+            nn.Parameter(empty, requires_grad=tensor.requires_grad)
+            if isinstance(tensor, nn.Parameter)
+            else empty
+        )
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:  # whatever a foreign attribute raises

@@ -55,8 +55,10 @@ class StackDecision:
         place = {block: i for i, block in enumerate(self.kept_blocks)}
         pairs = []
         for group in self.groups:
-            for of_kept, of_all in zip(zip(*(units[unit] for unit in group.kept)),
-                                       zip(*(units[unit] for unit in range(group.start, group.start + group.num_blocks)))):
+            for of_kept, of_all in zip(
+                zip(*(units[unit] for unit in group.kept)),
+                zip(*(units[unit] for unit in range(group.start, group.start + group.num_blocks))),
+            ):
                 pairs.append((place[max(of_kept)], max(of_all)))
         return pairs
 
@@ -77,10 +79,14 @@ class Decision:
 
     @classmethod
     def from_dict(cls, stacks: dict[str, Any]) -> Decision:
-        return cls({
-            path: StackDecision(**{**stack, "groups": [GroupDecision(**group) for group in stack["groups"]]})
-            for path, stack in stacks.items()
-        })
+        return cls(
+            {
+                path: StackDecision(
+                    **{**stack, "groups": [GroupDecision(**group) for group in stack["groups"]]}
+                )
+                for path, stack in stacks.items()
+            }
+        )
 
     def telemetry(self) -> dict[str, Any]:
         """The short form for a line of decisions.jsonl: no candidate lists, which grow to thousands."""
@@ -89,9 +95,18 @@ class Decision:
                 "kept_blocks": stack.kept_blocks,
                 "units": stack.units,
                 "block_probabilities": [round(p, 6) for p in stack.block_probabilities],
-                "groups": [{"start": g.start, "num_kept": g.num_kept, "num_blocks": g.num_blocks,
-                            "confidence": _rounded(g.confidence), "entropy": _rounded(g.entropy)} for g in stack.groups],
-            } for path, stack in self.stacks.items()
+                "groups": [
+                    {
+                        "start": g.start,
+                        "num_kept": g.num_kept,
+                        "num_blocks": g.num_blocks,
+                        "confidence": _rounded(g.confidence),
+                        "entropy": _rounded(g.entropy),
+                    }
+                    for g in stack.groups
+                ],
+            }
+            for path, stack in self.stacks.items()
         }
 
 

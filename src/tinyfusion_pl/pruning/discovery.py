@@ -132,7 +132,11 @@ def resolve_stacks(
         stacks = _named_by(model, list(pattern))
     if stacks is None:
         if not (paths := list(find_stacks(model))):
-            lists = [f"{p!r} ({len(m)} modules)" for p, m in walk_modules(model) if isinstance(m, nn.ModuleList) and len(m) > 1]
+            lists = [
+                f"{p!r} ({len(m)} modules)"
+                for p, m in walk_modules(model)
+                if isinstance(m, nn.ModuleList) and len(m) > 1
+            ]
             raise ValueError(
                 f"No list of equal blocks was found in {type(model).__name__}. Name its path, e.g. stacks='model.blocks'. "
                 f"Lists found: {', '.join(lists[:MAX_LISTED]) or 'none'}."

@@ -98,7 +98,9 @@ class CandidateDistribution(nn.Module):
 
     def noise(self, num_samples: int, *, generator: torch.Generator | None = None) -> Tensor:
         """Gumbel noise (num_samples, num_logits)."""
-        exponential = torch.empty(num_samples, self.num_logits, dtype=torch.float32).exponential_(generator=generator)
+        exponential = torch.empty(num_samples, self.num_logits, dtype=torch.float32).exponential_(
+            generator=generator
+        )
         return -exponential.log()
 
     def sample(self, logits: Tensor, tau: float, noise: Tensor) -> Tensor:

@@ -32,7 +32,10 @@ def mixed_structures(stacks: Sequence[StackGates]) -> list[Structure]:
     """Early drops in one stack beside late ones in the next, and the other way round: the blocks of both may run in turn."""
     if len(stacks) < 2:
         return []
-    return [{g.path: (earliest_drops, latest_drops)[(i + first) % 2](g) for i, g in enumerate(stacks)} for first in (0, 1)]
+    return [
+        {g.path: (earliest_drops, latest_drops)[(i + first) % 2](g) for i, g in enumerate(stacks)}
+        for first in (0, 1)
+    ]
 
 
 def _kept(gates: StackGates, *, latest: bool) -> list[int]:
@@ -41,5 +44,7 @@ def _kept(gates: StackGates, *, latest: bool) -> list[int]:
         own, generator = copy.deepcopy(distribution).cpu(), torch.Generator().manual_seed(0)
         outcomes = [own.decide(torch.randn(own.num_logits, generator=generator)) for _ in range(32)]
         masks = [[i in outcome for i in range(own.num_members)] for outcome in outcomes]
-        kept += [group.start + i for i, keep in enumerate(max(masks) if latest else min(masks)) if keep]
+        kept += [
+            group.start + i for i, keep in enumerate(max(masks) if latest else min(masks)) if keep
+        ]
     return kept

@@ -53,7 +53,9 @@ class FirstCallCheck:
         return before_call
 
     def _trains(self, paths: set[str]) -> bool:
-        return any(gated.block.training for gated in self.gates.gated_forwards if gated.gates.path in paths)
+        return any(
+            gated.block.training for gated in self.gates.gated_forwards if gated.gates.path in paths
+        )
 
     def remove(self) -> None:
         """Take the hooks off."""
@@ -65,7 +67,11 @@ class FirstCallCheck:
 def _is_redirected(module: nn.Module) -> bool:
     """Whether a call of `module` runs something else than its own forward."""
     own = module.__dict__.get("forward")
-    return own is not None and "_orig_mod" not in module._modules and getattr(own, "__func__", None) is not type(module).forward
+    return (
+        own is not None
+        and "_orig_mod" not in module._modules
+        and getattr(own, "__func__", None) is not type(module).forward
+    )
 
 
 def _outer_paths(path: str) -> list[str]:

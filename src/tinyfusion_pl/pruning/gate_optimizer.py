@@ -22,9 +22,18 @@ class GateOptimizer:
         tau_start, tau_end: Temperature at the first and the last step, > 0 (published: 4, 0.1).
     """
 
-    def __init__(self, *, lr: float = 1e-3, clip: float = 1.0, tau_start: float = 4.0, tau_end: float = 0.1) -> None:
-        positive = {"tau_start": tau_start, "tau_end": tau_end, "logits_lr": lr, "logits_clip": clip}
-        if wrong := {name: value for name, value in positive.items() if not (is_number(value) and value > 0)}:
+    def __init__(
+        self, *, lr: float = 1e-3, clip: float = 1.0, tau_start: float = 4.0, tau_end: float = 0.1
+    ) -> None:
+        positive = {
+            "tau_start": tau_start,
+            "tau_end": tau_end,
+            "logits_lr": lr,
+            "logits_clip": clip,
+        }
+        if wrong := {
+            name: value for name, value in positive.items() if not (is_number(value) and value > 0)
+        }:
             raise ValueError(f"These must be numbers > 0: {', '.join(f'{k}={v}' for k, v in wrong.items())} "
                              "(published: tau 4 to 0.1, logits_lr 1e-3, logits_clip 1).")  # fmt: skip
         self.lr, self.clip, self.tau_start, self.tau_end = lr, clip, tau_start, tau_end
@@ -46,7 +55,9 @@ class GateOptimizer:
         """Set the temperature of `step` of `num_steps`."""
         self._gates.tau = linear_anneal(step, num_steps, start=self.tau_start, end=self.tau_end)
 
-    def set_aside(self, *, scale: float = 1.0, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
+    def set_aside(
+        self, *, scale: float = 1.0, reduce: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
         """Take the logits' gradients away, to be stepped with later; several backward passes add up.
 
         Args:
@@ -62,7 +73,9 @@ class GateOptimizer:
             grads = [reduce(g) for g in grads]
         if not torch.stack([torch.isfinite(g).all() for g in grads]).all():
             return
-        self._pending = grads if self._pending is None else [a + b for a, b in zip(self._pending, grads)]
+        self._pending = (
+            grads if self._pending is None else [a + b for a, b in zip(self._pending, grads)]
+        )
 
     def step(self) -> bool:
         """Step with the gradients set aside and update the average; False where there were none."""
@@ -86,7 +99,12 @@ class GateOptimizer:
 
     def configuration(self) -> dict[str, Any]:
         """The settings, for a record."""
-        return {"tau_start": self.tau_start, "tau_end": self.tau_end, "logits_lr": self.lr, "logits_clip": self.clip}
+        return {
+            "tau_start": self.tau_start,
+            "tau_end": self.tau_end,
+            "logits_lr": self.lr,
+            "logits_clip": self.clip,
+        }
 
     def state_dict(self) -> dict[str, Any] | None:
         """State of AdamW; None before `start`."""

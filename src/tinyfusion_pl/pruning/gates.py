@@ -11,7 +11,13 @@ from torch import Tensor, nn
 
 from tinyfusion_pl.pruning.blocks import by_path, get_stack, units_of, unwrap
 from tinyfusion_pl.pruning.calls import Call
-from tinyfusion_pl.pruning.compiled import Compiler, Opened, close_compiled, open_compiled, ways_to_stack
+from tinyfusion_pl.pruning.compiled import (
+    Compiler,
+    Opened,
+    close_compiled,
+    open_compiled,
+    ways_to_stack,
+)
 from tinyfusion_pl.pruning.decision import Decision
 from tinyfusion_pl.pruning.discovery import resolve_stacks
 from tinyfusion_pl.pruning.gating import GatedForward
@@ -63,26 +69,43 @@ class DepthGates(nn.Module):
             ) for i, path in enumerate(paths)
         )  # fmt: skip
         if unknown := [path for path in streams or {} if path not in paths]:
-            raise ValueError(f"streams names {unknown}, where there is no gated stack; the stacks are {paths}.")
-        self.given_streams = {path: [names] if isinstance(names, str) else list(names) for path, names in (streams or {}).items()}
+            raise ValueError(
+                f"streams names {unknown}, where there is no gated stack; the stacks are {paths}."
+            )
+        self.given_streams = {
+            path: [names] if isinstance(names, str) else list(names)
+            for path, names in (streams or {}).items()
+        }
         self.masks, self.gather, self.bypassed = Masks(tau=tau, rank=rank), gather, False
-        self.recorder: Callable[[GatedForward, Call], Any] | None = None  # sees each call of a gated block
+        self.recorder: Callable[[GatedForward, Call], Any] | None = (
+            None  # sees each call of a gated block
+        )
         self._kept: dict[str, set[int]] | None = None
-        self.rows: dict[str, int] = {}  # of stacks whose blocks see another batch than the model (frames, patches)
-        self._without_graph: set[str] = set()  # blocks of which reentrant checkpointing ran a forward in this batch
+        self.rows: dict[
+            str, int
+        ] = {}  # of stacks whose blocks see another batch than the model (frames, patches)
+        self._without_graph: set[str] = (
+            set()
+        )  # blocks of which reentrant checkpointing ran a forward in this batch
         self.opened: Opened = []  # compiled modules that run eagerly while gates are on their blocks
         self._install(model)
 
     # -- installation ---------------------------------------------------------------------------
     def _install(self, model: nn.Module) -> None:
         if next(gated_forwards(model), None) is not None:
-            raise ValueError("This model carries gates already; remove them first (remove_gates) or use the ones it has.")
+            raise ValueError(
+                "This model carries gates already; remove them first (remove_gates) or use the ones it has."
+            )
         self.gated_forwards: list[GatedForward] = []
         for gates in self.stacks:
             stack = get_stack(model, gates.path)
             for unit, indices in enumerate(gates.units):
                 for index in indices:
-                    self.gated_forwards.append(GatedForward(self, gates, unwrap(stack[index]), unit, name=f"{gates.path}.{index}"))
+                    self.gated_forwards.append(
+                        GatedForward(
+                            self, gates, unwrap(stack[index]), unit, name=f"{gates.path}.{index}"
+                        )
+                    )
         for gated in self.gated_forwards:
             gated.install()
         self.see_through(model)
@@ -100,7 +123,12 @@ class DepthGates(nn.Module):
             mine = {id(g.block): g for g in self.gated_forwards if g.gates is gates}
             for block in stack:
                 if (gated := mine.get(id(unwrap(block)))) is not None:
-                    gated.compile(open_compiled([block] if block is gated.block else [block, gated.block], self.opened) or around)
+                    gated.compile(
+                        open_compiled(
+                            [block] if block is gated.block else [block, gated.block], self.opened
+                        )
+                        or around
+                    )
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy's compiled modules are made anew, and compiled; they hold its blocks, which must not be asked for while they are copied.
@@ -144,7 +172,11 @@ class DepthGates(nn.Module):
         if not torch.is_grad_enabled():
             if hidden.requires_grad:  # only reentrant checkpointing runs a forward like this
                 self._without_graph.add(gated.name)
-        elif gated.name in self._without_graph and torch._C._current_graph_task_id() != -1 and _num_processes() > 1:
+        elif (
+            gated.name in self._without_graph
+            and torch._C._current_graph_task_id() != -1
+            and _num_processes() > 1
+        ):
             raise RuntimeError(
                 "Reentrant activation checkpointing gives the gate logits a gradient at each block, which DDP does not allow. Use "
                 "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
@@ -161,7 +193,12 @@ class DepthGates(nn.Module):
         parts = []
         for gates in self.stacks:
             mine = [gated for gated in self.gated_forwards if gated.gates is gates and gated.plans]
-            reasons = {gated.name: why for gated in mine for plan in gated.plans.values() if (why := gated.plain_because(plan))}
+            reasons = {
+                gated.name: why
+                for gated in mine
+                for plan in gated.plans.values()
+                if (why := gated.plain_because(plan))
+            }
             text = f"{gates.path}: {len(mine) - len(reasons)} blocks gathered"
             if reasons:
                 name, reason = next(iter(reasons.items()))
@@ -169,7 +206,9 @@ class DepthGates(nn.Module):
             if gates.path in self.rows:
                 text += f" (a mask for each of the {self.rows[gates.path]} rows that they see, which are not the samples of the call)"
             streams = {tuple(plan.streams.names) for gated in mine for plan in gated.plans.values()}
-            parts.append(f"{text}; hidden states: {' | '.join(', '.join(names) for names in sorted(streams))}")
+            parts.append(
+                f"{text}; hidden states: {' | '.join(', '.join(names) for names in sorted(streams))}"
+            )
         return "; ".join(parts)
 
     # -- learning and decision ------------------------------------------------------------------
@@ -201,7 +240,9 @@ class DepthGates(nn.Module):
         mine = {g.path: str(g.pattern) for g in self.stacks}
         theirs = {path: stack["pattern"] for path, stack in state["stacks"].items()}
         if mine != theirs:
-            raise ValueError(f"The checkpoint's gates are for {theirs}, these are for {mine}; resume with the pattern it was made with.")
+            raise ValueError(
+                f"The checkpoint's gates are for {theirs}, these are for {mine}; resume with the pattern it was made with."
+            )
         self.tau, self._kept = state["tau"], None
         for gates in self.stacks:
             gates.load_state(state["stacks"][gates.path])
@@ -210,7 +251,9 @@ class DepthGates(nn.Module):
 def gated_forwards(model: nn.Module) -> Iterator[GatedForward]:
     """The gated forwards that were installed on blocks of `model`."""
     for module in model.modules():
-        if isinstance(gated := getattr(module.__dict__.get("forward"), "__self__", None), GatedForward):
+        if isinstance(
+            gated := getattr(module.__dict__.get("forward"), "__self__", None), GatedForward
+        ):
             yield gated
 
 
@@ -231,4 +274,8 @@ def remove_gates(model: nn.Module) -> None:
 
 def _num_processes() -> int:
     distributed = torch.distributed
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+    return (
+        distributed.get_world_size()
+        if distributed.is_available() and distributed.is_initialized()
+        else 1
+    )

@@ -48,7 +48,9 @@ class GatedForward:
     In evaluation mode the current decision holds.
     """
 
-    def __init__(self, owner: GateOwner, gates: StackGates, block: nn.Module, unit: int, *, name: str) -> None:
+    def __init__(
+        self, owner: GateOwner, gates: StackGates, block: nn.Module, unit: int, *, name: str
+    ) -> None:
         self.owner, self.gates, self.block, self.unit, self.name = owner, gates, block, unit, name
         self.original = block.forward
         self.instance_forward = "forward" in block.__dict__
@@ -96,10 +98,15 @@ class GatedForward:
 
     def plan(self, call: Call) -> BatchPlan:
         """How this call's batch may be divided; learned at the first call with its pattern of shapes."""
-        key = (couples_samples(self.block), *shape_key(call))  # batch statistics may be off at the first call (`quiet`)
+        key = (
+            couples_samples(self.block),
+            *shape_key(call),
+        )  # batch statistics may be off at the first call (`quiet`)
         if key not in self.plans:
             given = self.owner.given_streams.get(self.gates.path)
-            self.plans[key] = plan_batch(self.block, self.original, call, given=given, name=self.name)
+            self.plans[key] = plan_batch(
+                self.block, self.original, call, given=given, name=self.name
+            )
         return self.plans[key]
 
     def _decided(self, call: Call) -> Any:
@@ -107,7 +114,9 @@ class GatedForward:
             return self._run(call.args, call.kwargs)
         plan = self.plan(call)
         x = self._streams(call, plan)
-        return plan.streams.put(x, self._run(call.args, call.kwargs) if plan.streams.extras else None)
+        return plan.streams.put(
+            x, self._run(call.args, call.kwargs) if plan.streams.extras else None
+        )
 
     def plain_because(self, plan: BatchPlan) -> str:
         """Why the block runs by the plain formula; empty where its samples are gathered."""
@@ -145,7 +154,12 @@ class GatedForward:
         self.owner.check_checkpointing(self, first)
         mask = self.owner.masks.column(self.gates, self.unit, num_samples)  # (N,)
         gather = not self.plain_because(plan)
-        return self.gate(call, plan, mask, self.owner.masks.split(self.gates, self.unit, num_samples) if gather else None)
+        return self.gate(
+            call,
+            plan,
+            mask,
+            self.owner.masks.split(self.gates, self.unit, num_samples) if gather else None,
+        )
 
     def gate(self, call: Call, plan: BatchPlan, mask: Tensor, split: Split | None) -> Any:
         """What the block returns for samples of which `mask` (N,) says who keeps it; `split` None: by the plain formula."""
@@ -161,15 +175,21 @@ class GatedForward:
         if split.num_kept == 0:
             with without_graph(keep_cast_cache=False):
                 y = self._taken(call, plan, self._call(call, plan), x)
-            needy = [t for t in (*self.block.parameters(), *self._others(call, plan)) if t.requires_grad]
+            needy = [
+                t for t in (*self.block.parameters(), *self._others(call, plan)) if t.requires_grad
+            ]
             if needy and torch.is_grad_enabled():
                 key = next(iter(x))
                 x = {**x, key: with_zero_gradients(x[key], needy)}
-            return plan.streams.put({k: blend(x[k], None, mask, dropped=y[k], **options) for k in x})
+            return plan.streams.put(
+                {k: blend(x[k], None, mask, dropped=y[k], **options) for k in x}
+            )
         kept = self._part(call, plan, split.kept)
         with without_graph(keep_cast_cache=True):
             dropped = self._part(call, plan, split.dropped)
-        blended = {k: blend(x[k], kept[k], mask, split=split, dropped=dropped[k], **options) for k in x}
+        blended = {
+            k: blend(x[k], kept[k], mask, split=split, dropped=dropped[k], **options) for k in x
+        }
         return plan.streams.put(blended)
 
     def _plain(self, call: Call, plan: BatchPlan, x: Mapping[Key, Tensor], mask: Tensor) -> Any:
@@ -197,7 +217,9 @@ class GatedForward:
         y = self._taken(call, plan, self._run(*call.replace(tensors)))
         return {key: each.narrow(plan.axis, 0, len(index)) for key, each in y.items()}
 
-    def _taken(self, call: Call, plan: BatchPlan, output: Any, like: Mapping[Key, Tensor] | None = None) -> Mapping[Key, Tensor]:
+    def _taken(
+        self, call: Call, plan: BatchPlan, output: Any, like: Mapping[Key, Tensor] | None = None
+    ) -> Mapping[Key, Tensor]:
         """The streams in `output`, whose shapes must be those that went in."""
         y = plan.streams.take(output)
         for key, x in (like or {}).items():

@@ -28,17 +28,25 @@ def check_gradients(gated: GatedForward, call: Call) -> None:
         for way in (split, None):
             # Streams as they come out of another block: no leaves, which a block could not write into.
             copies = {n: leaf.view_as(leaf) for n, leaf in leaves.items()}
-            again = Call(gated.signature, *call.replace(copies)) if plan.writes_streams else Call(gated.signature, args, kwargs)
+            again = (
+                Call(gated.signature, *call.replace(copies))
+                if plan.writes_streams
+                else Call(gated.signature, args, kwargs)
+            )
             y = plan.streams.take(gated.gate(again, plan, mask, way))
             loss = sum(_weighted_sum(each) for each in y.values())
             wanted = [mask, *leaves.values(), *parameters]
             grads = torch.autograd.grad(loss, wanted, allow_unused=True)
             results.append([torch.zeros_like(w) if g is None else g for w, g in zip(wanted, grads)])
     device = first.device.type
-    computed = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float64
+    computed = (
+        torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float64
+    )
     sizes = [plain.float().abs().max().item() if plain.numel() else 0.0 for plain in results[1]]
     for ours, plain, size in zip(*results, sizes):
-        eps = max(torch.finfo(dtype).eps for dtype in (plain.dtype, computed))  # the coarser one rounds
+        eps = max(
+            torch.finfo(dtype).eps for dtype in (plain.dtype, computed)
+        )  # the coarser one rounds
         # A gradient that is zero but for rounding (a bias of attention's keys) is as exact as the others are large.
         allowed = max(size * max(1e-2, 100 * eps), max(sizes) * max(1e-4, 10 * eps), 1e-8)
         if plain.numel() and (ours.float() - plain.float()).abs().max().item() > allowed:
@@ -48,4 +56,6 @@ def check_gradients(gated: GatedForward, call: Call) -> None:
 
 def _weighted_sum(tensor: Tensor) -> Tensor:
     """A scalar whose gradient differs at every place."""
-    return (tensor.float().flatten() * torch.arange(tensor.numel(), device=tensor.device).sin()).sum()
+    return (
+        tensor.float().flatten() * torch.arange(tensor.numel(), device=tensor.device).sin()
+    ).sum()

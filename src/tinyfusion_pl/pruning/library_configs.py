@@ -12,7 +12,12 @@ from torch import nn
 from tinyfusion_pl.pruning.blocks import get_module, get_stack, split_path, unwrap
 from tinyfusion_pl.pruning.config_search import ConfigChange, find_change
 from tinyfusion_pl.pruning.known_models import known_fixed_blocks
-from tinyfusion_pl.pruning.library_interface import library_root, plain_shapes, rebuilt, write_settings
+from tinyfusion_pl.pruning.library_interface import (
+    library_root,
+    plain_shapes,
+    rebuilt,
+    write_settings,
+)
 
 
 def config_mismatch(model: nn.Module) -> str | None:

@@ -78,7 +78,9 @@ def _changed(config: Any, changes: Mapping[tuple, Any]) -> Any:
     if stages is not None and len(stages) == depth + 1 and config.num_hidden_layers != depth:
         config.stage_names = stages[: config.num_hidden_layers + 1]
         if gives_last:
-            config.set_output_features_output_indices(out_features=None, out_indices=[config.num_hidden_layers])
+            config.set_output_features_output_indices(
+                out_features=None, out_indices=[config.num_hidden_layers]
+            )
     return config
 
 

@@ -22,12 +22,16 @@ def linear_names(model: nn.Module) -> list[str]:
 
     def is_called(name: str) -> bool:
         owner, _, own = name.rpartition(".")
-        return not reads_weight(modules[owner], own) and not (own == "out_proj" and hasattr(modules[owner], "A_log"))
+        return not reads_weight(modules[owner], own) and not (
+            own == "out_proj" and hasattr(modules[owner], "A_log")
+        )
 
     return [
         name
         for name, module in modules.items()
-        if not name.startswith(inside) and _is_linear(adapted[name].get_base_layer() if name in adapted else module) and is_called(name)
+        if not name.startswith(inside)
+        and _is_linear(adapted[name].get_base_layer() if name in adapted else module)
+        and is_called(name)
     ]
 
 
@@ -48,4 +52,8 @@ def _source(cls: type) -> str:
 
 def _is_linear(module: nn.Module) -> bool:
     """GPT-2 of transformers has a transposed kind of its own."""
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
+    return (
+        isinstance(module, nn.Linear)
+        or type(module).__name__ == "Conv1D"
+        and type(module).__module__.startswith("transformers.")
+    )

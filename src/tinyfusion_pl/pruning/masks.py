@@ -24,7 +24,11 @@ if TYPE_CHECKING:
     from tinyfusion_pl.pruning.stack_gates import StackGates
 
 # Odd 64-bit constants: distinct streams for equal seeds on different ranks, stacks and batch sizes.
-_RANK_STRIDE, _STACK_STRIDE, _SIZE_STRIDE = 0x9E3779B97F4A7C15, 0xD1B54A32D192ED03, 0x8CB92BA72F3D8DD7
+_RANK_STRIDE, _STACK_STRIDE, _SIZE_STRIDE = (
+    0x9E3779B97F4A7C15,
+    0xD1B54A32D192ED03,
+    0x8CB92BA72F3D8DD7,
+)
 
 Noise = Mapping[str, Sequence[Tensor]]
 
@@ -147,7 +151,11 @@ class Masks:
 
     def _noise(self, gates: StackGates, num_samples: int) -> list[Tensor]:
         if self._fixed_noise is None:
-            strides = (self.rank, _RANK_STRIDE), (gates.index, _STACK_STRIDE), (num_samples, _SIZE_STRIDE)
+            strides = (
+                (self.rank, _RANK_STRIDE),
+                (gates.index, _STACK_STRIDE),
+                (num_samples, _SIZE_STRIDE),
+            )
             seed = (self._seed + sum(n * stride for n, stride in strides)) % 2**63
             generator = torch.Generator().manual_seed(seed)
             noise = [d.noise(num_samples, generator=generator) for d in gates.distributions]

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-MAX_BLOCKS = 1024  # of one group; no transformer has as many, and the count below takes long for more
+MAX_BLOCKS = (
+    1024  # of one group; no transformer has as many, and the count below takes long for more
+)
 MAX_CANDIDATES = 20_000
 """Most candidates of one group that are enumerated; 8:16 has 12870, 9:18 has 48620."""
 
@@ -40,9 +42,11 @@ class Group:
         """
         always = sorted({member - self.start for member in fixed if member in self.members})
         if len(always) > self.num_kept:
-            raise ValueError(f"The pattern keeps {self.num_kept} of the units {self.start}..{self.members[-1]}, but "
-                             f"{', '.join(str(i + self.start) for i in always)} have to stay. "
-                             "Give a pattern that keeps more of them.")
+            raise ValueError(
+                f"The pattern keeps {self.num_kept} of the units {self.start}..{self.members[-1]}, but "
+                f"{', '.join(str(i + self.start) for i in always)} have to stay. "
+                "Give a pattern that keeps more of them."
+            )
         return always
 
     def candidates(self, *, fixed: Collection[int] = ()) -> Tensor:
@@ -56,7 +60,11 @@ class Group:
         """
         always = set(self.always(fixed))
         _check_candidates(self.num_kept, self.num_blocks, of=f"The stack from unit {self.start} on")
-        rows = [row for row in itertools.combinations(range(self.num_blocks), self.num_kept) if always <= set(row)]
+        rows = [
+            row
+            for row in itertools.combinations(range(self.num_blocks), self.num_kept)
+            if always <= set(row)
+        ]
         onehot = torch.zeros(len(rows), self.num_blocks, dtype=torch.float32)
         return onehot.scatter_(1, torch.tensor(rows), 1.0)
 
@@ -86,19 +94,25 @@ class Pattern:
                 """put it in quotes, pattern: "1:2"; on the command line write 'pruning.pattern="1:2"' with the inner quotes."""
             )
         if not isinstance(pattern, str):
-            raise ValueError(f"A pattern is a string such as '1:2' or '3:4+2:4', not {type(pattern).__name__} {pattern!r}.")
+            raise ValueError(
+                f"A pattern is a string such as '1:2' or '3:4+2:4', not {type(pattern).__name__} {pattern!r}."
+            )
         terms = []
         for term in pattern.split("+"):
             match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", term)
             if match is None:
-                raise ValueError(f"Pattern {pattern!r} is not of the form N:M or N:M+N:M (N kept of M), e.g. '2:4' or '3:4+2:4'.")
+                raise ValueError(
+                    f"Pattern {pattern!r} is not of the form N:M or N:M+N:M (N kept of M), e.g. '2:4' or '3:4+2:4'."
+                )
             num_kept, num_blocks = int(match[1]), int(match[2])
             if not 1 <= num_kept <= num_blocks:
                 raise ValueError(
                     f"Pattern {pattern!r} keeps {num_kept} of {num_blocks} blocks. Give N:M with 1 <= N <= M, e.g. '2:4'."
                 )
             if num_blocks > MAX_BLOCKS:
-                raise ValueError(f"Pattern {pattern!r} has a group of {num_blocks} blocks; give {MAX_BLOCKS} at most, e.g. '2:4'.")
+                raise ValueError(
+                    f"Pattern {pattern!r} has a group of {num_blocks} blocks; give {MAX_BLOCKS} at most, e.g. '2:4'."
+                )
             if enumerated:
                 _check_candidates(num_kept, num_blocks, of=f"Pattern {pattern!r}")
             terms.append((num_kept, num_blocks))
@@ -140,7 +154,10 @@ def smaller_groups(num_kept: int, num_blocks: int) -> str:
     """A pattern of the same share in as few equal-sized groups as the bound on candidates allows."""
     for parts in range(2, num_blocks + 1):
         terms = [
-            (num_kept * (i + 1) // parts - num_kept * i // parts, num_blocks * (i + 1) // parts - num_blocks * i // parts)
+            (
+                num_kept * (i + 1) // parts - num_kept * i // parts,
+                num_blocks * (i + 1) // parts - num_blocks * i // parts,
+            )
             for i in range(parts)
         ]
         if all(1 <= n <= m and math.comb(m, n) <= MAX_CANDIDATES for n, m in terms):

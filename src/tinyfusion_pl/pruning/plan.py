@@ -29,13 +29,19 @@ class Plan:
         return f"{self.root}.{inside}" if self.root else inside
 
 
-def find_paths(module: nn.Module, stacks: str | Sequence[str] | None, *, budget: Budget) -> list[str]:
+def find_paths(
+    module: nn.Module, stacks: str | Sequence[str] | None, *, budget: Budget
+) -> list[str]:
     """Paths of the stacks to prune in `module`: those named, those that `budget` names, or those found.
 
     Raises:
         ValueError: when there are none.
     """
-    return [p for p in resolve_stacks(module, stacks, pattern=budget.stated) if not p.startswith("depth_gates")]
+    return [
+        p
+        for p in resolve_stacks(module, stacks, pattern=budget.stated)
+        if not p.startswith("depth_gates")
+    ]
 
 
 def make_plan(
@@ -50,7 +56,9 @@ def make_plan(
     owners: dict[int, str] = {}
     for path in paths:
         blocks = list(get_stack(module, path))
-        if again := [i for i, block in enumerate(blocks) if any(block is other for other in blocks[:i])]:
+        if again := [
+            i for i, block in enumerate(blocks) if any(block is other for other in blocks[:i])
+        ]:
             raise ValueError(f"The stack {path!r} runs one block several times (block {again[0]} is one before it), so that no block of it "
                              "can go alone. Prune a list of different blocks.")  # fmt: skip
         for block in blocks:
@@ -58,10 +66,16 @@ def make_plan(
                 raise ValueError(f"The stacks {owner!r} and {path!r} hold the same blocks, which only one pattern can be for. Name each "
                                  "block list once.")  # fmt: skip
     root = _root_of(module, paths) if held else ""
-    inside = {path: path.removeprefix(f"{root}.") if root else path for path in paths}  # a mapping may be keyed by either
+    inside = {
+        path: path.removeprefix(f"{root}.") if root else path for path in paths
+    }  # a mapping may be keyed by either
 
     def of(given: Any, what: str) -> dict[str, Any]:
-        renamed = {inside.get(path, path): each for path, each in given.items()} if isinstance(given, Mapping) else given
+        renamed = (
+            {inside.get(path, path): each for path, each in given.items()}
+            if isinstance(given, Mapping)
+            else given
+        )
         return by_path(renamed, list(inside.values()), what)
 
     budget.check_stacks(list(inside.values()))
@@ -69,15 +83,23 @@ def make_plan(
     unit_lists = of(units, "units")
     named = {inside.get(path, path): list(names) for path, names in (streams or {}).items()}
     if unknown := [path for path in named if path not in stated]:
-        raise ValueError(f"streams is given for {unknown}, where there is no stack; the stacks are {list(inside)}.")
+        raise ValueError(
+            f"streams is given for {unknown}, where there is no stack; the stacks are {list(inside)}."
+        )
     for path, short in inside.items():
         counted = units_of(module, path, unit_lists[short])
         patterns[short] = budget.pattern(stated[short], len(counted), path=path)
         try:
             patterns[short].groups(len(counted))
         except ValueError as error:
-            what = "" if all(len(unit) == 1 for unit in counted) else f", where a pattern counts {len(counted)} units of several blocks"
-            raise ValueError(f"Stack '{path}'{what}: {error} Each stack may have a pattern of its own, given by path.") from error
+            what = (
+                ""
+                if all(len(unit) == 1 for unit in counted)
+                else f", where a pattern counts {len(counted)} units of several blocks"
+            )
+            raise ValueError(
+                f"Stack '{path}'{what}: {error} Each stack may have a pattern of its own, given by path."
+            ) from error
     return Plan(root, patterns, unit_lists, named)
 
 
@@ -87,8 +109,14 @@ def _root_of(module: nn.Module, paths: Sequence[str]) -> str:
     heads = {path.partition(".")[0] for path in paths}
     head = heads.pop() if len(heads) == 1 and all("." in path for path in paths) else ""
     found = {library_root(module, path) for path in paths}
-    if len(found) == 1 and (inner := found.pop()) is not None and inner.startswith(f"{head}." if head else ""):
+    if (
+        len(found) == 1
+        and (inner := found.pop()) is not None
+        and inner.startswith(f"{head}." if head else "")
+    ):
         inside = {id(p) for p in get_module(module, inner).parameters()}
-        if not any(p.requires_grad and id(p) not in inside for p in get_module(module, head).parameters()):
+        if not any(
+            p.requires_grad and id(p) not in inside for p in get_module(module, head).parameters()
+        ):
             return inner
     return head

@@ -27,7 +27,9 @@ class Relaxation:
         ValueError: for another name, and numbers out of range.
     """
 
-    def __init__(self, name: str = "gumbel", *, straight_through: str = "all", multiplier_lr: float = 1e-2) -> None:
+    def __init__(
+        self, name: str = "gumbel", *, straight_through: str = "all", multiplier_lr: float = 1e-2
+    ) -> None:
         if name not in RELAXATIONS:
             raise ValueError(f"relaxation is {name!r}; give {' or '.join(map(repr, RELAXATIONS))}.")
         check_straight_through(straight_through)

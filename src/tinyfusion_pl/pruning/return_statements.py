@@ -13,7 +13,9 @@ from torch import nn
 from tinyfusion_pl.pruning.calls import block_signature, unwrapped
 
 
-def returned_names(block: nn.Module, keys: Sequence[Any], arguments: Collection[str]) -> list[dict[Any, str]]:
+def returned_names(
+    block: nn.Module, keys: Sequence[Any], arguments: Collection[str]
+) -> list[dict[Any, str]]:
     """A reading for each return statement with as many values as there are `keys`: output key -> name of one of the `arguments`.
 
     A block that returns what another module in it returns (``return self.block(x, context)``) is read as that one.
@@ -38,9 +40,15 @@ def returned_names(block: nn.Module, keys: Sequence[Any], arguments: Collection[
     return readings
 
 
-def _of_inner(block: nn.Module, call: ast.Call, keys: Sequence[Any], arguments: Collection[str]) -> list[dict[Any, str]]:
+def _of_inner(
+    block: nn.Module, call: ast.Call, keys: Sequence[Any], arguments: Collection[str]
+) -> list[dict[Any, str]]:
     function = call.func
-    if not (isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name) and function.value.id == "self"):
+    if not (
+        isinstance(function, ast.Attribute)
+        and isinstance(function.value, ast.Name)
+        and function.value.id == "self"
+    ):
         return []
     inner = block._modules.get(function.attr)
     if inner is None or (signature := block_signature(inner)) is None:
@@ -53,12 +61,21 @@ def _of_inner(block: nn.Module, call: ast.Call, keys: Sequence[Any], arguments: 
         if isinstance(argument, ast.Name):
             given[name] = argument.id
         elif isinstance(argument, ast.Starred) and isinstance(argument.value, ast.Name):
-            rest = [(each, f"{argument.value.id}[{i}]") for i, each in enumerate(parameters[parameters.index(name) :])]
+            rest = [
+                (each, f"{argument.value.id}[{i}]")
+                for i, each in enumerate(parameters[parameters.index(name) :])
+            ]
             given |= {each: place for each, place in rest if place in arguments}
             break
-    given |= {k.arg: k.value.id for k in call.keywords if k.arg is not None and isinstance(k.value, ast.Name)}
+    given |= {
+        k.arg: k.value.id
+        for k in call.keywords
+        if k.arg is not None and isinstance(k.value, ast.Name)
+    }
     readings = returned_names(unwrapped(inner), keys, given)
-    return [{key: given[name] for key, name in reading.items() if name in given} for reading in readings]
+    return [
+        {key: given[name] for key, name in reading.items() if name in given} for reading in readings
+    ]
 
 
 def _own_nodes(function: ast.AST) -> Iterator[ast.AST]:

@@ -160,7 +160,9 @@ def _collecting(
 
     def collect(key: tuple[str, Run]) -> None:
         def before(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else kwargs[list(block_signature(block).parameters)[1]]  # behind self
+            x = (
+                args[0] if args else kwargs[list(block_signature(block).parameters)[1]]
+            )  # behind self
             inputs[key] = x, x._version
 
         def after(block: nn.Module, args: tuple, output: Tensor) -> None:

@@ -73,7 +73,9 @@ def attach_map(block: nn.Module, position: str, width: int) -> nn.Linear:
     if not maps_of_block(block):
         MappedForward(block).install()
     like = next(block.parameters())
-    linear = nn.utils.skip_init(nn.Linear, width, width, device=like.device, dtype=like.dtype)  # draws no random numbers
+    linear = nn.utils.skip_init(
+        nn.Linear, width, width, device=like.device, dtype=like.dtype
+    )  # draws no random numbers
     with torch.no_grad():
         linear.weight.zero_()
         linear.bias.zero_()

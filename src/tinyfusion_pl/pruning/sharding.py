@@ -74,13 +74,25 @@ def whole_copy(outline: nn.Module, model: nn.Module) -> nn.Module:
         model: The model; what it has beside the tensors of `outline` is left out.
     """
     copied = copy.deepcopy(outline)
-    names = {name for name, _ in chain(copied.named_parameters(remove_duplicate=False), copied.named_buffers(remove_duplicate=False))}
+    names = {
+        name
+        for name, _ in chain(
+            copied.named_parameters(remove_duplicate=False),
+            copied.named_buffers(remove_duplicate=False),
+        )
+    }
     values: dict[int, Tensor] = {}  # tied tensors stay tied
-    for name, tensor in chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)):
+    for name, tensor in chain(
+        model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
+    ):
         if name in names:
             if id(tensor) not in values:
                 value = whole(tensor.detach()).cpu().clone()
-                values[id(tensor)] = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+                values[id(tensor)] = (
+                    nn.Parameter(value, tensor.requires_grad)
+                    if isinstance(tensor, nn.Parameter)
+                    else value
+                )
             owner, _, own = name.rpartition(".")
             setattr(copied.get_submodule(owner), own, values[id(tensor)])
     return copied

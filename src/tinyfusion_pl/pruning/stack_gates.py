@@ -52,17 +52,33 @@ class StackGates(nn.Module):
     ) -> None:
         super().__init__()
         if not 0 <= average_decay < 1:
-            raise ValueError(f"average_decay is {average_decay}; give a number in [0, 1) (published: 0.999).")
-        self.path, self.num_blocks, self.index, self.average_decay = path, num_blocks, index, average_decay
+            raise ValueError(
+                f"average_decay is {average_decay}; give a number in [0, 1) (published: 0.999)."
+            )
+        self.path, self.num_blocks, self.index, self.average_decay = (
+            path,
+            num_blocks,
+            index,
+            average_decay,
+        )
         self.pattern = Pattern.parse(pattern, enumerated=distribution is None)
-        self.units = single_units(num_blocks) if units is None else check_units(units, num_blocks, path)
+        self.units = (
+            single_units(num_blocks) if units is None else check_units(units, num_blocks, path)
+        )
         self.groups = self.pattern.groups(len(self.units))
         make = distribution or partial(CandidateDistribution, scaling=scaling)
         always = frozenset(n for n, unit in enumerate(self.units) if set(unit) & set(fixed))
         self.distributions = nn.ModuleList(make(group, fixed=always) for group in self.groups)
         for i, each in enumerate(self.distributions):
-            self.register_parameter(f"logits_{i}", nn.Parameter(torch.full((each.num_logits,), float(init), dtype=torch.float32)))
-            self.register_buffer(f"average_{i}", torch.full((each.num_logits,), float(init), dtype=torch.float32), persistent=False)
+            self.register_parameter(
+                f"logits_{i}",
+                nn.Parameter(torch.full((each.num_logits,), float(init), dtype=torch.float32)),
+            )
+            self.register_buffer(
+                f"average_{i}",
+                torch.full((each.num_logits,), float(init), dtype=torch.float32),
+                persistent=False,
+            )
 
     @property
     def logits(self) -> list[nn.Parameter]:
@@ -130,7 +146,9 @@ class StackGates(nn.Module):
                 "resume with the relaxation it was made with."
             )
         own = [*self.logits, *self.averages, *self.multipliers]
-        for mine, stored in zip(own, [*state["logits"], *state["averages"], *state.get("multipliers", [])]):
+        for mine, stored in zip(
+            own, [*state["logits"], *state["averages"], *state.get("multipliers", [])]
+        ):
             mine.copy_(stored)
 
     def kept_units(self) -> list[int]:
@@ -167,7 +185,12 @@ class StackGates(nn.Module):
         ]
         units = [list(unit) for unit in self.units]
         return StackDecision(
-            str(self.pattern), self.num_blocks, self.blocks_of(sorted(kept)), block_probabilities, groups, units=units
+            str(self.pattern),
+            self.num_blocks,
+            self.blocks_of(sorted(kept)),
+            block_probabilities,
+            groups,
+            units=units,
         )
 
     def _apply(self, fn, recurse: bool = True):

@@ -68,7 +68,12 @@ def items_of(output: Any) -> dict[Key, Any]:
 
 
 def find_streams(
-    block: nn.Module, call: Call, output: Any, *, given: Sequence[str] | None = None, name: str = "block"
+    block: nn.Module,
+    call: Call,
+    output: Any,
+    *,
+    given: Sequence[str] | None = None,
+    name: str = "block",
 ) -> Streams:
     """The streams of `block`, from one call and what it returned.
 
@@ -89,14 +94,25 @@ def find_streams(
         *((f"the return statement of {type(inner).__name__}", each) for each in returned_names(inner, list(items), call.tensors)),
     ]  # fmt: skip
     fitting = [
-        (source, fit) for source, reading in readings if reading and (fit := _fit(reading, call, items))
+        (source, fit)
+        for source, reading in readings
+        if reading and (fit := _fit(reading, call, items))
     ]
     if not fitting and given:
-        raise ValueError(_refusal(name, call, items, f"streams={list(given)} does not match: each must have its like out. "))
+        raise ValueError(
+            _refusal(
+                name,
+                call,
+                items,
+                f"streams={list(given)} does not match: each must have its like out. ",
+            )
+        )
     if fitting:
         source = fitting[0][0]
         if len({tuple(fit.items()) for s, fit in fitting if s == source}) > 1:
-            raise ValueError(_refusal(name, call, items, f"{source} allows more than one reading. "))
+            raise ValueError(
+                _refusal(name, call, items, f"{source} allows more than one reading. ")
+            )
         inputs = fitting[0][1]
     else:
         inputs = _alike(call, items, name)
@@ -109,8 +125,12 @@ def find_streams(
 
 
 def _given(call: Call, items: Mapping, given: Sequence[str], name: str) -> dict[Key, str]:
-    if unknown := [each for each in given if each not in call.tensors and each not in call.parameters]:
-        raise ValueError(f"{name} is not given {unknown}. Its arguments are: {', '.join(call.parameters)}.")
+    if unknown := [
+        each for each in given if each not in call.tensors and each not in call.parameters
+    ]:
+        raise ValueError(
+            f"{name} is not given {unknown}. Its arguments are: {', '.join(call.parameters)}."
+        )
     return dict(zip(items, given))
 
 
@@ -121,10 +141,16 @@ def _registered(block: nn.Module, items: Mapping) -> dict[Key, str] | None:
         from diffusers.hooks._helpers import TransformerBlockRegistry
 
         entry = TransformerBlockRegistry.get(type(block))
-    except (ImportError, ValueError, AttributeError):  # an older diffusers, or a class it does not know
+    except (
+        ImportError,
+        ValueError,
+        AttributeError,
+    ):  # an older diffusers, or a class it does not know
         return None
     places = {
-        entry.return_hidden_states_index: getattr(entry, "hidden_states_argument_name", "hidden_states"),
+        entry.return_hidden_states_index: getattr(
+            entry, "hidden_states_argument_name", "hidden_states"
+        ),
         entry.return_encoder_hidden_states_index: getattr(
             entry, "encoder_hidden_states_argument_name", "encoder_hidden_states"
         ),
@@ -155,7 +181,9 @@ def _alike(call: Call, items: Mapping, name: str) -> dict[Key, str]:
         if all(_like(call.tensors[arg], outs[key]) for key, arg in pairs.items()):
             return pairs
     if any(isinstance(key, str) for key in items):  # a mapping
-        if pairs := {k: k for k, out in outs.items() if k in call.tensors and _like(call.tensors[k], out)}:
+        if pairs := {
+            k: k for k, out in outs.items() if k in call.tensors and _like(call.tensors[k], out)
+        }:
             return pairs
     key = next(iter(items), None)
     if len(members) == 1 and key in outs and _like(call.tensors[members[0]], outs[key]):
@@ -168,7 +196,11 @@ def _alike(call: Call, items: Mapping, name: str) -> dict[Key, str]:
 
 def _like(a: Tensor, b: Any) -> bool:
     floating = a.is_floating_point() or a.is_complex()
-    return isinstance(b, Tensor) and a.shape == b.shape and floating == (b.is_floating_point() or b.is_complex())
+    return (
+        isinstance(b, Tensor)
+        and a.shape == b.shape
+        and floating == (b.is_floating_point() or b.is_complex())
+    )
 
 
 def _refusal(name: str, call: Call, items: Mapping, what: str) -> str:
@@ -177,7 +209,9 @@ def _refusal(name: str, call: Call, items: Mapping, what: str) -> str:
         for k, v in items.items()
     )
     start = f"{name}: cannot tell which outputs carry on which inputs. {what}It takes {call.describe()}; it returns {outs}. "
-    alike = [n for n, tensor in call.tensors.items() if any(_like(tensor, out) for out in items.values())]
+    alike = [
+        n for n, tensor in call.tensors.items() if any(_like(tensor, out) for out in items.values())
+    ]
     if not alike:
         return f"{start}A block that can be dropped returns hidden states of the shapes that it takes; prune a list of such blocks."
     stack = name.rpartition(".")[0] or "blocks"

@@ -28,9 +28,13 @@ class SubsetDistribution:
 
     def __init__(self, theta: Tensor, num_kept: int) -> None:
         if theta.ndim != 1 or not torch.isfinite(theta).all():
-            raise ValueError(f"theta must be a vector of finite numbers, got shape {tuple(theta.shape)}.")
+            raise ValueError(
+                f"theta must be a vector of finite numbers, got shape {tuple(theta.shape)}."
+            )
         if not 0 <= num_kept <= len(theta):
-            raise ValueError(f"num_kept is {num_kept}; give a count from 0 to {len(theta)}, the number of units.")
+            raise ValueError(
+                f"num_kept is {num_kept}; give a count from 0 to {len(theta)}, the number of units."
+            )
         self.theta, self.num_kept = theta.detach().double().cpu(), num_kept
         self._after = self._suffix_table()
 
@@ -64,7 +68,9 @@ class SubsetDistribution:
         taken = torch.zeros(num_samples, len(self.theta), dtype=torch.bool)
         uniform = torch.rand(num_samples, len(self.theta), dtype=torch.float64, generator=generator)
         for i, theta in enumerate(self.theta):
-            keep = torch.exp(theta + self._after[i + 1][(left - 1).clamp_min(0)] - self._after[i][left])
+            keep = torch.exp(
+                theta + self._after[i + 1][(left - 1).clamp_min(0)] - self._after[i][left]
+            )
             taken[:, i] = (left > 0) & (uniform[:, i] < keep)
             left = left - taken[:, i].long()
         return taken
@@ -74,7 +80,9 @@ class SubsetDistribution:
         if self.num_kept == 0:
             return torch.zeros_like(self.theta)
         before, k = self._prefix_table(), self.num_kept
-        others = before[:-1, :k] + self._after[1:, :k].flip(-1)  # j of the units before, k - 1 - j of those after
+        others = before[:-1, :k] + self._after[1:, :k].flip(
+            -1
+        )  # j of the units before, k - 1 - j of those after
         return (self.theta + others.logsumexp(-1) - self._after[0, k]).exp().clamp(0, 1)
 
     def entropy(self) -> float:
@@ -103,7 +111,10 @@ class SubsetDistribution:
                     following = (*places[:at], moved, *places[at + 1 :])
                     if following not in seen:
                         seen.add(following)
-                        heapq.heappush(heap, (weight + values[places[at]] - values[moved], next(counter), following))
+                        heapq.heappush(
+                            heap,
+                            (weight + values[places[at]] - values[moved], next(counter), following),
+                        )
         subsets = torch.zeros(len(ranked), n, dtype=torch.bool)
         for row, places in zip(subsets, ranked):
             row[[order[i] for i in places]] = True

@@ -18,8 +18,13 @@ def check_target(folder: Path, model: nn.Module) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise ValueError(f"save_dir is {folder}, which cannot be written to ({error.strerror}). Give another folder.") from error
-    needed = sum(t.numel() * t.element_size() for t in {id(t): t for t in model.state_dict().values() if t is not None}.values())
+        raise ValueError(
+            f"save_dir is {folder}, which cannot be written to ({error.strerror}). Give another folder."
+        ) from error
+    needed = sum(
+        t.numel() * t.element_size()
+        for t in {id(t): t for t in model.state_dict().values() if t is not None}.values()
+    )
     free = shutil.disk_usage(there).free
     if free < needed:
         raise ValueError(f"save_dir is {folder}, where {free / 2**30:.1f} GiB are free; the shallow model may take up to "

@@ -19,7 +19,12 @@ from torch import Tensor, nn
 
 from tinyfusion_pl.pruning.batch_axes import SAMPLES_MIX
 from tinyfusion_pl.pruning.calls import Call, map_tree, quiet, unwrapped
-from tinyfusion_pl.pruning.drops import Structure, earliest_drops, joint_structures, mixed_structures
+from tinyfusion_pl.pruning.drops import (
+    Structure,
+    earliest_drops,
+    joint_structures,
+    mixed_structures,
+)
 from tinyfusion_pl.pruning.gates import DepthGates
 from tinyfusion_pl.pruning.gating import GatedForward
 from tinyfusion_pl.pruning.gradient_check import check_gradients
@@ -32,7 +37,14 @@ SWITCH_OFF = "If this is intended, pass verify=False."
 Recorded = dict[str, tuple[GatedForward, Call]]
 
 
-def verify(module: nn.Module, owner: DepthGates, args: tuple, kwargs: dict[str, Any], *, paths: Mapping[str, str] | None = None) -> bool:
+def verify(
+    module: nn.Module,
+    owner: DepthGates,
+    args: tuple,
+    kwargs: dict[str, Any],
+    *,
+    paths: Mapping[str, str] | None = None,
+) -> bool:
     """Check that gates on `module` do what cutting blocks out does.
 
     Args:
@@ -53,11 +65,20 @@ def verify(module: nn.Module, owner: DepthGates, args: tuple, kwargs: dict[str, 
     try:
         recorded, output = replay.gated({g.path: earliest_drops(g) for g in gates})
     except (ValueError, RuntimeError, TypeError, IndexError, AttributeError) as error:
-        raise ValueError(f"The first call of {type(module).__name__} could not be replayed with blocks dropped: {error}") from error
+        raise ValueError(
+            f"The first call of {type(module).__name__} could not be replayed with blocks dropped: {error}"
+        ) from error
     if next(_tensors(output), None) is None:
-        raise ValueError(f"{type(module).__name__} returned no tensor that could be compared. {SWITCH_OFF}")
+        raise ValueError(
+            f"{type(module).__name__} returned no tensor that could be compared. {SWITCH_OFF}"
+        )
     for stack in gates:
-        _check_batch(owner, stack, [pair for pair in recorded.values() if pair[0].gates is stack], Call(None, args, kwargs))
+        _check_batch(
+            owner,
+            stack,
+            [pair for pair in recorded.values() if pair[0].gates is stack],
+            Call(None, args, kwargs),
+        )
     for structure in joint_structures(gates):
         if problem := replay.differs(structure):
             raise ValueError(_localize(replay, gates, structure, problem))
@@ -77,8 +98,21 @@ def verify(module: nn.Module, owner: DepthGates, args: tuple, kwargs: dict[str, 
 class _Replay:
     """Runs the same call of a module again, with gates or without blocks."""
 
-    def __init__(self, module: nn.Module, owner: DepthGates, args: tuple, kwargs: dict[str, Any], paths: dict[str, str]) -> None:
-        self.module, self.owner, self.args, self.kwargs, self.paths = module, owner, args, kwargs, paths
+    def __init__(
+        self,
+        module: nn.Module,
+        owner: DepthGates,
+        args: tuple,
+        kwargs: dict[str, Any],
+        paths: dict[str, str],
+    ) -> None:
+        self.module, self.owner, self.args, self.kwargs, self.paths = (
+            module,
+            owner,
+            args,
+            kwargs,
+            paths,
+        )
         self.blocks = {g.path: g for g in owner.stacks}
 
     def _run(self) -> Any:
@@ -113,8 +147,14 @@ class _Replay:
 
     def cut(self, kept: Mapping[str, list[int]]) -> tuple[Recorded, Any]:
         """The same with the other blocks cut out."""
-        inside = {self.paths[path]: self.blocks[path].blocks_of(units) for path, units in kept.items()}
-        with self._recording() as recorded, self.owner.bypass(), blocks_removed(self.module, inside):
+        inside = {
+            self.paths[path]: self.blocks[path].blocks_of(units) for path, units in kept.items()
+        }
+        with (
+            self._recording() as recorded,
+            self.owner.bypass(),
+            blocks_removed(self.module, inside),
+        ):
             return recorded, self._run()
 
     def differs(self, kept: Mapping[str, list[int]]) -> str:
@@ -130,7 +170,9 @@ class _Replay:
                     "(output_hidden_states, output_attentions) must be off")  # fmt: skip
         if any((x.isfinite() != y.isfinite()).any() for x, y in zip(a, b)):
             return f"other values are not finite with gates than without the blocks{_first_difference(mine, theirs)}"
-        distance = max((_largest((x.float() - y.float())[y.isfinite()]) for x, y in zip(a, b)), default=0.0)
+        distance = max(
+            (_largest((x.float() - y.float())[y.isfinite()]) for x, y in zip(a, b)), default=0.0
+        )
         scale = max((_largest(y.float()[y.isfinite()]) for y in b), default=0.0)
         eps = max(torch.finfo(y.dtype).eps if y.is_floating_point() else 0.0 for y in b)
         if distance <= max(scale, 1e-6) * max(1e-4, 100 * eps):
@@ -147,7 +189,9 @@ def _first_difference(mine: Recorded, theirs: Recorded) -> str:
         for argument, tensor in call.tensors.items():
             its = other.tensors.get(argument)
             same = its is not None and its.shape == tensor.shape
-            if not same or (its.float() - tensor.float()).abs().max() > 1e-4 * tensor.float().abs().max().clamp_min(1e-6):
+            if not same or (
+                its.float() - tensor.float()
+            ).abs().max() > 1e-4 * tensor.float().abs().max().clamp_min(1e-6):
                 streams = {n for plan in gated.plans.values() for n in plan.streams.names}
                 kind = "its hidden states" if argument in streams else "the argument"
                 return f"; {kind} '{argument}' of block {name} depends on which blocks come before it, beyond what they compute"
@@ -162,12 +206,26 @@ def _localize(replay: _Replay, gates: list[StackGates], structure: Structure, pr
             break
     dropped = [u for u in range(len(guilty.units)) if u not in structure[guilty.path]]
     for each in dropped:
-        if found := replay.differs({guilty.path: [u for u in range(len(guilty.units)) if u != each]}):
+        if found := replay.differs(
+            {guilty.path: [u for u in range(len(guilty.units)) if u != each]}
+        ):
             unit, problem = each, found
             break
-    which = f"block {guilty.units[unit][0]}" if unit is not None else f"blocks {[i for u in dropped for i in guilty.units[u]]}"
-    lists = [k for k, v in replay.kwargs.items() if isinstance(v, (tuple, list)) and any(isinstance(i, Tensor) for i in v)]
-    inputs = f" The call's {', '.join(map(repr, lists))} may be meant for blocks by their place." if lists else ""
+    which = (
+        f"block {guilty.units[unit][0]}"
+        if unit is not None
+        else f"blocks {[i for u in dropped for i in guilty.units[u]]}"
+    )
+    lists = [
+        k
+        for k, v in replay.kwargs.items()
+        if isinstance(v, (tuple, list)) and any(isinstance(i, Tensor) for i in v)
+    ]
+    inputs = (
+        f" The call's {', '.join(map(repr, lists))} may be meant for blocks by their place."
+        if lists
+        else ""
+    )
     return (
         f"Stack '{guilty.path}' cannot be pruned as it is called: with {which} dropped by gates and cut out of "
         f"{type(replay.module).__name__}, {problem}.{inputs} So the shallow model would not compute what the search measured. Name "
@@ -179,7 +237,10 @@ def _localize(replay: _Replay, gates: list[StackGates], structure: Structure, pr
 def _of_both(replay: _Replay, structure: Structure, problem: str) -> str:
     """For stacks that may drop the blocks of equal places, but not of different ones."""
     stacks = [replay.blocks[path] for path in structure]
-    dropped = ", ".join(f"{g.path} {[i for u, unit in enumerate(g.units) if u not in structure[g.path] for i in unit]}" for g in stacks)
+    dropped = ", ".join(
+        f"{g.path} {[i for u, unit in enumerate(g.units) if u not in structure[g.path] for i in unit]}"
+        for g in stacks
+    )
     owners, depth = {g.path.rpartition(".")[0] for g in stacks}, stacks[0].num_blocks
     remedy = "Name one of them: stacks=PATH."
     if len(stacks) == 2 and len(owners) == 1 and stacks[1].num_blocks == depth:
@@ -192,7 +253,9 @@ def _of_both(replay: _Replay, structure: Structure, problem: str) -> str:
     )
 
 
-def _check_batch(owner: DepthGates, stack: StackGates, recorded: list[tuple[GatedForward, Call]], whole: Call) -> None:
+def _check_batch(
+    owner: DepthGates, stack: StackGates, recorded: list[tuple[GatedForward, Call]], whole: Call
+) -> None:
     """All blocks of a stack must see the same batch: a sample's mask is one for the whole stack."""
     sizes = {}
     for gated, call in recorded:
@@ -203,9 +266,17 @@ def _check_batch(owner: DepthGates, stack: StackGates, recorded: list[tuple[Gate
         raise ValueError(f"The blocks of '{stack.path}' see batches of different sizes ({seen}), so that a sample has no one mask. Prune a "
                          "list of blocks that all run on the same batch.")  # fmt: skip
     num_rows = next(iter(sizes), None)
-    if num_rows is not None and whole.tensors and not any(num_rows in t.shape[:2] for t in whole.tensors.values()):
+    if (
+        num_rows is not None
+        and whole.tensors
+        and not any(num_rows in t.shape[:2] for t in whole.tensors.values())
+    ):
         owner.rows[stack.path] = num_rows
-        if any(SAMPLES_MIX in plan.plain_because for gated, _ in recorded for plan in gated.plans.values()):
+        if any(
+            SAMPLES_MIX in plan.plain_because
+            for gated, _ in recorded
+            for plan in gated.plans.values()
+        ):
             raise ValueError(f"The blocks of '{stack.path}' see {num_rows} rows that mix, which are no samples of the call "
                              f"({whole.describe()}): samples packed into one row of tokens have no masks of their own. Pass them as a "
                              "padded batch.")  # fmt: skip

@@ -14,8 +14,17 @@ from .sweep_figures import write_activations, write_candidate_losses, write_dept
 from .words import headline
 
 __all__ = [
-    "NothingMeasured", "compare", "compare_runs", "compare_sweep", "headline", "write_activations", "write_candidate_losses",
-    "write_depth_curve", "write_figures", "write_grid", "write_report",
+    "NothingMeasured",
+    "compare",
+    "compare_runs",
+    "compare_sweep",
+    "headline",
+    "write_activations",
+    "write_candidate_losses",
+    "write_depth_curve",
+    "write_figures",
+    "write_grid",
+    "write_report",
 ]
 
 

@@ -66,28 +66,47 @@ def read_arms(folder: str | Path) -> list[Arm]:
     """
     files = sorted((Path(folder) / ARMS).glob("*.json"))
     if not files:
-        raise NothingMeasured(f"{folder} is not the folder of a sweep: it has no {ARMS}/*.json. Give the folder that -m wrote into, "
-                            "such as runs/table3.")
+        raise NothingMeasured(
+            f"{folder} is not the folder of a sweep: it has no {ARMS}/*.json. Give the folder that -m wrote into, "
+            "such as runs/table3."
+        )
     arms = [_read_arm(file) for file in files]
     if not any(arm.is_done or arm.error for arm in arms):
-        raise NothingMeasured(f"No arm of {folder} has been evaluated. Finish the sweep (rerun the same command to resume it), then "
-                              "compare.")
+        raise NothingMeasured(
+            f"No arm of {folder} has been evaluated. Finish the sweep (rerun the same command to resume it), then "
+            "compare."
+        )
     return arms
 
 
 def _read_arm(file: Path) -> Arm:
     content = printable_content(read_json(file))
-    if not isinstance(content, dict) or not isinstance(content.get("settings"), dict) or "run_dir" not in content:
-        raise ArtifactError(f"{file} is not the record of an arm. Delete it, and run the sweep again.")
+    if (
+        not isinstance(content, dict)
+        or not isinstance(content.get("settings"), dict)
+        or "run_dir" not in content
+    ):
+        raise ArtifactError(
+            f"{file} is not the record of an arm. Delete it, and run the sweep again."
+        )
     settings = {key: str(each) for key, each in content["settings"].items()}
     seed, run_dir = settings.pop("seed", None), file.parent.parent / content["run_dir"]
     metrics = read_metrics(run_dir / METRICS) if (run_dir / METRICS).exists() else {}
     stacks = read_json(run_dir / RECORD).get("stacks", {}) if (run_dir / RECORD).exists() else {}
     choice = read_json(run_dir / SELECTION) if (run_dir / SELECTION).exists() else {}
-    stated = printable_content(read_json(run_dir / SETTINGS)) if (run_dir / SETTINGS).exists() else {}
+    stated = (
+        printable_content(read_json(run_dir / SETTINGS)) if (run_dir / SETTINGS).exists() else {}
+    )
     settings |= {key: "" if each is None else str(each) for key, each in stated.items()}
-    return Arm(settings, seed, metrics, {printable(p): s["kept_blocks"] for p, s in stacks.items()}, choice, content.get("error"),
-               is_stated=bool(stated))
+    return Arm(
+        settings,
+        seed,
+        metrics,
+        {printable(p): s["kept_blocks"] for p, s in stacks.items()},
+        choice,
+        content.get("error"),
+        is_stated=bool(stated),
+    )
 
 
 # -- rows
@@ -118,7 +137,9 @@ class Row:
         if not shown:
             return ""
         most = statistics.mode(shown)
-        return most if len(set(shown)) == 1 else f"{most} ({shown.count(most)} of {len(shown)} seeds)"
+        return (
+            most if len(set(shown)) == 1 else f"{most} ({shown.count(most)} of {len(shown)} seeds)"
+        )
 
 
 def _blocks(kept: dict[str, list[int]]) -> str:
@@ -133,8 +154,11 @@ def rows_of(arms: Sequence[Arm]) -> tuple[list[Row], dict[str, str]]:
     Rows of one teacher and depth stand together, the best first: by FID, else by the distance to the teacher.
     """
     names = list(dict.fromkeys(name for arm in arms for name in arm.settings))
-    shared = {name: arms[0].settings[name] for name in names
-              if all(arm.settings.get(name) == arms[0].settings.get(name) for arm in arms)}
+    shared = {
+        name: arms[0].settings[name]
+        for name in names
+        if all(arm.settings.get(name) == arms[0].settings.get(name) for arm in arms)
+    }
     rows: dict[str, Row] = {}
     for arm in arms:
         own = {name: arm.settings.get(name, "") for name in names if name not in shared}
@@ -163,14 +187,29 @@ def columns_of(rows: Sequence[Row]) -> list[tuple[str, str, Take]]:
 def _columns(rows: Sequence[Row]) -> Iterator[tuple[str, str, Take]]:
     yield label("depth"), "depth", lambda arm: arm.student.get("depth")
     yield label("num_params"), "num_params", lambda arm: arm.student.get("num_params")
-    yield "choice (block runs)", "block_runs", lambda arm: numbers(arm.metrics.get("block_runs")).get("learn_mask")
-    yield "recovery (block runs)", "block_runs", lambda arm: numbers(arm.metrics.get("block_runs")).get("recover")
+    yield (
+        "choice (block runs)",
+        "block_runs",
+        lambda arm: numbers(arm.metrics.get("block_runs")).get("learn_mask"),
+    )
+    yield (
+        "recovery (block runs)",
+        "block_runs",
+        lambda arm: numbers(arm.metrics.get("block_runs")).get("recover"),
+    )
     yield "recovery, share of the teacher's training", "share", _share_of_training
     for key in ("calibration_loss", "teacher_distance", "fid"):
         yield f"{label(key)}, pruned", key, lambda arm, key=key: _pruned(arm).get(key)
     measured = dict.fromkeys(key for row in rows for arm in row.arms for key in arm.student)
-    for key in [*(key for key in MEASURED if key in measured), *(key for key in measured if key not in MEASURED)]:
-        same_width = key == "width" and len({arm.student[key] for row in rows for arm in row.arms if key in arm.student}) == 1
+    for key in [
+        *(key for key in MEASURED if key in measured),
+        *(key for key in measured if key not in MEASURED),
+    ]:
+        same_width = (
+            key == "width"
+            and len({arm.student[key] for row in rows for arm in row.arms if key in arm.student})
+            == 1
+        )
         if key not in ("depth", "num_params") and not same_width:
             yield label(key), key, lambda arm, key=key: arm.student.get(key)
     yield "speed-up", "speedup", lambda arm: numbers(arm.metrics.get("speedup")).get("measured")
@@ -179,7 +218,11 @@ def _columns(rows: Sequence[Row]) -> Iterator[tuple[str, str, Take]]:
 def _share_of_training(arm: Arm) -> float | None:
     """Images of the recovery over those that the teacher was trained on."""
     images = numbers(arm.metrics.get("training_images"))
-    return images["recover"] / images["teacher"] if images.get("teacher") and "recover" in images else None
+    return (
+        images["recover"] / images["teacher"]
+        if images.get("teacher") and "recover" in images
+        else None
+    )
 
 
 def _pruned(arm: Arm) -> dict[str, float]:
@@ -196,4 +239,8 @@ def cell(row: Row, key: str, take: Take) -> str:
     if len(values) < 2 or max(values) == min(values) or not math.isfinite(mean):
         return text
     spread = statistics.stdev(values)
-    return f"{text} ± {100 * spread:.1f}" if key == "accuracy" else f"{text} ± {value(key, float(f'{spread:.2g}'))}"
+    return (
+        f"{text} ± {100 * spread:.1f}"
+        if key == "accuracy"
+        else f"{text} ± {value(key, float(f'{spread:.2g}'))}"
+    )

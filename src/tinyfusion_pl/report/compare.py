@@ -29,10 +29,24 @@ def compare_runs(run_dir_a: str | Path, run_dir_b: str | Path) -> str:
     """
     folders = [Path(run_dir_a), Path(run_dir_b)]
     a, b = (_measured(folder) for folder in folders)
-    names = [printable(metrics.get("name") or folder.resolve().name) for folder, metrics in zip(folders, (a, b))]
+    names = [
+        printable(metrics.get("name") or folder.resolve().name)
+        for folder, metrics in zip(folders, (a, b))
+    ]
     differing = _differing(a, b)
-    lines = [f"A  {printable(folders[0])}  ({names[0]})", f"B  {printable(folders[1])}  ({names[1]})", "", *_protocol_lines(differing), ""]
-    return "\n".join(lines + _grid([("", "A", "B", "B - A"), *_rows(a, b, comparable=differing == {})])) + "\n"
+    lines = [
+        f"A  {printable(folders[0])}  ({names[0]})",
+        f"B  {printable(folders[1])}  ({names[1]})",
+        "",
+        *_protocol_lines(differing),
+        "",
+    ]
+    return (
+        "\n".join(
+            lines + _grid([("", "A", "B", "B - A"), *_rows(a, b, comparable=differing == {})])
+        )
+        + "\n"
+    )
 
 
 def _measured(folder: Path) -> dict[str, Any]:
@@ -51,8 +65,17 @@ def _differing(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[str, str
     ours, theirs = (dict(_entries(side.get("protocol") or {})) for side in (a, b))
     if not ours and not theirs:
         return None
-    differing = [key for key in {**ours, **theirs} if not (key in ours and key in theirs and ours[key] == theirs[key])]
-    return {key: tuple(json.dumps(side[key]) if key in side else "(not given)" for side in (ours, theirs)) for key in differing}
+    differing = [
+        key
+        for key in {**ours, **theirs}
+        if not (key in ours and key in theirs and ours[key] == theirs[key])
+    ]
+    return {
+        key: tuple(
+            json.dumps(side[key]) if key in side else "(not given)" for side in (ours, theirs)
+        )
+        for key in differing
+    }
 
 
 def _entries(protocol: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -65,11 +88,16 @@ def _entries(protocol: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 def _protocol_lines(differing: dict[str, tuple[str, str]] | None) -> list[str]:
     if differing is None:
-        return ["Protocol: unknown, neither run says how it was measured. The figures may not be comparable. No differences are given."]
+        return [
+            "Protocol: unknown, neither run says how it was measured. The figures may not be comparable. No differences are given."
+        ]
     if not differing:
         return ["Protocol: equal. The figures are comparable."]
     rows = [("", "A", "B"), *((f"  {key}", *values) for key, values in differing.items())]
-    return [f"Protocol: DIFFERS in {', '.join(differing)}. The figures are NOT comparable. No differences are given.", *_grid(rows)]
+    return [
+        f"Protocol: DIFFERS in {', '.join(differing)}. The figures are NOT comparable. No differences are given.",
+        *_grid(rows),
+    ]
 
 
 def _rows(a: dict[str, Any], b: dict[str, Any], *, comparable: bool) -> list[tuple[str, ...]]:
@@ -81,13 +109,21 @@ def _rows(a: dict[str, Any], b: dict[str, Any], *, comparable: bool) -> list[tup
         for key in keys:
             both = key in ours and key in theirs and (comparable or key in WITHOUT_PROTOCOL)
             change = difference(key, ours[key], theirs[key]) if both else ""
-            rows.append((f"  {label(key)}", value(key, ours.get(key)), value(key, theirs.get(key)), change))
+            rows.append(
+                (f"  {label(key)}", value(key, ours.get(key)), value(key, theirs.get(key)), change)
+            )
     rows += _section(a, b, "speedup", lambda key: f"{key}", lambda number: f"{number:.2f}x")
     rows += _section(a, b, "seconds", stage_label, duration)
     memory = [numbers(metrics).get("peak_memory_mib") for metrics in (a, b)]
     if any(peak is not None for peak in memory):
         change = f"{memory[1] - memory[0]:+,.0f} MiB" if None not in memory else ""
-        rows.append(("peak memory", *("—" if peak is None else f"{peak:,.0f} MiB" for peak in memory), change))
+        rows.append(
+            (
+                "peak memory",
+                *("—" if peak is None else f"{peak:,.0f} MiB" for peak in memory),
+                change,
+            )
+        )
     return rows
 
 
@@ -104,11 +140,15 @@ def _section(a: dict, b: dict, section: str, name: Any, form: Any) -> list[tuple
 
 def _grid(rows: list[tuple[str, ...]]) -> list[str]:
     """Rows of text as aligned lines: the first column left, the others right."""
-    widths = [max(len(row[column]) for row in rows if column < len(row)) for column in range(max(map(len, rows)))]
+    widths = [
+        max(len(row[column]) for row in rows if column < len(row))
+        for column in range(max(map(len, rows)))
+    ]
     lines = []
     for row in rows:
         cells = [
-            cell.ljust(widths[0]) if column == 0 else cell.rjust(widths[column] + 3) for column, cell in enumerate(row)
+            cell.ljust(widths[0]) if column == 0 else cell.rjust(widths[column] + 3)
+            for column, cell in enumerate(row)
         ]
         lines.append("".join(cells).rstrip())
     return lines

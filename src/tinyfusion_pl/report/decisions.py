@@ -23,8 +23,12 @@ class StackHistory:
     steps: np.ndarray  # (T,) int, ascending
     kept: np.ndarray  # (T, B) bool
     probabilities: np.ndarray  # (T, B), probability that the block stays
-    confidence: np.ndarray  # (T, B), probability of the most probable candidate of the block's group
-    groups: tuple[dict[str, Any], ...]  # at the last step: members (blocks), num_kept, num_blocks, confidence, entropy
+    confidence: (
+        np.ndarray
+    )  # (T, B), probability of the most probable candidate of the block's group
+    groups: tuple[
+        dict[str, Any], ...
+    ]  # at the last step: members (blocks), num_kept, num_blocks, confidence, entropy
 
     @property
     def num_blocks(self) -> int:
@@ -39,7 +43,9 @@ class StackHistory:
 
 def read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8", errors="replace")  # a torn line may end within a character
+        return path.read_text(
+            encoding="utf-8", errors="replace"
+        )  # a torn line may end within a character
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read: {error}.") from error
 
@@ -60,10 +66,14 @@ def read_decisions(path: Path) -> tuple[dict[str, StackHistory], int]:
             num_torn += 1
             continue
         try:
-            by_step[int(entry["step"])] = {printable(stack): each for stack, each in dict(entry["stacks"]).items()}
+            by_step[int(entry["step"])] = {
+                printable(stack): each for stack, each in dict(entry["stacks"]).items()
+            }
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             expected = "an object with 'step' and 'stacks'"
-            raise ArtifactError(f"{path}, line {number}: expected {expected}, got {line[:80]!r}.") from error
+            raise ArtifactError(
+                f"{path}, line {number}: expected {expected}, got {line[:80]!r}."
+            ) from error
     steps = sorted(by_step)
     stacks = {}
     for stack in by_step[steps[-1]] if steps else ():
@@ -78,7 +88,9 @@ def read_decisions(path: Path) -> tuple[dict[str, StackHistory], int]:
 
 
 def _history(steps: list[int], entries: list[dict]) -> StackHistory:
-    probabilities = np.array([entry["block_probabilities"] for entry in entries], dtype=float)  # (T, B)
+    probabilities = np.array(
+        [entry["block_probabilities"] for entry in entries], dtype=float
+    )  # (T, B)
     kept = np.zeros(probabilities.shape, dtype=bool)
     confidence = np.ones(probabilities.shape)  # a block outside all groups is not up for decision
     for row, entry in enumerate(entries):
@@ -86,15 +98,22 @@ def _history(steps: list[int], entries: list[dict]) -> StackHistory:
         for group in entry["groups"]:
             confidence[row, members(group, entry.get("units"))] = group["confidence"]
     last = entries[-1]
-    groups = tuple({**group, **_numbers_of(group), "members": members(group, last.get("units"))} for group in last["groups"])
+    groups = tuple(
+        {**group, **_numbers_of(group), "members": members(group, last.get("units"))}
+        for group in last["groups"]
+    )
     return StackHistory(np.array(steps), kept, probabilities, confidence, groups)
 
 
 def _numbers_of(group: dict[str, Any]) -> dict[str, Any]:
     """What the page writes of a group, as numbers, whatever the file gave."""
     entropy = group.get("entropy")
-    return {"num_kept": int(group["num_kept"]), "num_blocks": int(group["num_blocks"]), "confidence": float(group["confidence"]),
-            "entropy": None if entropy is None else float(entropy)}
+    return {
+        "num_kept": int(group["num_kept"]),
+        "num_blocks": int(group["num_blocks"]),
+        "confidence": float(group["confidence"]),
+        "entropy": None if entropy is None else float(entropy),
+    }
 
 
 def members(group: dict[str, Any], units: list[list[int]] | None) -> list[int]:
@@ -109,16 +128,27 @@ def wrong_in(stack: dict[str, Any]) -> str:
     """The first field of a stack that the page could not draw; empty where there is none."""
 
     def are_below(limit: int, found: Any) -> bool:
-        return isinstance(found, list) and all(type(each) is int and 0 <= each < limit for each in found)
+        return isinstance(found, list) and all(
+            type(each) is int and 0 <= each < limit for each in found
+        )
 
     if not are_below(MAX_BLOCKS, [num_blocks := stack["num_blocks"]]):
         return "num_blocks"
     if not are_below(num_blocks, stack["kept_blocks"]):
         return "kept_blocks"
     units, groups = stack.get("units") or range(num_blocks), stack.get("groups") or []
-    if not isinstance(units, (list, range)) or not all(are_below(num_blocks, unit) for unit in stack.get("units") or []):
+    if not isinstance(units, (list, range)) or not all(
+        are_below(num_blocks, unit) for unit in stack.get("units") or []
+    ):
         return "units"
     if not isinstance(groups, list):
         return "groups"
-    counts = [[group.get("start"), group.get("num_blocks")] if isinstance(group, dict) else None for group in groups]
-    return "" if all(are_below(MAX_BLOCKS, two) and 0 < two[1] <= len(units) - two[0] for two in counts) else "groups"
+    counts = [
+        [group.get("start"), group.get("num_blocks")] if isinstance(group, dict) else None
+        for group in groups
+    ]
+    return (
+        ""
+        if all(are_below(MAX_BLOCKS, two) and 0 < two[1] <= len(units) - two[0] for two in counts)
+        else "groups"
+    )

@@ -51,7 +51,10 @@ def plot_decisions(stacks: dict[str, StackHistory]) -> Figure:
         _raster(axes, history, chosen, shade)
         kept, since = int(history.kept[-1].sum()), history.settled_at
         stack = f"{path}: " if len(stacks) > 1 else ""
-        title(axes, f"{stack}{kept} of {history.num_blocks} blocks stay; unchanged since step {since:,}")
+        title(
+            axes,
+            f"{stack}{kept} of {history.num_blocks} blocks stay; unchanged since step {since:,}",
+        )
         ramp = np.empty((256, 1, 4))
         ramp[..., :3] = to_rgb(KEPT)
         ramp[..., 0, 3] = opacity(np.linspace(0, 1, 256))
@@ -75,9 +78,21 @@ def plot_block_probabilities(stacks: dict[str, StackHistory]) -> Figure:
         bars.barh(range(history.num_blocks), history.probabilities[-1], height=0.72, color=colors)
         for group in history.groups:
             blocks, share = np.array(group["members"]), group["num_kept"] / group["num_blocks"]
-            bars.vlines([share] * len(blocks), blocks - 0.5, blocks + 0.5, color=FAINT, linewidth=1, linestyle="dotted")
+            bars.vlines(
+                [share] * len(blocks),
+                blocks - 0.5,
+                blocks + 0.5,
+                color=FAINT,
+                linewidth=1,
+                linestyle="dotted",
+            )
         title(bars, "at the last step")
-        bars.set(xlim=(0, 1.005), ylim=heat.get_ylim(), xlabel="probability of staying (dotted: all equal)", yticks=[])
+        bars.set(
+            xlim=(0, 1.005),
+            ylim=heat.get_ylim(),
+            xlabel="probability of staying (dotted: all equal)",
+            yticks=[],
+        )
         _group_borders(bars, history)
         dress(bars)
     swatches = [Patch(color=KEPT, label="stays"), Patch(color=DROPPED, label="leaves")]
@@ -91,13 +106,23 @@ def plot_scores(stacks: dict[str, dict[str, Any]]) -> Figure | None:
     if not scored:
         return None
     figure = new_figure(WIDTH, 2.3 * len(scored))
-    for axes, (path, stack) in zip(figure.subplots(len(scored), 1, squeeze=False)[:, 0], scored.items(), strict=True):
+    for axes, (path, stack) in zip(
+        figure.subplots(len(scored), 1, squeeze=False)[:, 0], scored.items(), strict=True
+    ):
         units = stack.get("units") or [[block] for block in range(stack["num_blocks"])]
         blocks = [(block, score) for unit, score in zip(units, stack["scores"]) for block in unit]
         kept = set(stack["kept_blocks"])
-        axes.bar([b for b, _ in blocks], [s for _, s in blocks], width=0.72, color=[KEPT if b in kept else DROPPED for b, _ in blocks])
+        axes.bar(
+            [b for b, _ in blocks],
+            [s for _, s in blocks],
+            width=0.72,
+            color=[KEPT if b in kept else DROPPED for b, _ in blocks],
+        )
         prefix = f"{path}: " if len(scored) > 1 else ""
-        title(axes, f"{prefix}score of each block; what stays was chosen by {stack.get('criterion') or 'the criterion'}")
+        title(
+            axes,
+            f"{prefix}score of each block; what stays was chosen by {stack.get('criterion') or 'the criterion'}",
+        )
         axes.set(xlabel="block", ylabel="score", xticks=sorted(b for b, _ in blocks))
         dress(axes)
     swatches = [Patch(color=KEPT, label="stays"), Patch(color=DROPPED, label="leaves")]
@@ -105,7 +130,9 @@ def plot_scores(stacks: dict[str, dict[str, Any]]) -> Figure | None:
     return figure
 
 
-def plot_samples(samples: dict[str, np.ndarray], *, depths: dict[str, float] | None = None) -> Figure:
+def plot_samples(
+    samples: dict[str, np.ndarray], *, depths: dict[str, float] | None = None
+) -> Figure:
     """Teacher, pruned and recovered below each other, drawn from the same noise and label in each column.
 
     Args:
@@ -129,11 +156,18 @@ def plot_samples(samples: dict[str, np.ndarray], *, depths: dict[str, float] | N
             for column, index in enumerate(indices):
                 picture = samples[model][index].transpose(1, 2, 0)  # (H, W, C)
                 picture = picture.repeat(3, axis=2) if picture.shape[2] == 1 else picture
-                extent = (column + 0.02, column + 0.98, upper + aspect * 0.98, upper + aspect * 0.02)
+                extent = (
+                    column + 0.02,
+                    column + 0.98,
+                    upper + aspect * 0.98,
+                    upper + aspect * 0.02,
+                )
                 axes.imshow(picture, extent=extent, interpolation="nearest", gid=f"{model}/{index}")
             name = f"{model}\n{depths[model]:.0f} blocks" if depths and model in depths else model
             style = {"color": COLORS.get(model, INK), "fontsize": 11, "fontweight": "bold"}
-            axes.text(-0.012 * num_columns, upper + aspect / 2, name, ha="right", va="center", **style)
+            axes.text(
+                -0.012 * num_columns, upper + aspect / 2, name, ha="right", va="center", **style
+            )
     axes.set(xlim=(0, num_columns), ylim=(len(bands) * band_height, 0), aspect="equal")
     axes.axis("off")
     return figure
@@ -156,11 +190,18 @@ def _sample_bands(labels: np.ndarray) -> list[list[int]]:
 
 def plot_curves(curves: Curves) -> Figure | None:
     """A panel for each loss (logged thin, smoothed bold), validation metric and gate summary; None if there is none."""
-    names = [name for prefix in ("train/loss", "search/loss", "val/") for name in curves if name.startswith(prefix)]
+    names = [
+        name
+        for prefix in ("train/loss", "search/loss", "val/")
+        for name in curves
+        if name.startswith(prefix)
+    ]
     names += [name for name in CURVES if name.startswith("gates/") and name in curves]
     if not names:
         return None
-    wide = len(names) == 4 or max(len(CURVES.get(name, name)) for name in names) > 22  # more does not fit into a third
+    wide = (
+        len(names) == 4 or max(len(CURVES.get(name, name)) for name in names) > 22
+    )  # more does not fit into a third
     num_columns = min(2 if wide else 3, len(names))
     num_rows = -(-len(names) // num_columns)
     figure = new_figure(WIDTH, 2.7 * num_rows)
@@ -174,7 +215,14 @@ def plot_curves(curves: Curves) -> Figure | None:
             if len(finite := values[np.isfinite(values)]) and 0 < 15 * finite.min() < finite.max():
                 axes.set_yscale("log")
                 plain_ticks(axes.yaxis)
-        axes.plot(steps, smooth, color=KEPT, linewidth=1.8, label="smoothed", marker="." if len(values) < 15 else None)
+        axes.plot(
+            steps,
+            smooth,
+            color=KEPT,
+            linewidth=1.8,
+            label="smoothed",
+            marker="." if len(values) < 15 else None,
+        )
         shown, ends = CURVES.get(name, name), smooth[np.isfinite(smooth)]
         course = f"{_short(ends[0])} → {_short(ends[-1])}" if len(ends) else "never finite"
         title(axes, f"{shown}: {course}", size=10)
@@ -189,21 +237,44 @@ def plot_curves(curves: Curves) -> Figure | None:
 
 def plot_overview(metrics: dict[str, Any]) -> Figure | None:
     """Bars of speed, FID and accuracy for each measured model; None if no model has any of them."""
-    better = {"images_per_second": "higher is better", "fid": "lower is better", "accuracy": "higher is better"}
-    models = {model: numbers(metrics.get(model)) for model in models_in(metrics) if numbers(metrics.get(model))}
-    keys = [key for key in better if any(np.isfinite(section.get(key, np.nan)) for section in models.values())]
+    better = {
+        "images_per_second": "higher is better",
+        "fid": "lower is better",
+        "accuracy": "higher is better",
+    }
+    models = {
+        model: numbers(metrics.get(model))
+        for model in models_in(metrics)
+        if numbers(metrics.get(model))
+    }
+    keys = [
+        key
+        for key in better
+        if any(np.isfinite(section.get(key, np.nan)) for section in models.values())
+    ]
     if not keys:
         return None
     figure = new_figure(WIDTH, 0.9 + 0.36 * len(models))
     for number, key in enumerate(keys, start=1):
         axes = figure.add_subplot(1, len(keys), number)
-        heights = {model: section[key] for model, section in models.items() if np.isfinite(section.get(key, np.nan))}
+        heights = {
+            model: section[key]
+            for model, section in models.items()
+            if np.isfinite(section.get(key, np.nan))
+        }
         largest = max(heights.values()) or 1.0
         for row, model in enumerate(models):
             if model in heights:
                 axes.barh(row, heights[model], height=0.7, color=COLORS.get(model, INK))
                 written = value(key, heights[model])
-                axes.text(heights[model] + largest * 0.03, row, written, va="center", fontsize=10, color=INK)
+                axes.text(
+                    heights[model] + largest * 0.03,
+                    row,
+                    written,
+                    va="center",
+                    fontsize=10,
+                    color=INK,
+                )
         title(axes, f"{label(key)} ({better[key]})")
         axes.set(ylim=(len(models) - 0.5, -0.5), xlim=(0, largest * 1.3), xticks=[])
         axes.set_yticks(range(len(models)), models if number == 1 else [""] * len(models))
@@ -216,7 +287,9 @@ def plot_overview(metrics: dict[str, Any]) -> Figure | None:
 
 def save_figure(figure: Figure, path: Path) -> bytes:
     """Write `figure` as PNG; returns what was written."""
-    with atomic_path(path) as temporary:  # without the software's version in it: equal data, equal bytes
+    with atomic_path(
+        path
+    ) as temporary:  # without the software's version in it: equal data, equal bytes
         figure.savefig(temporary, format="png", dpi=DPI, metadata={"Software": None})
     return path.read_bytes()
 
@@ -228,7 +301,9 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _stack_figure(stacks: dict[str, StackHistory], *, width_ratios: tuple[int, ...]) -> tuple[Figure, np.ndarray]:
+def _stack_figure(
+    stacks: dict[str, StackHistory], *, width_ratios: tuple[int, ...]
+) -> tuple[Figure, np.ndarray]:
     """A row of panels for each stack, as high as its blocks need."""
     heights = [max(1.3, 0.2 * history.num_blocks) for history in stacks.values()]
     figure = new_figure(WIDTH, sum(heights) + 0.95 * len(heights))
@@ -253,15 +328,21 @@ def _raster(axes: Axes, history: StackHistory, chosen: np.ndarray, colors: np.nd
 
 
 def _group_borders(axes: Axes, history: StackHistory) -> None:
-    group_of = {block: number for number, group in enumerate(history.groups) for block in group["members"]}
-    for block in range(1, history.num_blocks):  # a group of mirrored units lies on both sides of the inner ones
+    group_of = {
+        block: number for number, group in enumerate(history.groups) for block in group["members"]
+    }
+    for block in range(
+        1, history.num_blocks
+    ):  # a group of mirrored units lies on both sides of the inner ones
         if group_of.get(block - 1) != group_of.get(block):
             axes.axhline(block - 0.5, color=FAINT, linewidth=0.8, gid="group border")
 
 
 def _thin(num_steps: int) -> np.ndarray:
     """Evenly spread rows, first and last among them."""
-    return np.unique(np.linspace(0, num_steps - 1, min(num_steps, MAX_STEPS_DRAWN)).round().astype(int))
+    return np.unique(
+        np.linspace(0, num_steps - 1, min(num_steps, MAX_STEPS_DRAWN)).round().astype(int)
+    )
 
 
 def _smooth(values: np.ndarray, *, width: int) -> np.ndarray:

@@ -37,13 +37,16 @@ def image(pictures: dict[str, bytes], name: str, *, alt: str, caption: str) -> H
     )  # fmt: skip
 
 
-def table(header: Sequence[object], rows: Sequence[Sequence[object]], *, numeric: range = range(0)) -> Html:
+def table(
+    header: Sequence[object], rows: Sequence[Sequence[object]], *, numeric: range = range(0)
+) -> Html:
     """The first cell of each row is the row's heading; the columns `numeric` are flush right."""
 
     def line(tags: list[str], cells: Sequence[object]) -> Html:
         kinds = [' class="number"' if column in numeric else "" for column in range(len(cells))]
         return Html("").join(
-            html(f"<{tag}{kind}>{{}}</{tag}>", cell) for tag, kind, cell in zip(tags, kinds, cells, strict=True)
+            html(f"<{tag}{kind}>{{}}</{tag}>", cell)
+            for tag, kind, cell in zip(tags, kinds, cells, strict=True)
         )
 
     head = line(["th"] * len(header), header)

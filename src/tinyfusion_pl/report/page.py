@@ -18,7 +18,11 @@ from .style import CSS
 from .words import feature_note, headline
 
 SECTIONS = {
-    "samples": ("Samples", "Pictures that the models draw when asked for each label.", sections.samples),
+    "samples": (
+        "Samples",
+        "Pictures that the models draw when asked for each label.",
+        sections.samples,
+    ),
     "results": (
         "Results",
         "What was gained and lost: the teacher, the shallow model just after pruning (pruned), and after recovery.",
@@ -91,7 +95,12 @@ def _figures(run: Run) -> Iterator[tuple[str, Figure]]:
     metrics = run.metrics or {}
     if run.samples:
         depths = {model: numbers(metrics.get(model)).get("depth") for model in models_in(metrics)}
-        yield "samples", figures.plot_samples(run.samples, depths={m: depth for m, depth in depths.items() if depth})
+        yield (
+            "samples",
+            figures.plot_samples(
+                run.samples, depths={m: depth for m, depth in depths.items() if depth}
+            ),
+        )
     if overview := figures.plot_overview(metrics):
         yield "overview", overview
     if run.stacks:
@@ -109,8 +118,15 @@ def render(run: Run, pictures: dict[str, bytes]) -> str:
     metrics = run.metrics or {}
     title = headline(metrics)
     measured = any("fid" in numbers(metrics.get(model)) for model in models_in(metrics))
-    note = html('<p class="note">{}</p>', feature_note(metrics.get("protocol", {}))) if measured else ""
-    links = Html("").join(html('<a href="#{}">{}</a>', anchor, heading) for anchor, (heading, _, _) in SECTIONS.items())
+    note = (
+        html('<p class="note">{}</p>', feature_note(metrics.get("protocol", {})))
+        if measured
+        else ""
+    )
+    links = Html("").join(
+        html('<a href="#{}">{}</a>', anchor, heading)
+        for anchor, (heading, _, _) in SECTIONS.items()
+    )
     body = lines(
         html(
             '<section id="{0}">\n<h2><a href="#{0}">{1}</a></h2>\n<p class="soft">{2}</p>\n{3}\n</section>',
@@ -119,7 +135,14 @@ def render(run: Run, pictures: dict[str, bytes]) -> str:
         for anchor, (heading, purpose, fill) in SECTIONS.items()
     )  # fmt: skip
     return html(
-        PAGE, name=run.name, title=title, css=Html(CSS), heading=_unbroken(title), note=note, links=links, body=body
+        PAGE,
+        name=run.name,
+        title=title,
+        css=Html(CSS),
+        heading=_unbroken(title),
+        note=note,
+        links=links,
+        body=body,
     )
 
 
@@ -151,5 +174,8 @@ and taken out, and the rest is trained to make up for it
 def _unbroken(title: str) -> Html:
     """With line breaks only between its facts."""
     subject, colon, facts = title.partition(": ")
-    spans = [html('<span class="fact">{}</span>', fact) for fact in facts.replace(", ", ",\n").splitlines()]
+    spans = [
+        html('<span class="fact">{}</span>', fact)
+        for fact in facts.replace(", ", ",\n").splitlines()
+    ]
     return html("{}{}", subject + colon, Html(" ").join(spans))

@@ -61,10 +61,14 @@ def read_run(folder: str | Path) -> Run:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ArtifactError(f"{folder} is not a folder. Give the folder of a run, such as runs/<experiment>/<hash>.")
+        raise ArtifactError(
+            f"{folder} is not a folder. Give the folder of a run, such as runs/<experiment>/<hash>."
+        )
     parts = (METRICS, CONFIG, SAMPLES, DECISIONS, RECORD, LOGS)
     if not any((folder / part).exists() for part in parts):
-        raise ArtifactError(f"{folder} is not a run folder: it holds none of {', '.join(parts)}. Give a run's.")
+        raise ArtifactError(
+            f"{folder} is not a run folder: it holds none of {', '.join(parts)}. Give a run's."
+        )
 
     def optional(part: str, read: Any) -> Any:
         return read(folder / part) if (folder / part).exists() else None
@@ -86,7 +90,9 @@ def read_run(folder: str | Path) -> Run:
 def _read_object(path: Path) -> dict[str, Any]:
     content = read_json(path)
     if not isinstance(content, dict):
-        raise ArtifactError(f"{path} holds a {type(content).__name__}, expected an object. Delete it and run again.")
+        raise ArtifactError(
+            f"{path} holds a {type(content).__name__}, expected an object. Delete it and run again."
+        )
     return printable_content(content)
 
 
@@ -107,9 +113,12 @@ def read_record(path: Path) -> dict[str, Any]:
     record = _read_object(path)
     stacks = record.get("stacks", {})
     if not isinstance(stacks, dict) or not all(
-        isinstance(stack, dict) and {"num_blocks", "kept_blocks"} <= stack.keys() for stack in stacks.values()
+        isinstance(stack, dict) and {"num_blocks", "kept_blocks"} <= stack.keys()
+        for stack in stacks.values()
     ):
-        raise ArtifactError(f"{path}: 'stacks' is {str(stacks)[:80]}, expected num_blocks and kept_blocks by stack.")
+        raise ArtifactError(
+            f"{path}: 'stacks' is {str(stacks)[:80]}, expected num_blocks and kept_blocks by stack."
+        )
     for name, stack in stacks.items():
         if wrong := wrong_in(stack):
             raise ArtifactError(
@@ -121,12 +130,19 @@ def read_record(path: Path) -> dict[str, Any]:
 
 def numbers(section: dict[str, Any] | None) -> dict[str, float]:
     """The numeric entries of a section, in its order: the ones that can stand in a table."""
-    return {k: v for k, v in (section or {}).items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+    return {
+        k: v
+        for k, v in (section or {}).items()
+        if isinstance(v, (int, float)) and not isinstance(v, bool)
+    }
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:
     """Sort key by which version_2 comes before version_10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", path.as_posix())]
+    return [
+        (int(part), "") if part.isdigit() else (-1, part)
+        for part in re.split(r"(\d+)", path.as_posix())
+    ]
 
 
 def read_curves(folder: Path) -> dict[str, Curves]:
@@ -136,8 +152,13 @@ def read_curves(folder: Path) -> dict[str, Curves]:
         columns = cells.setdefault(printable(path.relative_to(folder).parts[0]), {})
         for name, column in _read_csv(path).items():
             columns.setdefault(name, {}).update(column)
-    order = sorted(cells, key=lambda stage: (STAGES.index(stage) if stage in STAGES else len(STAGES), stage))
-    return {stage: {name: _sorted(column) for name, column in cells[stage].items() if column} for stage in order}
+    order = sorted(
+        cells, key=lambda stage: (STAGES.index(stage) if stage in STAGES else len(STAGES), stage)
+    )
+    return {
+        stage: {name: _sorted(column) for name, column in cells[stage].items() if column}
+        for stage in order
+    }
 
 
 def _sorted(column: dict[int, float]) -> tuple[np.ndarray, np.ndarray]:
@@ -153,7 +174,9 @@ def _read_csv(path: Path) -> dict[str, dict[int, float]]:
     rows = csv.DictReader(lines)
     names = list(rows.fieldnames or ())
     if lines and "step" not in names:
-        raise ArtifactError(f"{path} has the columns {names}, expected a 'step' column as CSVLogger writes it.")
+        raise ArtifactError(
+            f"{path} has the columns {names}, expected a 'step' column as CSVLogger writes it."
+        )
     columns: dict[str, dict[int, float]] = {name: {} for name in names if name and name != "step"}
     for row in rows:
         step = _number(row["step"])
@@ -175,8 +198,12 @@ def _number(cell: str | None) -> float | None:
 def models_in(section: dict[str, Any] | None) -> list[str]:
     """The models in `metrics.json` or among the samples: a run's own in their order, then others that were evaluated."""
     section = section or {}
-    others = [name for name, content in section.items() if name not in (*MODELS, *OTHER_SECTIONS, "labels")
-              and isinstance(content, (dict, np.ndarray))]
+    others = [
+        name
+        for name, content in section.items()
+        if name not in (*MODELS, *OTHER_SECTIONS, "labels")
+        and isinstance(content, (dict, np.ndarray))
+    ]
     return [model for model in MODELS if model in section] + others
 
 
@@ -191,10 +218,19 @@ def read_samples(path: Path) -> dict[str, np.ndarray]:
     labels = samples.get("labels")
     if labels is None or labels.ndim != 1 or len(samples) < 2 or not len(labels):
         wanted = f"'labels' (N,) and pictures of at least one of {', '.join(MODELS)}"
-        raise ArtifactError(f"{path} holds { {k: v.shape for k, v in tensors.items()} }, expected {wanted}.")
+        raise ArtifactError(
+            f"{path} holds { {k: v.shape for k, v in tensors.items()} }, expected {wanted}."
+        )
     for name in samples.keys() - {"labels"}:
         found = samples[name]
-        if found.ndim != 4 or len(found) != len(labels) or found.shape[1] not in (1, 3) or found.dtype != np.uint8:
+        if (
+            found.ndim != 4
+            or len(found) != len(labels)
+            or found.shape[1] not in (1, 3)
+            or found.dtype != np.uint8
+        ):
             wanted = f"uint8 ({len(labels)}, 1 or 3, H, W), one picture for each label"
-            raise ArtifactError(f"{path}: {name!r} is {found.dtype} {found.shape}, expected {wanted}.")
+            raise ArtifactError(
+                f"{path}: {name!r} is {found.dtype} {found.shape}, expected {wanted}."
+            )
     return samples

@@ -31,7 +31,11 @@ def samples(run: Run, pictures: Pictures) -> Html:
 
 def results(run: Run, pictures: Pictures) -> Html:
     metrics = run.metrics or {}
-    models = {model: numbers(metrics.get(model)) for model in models_in(metrics) if numbers(metrics.get(model))}
+    models = {
+        model: numbers(metrics.get(model))
+        for model in models_in(metrics)
+        if numbers(metrics.get(model))
+    }
     if not models:
         return missing(METRICS)
     rows = []
@@ -75,7 +79,14 @@ def cost(run: Run, pictures: Pictures) -> Html:
     if shared := metrics.get("shared"):
         made = "; ".join(f"{stage_label(str(name))}: {run}" for name, run in shared.items())
         memory = html("<p>Taken from other runs, whose time counts here: {}.</p>", made) + memory
-    return table(["stage", "time", html('<span class="about bar">share</span>'), ""], rows, numeric=range(1, 2)) + memory
+    return (
+        table(
+            ["stage", "time", html('<span class="about bar">share</span>'), ""],
+            rows,
+            numeric=range(1, 2),
+        )
+        + memory
+    )
 
 
 def blocks(run: Run, pictures: Pictures) -> Html:
@@ -106,7 +117,11 @@ def blocks(run: Run, pictures: Pictures) -> Html:
     parts.append(fold("The decision, group by group", _groups(run)))
     if run.num_torn_lines:
         count = f"{run.num_torn_lines} torn line{'s' if run.num_torn_lines > 1 else ''}"
-        parts.append(html('<p class="soft">{} in {}, left by a killed process, skipped.</p>', count, DECISIONS))
+        parts.append(
+            html(
+                '<p class="soft">{} in {}, left by a killed process, skipped.</p>', count, DECISIONS
+            )
+        )
     return lines(parts)
 
 
@@ -114,31 +129,62 @@ def _selection(run: Run, pictures: Pictures) -> list[Html]:
     """What a criterion chose, what that cost, and what the simple rule would have kept."""
     found = run.selection
     cost, chose = found.get("num_block_runs"), str(found.get("criterion"))
-    parts = [html("<p>Chosen by <strong>{}</strong>{}.</p>", chose,
-                  f", for {cost:,} runs of a block on a sample (a backward pass counts as two)" if isinstance(cost, int) else "")]
+    parts = [
+        html(
+            "<p>Chosen by <strong>{}</strong>{}.</p>",
+            chose,
+            f", for {cost:,} runs of a block on a sample (a backward pass counts as two)"
+            if isinstance(cost, int)
+            else "",
+        )
+    ]
     if isinstance(width := found.get("width"), dict):
         parts.append(_width(width))
     if isinstance(simple := found.get("shortgpt"), dict):
         same = simple == found.get("kept_blocks")
-        kept = "; ".join(f"{path}: {', '.join(map(str, blocks))}" for path, blocks in simple.items())
+        kept = "; ".join(
+            f"{path}: {', '.join(map(str, blocks))}" for path, blocks in simple.items()
+        )
         text = "would have kept the same blocks" if same else f"would have kept {kept}"
         parts.append(html("<p>The simple rule, ShortGPT's block influence, {}.</p>", text))
     chosen = found.get("kept_blocks") if isinstance(found.get("kept_blocks"), dict) else {}
     for path, history in run.stacks.items():
         alone = [int(block) for block in history.kept[-1].nonzero()[0]]
         if path in chosen and alone != chosen[path]:
-            parts.append(html("<p>The search alone, which the figure below shows, would have kept {} of {}; the candidates' trials chose "
-                              "otherwise.</p>", _joined(alone), code(path)))
+            parts.append(
+                html(
+                    "<p>The search alone, which the figure below shows, would have kept {} of {}; the candidates' trials chose "
+                    "otherwise.</p>",
+                    _joined(alone),
+                    code(path),
+                )
+            )
     if "scores" in pictures:
-        parts.append(image(pictures, "scores", alt="Each block's value by the criterion, kept ones dark",
-                           caption="The higher, the more the criterion wants to keep the block."))
+        parts.append(
+            image(
+                pictures,
+                "scores",
+                alt="Each block's value by the criterion, kept ones dark",
+                caption="The higher, the more the criterion wants to keep the block.",
+            )
+        )
     for path, stack in (run.record or {}).get("stacks", {}).items():
         if scores := stack.get("scores"):
             parts.append(fold(f"Scores in {path}", _score_table(stack, scores)))
     if rounds := found.get("rounds"):
-        rows = [[number + 1, ", ".join(map(str, each["kept_units"])), f"{each['distance']:.3g}"]
-                for number, of_round in enumerate(rounds) for each in sorted(of_round, key=lambda each: each["distance"])]
-        parts.append(fold("Trials, round by round", table(["round", "units kept", "distance to the teacher"], rows, numeric=range(2, 3))))
+        rows = [
+            [number + 1, ", ".join(map(str, each["kept_units"])), f"{each['distance']:.3g}"]
+            for number, of_round in enumerate(rounds)
+            for each in sorted(of_round, key=lambda each: each["distance"])
+        ]
+        parts.append(
+            fold(
+                "Trials, round by round",
+                table(
+                    ["round", "units kept", "distance to the teacher"], rows, numeric=range(2, 3)
+                ),
+            )
+        )
     return parts
 
 
@@ -146,31 +192,46 @@ def _score_table(stack: dict[str, Any], scores: list[float]) -> Html:
     """The units of a stack, the highest score first."""
     units, kept = stack.get("units") or [[i] for i in range(len(scores))], set(stack["kept_blocks"])
     order = sorted(range(len(scores)), key=lambda i: -scores[i])
-    rows = [[_joined(units[i]), f"{scores[i]:.4g}", "stays" if set(units[i]) <= kept else "left"] for i in order]
+    rows = [
+        [_joined(units[i]), f"{scores[i]:.4g}", "stays" if set(units[i]) <= kept else "left"]
+        for i in order
+    ]
     return table(["blocks", "score", ""], rows, numeric=range(1, 2))
 
 
 def _stored_stacks(run: Run) -> dict[str, dict[str, Any]]:
     """Of each stack, kept blocks and groups: from the record, else (no shallow model yet) from the last decision."""
     if run.record and (stacks := run.record.get("stacks")):
-        together = {path: [{"start": 0, "num_blocks": len(stack.get("units") or range(stack["num_blocks"]))}]
-                    for path, stack in stacks.items()}
+        together = {
+            path: [
+                {"start": 0, "num_blocks": len(stack.get("units") or range(stack["num_blocks"]))}
+            ]
+            for path, stack in stacks.items()
+        }
         return {
             path: {
                 **stack,
-                "groups": [members(group, stack.get("units")) for group in stack.get("groups") or together[path]],
+                "groups": [
+                    members(group, stack.get("units"))
+                    for group in stack.get("groups") or together[path]
+                ],
             }
             for path, stack in stacks.items()
         }
     return {
-        path: {"kept_blocks": history.kept[-1].nonzero()[0], "groups": [group["members"] for group in history.groups]}
+        path: {
+            "kept_blocks": history.kept[-1].nonzero()[0],
+            "groups": [group["members"] for group in history.groups],
+        }
         for path, history in run.stacks.items()
     }
 
 
 def _width(width: dict[str, Any]) -> Html:
     """How much narrower the model became, and from which times the importance of its channels was taken."""
-    shown = {key: value("width", numbers(width).get(key)) for key in ("dense_hidden_size", "hidden_size")}
+    shown = {
+        key: value("width", numbers(width).get(key)) for key in ("dense_hidden_size", "hidden_size")
+    }
     intervals = [each for each in width.get("intervals") or [] if isinstance(each, dict)]
     used = sum(each.get("used") is True for each in intervals)
     return html(
@@ -188,10 +249,14 @@ def _strip(path: str, stack: dict[str, Any]) -> Html:
         return html('<span class="{0}" title="block {1} {2}">{1}</span>', kind, number, word)
 
     joined = Html("").join
-    groups = joined(html('<li class="group">{}</li>', joined(map(block, group))) for group in stack["groups"])
+    groups = joined(
+        html('<li class="group">{}</li>', joined(map(block, group))) for group in stack["groups"]
+    )
     several = max(map(len, stack.get("units") or [[0]])) > 1
     counted = " units of blocks that only go together" if several else ""
-    pattern = f", pattern {stack['pattern']} (N:M keeps N of M{counted})" if stack.get("pattern") else ""
+    pattern = (
+        f", pattern {stack['pattern']} (N:M keeps N of M{counted})" if stack.get("pattern") else ""
+    )
     num_blocks = sum(map(len, stack["groups"]))
     return html(
         "<p>Stack {}: <strong>{} of {}</strong> blocks stay{}. Filled: stays. Struck out: left for good.</p>\n"
@@ -208,7 +273,10 @@ def _groups(run: Run) -> Html:
             keeps = f"{group['num_kept']} of {group['num_blocks']}"
             if len(group["members"]) > group["num_blocks"]:
                 keeps += " units"
-            sure, open_ = f"{100 * group['confidence']:.1f}%", value("entropy", group.get("entropy"))
+            sure, open_ = (
+                f"{100 * group['confidence']:.1f}%",
+                value("entropy", group.get("entropy")),
+            )
             rows.append([f"{path}: {_joined(group['members'])}", keeps, _joined(stay), sure, open_])
     hint = "Confidence: probability of the choice that was made. Entropy: how open the choice still was; 0 is decided."
     header = ["blocks of the group", "keeps", "stay", "confidence", "entropy (nats)"]
@@ -224,9 +292,15 @@ def curves(run: Run, pictures: Pictures) -> Html:
     for stage in run.curves:
         if (name := f"curves_{stage}") in pictures:
             parts.append(html("<h3>{}</h3>", stage_label(stage).capitalize()))
-            parts.append(html('<p class="soft">{}.</p>', STAGES[stage][1].capitalize()) if stage in STAGES else "")
+            parts.append(
+                html('<p class="soft">{}.</p>', STAGES[stage][1].capitalize())
+                if stage in STAGES
+                else ""
+            )
             alt = f"Curves logged during {stage_label(stage)}, over its training steps"
-            parts.append(image(pictures, name, alt=alt, caption="Losses thin as logged, bold smoothed."))
+            parts.append(
+                image(pictures, name, alt=alt, caption="Losses thin as logged, bold smoothed.")
+            )
     return lines(parts) or missing(f"{LOGS}/<stage>/**/metrics.csv")
 
 
@@ -234,7 +308,10 @@ def protocol(run: Run, pictures: Pictures) -> Html:
     settings = (run.metrics or {}).get("protocol")
     if not settings:
         return missing(f"protocol in {METRICS}")
-    shown = {key: setting if isinstance(setting, str) else json.dumps(setting) for key, setting in settings.items()}
+    shown = {
+        key: setting if isinstance(setting, str) else json.dumps(setting)
+        for key, setting in settings.items()
+    }
     return table(["setting", "value"], [[key, code(setting)] for key, setting in shown.items()])
 
 
@@ -244,7 +321,11 @@ def record(run: Run, pictures: Pictures) -> Html:
     source = run.record.get("source")
     source = source if isinstance(source, dict) else {"source": source} if source else {}
     rows = [[key, code(content)] for key, content in source.items()]
-    origin = html("<h3>Where the weights come from</h3>{}", table(["what", "value"], rows)) if rows else Html("")
+    origin = (
+        html("<h3>Where the weights come from</h3>{}", table(["what", "value"], rows))
+        if rows
+        else Html("")
+    )
     return origin + fold(RECORD, listing(_readable_json(_shortened(run.record))))
 
 
@@ -253,14 +334,20 @@ def _shortened(content: Any, *, longest: int = 64) -> Any:
     if isinstance(content, dict):
         return {key: _shortened(inner) for key, inner in content.items()}
     if isinstance(content, list):
-        return [_shortened(inner) for inner in content] if len(content) <= longest else f"({len(content)} entries)"
+        return (
+            [_shortened(inner) for inner in content]
+            if len(content) <= longest
+            else f"({len(content)} entries)"
+        )
     return content
 
 
 def _readable_json(content: Any) -> str:
     """Indented JSON with innermost lists on one line."""
     innermost = re.compile(r"\[\s+([^\[\]{}]*?)\s+\]")
-    return innermost.sub(lambda found: "[" + re.sub(r",\s+", ", ", found[1]) + "]", json.dumps(content, indent=2))
+    return innermost.sub(
+        lambda found: "[" + re.sub(r",\s+", ", ", found[1]) + "]", json.dumps(content, indent=2)
+    )
 
 
 def config(run: Run, pictures: Pictures) -> Html:

@@ -52,7 +52,10 @@ def _speedups(rows: Sequence[Row]) -> list[tuple[str, float, float]]:
     """Name, compression in depth and measured speed-up of each row that was timed."""
     points = []
     for row in rows:
-        compression, speed = (row.mean(lambda arm, key=key: numbers(arm.metrics.get("speedup")).get(key)) for key in ("ideal", "measured"))
+        compression, speed = (
+            row.mean(lambda arm, key=key: numbers(arm.metrics.get("speedup")).get(key))
+            for key in ("ideal", "measured")
+        )
         if math.isfinite(compression) and math.isfinite(speed):
             points.append((" ".join(row.settings.values()), compression, speed))
     return points
@@ -61,9 +64,15 @@ def _speedups(rows: Sequence[Row]) -> list[tuple[str, float, float]]:
 def _about(arms: Sequence[Arm], shared: dict[str, str]) -> dict[str, str]:
     """What all rows share: settings, seeds, and the protocol, where it is one."""
     seeds = sorted({arm.seed for arm in arms if arm.seed is not None})
-    about = {"settings": ", ".join(f"{name}={each}" for name, each in shared.items()) or "none",
-             "seeds": ", ".join(seeds) or "one, the default"}
-    protocols = [{k: v for k, v in (arm.metrics.get("protocol") or {}).items() if k != "seed"} for arm in arms if arm.metrics]
+    about = {
+        "settings": ", ".join(f"{name}={each}" for name, each in shared.items()) or "none",
+        "seeds": ", ".join(seeds) or "one, the default",
+    }
+    protocols = [
+        {k: v for k, v in (arm.metrics.get("protocol") or {}).items() if k != "seed"}
+        for arm in arms
+        if arm.metrics
+    ]
     if protocols:
         common = {k: v for k, v in protocols[0].items() if all(p.get(k) == v for p in protocols)}
         about["protocol"] = json.dumps(common)
@@ -72,7 +81,9 @@ def _about(arms: Sequence[Arm], shared: dict[str, str]) -> dict[str, str]:
     return about
 
 
-def _lines(rows: Sequence[Row], columns: Sequence[tuple[str, str, Take]]) -> tuple[list[str], list[list[str]]]:
+def _lines(
+    rows: Sequence[Row], columns: Sequence[tuple[str, str, Take]]
+) -> tuple[list[str], list[list[str]]]:
     names = list(rows[0].settings)
     header = [*names, "seeds", "kept blocks", *(heading for heading, _, _ in columns)]
     lines = []
@@ -87,9 +98,13 @@ def _lines(rows: Sequence[Row], columns: Sequence[tuple[str, str, Take]]) -> tup
     return header, lines
 
 
-def _markdown(name: str, rows: Sequence[Row], columns: Sequence[tuple[str, str, Take]], about: dict[str, str]) -> str:
+def _markdown(
+    name: str, rows: Sequence[Row], columns: Sequence[tuple[str, str, Take]], about: dict[str, str]
+) -> str:
     header, lines = _lines(rows, columns)
-    escaped = [[each.replace("|", "\\|").replace("\n", " ") for each in line] for line in [header, *lines]]
+    escaped = [
+        [each.replace("|", "\\|").replace("\n", " ") for each in line] for line in [header, *lines]
+    ]
     table_ = [f"| {' | '.join(line)} |" for line in escaped]
     rule = "|" + "|".join(["---"] * len(header)) + "|"
     notes = [f"- {key}: {text}" for key, text in about.items()]
@@ -100,19 +115,32 @@ def _csv(arms: Sequence[Arm], columns: Sequence[tuple[str, str, Take]]) -> str:
     names = list(dict.fromkeys(name for arm in arms for name in arm.settings))
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow([*names, "seed", "kept_blocks", "error", *(heading for heading, _, _ in columns)])
+    writer.writerow(
+        [*names, "seed", "kept_blocks", "error", *(heading for heading, _, _ in columns)]
+    )
     for arm in arms:
         measured = [take(arm) for _, _, take in columns]
-        writer.writerow([*(arm.settings.get(name, "") for name in names), arm.seed or "", json.dumps(arm.kept) if arm.kept else "",
-                         arm.error or "", *("" if each is None else repr(each) for each in measured)])
+        writer.writerow(
+            [
+                *(arm.settings.get(name, "") for name in names),
+                arm.seed or "",
+                json.dumps(arm.kept) if arm.kept else "",
+                arm.error or "",
+                *("" if each is None else repr(each) for each in measured),
+            ]
+        )
     return out.getvalue()
 
 
-def _page(name: str, rows: Sequence[Row], columns: Sequence[tuple[str, str, Take]], about: dict[str, Any]) -> str:
+def _page(
+    name: str, rows: Sequence[Row], columns: Sequence[tuple[str, str, Take]], about: dict[str, Any]
+) -> str:
     header, lines = _lines(rows, columns)
     first = len(rows[0].settings) + 2
-    notes = Html("").join(html("<p><strong>{}</strong>: {}</p>", key, code(text) if key == "protocol" else text)
-                          for key, text in about.items())
+    notes = Html("").join(
+        html("<p><strong>{}</strong>: {}</p>", key, code(text) if key == "protocol" else text)
+        for key, text in about.items()
+    )
     body = table(header, lines, numeric=range(first, len(header)))
     note = "Mean and standard deviation over seeds; rows of one teacher and depth stand together, the best first."
     return html(_PAGE, name=name, css=Html(CSS), notes=notes, table=body, note=note)

@@ -11,20 +11,35 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from .figures import COLORS, FAINT, INK, KEPT, WIDTH, dress, new_figure, plain_ticks, save_figure, title
+from .figures import (
+    COLORS,
+    FAINT,
+    INK,
+    KEPT,
+    WIDTH,
+    dress,
+    new_figure,
+    plain_ticks,
+    save_figure,
+    title,
+)
 
 NUM_BINS = 60
 LINES = ("dotted", "dashed", "dashdot")
 
 
-def write_candidate_losses(path: Path, losses: np.ndarray, marks: Mapping[str, float], *, measure: str) -> Path:
+def write_candidate_losses(
+    path: Path, losses: np.ndarray, marks: Mapping[str, float], *, measure: str
+) -> Path:
     """Draw `plot_candidate_losses` into a PNG file; returns its path."""
     with matplotlib.rc_context({"text.parse_math": False}):
         save_figure(plot_candidate_losses(losses, marks, measure=measure), path)
     return path
 
 
-def plot_candidate_losses(losses: np.ndarray, marks: Mapping[str, float], *, measure: str = "loss") -> Figure:
+def plot_candidate_losses(
+    losses: np.ndarray, marks: Mapping[str, float], *, measure: str = "loss"
+) -> Figure:
     """The histogram of the losses of all candidates (S,), with a line for the choice of each criterion (name -> its loss)."""
     order = sorted(marks, key=lambda name: marks[name])
     figure = new_figure(WIDTH, 3.2 + 0.24 * len(order))
@@ -42,9 +57,21 @@ def plot_candidate_losses(losses: np.ndarray, marks: Mapping[str, float], *, mea
         height = top * (1.08 + 0.11 * (len(order) - row))
         below = np.mean(finite < marks[name])
         axes.vlines(marks[name], 0, height, color=KEPT, linewidth=1.1)
-        axes.text(marks[name], height, f" {name} ({100 * below:.2g}% lose less)", va="center", fontsize=9, color=INK)
-    axes.set(ylim=(0, top * (1.2 + 0.11 * (len(order) + 1))), ylabel="structures",
-             xlabel="calibration loss before recovery" if measure == "loss" else "distance to the teacher before recovery")
+        axes.text(
+            marks[name],
+            height,
+            f" {name} ({100 * below:.2g}% lose less)",
+            va="center",
+            fontsize=9,
+            color=INK,
+        )
+    axes.set(
+        ylim=(0, top * (1.2 + 0.11 * (len(order) + 1))),
+        ylabel="structures",
+        xlabel="calibration loss before recovery"
+        if measure == "loss"
+        else "distance to the teacher before recovery",
+    )
     title(axes, f"{len(losses):,} structures; lines mark the choices of criteria")
     dress(axes)
     return figure
@@ -62,11 +89,22 @@ def plot_speedup(points: Sequence[tuple[str, float, float]]) -> Figure:
     figure = new_figure(6.0, 4.6)
     axes = figure.add_subplot()
     most = max(max(compression, speed) for _, compression, speed in points) * 1.08
-    axes.plot([1, most], [1, most], color=FAINT, linestyle="dashed", linewidth=1.2, label="ideal: as much faster as there are fewer blocks")
+    axes.plot(
+        [1, most],
+        [1, most],
+        color=FAINT,
+        linestyle="dashed",
+        linewidth=1.2,
+        label="ideal: as much faster as there are fewer blocks",
+    )
     for name, compression, speed in points:
         axes.plot(compression, speed, "o", color=KEPT)
-        axes.annotate(f" {name}: {speed:.2f}x", (compression, speed), fontsize=9, color=INK, va="top")
-    axes.set(xlabel="blocks of the teacher / blocks of the model", ylabel="measured speed-up of sampling")
+        axes.annotate(
+            f" {name}: {speed:.2f}x", (compression, speed), fontsize=9, color=INK, va="top"
+        )
+    axes.set(
+        xlabel="blocks of the teacher / blocks of the model", ylabel="measured speed-up of sampling"
+    )
     axes.set(xlim=(0.95, most), ylim=(0.95, most))
     axes.legend(frameon=False, fontsize=9, loc="upper left")
     title(axes, "Speed-up against compression")
@@ -83,10 +121,15 @@ def write_depth_curve(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
 
 def plot_depth_curve(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Distance to the teacher, and FID where it was measured, over the depth of the models in `rows`."""
-    panels = [(key, name) for key, name in (("teacher_distance", "distance to the teacher"), ("fid", "FID"))
-              if any(key in row for row in rows)]
+    panels = [
+        (key, name)
+        for key, name in (("teacher_distance", "distance to the teacher"), ("fid", "FID"))
+        if any(key in row for row in rows)
+    ]
     figure = new_figure(WIDTH, 3.2)
-    for axes, (key, name) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+    for axes, (key, name) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
+    ):
         points = sorted((row["depth"], row[key]) for row in rows if key in row)
         axes.plot(*zip(*points), "o-", color=KEPT)
         axes.set(xlabel="blocks", ylabel=name, ylim=(0, 1.08 * max(value for _, value in points)))
@@ -96,16 +139,25 @@ def plot_depth_curve(rows: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def write_activations(path: Path, histograms: Mapping[str, Mapping[str, Any]], statistics: Mapping[str, Mapping[str, Any]], *,
-                      num_sigma: Sequence[float]) -> Path:
+def write_activations(
+    path: Path,
+    histograms: Mapping[str, Mapping[str, Any]],
+    statistics: Mapping[str, Mapping[str, Any]],
+    *,
+    num_sigma: Sequence[float],
+) -> Path:
     """Draw `plot_activations` into a PNG file; returns its path."""
     with matplotlib.rc_context({"text.parse_math": False}):
         save_figure(plot_activations(histograms, statistics, num_sigma=num_sigma), path)
     return path
 
 
-def plot_activations(histograms: Mapping[str, Mapping[str, Any]], statistics: Mapping[str, Mapping[str, Any]], *,
-                     num_sigma: Sequence[float]) -> Figure:
+def plot_activations(
+    histograms: Mapping[str, Mapping[str, Any]],
+    statistics: Mapping[str, Mapping[str, Any]],
+    *,
+    num_sigma: Sequence[float],
+) -> Figure:
     """A row for each layer pair: the values of the teacher's and of the student's hidden states, counts on a log scale.
 
     Args:
@@ -117,15 +169,30 @@ def plot_activations(histograms: Mapping[str, Mapping[str, Any]], statistics: Ma
     rows = figure.subplots(len(histograms), 2, squeeze=False)
     for row, (pair, sides) in zip(rows, histograms.items(), strict=True):
         for axes, (side, (counts, edges)) in zip(row, sides.items(), strict=True):
-            axes.stairs(counts, edges, fill=True, color=COLORS["teacher" if side == "teacher" else "recovered"], alpha=0.7)
+            axes.stairs(
+                counts,
+                edges,
+                fill=True,
+                color=COLORS["teacher" if side == "teacher" else "recovered"],
+                alpha=0.7,
+            )
             of_side = statistics[pair][side]
             for number, k in enumerate(num_sigma):
-                for place in (of_side["mean"] - k * of_side["sigma"], of_side["mean"] + k * of_side["sigma"]):
-                    axes.axvline(place, color=INK, linewidth=0.9, linestyle=LINES[number % len(LINES)])
+                for place in (
+                    of_side["mean"] - k * of_side["sigma"],
+                    of_side["mean"] + k * of_side["sigma"],
+                ):
+                    axes.axvline(
+                        place, color=INK, linewidth=0.9, linestyle=LINES[number % len(LINES)]
+                    )
             axes.set(yscale="log", ylim=(0.5, None))
             plain_ticks(axes.yaxis)
             title(axes, f"{side}; largest {of_side['largest_in_sigma']:.0f} sigma", size=9)
             dress(axes)
-        row[0].set_ylabel(pair.replace(", ", ",\n"), rotation=0, ha="right", va="center", fontsize=8)
-    rows[-1][0].set_xlabel("value of the hidden states; lines at " + ", ".join(f"{k:g}" for k in num_sigma) + " sigma")
+        row[0].set_ylabel(
+            pair.replace(", ", ",\n"), rotation=0, ha="right", va="center", fontsize=8
+        )
+    rows[-1][0].set_xlabel(
+        "value of the hidden states; lines at " + ", ".join(f"{k:g}" for k in num_sigma) + " sigma"
+    )
     return figure

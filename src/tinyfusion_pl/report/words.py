@@ -11,20 +11,32 @@ METRICS = {
     "depth": ("blocks", "transformer blocks that run one after another"),
     "width": ("channels", "width of the hidden states that go from block to block"),
     "num_params": ("parameters", "learned numbers in the network"),
-    "fid": ("FID", "distance between the statistics of generated and real pictures; lower is better, 0 is equal"),
+    "fid": (
+        "FID",
+        "distance between the statistics of generated and real pictures; lower is better, 0 is equal",
+    ),
     "sfid": ("sFID", "the same of spatial features, which see where things are; lower is better"),
     "inception_score": (
         "Inception score",
         "how certain and how varied the classifier finds the samples; higher is better",
     ),
-    "precision": ("precision", "share of samples that lie among the real pictures; higher is better"),
+    "precision": (
+        "precision",
+        "share of samples that lie among the real pictures; higher is better",
+    ),
     "recall": ("recall", "share of real pictures that lie among the samples; higher is better"),
     "accuracy": (
         "accuracy",
         "share of samples in which the classifier sees the class that was asked for; higher is better",
     ),
-    "calibration_loss": ("loss on fixed draws", "the objective's loss on fixed draws of the training data; lower is better"),
-    "teacher_distance": ("distance to the teacher", "mean squared difference to the teacher's output on fixed draws; lower is better"),
+    "calibration_loss": (
+        "loss on fixed draws",
+        "the objective's loss on fixed draws of the training data; lower is better",
+    ),
+    "teacher_distance": (
+        "distance to the teacher",
+        "mean squared difference to the teacher's output on fixed draws; lower is better",
+    ),
     "images_per_second": (
         "images/s",
         "pictures sampled per second, the models timed in turn in this run; higher is better",
@@ -44,7 +56,10 @@ CURVES = {
 """Log key -> what the curve shows."""
 
 STAGES = {
-    "learn_mask": ("mask learning", "learns which blocks can go, while the weights learn to do without them"),
+    "learn_mask": (
+        "mask learning",
+        "learns which blocks can go, while the weights learn to do without them",
+    ),
     "recover": ("recovery", "trains what stayed to make up for what left, guided by the teacher"),
     "evaluate": ("evaluation", "samples pictures from each model, measures and times them"),
 }
@@ -115,13 +130,21 @@ def headline(metrics: dict[str, Any]) -> str:
     if student is None:
         present = [model for model in models_in(metrics) if numbers(metrics.get(model))]
         verb = "was" if len(present) == 1 else "were"
-        return f"Only the {' and the '.join(present)} {verb} measured" if present else "Nothing was measured yet"
+        return (
+            f"Only the {' and the '.join(present)} {verb} measured"
+            if present
+            else "Nothing was measured yet"
+        )
     before, after = numbers(metrics.get("teacher")), numbers(metrics[student])
 
     def change(key: str, form: str) -> str | None:
         if key not in after:
             return None
-        return f"{form.format(before[key])} → {form.format(after[key])}" if key in before else form.format(after[key])
+        return (
+            f"{form.format(before[key])} → {form.format(after[key])}"
+            if key in before
+            else form.format(after[key])
+        )
 
     facts = []
     speedup = numbers(metrics.get("speedup"))
@@ -134,7 +157,9 @@ def headline(metrics: dict[str, Any]) -> str:
     subject = f"{depth} blocks" if depth else "Shallow model"
     if before.get("width", after.get("width")) != after.get("width"):
         narrower = f"{change('width', '{:.0f}')} channels"
-        subject = narrower if before.get("depth") == after.get("depth") else f"{subject}, {narrower}"
+        subject = (
+            narrower if before.get("depth") == after.get("depth") else f"{subject}, {narrower}"
+        )
     subject += " (before recovery)" if student == "pruned" else ""
     return f"{subject}: {', '.join(facts)}" if facts else subject
 
@@ -145,8 +170,10 @@ def feature_note(protocol: dict[str, Any]) -> str:
     if not network:
         return "FID is a Fréchet distance; the run does not say in whose features, so compare it with nothing."
     if str(network).startswith("Random"):
-        return (f"FID was taken in features of a randomly initialised network ({network}): it tries the run out, and no figure here means "
-                "anything.")
+        return (
+            f"FID was taken in features of a randomly initialised network ({network}): it tries the run out, and no figure here means "
+            "anything."
+        )
     if "inception" in str(network).lower():
         return f"FID is the Fréchet distance between features of the Inception network ({network}), the usual one."
     return (

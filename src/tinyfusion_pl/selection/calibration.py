@@ -31,7 +31,12 @@ class Calibration:
         self, args: tuple, kwargs: Mapping[str, Any] | None = None, *, num_samples: int, context: Any = None,
         loss: Callable[[Any, Any], Tensor] | None = None, distance: Callable[[Any, Any, Any], Tensor] | None = None,
     ) -> None:  # fmt: skip
-        self.args, self.kwargs, self.num_samples, self.context = args, dict(kwargs or {}), num_samples, context
+        self.args, self.kwargs, self.num_samples, self.context = (
+            args,
+            dict(kwargs or {}),
+            num_samples,
+            context,
+        )
         self._loss, self._distance = loss, distance or mean_square
         self.target: Any = None  # the dense model's output
 
@@ -64,27 +69,37 @@ class Calibration:
     def distances(self, output: Any, index: Tensor) -> Tensor:
         """Distance of each row of `output` to the dense model's, for the samples at `index`."""
         if self.target is None:
-            raise ValueError("The dense model's output is needed and was not asked for: call ask(model) first.")
+            raise ValueError(
+                "The dense model's output is needed and was not asked for: call ask(model) first."
+            )
         target, context = take_rows((self.target, self.context), index, self.num_samples)
         return self._distance(output, target, context)
 
     def losses(self, output: Any, index: Tensor) -> Tensor:
         """Loss of each row of `output`, for the samples at `index`."""
         if self._loss is None:
-            raise ValueError("This choice needs a loss of the model's output, and none was given: pass loss=.")
+            raise ValueError(
+                "This choice needs a loss of the model's output, and none was given: pass loss=."
+            )
         return self._loss(output, take_rows(self.context, index, self.num_samples))
 
 
 def mean_square(output: Any, target: Any, context: Any = None) -> Tensor:
     """Mean squared difference of each sample (N,), averaged over the tensors of the outputs."""
     pairs = zip(predictions(output), predictions(target))
-    return torch.stack([(a.float() - b.float()).square().flatten(1).mean(1) for a, b in pairs]).mean(0)
+    return torch.stack(
+        [(a.float() - b.float()).square().flatten(1).mean(1) for a, b in pairs]
+    ).mean(0)
 
 
 def take_rows(tree: Any, index: Tensor, num_samples: int) -> Any:
     """`tree` with the rows at `index` of every tensor that has `num_samples` of them."""
     if isinstance(tree, Tensor):
-        return tree.index_select(0, index.to(tree.device)) if tree.ndim and len(tree) == num_samples else tree
+        return (
+            tree.index_select(0, index.to(tree.device))
+            if tree.ndim and len(tree) == num_samples
+            else tree
+        )
     if hasattr(tree, "rows"):  # knows how
         return tree.rows(index)
     if isinstance(tree, Mapping):
@@ -94,5 +109,8 @@ def take_rows(tree: Any, index: Tensor, num_samples: int) -> Any:
         items = [take_rows(value, index, num_samples) for value in tree]
         return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
     if is_dataclass(tree) and not isinstance(tree, type):
-        return replace(tree, **{f.name: take_rows(getattr(tree, f.name), index, num_samples) for f in fields(tree)})
+        return replace(
+            tree,
+            **{f.name: take_rows(getattr(tree, f.name), index, num_samples) for f in fields(tree)},
+        )
     return tree

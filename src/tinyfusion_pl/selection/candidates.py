@@ -14,14 +14,19 @@ from tinyfusion_pl.selection.space import Space
 
 MAX_TRIES = 1000
 
+
 def num_structures(space: Space) -> int:
     """How many structures `space` allows; of several stacks under one budget those that would empty a stack count too."""
-    return math.prod(math.comb(len(space.free(part)), space.num_free_kept(part)) for part in space.parts)
+    return math.prod(
+        math.comb(len(space.free(part)), space.num_free_kept(part)) for part in space.parts
+    )
 
 
 def all_structures(space: Space) -> Tensor:
     """All of them: (S, num_units) bool."""
-    choices = [itertools.combinations(space.free(part), space.num_free_kept(part)) for part in space.parts]
+    choices = [
+        itertools.combinations(space.free(part), space.num_free_kept(part)) for part in space.parts
+    ]
     rows = [[unit for members in each for unit in members] for each in itertools.product(*choices)]
     structures = torch.zeros(len(rows), space.num_units, dtype=torch.bool)
     structures[:, list(space.fixed)] = True
@@ -32,15 +37,24 @@ def all_structures(space: Space) -> Tensor:
 
 def distributions(space: Space, theta: Tensor) -> list[SubsetDistribution]:
     """The distribution over the free units of each part at `theta` (num_units,)."""
-    return [SubsetDistribution(theta[space.free(part)], space.num_free_kept(part)) for part in space.parts]
+    return [
+        SubsetDistribution(theta[space.free(part)], space.num_free_kept(part))
+        for part in space.parts
+    ]
 
 
-def sample_structures(space: Space, theta: Tensor, num_samples: int, *, generator: torch.Generator | None = None) -> Tensor:
+def sample_structures(
+    space: Space, theta: Tensor, num_samples: int, *, generator: torch.Generator | None = None
+) -> Tensor:
     """Independent draws (num_samples, num_units) bool."""
     each, found = distributions(space, theta), torch.empty(0, space.num_units, dtype=torch.bool)
     for _ in range(MAX_TRIES):  # those that would empty a stack are drawn again
-        structures = _assembled(space, [d.sample(num_samples - len(found), generator=generator) for d in each])
-        found = torch.cat([found, structures[[space.is_valid(structure) for structure in structures]]])
+        structures = _assembled(
+            space, [d.sample(num_samples - len(found), generator=generator) for d in each]
+        )
+        found = torch.cat(
+            [found, structures[[space.is_valid(structure) for structure in structures]]]
+        )
         if len(found) == num_samples:
             return found
     raise ValueError(f"Nearly every structure would empty one of the stacks {', '.join(space.paths)}. Keep more units, or give a budget "
@@ -49,11 +63,16 @@ def sample_structures(space: Space, theta: Tensor, num_samples: int, *, generato
 
 def most_probable_structures(space: Space, theta: Tensor, count: int) -> Tensor:
     """The `count` most probable structures at `theta`, best first."""
-    ranked = [d.most_probable(count if len(space.paths) == 1 else 4 * count) for d in distributions(space, theta)]
+    ranked = [
+        d.most_probable(count if len(space.paths) == 1 else 4 * count)
+        for d in distributions(space, theta)
+    ]
     values = [subsets.double() @ d.theta for d, subsets in zip(distributions(space, theta), ranked)]
     best: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
     for value in values:  # of the parts so far, as many as could still be among the best
-        best = [(total + float(v), (*places, i)) for total, places in best for i, v in enumerate(value)]
+        best = [
+            (total + float(v), (*places, i)) for total, places in best for i, v in enumerate(value)
+        ]
         best = sorted(best, key=lambda each: -each[0])[: 4 * count]
     rows = [[subsets[i] for subsets, i in zip(ranked, places)] for _, places in best]
     structures = _assembled(space, [torch.stack(column) for column in zip(*rows)])
@@ -64,7 +83,9 @@ def candidates_of(space: Space, limit: int, generator: torch.Generator) -> Tenso
     """All structures where they are no more than `limit`, else the distinct ones of so many draws: (S, num_units) bool."""
     if num_structures(space) <= limit:
         return all_structures(space)
-    return distinct(sample_structures(space, torch.zeros(space.num_units), limit, generator=generator))
+    return distinct(
+        sample_structures(space, torch.zeros(space.num_units), limit, generator=generator)
+    )
 
 
 def distinct(structures: Sequence[Tensor] | Tensor) -> Tensor:

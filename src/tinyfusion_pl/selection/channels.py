@@ -70,7 +70,11 @@ def is_installed() -> bool:
 
 def num_params_of(model: DiT, *, depth: int, hidden_size: int | None = None) -> int:
     """Parameters of such a model with other sizes, counted without memory."""
-    sizes = {**model.config, "depth": depth, "hidden_size": hidden_size or model.config["hidden_size"]}
+    sizes = {
+        **model.config,
+        "depth": depth,
+        "hidden_size": hidden_size or model.config["hidden_size"],
+    }
     return _count(model.model_name, *sizes.items())
 
 
@@ -99,11 +103,18 @@ def width_for(model: DiT, num_params: float, *, depth: int) -> int:
     if not least <= num_params < most:
         raise ValueError(
             f"removed asks for {num_params / 1e6:.4g}M parameters, but with {depth} blocks the model has {most / 1e6:.4g}M at its full "
-            + (f"width and {least / 1e6:.4g}M at the least ({step}). " if num_sizes else f"width, the least for {step // 4 * 4} channels. ")
+            + (
+                f"width and {least / 1e6:.4g}M at the least ({step}). "
+                if num_sizes
+                else f"width, the least for {step // 4 * 4} channels. "
+            )
             + ("Keep more blocks, or remove more." if num_params >= most else "Remove less.")
         )
     below = bisect_right(range(1, num_sizes + 1), num_params, key=lambda i: count(i * step))
-    return min((i * step for i in (below, below + 1) if i <= num_sizes), key=lambda size: abs(count(size) - num_params))
+    return min(
+        (i * step for i in (below, below + 1) if i <= num_sizes),
+        key=lambda size: abs(count(size) - num_params),
+    )
 
 
 def narrowed(model: DiT, hidden_size: int, example: tuple[Tensor, ...]) -> DiT:
@@ -130,7 +141,9 @@ def narrowed(model: DiT, hidden_size: int, example: tuple[Tensor, ...]) -> DiT:
     goes = []
     for each in channels:  # all are scored before the first is cut
         size = each.size(model)
-        kept = each.kept(importance(_group(graph, model, each, list(range(size)))), each.size(outline))
+        kept = each.kept(
+            importance(_group(graph, model, each, list(range(size)))), each.size(outline)
+        )
         goes.append(sorted(set(range(size)) - set(kept)))
     for each, gone in zip(channels, goes):
         _group(graph, model, each, gone).prune()
@@ -139,7 +152,9 @@ def narrowed(model: DiT, hidden_size: int, example: tuple[Tensor, ...]) -> DiT:
     with torch.no_grad():
         for block, before in zip(narrow.blocks, model.blocks):
             num_queries = block.attn.proj.in_features
-            ratio = math.sqrt(block.attn.head_dim / before.attn.head_dim)  # torch-pruning leaves the head_dim that was
+            ratio = math.sqrt(
+                block.attn.head_dim / before.attn.head_dim
+            )  # torch-pruning leaves the head_dim that was
             block.attn.qkv.weight[:num_queries] *= ratio
             block.attn.qkv.bias[:num_queries] *= ratio
     return narrow.to(next(model.parameters()))
@@ -149,4 +164,6 @@ def _group(graph: Any, model: nn.Module, channels: Channels, indices: list[int])
     """torch-pruning's group of all that goes with these channels."""
     layer = model.get_submodule(channels.path)
     pruner = graph.get_pruner_of_module(layer)
-    return graph.get_pruning_group(layer, pruner.prune_out_channels if channels.outputs else pruner.prune_in_channels, indices)
+    return graph.get_pruning_group(
+        layer, pruner.prune_out_channels if channels.outputs else pruner.prune_in_channels, indices
+    )

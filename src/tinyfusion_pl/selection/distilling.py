@@ -23,7 +23,12 @@ class Distilling:
     """
 
     def __init__(self, problem: Problem, student: nn.Module, *, lr: float, which: int) -> None:
-        self.problem, self.student, self.which, self.num_steps = problem, student.train().requires_grad_(True), which, 0
+        self.problem, self.student, self.which, self.num_steps = (
+            problem,
+            student.train().requires_grad_(True),
+            which,
+            0,
+        )
         self.optimizer = torch.optim.AdamW(student.parameters(), lr=lr, weight_decay=0.0)
 
     def step(self, calibration: Calibration, *, num_blocks: int) -> None:

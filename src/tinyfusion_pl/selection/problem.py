@@ -16,7 +16,9 @@ from tinyfusion_pl.selection.progress import Progress
 from tinyfusion_pl.selection.space import Space
 from tinyfusion_pl.selection.structures import Structures
 
-FIXED, SEARCH, TRIALS, CANDIDATES, HEALING, WIDTH = range(6)  # samples and random numbers of one purpose are independent of others'
+FIXED, SEARCH, TRIALS, CANDIDATES, HEALING, WIDTH = range(
+    6
+)  # samples and random numbers of one purpose are independent of others'
 
 
 class Problem:
@@ -31,12 +33,25 @@ class Problem:
         progress: Where steps of a long choice are kept.
     """
 
-    def __init__(self, structures: Structures, draw: Callable[[int], Calibration], *, num_samples: int = 128, seed: int = 0,
-                 on_step: Callable[[list[dict[str, Any]]], None] = lambda history: None, progress: Progress | None = None) -> None:
+    def __init__(
+        self,
+        structures: Structures,
+        draw: Callable[[int], Calibration],
+        *,
+        num_samples: int = 128,
+        seed: int = 0,
+        on_step: Callable[[list[dict[str, Any]]], None] = lambda history: None,
+        progress: Progress | None = None,
+    ) -> None:
         self.on_step = on_step
         self.progress = progress or Progress()
         self.progress.start(structures)
-        self.structures, self.num_samples, self.seed, self._draw = structures, num_samples, seed, draw
+        self.structures, self.num_samples, self.seed, self._draw = (
+            structures,
+            num_samples,
+            seed,
+            draw,
+        )
         self._fixed: dict[int, Calibration] = {}
 
     @property

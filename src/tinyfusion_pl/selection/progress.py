@@ -42,7 +42,9 @@ class Progress:
             return
         try:
             kept = torch.load(io.BytesIO(content[64:]), weights_only=True)
-        except pickle.UnpicklingError:  # of a criterion whose choice holds more than tensors, numbers and texts
+        except (
+            pickle.UnpicklingError
+        ):  # of a criterion whose choice holds more than tensors, numbers and texts
             return
         if kept["made_from"] == self.made_from:
             self._phases = kept["phases"]

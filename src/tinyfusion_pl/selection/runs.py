@@ -48,13 +48,18 @@ def run_starts(space: Space, part: Part) -> list[int]:
                 starts.append(unit)
                 continue
             mine, theirs = each[unit - first], each[before - first]
-            follow = [a[0] == b[-1] + 1 if way > 0 else a[-1] == b[0] - 1 for a, b, way in zip(mine, theirs, ways)]
+            follow = [
+                a[0] == b[-1] + 1 if way > 0 else a[-1] == b[0] - 1
+                for a, b, way in zip(mine, theirs, ways)
+            ]
             if not all(follow):
                 starts.append(unit)
     return starts
 
 
-def best_runs(values: Sequence[Sequence[float]], num_runs: int, *, starts: Collection[int] = ()) -> list[int]:
+def best_runs(
+    values: Sequence[Sequence[float]], num_runs: int, *, starts: Collection[int] = ()
+) -> list[int]:
     """First members of the `num_runs` contiguous runs of n members whose values have the largest sum, ascending.
 
     Dynamic programming over the members, O(n^2 k). Of equal divisions the one with the earlier starts.
@@ -68,7 +73,9 @@ def best_runs(values: Sequence[Sequence[float]], num_runs: int, *, starts: Colle
         ValueError: where more members begin a run than there are runs.
     """
     n = len(values)
-    best = [[-math.inf] * (num_runs + 1) for _ in range(n + 1)]  # of the first so many members, by number of runs
+    best = [
+        [-math.inf] * (num_runs + 1) for _ in range(n + 1)
+    ]  # of the first so many members, by number of runs
     begin = [[0] * (num_runs + 1) for _ in range(n + 1)]
     best[0][0] = 0.0
     for end in range(1, n + 1):
@@ -80,7 +87,9 @@ def best_runs(values: Sequence[Sequence[float]], num_runs: int, *, starts: Colle
             if start in starts:
                 break  # a run from further on would hold it inside
     if best[n][num_runs] == -math.inf:
-        raise ValueError(f"{n} members cannot be divided into {num_runs} runs where {sorted(starts)} begin one.")
+        raise ValueError(
+            f"{n} members cannot be divided into {num_runs} runs where {sorted(starts)} begin one."
+        )
     found, end = [], n
     for count in range(num_runs, 0, -1):
         end = begin[end][count]

@@ -89,26 +89,45 @@ class Selection:
     ) -> None:  # fmt: skip
         if isinstance(criterion, str):
             if criterion not in CRITERIA:
-                raise ValueError(f"There is no criterion {criterion!r}. There are: {', '.join(CRITERIA)}.")
+                raise ValueError(
+                    f"There is no criterion {criterion!r}. There are: {', '.join(CRITERIA)}."
+                )
             criterion = CRITERIA[criterion]()
         for name, value, least in (("candidates", candidates, 0), ("num_drawn", num_drawn, 0), ("num_scored", num_scored, 1),
                                    ("num_samples", num_samples, 2), ("max_rows", max_rows, 1)):  # fmt: skip
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} is {value!r}; give a whole number, {least} or more.")
         if trial_steps and candidates < 2:
-            raise ValueError(f"trial_steps is {list(trial_steps)}, but candidates is {candidates}: give 2 or more to try.")
+            raise ValueError(
+                f"trial_steps is {list(trial_steps)}, but candidates is {candidates}: give 2 or more to try."
+            )
         if max_rows < num_samples:
-            raise ValueError(f"max_rows is {max_rows}, less than num_samples={num_samples}. Give more rows, or fewer samples.")
+            raise ValueError(
+                f"max_rows is {max_rows}, less than num_samples={num_samples}. Give more rows, or fewer samples."
+            )
         if (keep is None) == (pattern is None):
             raise ValueError(both_or_neither(keep, pattern))
-        self.criterion, self.candidates, self.num_drawn, self.num_scored = criterion, candidates, num_drawn, num_scored
+        self.criterion, self.candidates, self.num_drawn, self.num_scored = (
+            criterion,
+            candidates,
+            num_drawn,
+            num_scored,
+        )
         if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in trial_steps):
-            raise ValueError(f"trial_steps is {list(trial_steps)}; give the number of steps of each round, each 1 or more.")
+            raise ValueError(
+                f"trial_steps is {list(trial_steps)}; give the number of steps of each round, each 1 or more."
+            )
         known = [field.name for field in fields(Trials) if field.init and field.name != "steps"]
         if unknown := [name for name in trials or {} if name not in known]:
-            raise ValueError(f"trials has the settings {unknown}, which there are not; available settings: {', '.join(known)}.")
+            raise ValueError(
+                f"trials has the settings {unknown}, which there are not; available settings: {', '.join(known)}."
+            )
         self.trials = Trials(steps=tuple(trial_steps), **(trials or {})) if trial_steps else None
-        self.num_samples, self.max_rows, self.with_simple_rule = num_samples, max_rows, with_simple_rule
+        self.num_samples, self.max_rows, self.with_simple_rule = (
+            num_samples,
+            max_rows,
+            with_simple_rule,
+        )
         self._space = {"keep": keep, "pattern": pattern, "stacks": stacks, "units": units}
 
     @property
@@ -155,8 +174,18 @@ class Selection:
                 history.append({"step": each["step"], "loss": each["loss"], "decision": decision})
                 watch(history[-1])
 
-        with torch.random.fork_rng(devices_of(model)), open_structures(model, space, max_rows=self.max_rows) as structures:
-            problem = Problem(structures, draw, num_samples=self.num_samples, seed=seed, on_step=on_step, progress=progress)
+        with (
+            torch.random.fork_rng(devices_of(model)),
+            open_structures(model, space, max_rows=self.max_rows) as structures,
+        ):
+            problem = Problem(
+                structures,
+                draw,
+                num_samples=self.num_samples,
+                seed=seed,
+                on_step=on_step,
+                progress=progress,
+            )
             structures.ask(problem.fixed)  # checks that structures can be run side by side
             simple = self._simple_rule(problem) if self.with_simple_rule else None
             before = structures.num_block_runs  # that the report asks costs nothing here
@@ -172,25 +201,40 @@ class Selection:
                                 extra=self._cheap(problem))  # fmt: skip
                 structure, how = found[0], f"{how}, nearest of the candidates"
                 if self.trials is not None and len(found) > 1:
-                    structure, how = self.trials(problem, found), f"{self.criterion.name}, best of {len(found)} in trials"
+                    structure, how = (
+                        self.trials(problem, found),
+                        f"{self.criterion.name}, best of {len(found)} in trials",
+                    )
                     rounds = self.trials.history
             decision = (space.decision(structure, criterion=how, scores=choice.scores) if choice.theta is None
                         else self._decision(space, structure, choice.theta, how, choice.scores))  # fmt: skip
             cost = structures.num_block_runs - before
-        return Selected(decision, cost, None if simple is None else space.kept_blocks(simple), history, rounds)
+        return Selected(
+            decision, cost, None if simple is None else space.kept_blocks(simple), history, rounds
+        )
 
     def _simple_rule(self, problem: Problem) -> Tensor:
         return ShortGPT()(problem).structure
 
     def _cheap(self, problem: Problem) -> list[Tensor]:
         """The choices of criteria that cost little."""
-        found = [each(problem).structure for each in (ShortGPT(), FluxLite(), Sensitivity(measure="distance"))]
+        found = [
+            each(problem).structure
+            for each in (ShortGPT(), FluxLite(), Sensitivity(measure="distance"))
+        ]
         for rule in (First(), Uniform()):
             with suppress(ValueError):  # that has no structure for this budget
                 found.append(rule.check(problem.space))
         return found
 
-    def _decision(self, space: Space, structure: Tensor, theta: Tensor, how: str | None = None, scores: Tensor | None = None) -> Decision:
+    def _decision(
+        self,
+        space: Space,
+        structure: Tensor,
+        theta: Tensor,
+        how: str | None = None,
+        scores: Tensor | None = None,
+    ) -> Decision:
         """The decision where a distribution was learned: probabilities are its marginals."""
         each = distributions(space, theta)
         top = sum(float(d.log_prob(d.most_probable(1))) for d in each)
@@ -199,7 +243,12 @@ class Selection:
 
 
 def select_blocks(
-    model: nn.Module, draw: Callable[[int], Calibration], *, criterion: Criterion | str = "global", seed: int = 0, **options: Any
+    model: nn.Module,
+    draw: Callable[[int], Calibration],
+    *,
+    criterion: Criterion | str = "global",
+    seed: int = 0,
+    **options: Any,
 ) -> Decision:
     """Choose which blocks of `model` stay; then ``remove_blocks(model, decision.kept_blocks)`` cuts it.
 

@@ -40,14 +40,24 @@ class Space:
     """
 
     def __init__(
-        self, model: nn.Module, *, keep: Any = None, pattern: Any = None, stacks: str | Sequence[str] | None = None, units: Any = None
+        self,
+        model: nn.Module,
+        *,
+        keep: Any = None,
+        pattern: Any = None,
+        stacks: str | Sequence[str] | None = None,
+        units: Any = None,
     ) -> None:
         if (keep is None) == (pattern is None):
             raise ValueError(both_or_neither(keep, pattern))
         budget = keep if pattern is None else pattern
-        self.paths = resolve_stacks(model, stacks, pattern=budget if isinstance(budget, Mapping) else "1:1")
+        self.paths = resolve_stacks(
+            model, stacks, pattern=budget if isinstance(budget, Mapping) else "1:1"
+        )
         given = by_path(units, self.paths, "units")
-        self.units: dict[str, Units] = {path: units_of(model, path, given[path]) for path in self.paths}
+        self.units: dict[str, Units] = {
+            path: units_of(model, path, given[path]) for path in self.paths
+        }
         self.num_blocks = {path: len(get_stack(model, path)) for path in self.paths}
         self._start: dict[str, int] = {}
         self.num_units = 0
@@ -58,32 +68,52 @@ class Space:
         self.fixed = frozenset(self._start[path] + i for path in self.paths for i, unit in enumerate(self.units[path])
                                if set(unit) & set(stays[path]))  # fmt: skip
         patterns = by_path(pattern, self.paths, "pattern") if pattern else {}
-        self.pattern = {path: str(Pattern.parse(each, enumerated=False)) for path, each in patterns.items()}
+        self.pattern = {
+            path: str(Pattern.parse(each, enumerated=False)) for path, each in patterns.items()
+        }
         self.parts = self._by_pattern() if pattern else self._by_count(keep)
 
     def _by_pattern(self) -> list[Part]:
         parts = []
         for path in self.paths:
-            for group in Pattern.parse(self.pattern[path], enumerated=False).groups(len(self.units[path])):
-                parts.append(self._part([self._start[path] + i for i in group.members], group.num_kept))
+            for group in Pattern.parse(self.pattern[path], enumerated=False).groups(
+                len(self.units[path])
+            ):
+                parts.append(
+                    self._part([self._start[path] + i for i in group.members], group.num_kept)
+                )
         return self._checked(parts)
 
     def _by_count(self, keep: Any) -> list[Part]:
         if isinstance(keep, Mapping):
             keeps = by_path(keep, self.paths, "keep")
-            counts = {path: count_of(keeps[path], len(self.units[path]), path) for path in self.paths}
-            return self._checked([self._part(self.members(path), count) for path, count in counts.items()])
-        return self._checked([self._part(range(self.num_units), count_of(keep, self.num_units, ", ".join(self.paths)))])
+            counts = {
+                path: count_of(keeps[path], len(self.units[path]), path) for path in self.paths
+            }
+            return self._checked(
+                [self._part(self.members(path), count) for path, count in counts.items()]
+            )
+        return self._checked(
+            [
+                self._part(
+                    range(self.num_units), count_of(keep, self.num_units, ", ".join(self.paths))
+                )
+            ]
+        )
 
     def _part(self, members: Iterable[int], num_kept: int) -> Part:
         members = tuple(members)
         if (num_fixed := len(self.fixed & set(members))) > num_kept:
-            raise ValueError(f"{num_kept} of {len(members)} units are to stay, but {num_fixed} of them cannot go. Keep more of them.")
+            raise ValueError(
+                f"{num_kept} of {len(members)} units are to stay, but {num_fixed} of them cannot go. Keep more of them."
+            )
         return Part(members, num_kept)
 
     def _checked(self, parts: list[Part]) -> list[Part]:
         if all(part.num_kept == len(part.members) for part in parts):
-            raise ValueError("Every unit would stay, so that there is nothing to choose. Keep fewer of them.")
+            raise ValueError(
+                "Every unit would stay, so that there is nothing to choose. Keep fewer of them."
+            )
         return parts
 
     # -- structures -----------------------------------------------------------------------------
@@ -113,7 +143,11 @@ class Space:
         for path in self._empty(kept):
             best = max((i for i in self.members(path)), key=lambda i: (float(scores[i]), -i))
             part = next(part for part in self.parts if best in part.members)
-            spare = [i for i in self.free(part) if kept[i] and int(kept[list(self._members_beside(i))].sum()) > 1]
+            spare = [
+                i
+                for i in self.free(part)
+                if kept[i] and int(kept[list(self._members_beside(i))].sum()) > 1
+            ]
             if not spare:
                 raise ValueError(f"keep is {part.num_kept}, too few for a block in each of the stacks {', '.join(self.paths)}. Keep more, "
                                  "or name the stacks to prune (stacks=).")  # fmt: skip
@@ -139,7 +173,9 @@ class Space:
             ValueError: when it is not one that is allowed.
         """
         if wrong := [i for i in kept if not 0 <= i < self.num_units]:
-            raise ValueError(f"{what} names the units {wrong}; there are 0 to {self.num_units - 1}.")
+            raise ValueError(
+                f"{what} names the units {wrong}; there are 0 to {self.num_units - 1}."
+            )
         structure = torch.zeros(self.num_units, dtype=torch.bool)
         structure[list(kept)] = True
         for part in self.parts:
@@ -155,13 +191,18 @@ class Space:
 
     def by_path(self, structures: Tensor) -> dict[str, Tensor]:
         """`structures` (..., num_units) of each stack."""
-        return {path: structures[..., self._start[path] : self._start[path] + len(self.units[path])] for path in self.paths}
+        return {
+            path: structures[..., self._start[path] : self._start[path] + len(self.units[path])]
+            for path in self.paths
+        }
 
     def kept_blocks(self, structure: Tensor) -> dict[str, list[int]]:
         """The blocks that a structure keeps: those of its units, and those in no unit."""
         kept = {}
         for path, keeps in self.by_path(structure).items():
-            dropped = {i for unit, keep in zip(self.units[path], keeps.tolist()) if not keep for i in unit}
+            dropped = {
+                i for unit, keep in zip(self.units[path], keeps.tolist()) if not keep for i in unit
+            }
             kept[path] = [i for i in range(self.num_blocks[path]) if i not in dropped]
         return kept
 
@@ -172,14 +213,30 @@ class Space:
         """The record's form of a choice; `scores` and `probabilities` (num_units,) of all stacks' units."""
         stacks, blocks = {}, self.kept_blocks(structure)
         for path in self.paths:
-            keeps, members = structure[self.members(path).start : self.members(path).stop], self.members(path)
+            keeps, members = (
+                structure[self.members(path).start : self.members(path).stop],
+                self.members(path),
+            )
             groups = []
             for part in self.parts:
                 inside = [i - members.start for i in part.members if i in members]
                 if inside:
                     kept = [i for i in inside if keeps[i]]
-                    groups.append(GroupDecision(inside[0], len(kept), len(inside), kept, confidence=confidence, entropy=entropy))
-            chances = keeps.double() if probabilities is None else probabilities[members.start : members.stop]
+                    groups.append(
+                        GroupDecision(
+                            inside[0],
+                            len(kept),
+                            len(inside),
+                            kept,
+                            confidence=confidence,
+                            entropy=entropy,
+                        )
+                    )
+            chances = (
+                keeps.double()
+                if probabilities is None
+                else probabilities[members.start : members.stop]
+            )
             unit_of = {block: n for n, unit in enumerate(self.units[path]) for block in unit}
             stacks[path] = StackDecision(
                 self.pattern.get(path, f"{int(keeps.sum())}:{len(keeps)}"), self.num_blocks[path], blocks[path],

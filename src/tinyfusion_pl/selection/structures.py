@@ -32,7 +32,9 @@ class Structures:
         num_block_runs: Cost so far: blocks times samples run.
     """
 
-    def __init__(self, model: nn.Module, space: Space, gates: DepthGates, *, max_rows: int = MAX_ROWS) -> None:
+    def __init__(
+        self, model: nn.Module, space: Space, gates: DepthGates, *, max_rows: int = MAX_ROWS
+    ) -> None:
         self.model, self.space, self.gates, self.max_rows = model, space, gates, max_rows
         self.num_block_runs = 0
         self._checked: set[int] = set()  # numbers of samples
@@ -51,24 +53,41 @@ class Structures:
         return calibration
 
     @torch.no_grad()
-    def outputs(self, calibration: Calibration, structures: Tensor, index: Tensor, *, shared: bool) -> Any:
+    def outputs(
+        self, calibration: Calibration, structures: Tensor, index: Tensor, *, shared: bool
+    ) -> Any:
         """Output of every row: structure s for the samples at ``index``, or where not `shared` for its own part of it."""
         num_samples = len(index) if shared else len(index) // len(structures)
         rows = index.repeat(len(structures)) if shared else index
         args, kwargs = calibration.rows(rows)
-        assignment = Assignment(self.space.by_path(structures), num_samples=num_samples, shared=shared)
+        assignment = Assignment(
+            self.space.by_path(structures), num_samples=num_samples, shared=shared
+        )
         with quiet(self.model), self.gates.masks.assigned(assignment):
             output = self.model(*args, **kwargs)
-        outside = sum(n - sum(map(len, self.space.units[p])) for p, n in self.space.num_blocks.items())  # blocks in no unit
+        outside = sum(
+            n - sum(map(len, self.space.units[p])) for p, n in self.space.num_blocks.items()
+        )  # blocks in no unit
         self.num_block_runs += assignment.num_runs + outside * len(rows)
         return output
 
-    def per_sample(self, calibration: Calibration, structures: Tensor, index: Tensor, measure: str = "distance") -> Tensor:
+    def per_sample(
+        self, calibration: Calibration, structures: Tensor, index: Tensor, measure: str = "distance"
+    ) -> Tensor:
         """Measure of each row (R,): `structures` (R, num_units), row r for the sample ``index[r]``."""
         parts = zip(structures.split(self.max_rows), index.split(self.max_rows))
-        return torch.cat([self._measured(calibration, self.outputs(calibration, s, i, shared=False), i, measure) for s, i in parts])
+        return torch.cat(
+            [
+                self._measured(
+                    calibration, self.outputs(calibration, s, i, shared=False), i, measure
+                )
+                for s, i in parts
+            ]
+        )
 
-    def means(self, calibration: Calibration, structures: Tensor, measure: str = "distance") -> Tensor:
+    def means(
+        self, calibration: Calibration, structures: Tensor, measure: str = "distance"
+    ) -> Tensor:
         """Mean over the calibration's samples for each structure: (S,) float64.
 
         Args:
@@ -80,10 +99,19 @@ class Structures:
             self.ask(calibration)
         index = torch.arange(calibration.num_samples)
         order = lexicographic(structures)
-        found, size = torch.empty(len(structures), dtype=torch.float64), max(self.max_rows // len(index), 1)
+        found, size = (
+            torch.empty(len(structures), dtype=torch.float64),
+            max(self.max_rows // len(index), 1),
+        )
         for part in order.split(size):
             output = self.outputs(calibration, structures[part], index, shared=True)
-            found[part] = self._measured(calibration, output, index.repeat(len(part)), measure).view(len(part), -1).double().mean(1).cpu()
+            found[part] = (
+                self._measured(calibration, output, index.repeat(len(part)), measure)
+                .view(len(part), -1)
+                .double()
+                .mean(1)
+                .cpu()
+            )
         return found
 
     @torch.no_grad()
@@ -96,27 +124,44 @@ class Structures:
         """
         self.ask(calibration)
         places = torch.arange(self.space.num_units)
-        structures = distinct([torch.ones_like(places, dtype=torch.bool), self.space.top(places), self.space.top(-places)])
+        structures = distinct(
+            [
+                torch.ones_like(places, dtype=torch.bool),
+                self.space.top(places),
+                self.space.top(-places),
+            ]
+        )
         index = torch.arange(min(calibration.num_samples, max(self.max_rows // len(structures), 1)))
         args, kwargs = calibration.rows(index)
         expected = []
         for structure in structures:
-            with quiet(self.model), self.gates.bypass(), blocks_removed(self.model, self.space.kept_blocks(structure)):
+            with (
+                quiet(self.model),
+                self.gates.bypass(),
+                blocks_removed(self.model, self.space.kept_blocks(structure)),
+            ):
                 expected.append(self.model(*args, **kwargs))
         try:
             output = self.outputs(calibration, structures, index, shared=True)
         except (RuntimeError, IndexError) as error:
-            raise ValueError(f"The model could not be run on its samples repeated: {error} {BATCH_FIRST}") from error
+            raise ValueError(
+                f"The model could not be run on its samples repeated: {error} {BATCH_FIRST}"
+            ) from error
         for at, (structure, alone) in enumerate(zip(structures, expected)):
-            rows = take_rows(output, at * len(index) + torch.arange(len(index)), len(structures) * len(index))
+            rows = take_rows(
+                output, at * len(index) + torch.arange(len(index)), len(structures) * len(index)
+            )
             difference, scale = float(mean_square(rows, alone).mean()), _mean_size(alone)
             if not difference <= 1e-7 * max(scale, 1e-12):
                 kept = self.space.kept_blocks(structure)
                 raise ValueError(
                     f"{type(self.model).__name__} gives other outputs for several structures in one batch (mean squared difference "
                     f"{difference:.3g}, where outputs have {scale:.3g}) than "
-                    + (f"with all but {kept} cut out: an input or setting goes to blocks by their place. Leave it out or name other stacks."
-                       if at else f"for one alone. {BATCH_FIRST}")
+                    + (
+                        f"with all but {kept} cut out: an input or setting goes to blocks by their place. Leave it out or name other stacks."
+                        if at
+                        else f"for one alone. {BATCH_FIRST}"
+                    )
                 )
 
     @contextmanager
@@ -132,11 +177,17 @@ class Structures:
 
     @staticmethod
     def _measured(calibration: Calibration, output: Any, index: Tensor, measure: str) -> Tensor:
-        return calibration.distances(output, index) if measure == "distance" else calibration.losses(output, index)
+        return (
+            calibration.distances(output, index)
+            if measure == "distance"
+            else calibration.losses(output, index)
+        )
 
 
 @contextmanager
-def open_structures(model: nn.Module, space: Space, *, max_rows: int = MAX_ROWS) -> Iterator[Structures]:
+def open_structures(
+    model: nn.Module, space: Space, *, max_rows: int = MAX_ROWS
+) -> Iterator[Structures]:
     """Gates on `model` that run any structure of `space`, taken off at the end; `model` is as it was then."""
     whole = {path: f"{len(units)}:{len(units)}" for path, units in space.units.items()}
     gates = DepthGates(model, whole, stacks=space.paths, units=space.units)
@@ -148,7 +199,9 @@ def open_structures(model: nn.Module, space: Space, *, max_rows: int = MAX_ROWS)
 
 def _mean_size(output: Any) -> float:
     """Mean square of an output, averaged over its tensors."""
-    return sum(float(each.float().square().mean()) for each in predictions(output)) / len(predictions(output))
+    return sum(float(each.float().square().mean()) for each in predictions(output)) / len(
+        predictions(output)
+    )
 
 
 def lexicographic(structures: Tensor) -> Tensor:

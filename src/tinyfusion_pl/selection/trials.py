@@ -17,7 +17,15 @@ from tinyfusion_pl.selection.distilling import Distilling
 from tinyfusion_pl.selection.problem import CANDIDATES, TRIALS, Choice, Problem
 
 
-def propose(problem: Problem, choice: Choice, *, num_drawn: int, num_scored: int, keep: int, extra: Sequence[Tensor] = ()) -> Tensor:
+def propose(
+    problem: Problem,
+    choice: Choice,
+    *,
+    num_drawn: int,
+    num_scored: int,
+    keep: int,
+    extra: Sequence[Tensor] = (),
+) -> Tensor:
     """The best structures (<= `keep`, num_units) by distance to the dense model, of those that `choice` makes likely, the best first.
 
     The best half of `keep` of `extra` always stays: before recovery the distance ranks simple rules too low (those that keep the first
@@ -27,13 +35,17 @@ def propose(problem: Problem, choice: Choice, *, num_drawn: int, num_scored: int
     """
     drawn = []
     if num_drawn and (theta := _theta(choice)) is not None:
-        many = sample_structures(problem.space, 0.5 * theta, num_drawn, generator=problem.generator(CANDIDATES))
+        many = sample_structures(
+            problem.space, 0.5 * theta, num_drawn, generator=problem.generator(CANDIDATES)
+        )
         drawn = list(distinct(many)[:num_scored])
     considered = [] if choice.considered is None else list(choice.considered[:num_scored])
     structures = distinct([choice.structure, *considered, *extra, *drawn])
     order = problem.structures.means(problem.fixed, structures).argsort()
     structures = structures[order]
-    is_extra = torch.tensor([any(torch.equal(each, one) for one in extra) for each in structures], dtype=torch.bool)
+    is_extra = torch.tensor(
+        [any(torch.equal(each, one) for one in extra) for each in structures], dtype=torch.bool
+    )
     stays = is_extra & (is_extra.cumsum(0) <= keep // 2)
     others = ~stays & ((~stays).cumsum(0) <= keep - int(stays.sum()))
     return structures[stays | others]
@@ -70,23 +82,40 @@ class Trials:
 
     def __post_init__(self) -> None:
         if not self.steps or any(not isinstance(n, int) or n < 1 for n in self.steps):
-            raise ValueError(f"steps is {list(self.steps)}; give the number of steps of each round, each 1 or more.")
+            raise ValueError(
+                f"steps is {list(self.steps)}; give the number of steps of each round, each 1 or more."
+            )
         if self.batch_size < 1 or self.num_scored < 1:
-            raise ValueError(f"batch_size is {self.batch_size} and num_scored {self.num_scored}; give 1 or more.")
+            raise ValueError(
+                f"batch_size is {self.batch_size} and num_scored {self.num_scored}; give 1 or more."
+            )
         if not self.lr > 0 or not 0 <= self.average_decay < 1:
-            raise ValueError(f"lr is {self.lr} and average_decay {self.average_decay}; give lr > 0 and a decay in [0, 1).")
+            raise ValueError(
+                f"lr is {self.lr} and average_decay {self.average_decay}; give lr > 0 and a decay in [0, 1)."
+            )
 
     def __call__(self, problem: Problem, structures: Tensor) -> Tensor:
         """The structure that recovers best; `history` has the distances of every round."""
-        runs = [_Recovery(problem, structure, lr=self.lr, average_decay=self.average_decay) for structure in structures]
+        runs = [
+            _Recovery(problem, structure, lr=self.lr, average_decay=self.average_decay)
+            for structure in structures
+        ]
         scored = problem.structures.ask(problem.samples(self.num_scored))
         self.history, done = [], 0
         if (before := problem.progress.load("trials")) is not None:
-            self.history, done = before["history"], before["done"]  # steps of the round that was interrupted
-            runs = [_Recovery(problem, each["structure"], lr=self.lr, average_decay=self.average_decay) for each in before["runs"]]
+            self.history, done = (
+                before["history"],
+                before["done"],
+            )  # steps of the round that was interrupted
+            runs = [
+                _Recovery(problem, each["structure"], lr=self.lr, average_decay=self.average_decay)
+                for each in before["runs"]
+            ]
             for run, state in zip(runs, before["runs"]):
                 run.load_state(state)
-        samples = problem.stream(self.batch_size, TRIALS, sum(self.steps[: len(self.history)]) + done)
+        samples = problem.stream(
+            self.batch_size, TRIALS, sum(self.steps[: len(self.history)]) + done
+        )
 
         def state() -> dict[str, Any]:
             return {"history": self.history, "done": done, "runs": [run.state() for run in runs]}
@@ -102,7 +131,9 @@ class Trials:
                     done += 1
                     problem.progress.step("trials", state)
             distances = [run.distance(scored) for run in runs]
-            self.history.append([{"structure": run.structure, "distance": d} for run, d in zip(runs, distances)])
+            self.history.append(
+                [{"structure": run.structure, "distance": d} for run, d in zip(runs, distances)]
+            )
             order = sorted(range(len(runs)), key=lambda i: distances[i])
             last = len(self.history) == len(self.steps)
             runs, done = [runs[i] for i in order[: 1 if last else (len(runs) + 1) // 2]], 0
@@ -112,14 +143,20 @@ class Trials:
 class _Recovery:
     """One candidate in training."""
 
-    def __init__(self, problem: Problem, structure: Tensor, *, lr: float, average_decay: float) -> None:
+    def __init__(
+        self, problem: Problem, structure: Tensor, *, lr: float, average_decay: float
+    ) -> None:
         self.problem, self.structure = problem, structure
         blocks = problem.space.kept_blocks(structure)
         with problem.structures.without_gates():
             self.student = remove_blocks(copy.deepcopy(problem.model), blocks)
         self.average = copy.deepcopy(self.student).eval().requires_grad_(False)
         self.distilling = Distilling(problem, self.student, lr=lr, which=TRIALS)
-        self.decay, self.num_steps, self.num_blocks = average_decay, 0, sum(map(len, blocks.values()))
+        self.decay, self.num_steps, self.num_blocks = (
+            average_decay,
+            0,
+            sum(map(len, blocks.values())),
+        )
 
     def state(self) -> dict[str, Any]:
         return {"structure": self.structure, "num_steps": self.num_steps, "student": self.student.state_dict(),

@@ -49,4 +49,6 @@ def watch_blocks(problem: Problem, watch: Watch) -> None:
     structures.num_block_runs += sum(space.num_blocks.values()) * calibration.num_samples
     if missing := sorted(set(range(space.num_units)) - seen):
         model = type(problem.model).__name__
-        raise ValueError(f"The units {missing} did not run in a call of {model}, so they have no score.")
+        raise ValueError(
+            f"The units {missing} did not run in a call of {model}, so they have no score."
+        )

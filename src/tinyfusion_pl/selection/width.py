@@ -52,9 +52,13 @@ class WidthPruning:
         if not is_installed():
             raise ValueError(MISSING)
         if not 0 < removed < 1:
-            raise ValueError(f"removed is {removed}; give a share of the parameters in (0, 1), e.g. 0.5.")
+            raise ValueError(
+                f"removed is {removed}; give a share of the parameters in (0, 1), e.g. 0.5."
+            )
         if not 0 <= threshold < 1:
-            raise ValueError(f"threshold is {threshold}; give a share of the largest loss in [0, 1) (published: 0.05).")
+            raise ValueError(
+                f"threshold is {threshold}; give a share of the largest loss in [0, 1) (published: 0.05)."
+            )
         for name, value in (("num_intervals", num_intervals), ("batch_size", batch_size)):
             if value < 1:
                 raise ValueError(f"{name} is {value}; give 1 or more.")
@@ -80,7 +84,11 @@ class WidthPruning:
         self._hidden_size(model, num_blocks)
 
     def _hidden_size(self, model: DiT, num_blocks: int) -> int:
-        return width_for(model, (1 - self.removed) * num_params_of(model, depth=len(model.blocks)), depth=num_blocks)
+        return width_for(
+            model,
+            (1 - self.removed) * num_params_of(model, depth=len(model.blocks)),
+            depth=num_blocks,
+        )
 
     def __call__(
         self, model: DiT, draw: Callable[[int], Calibration], *, seed: int = 0,
@@ -113,8 +121,14 @@ class WidthPruning:
         num_used = sum(each["num_samples"] for each in intervals if each["used"])
         # a forward pass for the losses, forward and backward for the gradients, and one of two samples for tracing
         found.num_block_runs += num_blocks * (self.num_samples + 3 * num_used + 2)
-        before, after = (sum(p.numel() for p in each.parameters()) for each in (model, found.shallow))
-        found.width = {"hidden_size": found.shallow.width, "dense_hidden_size": model.width, "removed": 1 - after / before}
+        before, after = (
+            sum(p.numel() for p in each.parameters()) for each in (model, found.shallow)
+        )
+        found.width = {
+            "hidden_size": found.shallow.width,
+            "dense_hidden_size": model.width,
+            "removed": 1 - after / before,
+        }
         found.intervals = intervals
         return found
 
@@ -128,9 +142,16 @@ class WidthPruning:
         intervals = []
         for index in t.argsort(stable=True).cpu().tensor_split(self.num_intervals):
             with quiet(model):
-                losses = torch.cat([self._losses(model, calibration, part) for part in index.split(self.batch_size)])
+                losses = torch.cat(
+                    [
+                        self._losses(model, calibration, part)
+                        for part in index.split(self.batch_size)
+                    ]
+                )
             ends = t[index[[0, -1]].to(t.device)].tolist()
-            intervals.append({"t": ends, "loss": float(losses.mean()), "num_samples": len(index), "index": index})
+            intervals.append(
+                {"t": ends, "loss": float(losses.mean()), "num_samples": len(index), "index": index}
+            )
         largest = max(each["loss"] for each in intervals)
         model.zero_grad()
         model.requires_grad_(True)
@@ -142,7 +163,9 @@ class WidthPruning:
                     with quiet(model), torch.enable_grad():
                         (self._losses(model, calibration, part).sum() / len(index)).backward()
         if not all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None):
-            raise ValueError("The gradients that importance is taken from are not finite. Look at the teacher's weights and the data.")
+            raise ValueError(
+                "The gradients that importance is taken from are not finite. Look at the teacher's weights and the data."
+            )
         return intervals
 
     @staticmethod
@@ -156,5 +179,7 @@ def _all_blocks(model: nn.Module, criterion: str) -> Decision:
     stacks = {}
     for path, stack in find_stacks(model).items():
         n, every = len(stack), list(range(len(stack)))
-        stacks[path] = StackDecision(f"{n}:{n}", n, every, [1.0] * n, [GroupDecision(0, n, n, every)], criterion=criterion)
+        stacks[path] = StackDecision(
+            f"{n}:{n}", n, every, [1.0] * n, [GroupDecision(0, n, n, every)], criterion=criterion
+        )
     return Decision(stacks)

@@ -40,12 +40,23 @@ class Activations:
 
     def __post_init__(self) -> None:
         if self.num_samples < 1 or not all(k > 0 for k in self.num_sigma):
-            raise ValueError(f"num_samples is {self.num_samples} and num_sigma {list(self.num_sigma)}; give counts and widths > 0.")
+            raise ValueError(
+                f"num_samples is {self.num_samples} and num_sigma {list(self.num_sigma)}; give counts and widths > 0."
+            )
 
 
 @torch.no_grad()
-def draw_activations(*, run_dir: str | Path, name: str, seed: int, teacher: nn.Module, objective: Any, data: LightningDataModule,
-                     activations: Activations, begin: Callable[[], None] | None = None) -> dict[str, Any]:
+def draw_activations(
+    *,
+    run_dir: str | Path,
+    name: str,
+    seed: int,
+    teacher: nn.Module,
+    objective: Any,
+    data: LightningDataModule,
+    activations: Activations,
+    begin: Callable[[], None] | None = None,
+) -> dict[str, Any]:
     """Compare the hidden states of `teacher` and of a shallow student on the same draws.
 
     Leaves ``activations.png`` and ``activations.json``: for each layer pair and side mean, sigma, largest magnitude, its multiple of sigma,
@@ -59,9 +70,11 @@ def draw_activations(*, run_dir: str | Path, name: str, seed: int, teacher: nn.M
     for path, stack in decision.stacks.items():
         widths = [getattr(model, "width", None) for model in (student, teacher)]
         if (depth := len(get_stack(teacher, path))) != stack.num_blocks or widths[0] != widths[1]:
-            raise ValueError(f"{activations.student} was cut from a model of {stack.num_blocks} blocks in '{path}', and the teacher has "
-                             f"{depth}; hidden states have {widths[0]} and {widths[1]} channels. Give the teacher that it was cut from "
-                             "(model=, model.checkpoint=).")
+            raise ValueError(
+                f"{activations.student} was cut from a model of {stack.num_blocks} blocks in '{path}', and the teacher has "
+                f"{depth}; hidden states have {widths[0]} and {widths[1]} channels. Give the teacher that it was cut from "
+                "(model=, model.checkpoint=)."
+            )
     pairs = {path: stack.layer_pairs() for path, stack in decision.stacks.items()}
     if begin is not None:
         begin()
@@ -70,19 +83,33 @@ def draw_activations(*, run_dir: str | Path, name: str, seed: int, teacher: nn.M
         call = Draws(data, objective, next(teacher.parameters()).device)(activations.num_samples)
     found: dict[str, dict[str, Tensor]] = {}
     for path, of_path in pairs.items():
-        sides = {"teacher": (teacher, [t for _, t in of_path]), "student": (student, [s for s, _ in of_path])}
-        states = {side: _states(model.eval(), path, blocks, call) for side, (model, blocks) in sides.items()}
+        sides = {
+            "teacher": (teacher, [t for _, t in of_path]),
+            "student": (student, [s for s, _ in of_path]),
+        }
+        states = {
+            side: _states(model.eval(), path, blocks, call)
+            for side, (model, blocks) in sides.items()
+        }
         for s, t in of_path:
             pair = f"{path}: block {t} of the teacher, {s} of the student"
             found[pair] = {"teacher": states["teacher"][t], "student": states["student"][s]}
     result, histograms = {}, {}
     for pair, sides in found.items():
-        result[pair] = {side: _statistics(values, activations.num_sigma) for side, values in sides.items()}
-        histograms[pair] = {side: np.histogram(values.numpy(), bins=NUM_BINS) for side, values in sides.items()}
+        result[pair] = {
+            side: _statistics(values, activations.num_sigma) for side, values in sides.items()
+        }
+        histograms[pair] = {
+            side: np.histogram(values.numpy(), bins=NUM_BINS) for side, values in sides.items()
+        }
     write_json(Path(run_dir) / RESULT, result)
-    figure = write_activations(Path(run_dir) / FIGURE, histograms, result, num_sigma=activations.num_sigma)
+    figure = write_activations(
+        Path(run_dir) / FIGURE, histograms, result, num_sigma=activations.num_sigma
+    )
     for pair, sides in result.items():
-        say(f"{pair}: largest {sides['teacher']['largest_in_sigma']:.1f} sigma, {sides['student']['largest_in_sigma']:.1f} sigma")
+        say(
+            f"{pair}: largest {sides['teacher']['largest_in_sigma']:.1f} sigma, {sides['student']['largest_in_sigma']:.1f} sigma"
+        )
     say(f"Done. Open {figure}")
     return result
 
@@ -91,12 +118,25 @@ def _states(model: nn.Module, path: str, blocks: Sequence[int], call: Any) -> di
     """Hidden states after each block, of all streams together, as one vector."""
     with HiddenStates(model, path, blocks) as hidden:
         model(*call.args, **call.kwargs)
-    return {block: torch.cat([each.float().flatten().cpu() for each in (states if isinstance(states, tuple) else (states,))])
-            for block, states in hidden.items()}
+    return {
+        block: torch.cat(
+            [
+                each.float().flatten().cpu()
+                for each in (states if isinstance(states, tuple) else (states,))
+            ]
+        )
+        for block, states in hidden.items()
+    }
 
 
 def _statistics(values: Tensor, num_sigma: Sequence[float]) -> dict[str, Any]:
     sigma, mean = (float(each) for each in torch.std_mean(values))
     largest = float((values - mean).abs().max())
     beyond = {str(k): float(((values - mean).abs() >= k * sigma).float().mean()) for k in num_sigma}
-    return {"mean": mean, "sigma": sigma, "largest": largest, "largest_in_sigma": largest / max(sigma, 1e-12), "share_beyond": beyond}
+    return {
+        "mean": mean,
+        "sigma": sigma,
+        "largest": largest,
+        "largest_in_sigma": largest / max(sigma, 1e-12),
+        "share_beyond": beyond,
+    }

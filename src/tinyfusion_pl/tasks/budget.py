@@ -24,10 +24,14 @@ class Budget:
 
     def __post_init__(self) -> None:
         for name in ("num_images", "global_batch_size", "max_device_batch_size"):
-            if (value := getattr(self, name)) is not None and (not isinstance(value, int) or value < 1):
+            if (value := getattr(self, name)) is not None and (
+                not isinstance(value, int) or value < 1
+            ):
                 raise ValueError(f"budget.{name} is {value!r}; give a whole number, 1 or more.")
         if self.num_images < self.global_batch_size:
-            raise ValueError(f"budget.num_images is {self.num_images}, less than one batch of {self.global_batch_size}.")
+            raise ValueError(
+                f"budget.num_images is {self.num_images}, less than one batch of {self.global_batch_size}."
+            )
 
     @property
     def num_steps(self) -> int:
@@ -43,8 +47,10 @@ class Budget:
         size, rest = divmod(self.global_batch_size, num_devices)
         if rest or not size:
             near = sorted({max(1, size) * num_devices, (size + 1) * num_devices})
-            raise ValueError(f"budget.global_batch_size is {self.global_batch_size}, which {num_devices} devices cannot share equally. "
-                             f"Give {' or '.join(map(str, near))}, or another number of devices.")
+            raise ValueError(
+                f"budget.global_batch_size is {self.global_batch_size}, which {num_devices} devices cannot share equally. "
+                f"Give {' or '.join(map(str, near))}, or another number of devices."
+            )
         limit = self.max_device_batch_size or size
         accumulated = next(n for n in range(1, size + 1) if size % n == 0 and size // n <= limit)
         return size // accumulated, accumulated

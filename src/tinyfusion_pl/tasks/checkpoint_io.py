@@ -40,7 +40,9 @@ class WholeCheckpointIO(TorchCheckpointIO):
         super().__init__()
         self.made_from = made_from
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
         if self.made_from is not None:
             checkpoint = {**checkpoint, MADE_FROM: self.made_from}
         with atomic_path(path) as temporary, open(temporary, "wb") as opened:
@@ -67,9 +69,12 @@ class WholeCheckpointIO(TorchCheckpointIO):
             raise _unreadable(path) from error
         if not sealed:
             warnings.warn(
-                f"{path} has no checksum (an earlier version wrote it): damage to it would not be noticed.", stacklevel=2
+                f"{path} has no checksum (an earlier version wrote it): damage to it would not be noticed.",
+                stacklevel=2,
             )
-        if self.made_from is not None and (found := differences(content.get(MADE_FROM), self.made_from)):
+        if self.made_from is not None and (
+            found := differences(content.get(MADE_FROM), self.made_from)
+        ):
             raise ArtifactError(
                 f"{path} cannot be resumed: it was made from something else ({found}). Put back what it was made "
                 "from, or delete it, and its stage begins anew."

@@ -24,7 +24,11 @@ from tinyfusion_pl.tasks.folder import Inputs, RunFolder, say
 from tinyfusion_pl.tasks.loggers import StepLogger
 from tinyfusion_pl.tasks.tracking import stage_loggers
 
-DECISIONS, SELECTION, PROGRESS = "learn_mask/decisions.jsonl", "learn_mask/selection.json", "learn_mask/progress.pt"
+DECISIONS, SELECTION, PROGRESS = (
+    "learn_mask/decisions.jsonl",
+    "learn_mask/selection.json",
+    "learn_mask/progress.pt",
+)
 
 
 class Draws:
@@ -38,7 +42,11 @@ class Draws:
         indices = torch.randint(len(self.dataset), (num_samples,)).tolist()
         draws = torch.randint(2**31, (num_samples,)).tolist()
         keys = list(zip(draws, indices)) if self.takes_draws else indices
-        items = self.dataset.__getitems__(keys) if hasattr(self.dataset, "__getitems__") else [self.dataset[key] for key in keys]
+        items = (
+            self.dataset.__getitems__(keys)
+            if hasattr(self.dataset, "__getitems__")
+            else [self.dataset[key] for key in keys]
+        )
         x, y = (torch.stack([torch.as_tensor(part) for part in parts]) for parts in zip(*items))
         return self._calibration(x, y)
 
@@ -77,13 +85,21 @@ def choose(
         for each in loggers:
             each.log_metrics(metrics, step=entry["step"])
 
-    progress = Progress(folder / PROGRESS, made_from={**made_from, "seed": inputs.seed, "criterion": name})
+    progress = Progress(
+        folder / PROGRESS, made_from={**made_from, "seed": inputs.seed, "criterion": name}
+    )
     given = {} if isinstance(selection, WidthPruning) else {"progress": progress}
-    found = selection(model, Draws(inputs.data, inputs.objective, device), seed=inputs.seed, watch=watch, **given)
+    found = selection(
+        model, Draws(inputs.data, inputs.objective, device), seed=inputs.seed, watch=watch, **given
+    )
     for each in loggers:
         each.finalize("success")
     kept = found.decision.kept_blocks
-    shallow = remove_blocks(copy.deepcopy(inputs.teacher), kept) if found.shallow is None else found.shallow
+    shallow = (
+        remove_blocks(copy.deepcopy(inputs.teacher), kept)
+        if found.shallow is None
+        else found.shallow
+    )
     save_shallow(folder.shallow, shallow, {
         "stacks": found.decision.as_dict(), "source": dict(getattr(inputs.teacher, "source", None) or {}), "model_factory": None,
         "configuration": {"criterion": name, "num_block_runs": found.num_block_runs}, "seed": inputs.seed,
@@ -95,14 +111,22 @@ def choose(
         say(f"learn_mask: {name} made it narrower, {width['dense_hidden_size']} to {width['hidden_size']} channels; "
             f"{width['removed']:.1%} of the parameters went")  # fmt: skip
     say(f"learn_mask: {name} kept {kept}, for {found.num_block_runs:,} runs of a block on a sample")
-    return {"seconds": time.perf_counter() - start, "kept_blocks": kept, "criterion": name, "num_block_runs": found.num_block_runs}
+    return {
+        "seconds": time.perf_counter() - start,
+        "kept_blocks": kept,
+        "criterion": name,
+        "num_block_runs": found.num_block_runs,
+    }
 
 
 def _write(folder: RunFolder, found: Selected, name: str) -> None:
     """What the report shows of the choice."""
     (folder / DECISIONS).parent.mkdir(parents=True, exist_ok=True)
     if found.history:
-        lines = [{"step": each["step"], "loss": each["loss"], "stacks": each["decision"].telemetry()} for each in found.history]
+        lines = [
+            {"step": each["step"], "loss": each["loss"], "stacks": each["decision"].telemetry()}
+            for each in found.history
+        ]
         write_text(folder / DECISIONS, "".join(json.dumps(line) + "\n" for line in lines))
     rounds = [[{"kept_units": each["structure"].nonzero().flatten().tolist(), "distance": each["distance"]} for each in of_round]
               for of_round in found.rounds]  # fmt: skip

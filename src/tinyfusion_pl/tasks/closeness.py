@@ -14,7 +14,9 @@ BATCH_SIZE = 256
 
 
 @torch.no_grad()
-def closeness(model: nn.Module, inputs: Inputs, num_draws: int, *, device: torch.device) -> dict[str, float]:
+def closeness(
+    model: nn.Module, inputs: Inputs, num_draws: int, *, device: torch.device
+) -> dict[str, float]:
     """The objective's loss and the distance to the teacher's output, averaged over `num_draws` fixed draws of the training data.
 
     Returns:
@@ -24,7 +26,9 @@ def closeness(model: nn.Module, inputs: Inputs, num_draws: int, *, device: torch
     draw, loss, distance = Draws(inputs.data, inputs.objective, device), 0.0, 0.0
     with torch.random.fork_rng(devices_of(model)):
         torch.manual_seed(SEED)
-        for size in [BATCH_SIZE] * (num_draws // BATCH_SIZE) + [num_draws % BATCH_SIZE] * bool(num_draws % BATCH_SIZE):
+        for size in [BATCH_SIZE] * (num_draws // BATCH_SIZE) + [num_draws % BATCH_SIZE] * bool(
+            num_draws % BATCH_SIZE
+        ):
             calibration, index = draw(size).ask(teacher), torch.arange(size)
             output = model(*calibration.args, **calibration.kwargs)
             loss += float(calibration.losses(output, index).double().sum())

@@ -29,7 +29,15 @@ from tinyfusion_pl.tasks.interruption import interruptible
 from tinyfusion_pl.tasks.kept import KeptBatches
 from tinyfusion_pl.tasks.measured_models import load_model, own_models
 from tinyfusion_pl.tasks.origins import check_own_models, files_left
-from tinyfusion_pl.tasks.results import METRICS, describe, gathered, is_whole, kept_result, mark_of, plain
+from tinyfusion_pl.tasks.results import (
+    METRICS,
+    describe,
+    gathered,
+    is_whole,
+    kept_result,
+    mark_of,
+    plain,
+)
 from tinyfusion_pl.tasks.shared_reference import set_shared_reference
 from tinyfusion_pl.tasks.shared_results import SharedResults
 from tinyfusion_pl.tasks.timing import images_per_second, on_device
@@ -86,20 +94,36 @@ class Evaluate:
     write_grid: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in {"num_samples": 2, "batch_size": 1, "num_shown": 0, "num_timing_rounds": 0, "num_draws": 0}.items():
+        for name, least in {
+            "num_samples": 2,
+            "batch_size": 1,
+            "num_shown": 0,
+            "num_timing_rounds": 0,
+            "num_draws": 0,
+        }.items():
             if getattr(self, name) < least:
-                raise ValueError(f"evaluate.{name} is {getattr(self, name)}; give a count >= {least}.")
+                raise ValueError(
+                    f"evaluate.{name} is {getattr(self, name)}; give a count >= {least}."
+                )
         if self.num_shown > self.num_samples:
-            raise ValueError(f"evaluate.num_shown={self.num_shown} is more than num_samples={self.num_samples}.")
+            raise ValueError(
+                f"evaluate.num_shown={self.num_shown} is more than num_samples={self.num_samples}."
+            )
         if (wrong := [role for role in self.sampled if role not in ROLES]) or not self.sampled:
-            raise ValueError(f"evaluate.sampled is {wrong or []}; give one or more of {', '.join(ROLES)}.")
+            raise ValueError(
+                f"evaluate.sampled is {wrong or []}; give one or more of {', '.join(ROLES)}."
+            )
         self.models = {name: path for name, path in self.models.items() if path is not None}
         if wrong := [name for name in self.models if not name.isidentifier()]:
-            raise ValueError(f"evaluate.models.{wrong[0]}: {wrong} are no names; give letters, digits and underscores, they "
-                             "become file names.")
+            raise ValueError(
+                f"evaluate.models.{wrong[0]}: {wrong} are no names; give letters, digits and underscores, they "
+                "become file names."
+            )
         if wrong := [name for name in self.models if name in TAKEN]:
-            raise ValueError(f"evaluate.models.{wrong[0]}: the name {wrong[0]!r} is taken in metrics.json. Give another one; taken are "
-                             f"{', '.join(TAKEN)}.")
+            raise ValueError(
+                f"evaluate.models.{wrong[0]}: the name {wrong[0]!r} is taken in metrics.json. Give another one; taken are "
+                f"{', '.join(TAKEN)}."
+            )
         self.held = False  # whether the metrics have the reference
 
     def check(self, inputs: Inputs) -> None:
@@ -127,32 +151,73 @@ class Evaluate:
         if not self.models:
             check_own_models(folder, inputs)
         models, protocol = self.models_of(folder, inputs), self.protocol(inputs)
-        origins = {role: self.made_from(model, folder, inputs, role=role, protocol=protocol) for role, model in models.items()}
-        before = {role: self.shared.own(kept_result(folder, role, origin)) for role, origin in origins.items()}
+        origins = {
+            role: self.made_from(model, folder, inputs, role=role, protocol=protocol)
+            for role, model in models.items()
+        }
+        before = {
+            role: self.shared.own(kept_result(folder, role, origin))
+            for role, origin in origins.items()
+        }
         if None not in before.values() and is_whole(folder, [*models]):
             say(f"evaluate: done before; numbers in {folder / METRICS}")
             return
         sampled = [role for role in models if self.is_sampled(role)]
         if not sampled:
-            raise ValueError(f"evaluate.sampled is {list(self.sampled)}, but there are {', '.join(models)} to measure. Add one of them.")
-        say(f"evaluate: {self.num_samples} samples each of {', '.join(sampled)}; numbers go to {folder / METRICS}")
+            raise ValueError(
+                f"evaluate.sampled is {list(self.sampled)}, but there are {', '.join(models)} to measure. Add one of them."
+            )
+        say(
+            f"evaluate: {self.num_samples} samples each of {', '.join(sampled)}; numbers go to {folder / METRICS}"
+        )
         samplers = {role: self.sampler(model, inputs) for role, model in models.items()}
         for role, sampler in samplers.items():
             if before[role] is None:
-                folder.finish(mark_of(role), self.shared_or_measured(sampler, folder, inputs, role=role, made_from=origins[role]))
+                folder.finish(
+                    mark_of(role),
+                    self.shared_or_measured(
+                        sampler, folder, inputs, role=role, made_from=origins[role]
+                    ),
+                )
         samplers = {role: sampler for role, sampler in samplers.items() if self.is_sampled(role)}
-        results = self.write(folder, inputs, models=models, speed=self.speed(samplers, inputs),
-                             shown=self.shown(samplers, inputs), protocol=protocol)
-        left = [METRICS, SAMPLES, *([f"samples_{role}.png" for role in samplers] if self.write_grid else [])]
-        folder.finish("evaluate", {"seconds": sum(folder.result(mark_of(role))["seconds"] for role in models), "models": [*models],
-                                   "results": results, "files": files_left(folder.path, left)})
+        results = self.write(
+            folder,
+            inputs,
+            models=models,
+            speed=self.speed(samplers, inputs),
+            shown=self.shown(samplers, inputs),
+            protocol=protocol,
+        )
+        left = [
+            METRICS,
+            SAMPLES,
+            *([f"samples_{role}.png" for role in samplers] if self.write_grid else []),
+        ]
+        folder.finish(
+            "evaluate",
+            {
+                "seconds": sum(folder.result(mark_of(role))["seconds"] for role in models),
+                "models": [*models],
+                "results": results,
+                "files": files_left(folder.path, left),
+            },
+        )
 
-    def shared_or_measured(self, sampler: PictureSampler, folder: RunFolder, inputs: Inputs, *, role: str,
-                           made_from: Origin) -> dict[str, Any]:
+    def shared_or_measured(
+        self,
+        sampler: PictureSampler,
+        folder: RunFolder,
+        inputs: Inputs,
+        *,
+        role: str,
+        made_from: Origin,
+    ) -> dict[str, Any]:
         """What is known of a model: as another run measured it, where one did; else measured now."""
         if not self.write_npz and (found := self.shared.find(made_from)) is not None:
-            say(f"evaluate: {role} was measured in {found['run_dir']}, which saves {found['seconds']:.0f} s "
-                "(evaluate.shared.reuse=false measures it again)")
+            say(
+                f"evaluate: {role} was measured in {found['run_dir']}, which saves {found['seconds']:.0f} s "
+                "(evaluate.shared.reuse=false measures it again)"
+            )
             return {**found, "made_from": made_from}
         say(f"evaluate: {role}")
         results, seconds = {}, 0.0
@@ -162,17 +227,33 @@ class Evaluate:
             results |= closeness(sampler.denoiser, inputs, self.num_draws, device=self.device)
         result = {**describe(sampler.denoiser), **results, "seconds": seconds}
         self.shared.keep(made_from, result, run_dir=folder.path)
-        return {**result, "made_from": made_from, "files": files_left(folder.path, [f"samples_{role}.npz"] * self.write_npz)}
+        return {
+            **result,
+            "made_from": made_from,
+            "files": files_left(folder.path, [f"samples_{role}.npz"] * self.write_npz),
+        }
 
     def is_sampled(self, role: str) -> bool:
         return bool(self.models) or role in self.sampled
 
-    def made_from(self, model: nn.Module, folder: RunFolder, inputs: Inputs, *, role: str, protocol: dict[str, Any]) -> Origin:
+    def made_from(
+        self,
+        model: nn.Module,
+        folder: RunFolder,
+        inputs: Inputs,
+        *,
+        role: str,
+        protocol: dict[str, Any],
+    ) -> Origin:
         """What decides the numbers of `model`: its weights, what they are held against and how, the configuration."""
         parts = {
-            "weights": model_sha256(model), "reference": protocol["reference_sha256"], "feature network": protocol["feature_network"],
+            "weights": model_sha256(model),
+            "reference": protocol["reference_sha256"],
+            "feature network": protocol["feature_network"],
             "sampled": None if self.is_sampled(role) else "no",
-            "draws": self._draws_sha256(inputs), "decoder": inputs.data.decoder_sha256(), "protocol": content_sha256(protocol),
+            "draws": self._draws_sha256(inputs),
+            "decoder": inputs.data.decoder_sha256(),
+            "protocol": content_sha256(protocol),
             "configuration": folder.configuration,
         }
         return {name: checksum for name, checksum in parts.items() if checksum is not None}
@@ -181,16 +262,27 @@ class Evaluate:
         """What decides loss and distance to the teacher."""
         if not self.num_draws:
             return None
-        return content_sha256([self.num_draws, model_sha256(inputs.teacher), inputs.data.samples_sha256()])
+        return content_sha256(
+            [self.num_draws, model_sha256(inputs.teacher), inputs.data.samples_sha256()]
+        )
 
     def models_of(self, folder: RunFolder, inputs: Inputs) -> dict[str, nn.Module]:
         """Name -> model: those given, or the run's own as far as they are there."""
-        return {name: load_model(path, inputs) for name, path in self.models.items()} or own_models(folder, inputs)
+        return {name: load_model(path, inputs) for name, path in self.models.items()} or own_models(
+            folder, inputs
+        )
 
     def sampler(self, model: nn.Module, inputs: Inputs) -> PictureSampler:
-        return PictureSampler(denoiser=model.eval(), objective=inputs.objective, latent_shape=inputs.data.latent_shape,
-                              decode=inputs.data.decode, sampling=self.sampling, seed=inputs.seed, precision=self.precision,
-                              compile=self.compile)
+        return PictureSampler(
+            denoiser=model.eval(),
+            objective=inputs.objective,
+            latent_shape=inputs.data.latent_shape,
+            decode=inputs.data.decode,
+            sampling=self.sampling,
+            seed=inputs.seed,
+            precision=self.precision,
+            compile=self.compile,
+        )
 
     def reference_of(self, inputs: Inputs) -> Reference:
         """The reference file, or the data module's pictures."""
@@ -204,8 +296,15 @@ class Evaluate:
         """What it holds, and its checksum when it was read."""
         return read_reference(self.reference), sha256(self.reference)
 
-    def measure(self, sampler: PictureSampler, folder: RunFolder, inputs: Inputs, *, role: str,
-                made_from: Origin) -> tuple[dict[str, float], float]:
+    def measure(
+        self,
+        sampler: PictureSampler,
+        folder: RunFolder,
+        inputs: Inputs,
+        *,
+        role: str,
+        made_from: Origin,
+    ) -> tuple[dict[str, float], float]:
         """Sample, and hold the pictures against the reference, resuming from the batches that an interrupted measurement kept, where they
         are `made_from` the same.
 
@@ -215,11 +314,24 @@ class Evaluate:
         trainer = self.trainer(default_root_dir=folder.path)
         if not self.held:
             self.metrics.to(trainer.strategy.root_device)
-            set_shared_reference(self.metrics, self.reference_of(inputs), self.shared.folder if self.shared.reuse else None, made_from,
-                                 rank=trainer.global_rank, world_size=trainer.world_size, batch_size=self.batch_size)
+            set_shared_reference(
+                self.metrics,
+                self.reference_of(inputs),
+                self.shared.folder if self.shared.reuse else None,
+                made_from,
+                rank=trainer.global_rank,
+                world_size=trainer.world_size,
+                batch_size=self.batch_size,
+            )
             self.held = True
         kept = KeptBatches(folder / "evaluate" / role, pictures=self.write_npz, made_from=made_from)
-        shell = Generation(sampler, labels=self.labels_of(sampler, inputs), metrics=self.metrics, batch_size=self.batch_size, measured=kept)
+        shell = Generation(
+            sampler,
+            labels=self.labels_of(sampler, inputs),
+            metrics=self.metrics,
+            batch_size=self.batch_size,
+            measured=kept,
+        )
         with interruptible(trainer):
             trainer.test(shell, verbose=False)
         if self.write_npz:
@@ -234,7 +346,13 @@ class Evaluate:
 
     def labels_of(self, sampler: PictureSampler, inputs: Inputs) -> torch.Tensor:
         num_classes = sampler.denoiser.num_classes
-        return labels_of(self.labels, self.num_samples, num_classes, seed=inputs.seed, classes=self.classes(inputs, num_classes))
+        return labels_of(
+            self.labels,
+            self.num_samples,
+            num_classes,
+            seed=inputs.seed,
+            classes=self.classes(inputs, num_classes),
+        )
 
     def classes(self, inputs: Inputs, num_classes: int) -> list[int] | None:
         """Classes that samples are asked to be: those of the images that they are held against; with a reference file, which does not say
@@ -250,19 +368,33 @@ class Evaluate:
         classes = self.classes(inputs, num_classes)
         labels_of(self.labels, self.num_samples, num_classes, seed=inputs.seed, classes=classes)
         if classes is not None and len(classes) < num_classes:
-            beside = "" if self.reference is None else f"; those of {self.reference} are not known, and should be the same"
-            say(f"evaluate: samples are of the data's {len(classes)} classes, of {num_classes} that the model knows{beside}")
+            beside = (
+                ""
+                if self.reference is None
+                else f"; those of {self.reference} are not known, and should be the same"
+            )
+            say(
+                f"evaluate: samples are of the data's {len(classes)} classes, of {num_classes} that the model knows{beside}"
+            )
 
     def shown(self, samplers: dict[str, PictureSampler], inputs: Inputs) -> dict[str, torch.Tensor]:
         indices = torch.arange(self.num_shown)
         labels = self.labels_of(next(iter(samplers.values())), inputs)[: self.num_shown]
-        return {"labels": labels, **{role: sampler(indices, labels, device=on_device(sampler, self.device)).cpu()
-                                     for role, sampler in samplers.items() if self.num_shown}}
+        return {
+            "labels": labels,
+            **{
+                role: sampler(indices, labels, device=on_device(sampler, self.device)).cpu()
+                for role, sampler in samplers.items()
+                if self.num_shown
+            },
+        }
 
     def speed(self, samplers: dict[str, PictureSampler], inputs: Inputs) -> dict[str, float]:
         size = min(self.batch_size, self.num_samples)
         labels = self.labels_of(next(iter(samplers.values())), inputs)[:size]
-        return images_per_second(samplers, labels, num_rounds=self.num_timing_rounds, device=self.device)
+        return images_per_second(
+            samplers, labels, num_rounds=self.num_timing_rounds, device=self.device
+        )
 
     @cached_property
     def device(self) -> torch.device:
@@ -270,15 +402,28 @@ class Evaluate:
         return self.trainer().strategy.root_device
 
     @rank_zero_only
-    def write(self, folder: RunFolder, inputs: Inputs, *, models: dict[str, nn.Module], speed: dict[str, float],
-              shown: dict[str, torch.Tensor], protocol: dict[str, Any]) -> dict[str, Any]:
+    def write(
+        self,
+        folder: RunFolder,
+        inputs: Inputs,
+        *,
+        models: dict[str, nn.Module],
+        speed: dict[str, float],
+        shown: dict[str, torch.Tensor],
+        protocol: dict[str, Any],
+    ) -> dict[str, Any]:
         """Write ``metrics.json``, whose content is returned, and the pictures shown."""
         save_tensors(folder / SAMPLES, shown)
         if self.write_grid:
             for role in shown.keys() - {"labels"}:
                 write_grid(folder / f"samples_{role}.png", shown[role])
-        results: dict[str, Any] = {"name": inputs.name, "reference": self.reference or type(inputs.data).__name__}
-        results |= gathered(folder, list(models), speed, getattr(inputs.teacher, "source", {}).get(TRAINING_IMAGES))
+        results: dict[str, Any] = {
+            "name": inputs.name,
+            "reference": self.reference or type(inputs.data).__name__,
+        }
+        results |= gathered(
+            folder, list(models), speed, getattr(inputs.teacher, "source", {}).get(TRAINING_IMAGES)
+        )
         results["protocol"] = protocol
         write_json(folder / METRICS, results)
         return results
@@ -286,13 +431,27 @@ class Evaluate:
     def protocol(self, inputs: Inputs) -> dict[str, Any]:
         """What two results must share to be comparable."""
         reference = self.reference_of(inputs)
-        digest = tensors_sha256({"pictures": reference.pictures}) if self.reference is None else self._reference_file[1]
-        return self.metrics.protocol(num_samples=self.num_samples, num_reference=reference.num_pictures, reference_sha256=digest,
-                                     labels=self.labels, **self._classes_sampled(inputs), seed=inputs.seed, **plain(self.sampling),
-                                     precision=self.precision)
+        digest = (
+            tensors_sha256({"pictures": reference.pictures})
+            if self.reference is None
+            else self._reference_file[1]
+        )
+        return self.metrics.protocol(
+            num_samples=self.num_samples,
+            num_reference=reference.num_pictures,
+            reference_sha256=digest,
+            labels=self.labels,
+            **self._classes_sampled(inputs),
+            seed=inputs.seed,
+            **plain(self.sampling),
+            precision=self.precision,
+        )
 
     def _classes_sampled(self, inputs: Inputs) -> dict[str, Any]:
         """For the protocol: the classes, where they are not all that the model knows."""
         classes = self.classes(inputs, inputs.teacher.num_classes)
-        return {} if classes is None or len(classes) == inputs.teacher.num_classes else {"classes": classes}
-
+        return (
+            {}
+            if classes is None or len(classes) == inputs.teacher.num_classes
+            else {"classes": classes}
+        )

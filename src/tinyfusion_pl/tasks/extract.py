@@ -15,7 +15,14 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from tinyfusion_pl.artifacts import read_json, write_json
 from tinyfusion_pl.data import VAE, open_images
-from tinyfusion_pl.data.extraction import ShardWriter, finish, is_finished, left_out, missing_shards, resume
+from tinyfusion_pl.data.extraction import (
+    ShardWriter,
+    finish,
+    is_finished,
+    left_out,
+    missing_shards,
+    resume,
+)
 from tinyfusion_pl.data.extraction import begin as begin_extraction
 from tinyfusion_pl.data.inventory import INVENTORY, Inventory, Slots
 from tinyfusion_pl.data.latents_info import CONTENTS, DTYPES, FINISHED, LatentsInfo
@@ -75,16 +82,29 @@ class Extract:
     max_pixels: int = MAX_PIXELS
 
     def __post_init__(self) -> None:
-        for name, least in {"shard_size": 1, "save_every": 1, "batch_size": 1, "num_workers": 0, "image_size": 1, "seed": 0,
-                            "max_pixels": 1}.items():
+        for name, least in {
+            "shard_size": 1,
+            "save_every": 1,
+            "batch_size": 1,
+            "num_workers": 0,
+            "image_size": 1,
+            "seed": 0,
+            "max_pixels": 1,
+        }.items():
             if getattr(self, name) < least:
-                raise ValueError(f"extract.{name} is {getattr(self, name)}; give a whole number >= {least}.")
+                raise ValueError(
+                    f"extract.{name} is {getattr(self, name)}; give a whole number >= {least}."
+                )
         for name, choices in {"content": CONTENTS, "dtype": DTYPES}.items():
             if getattr(self, name) not in choices:
-                raise ValueError(f"extract.{name} is {getattr(self, name)!r}; give {' or '.join(map(repr, choices))}.")
+                raise ValueError(
+                    f"extract.{name} is {getattr(self, name)!r}; give {' or '.join(map(repr, choices))}."
+                )
 
 
-def extract_latents(*, run_dir: str | Path, extract: Extract, begin: Callable[[], None] | None = None) -> Path:
+def extract_latents(
+    *, run_dir: str | Path, extract: Extract, begin: Callable[[], None] | None = None
+) -> Path:
     """Extract the latents of ``extract.images`` and of their mirror images into ``extract.output``; returns that folder.
 
     Finished shards, and finished parts of others, are passed over. Files do not depend on the number of processes. `begin` is called
@@ -95,23 +115,43 @@ def extract_latents(*, run_dir: str | Path, extract: Extract, begin: Callable[[]
             that another extraction is writing.
     """
     # The processes that the first one starts write into the folder that it holds.
-    with sole_writer(extract.output, setting="extract.output") if rank_zero_only.rank == 0 else nullcontext():
+    with (
+        sole_writer(extract.output, setting="extract.output")
+        if rank_zero_only.rank == 0
+        else nullcontext()
+    ):
         return _extract_latents(Path(extract.output), extract, begin=begin)
 
 
 def _extract_latents(root: Path, extract: Extract, *, begin: Callable[[], None] | None) -> Path:
-    images = open_images(extract.images, image_size=extract.image_size, class_to_idx=extract.class_to_idx,
-                         skip_broken=extract.skip_broken, max_pixels=extract.max_pixels)
+    images = open_images(
+        extract.images,
+        image_size=extract.image_size,
+        class_to_idx=extract.class_to_idx,
+        skip_broken=extract.skip_broken,
+        max_pixels=extract.max_pixels,
+    )
     num_samples = len(images) if extract.num_images is None else extract.num_images
     if not 1 <= num_samples <= len(images):
-        raise ValueError(f"extract.num_images is {num_samples}; {extract.images} has {len(images)} images.")
+        raise ValueError(
+            f"extract.num_images is {num_samples}; {extract.images} has {len(images)} images."
+        )
     trainer = check_sampling_trainer("extract.trainer", extract.trainer)
     vae = extract.vae()
     info = LatentsInfo(
-        content=extract.content, dtype=extract.dtype, latent_shape=vae.latent_shape(extract.image_size), num_samples=num_samples,
-        shard_size=extract.shard_size, image_size=extract.image_size, vae=vae.record(), images=str(extract.images),
-        listing=images.listing(), seed=extract.seed, classes=[printable(name) for name in images.classes],
-        class_names=images.class_names, indices=None if images.indices == list(range(len(images.classes))) else images.indices,
+        content=extract.content,
+        dtype=extract.dtype,
+        latent_shape=vae.latent_shape(extract.image_size),
+        num_samples=num_samples,
+        shard_size=extract.shard_size,
+        image_size=extract.image_size,
+        vae=vae.record(),
+        images=str(extract.images),
+        listing=images.listing(),
+        seed=extract.seed,
+        classes=[printable(name) for name in images.classes],
+        class_names=images.class_names,
+        indices=None if images.indices == list(range(len(images.classes))) else images.indices,
         labelled_by=images.labelled_by,
     )
     info, inventory, said = resume(root, info, images, num_images=extract.num_images)
@@ -126,31 +166,44 @@ def _extract_latents(root: Path, extract: Extract, *, begin: Callable[[], None] 
             if (root / INVENTORY).exists():
                 inventory.write(root, info)  # images that were copied have other times
             _leave_out_what_is_gone(root, info, inventory)
-        say(f"extract: done before; the latents of {info.num_samples} images are in {root} (headers and sizes of their files were looked "
-            "at, not the values)")
+        say(
+            f"extract: done before; the latents of {info.num_samples} images are in {root} (headers and sizes of their files were looked "
+            "at, not the values)"
+        )
         return root
-    say(f"extract: {info.num_samples} images of {extract.images} and their mirror images through the VAE {vae.source}: {info.content} of "
-        f"{info.latent_shape}, {len(missing_shards(root, info))} of {info.num_shards} shards to do; they go to {root}")
+    say(
+        f"extract: {info.num_samples} images of {extract.images} and their mirror images through the VAE {vae.source}: {info.content} of "
+        f"{info.latent_shape}, {len(missing_shards(root, info))} of {info.num_shards} shards to do; they go to {root}"
+    )
     say(f"extract: {_describe_labels(info)}")
     if trainer.is_global_zero:
         begin_extraction(root, info, inventory)
     writer = partial(ShardWriter, root, info, save_every=extract.save_every)
-    module = Extraction(vae, images=Slots(images, inventory.places), writer=writer, batch_size=extract.batch_size,
-                        num_workers=extract.num_workers)
+    module = Extraction(
+        vae,
+        images=Slots(images, inventory.places),
+        writer=writer,
+        batch_size=extract.batch_size,
+        num_workers=extract.num_workers,
+    )
     start = time.monotonic()
     with interruptible(trainer):
         trainer.test(module, verbose=False)
     seconds = time.monotonic() - start
     trainer.strategy.barrier("all shards are written")
-    notes = trainer.strategy.reduce(module.notes.to(trainer.strategy.root_device), reduce_op="sum").tolist()
+    notes = trainer.strategy.reduce(
+        module.notes.to(trainer.strategy.root_device), reduce_op="sum"
+    ).tolist()
     for sentence in describe_notes(Counter(dict(zip(Note, notes)))):
         say(f"extract: {sentence}")
     if trainer.is_global_zero:
         skipped = finish(root, info, inventory)
         LatentShards(root)  # reads every header
         _say_skipped(skipped, module.broken)
-    say(f"Done. {root}: {info.num_samples} images in {info.num_shards} shards; this process made {module.num_done} in {seconds:.1f} s, "
-        f"{module.num_done / seconds:.2f} images/s.")
+    say(
+        f"Done. {root}: {info.num_samples} images in {info.num_shards} shards; this process made {module.num_done} in {seconds:.1f} s, "
+        f"{module.num_done / seconds:.2f} images/s."
+    )
     return root
 
 
@@ -168,21 +221,38 @@ def _leave_out_what_is_gone(root: Path, info: LatentsInfo, inventory: Inventory)
 
 def _say_skipped(skipped: dict[str, int], reasons: list[str]) -> None:
     if skipped:
-        why = f": {'; '.join(reasons[:NUM_REASONS])}{'; ...' if len(reasons) > NUM_REASONS else ''}" if reasons else ""
-        say(f"extract: {len(skipped)} images were left out ({named(list(skipped))}); {FINISHED} names all of them{why}")
+        why = (
+            f": {'; '.join(reasons[:NUM_REASONS])}{'; ...' if len(reasons) > NUM_REASONS else ''}"
+            if reasons
+            else ""
+        )
+        say(
+            f"extract: {len(skipped)} images were left out ({named(list(skipped))}); {FINISHED} names all of them{why}"
+        )
 
 
 def _describe_labels(info: LatentsInfo) -> str:
     labels = info.labels_of_classes
-    pairs = ", ".join(f"{name}: {label}" for name, label in list(zip(info.classes, labels))[:NUM_REASONS])
-    how = {"imagenet": "ImageNet's", "order": "by the order of the class folders", "file": "those of the file", "class_to_idx": "as given"}
+    pairs = ", ".join(
+        f"{name}: {label}" for name, label in list(zip(info.classes, labels))[:NUM_REASONS]
+    )
+    how = {
+        "imagenet": "ImageNet's",
+        "order": "by the order of the class folders",
+        "file": "those of the file",
+        "class_to_idx": "as given",
+    }
     return f"{len(labels)} classes, labels {how[info.labelled_by]} ({pairs}{', ...' if len(labels) > NUM_REASONS else ''})"
 
 
 def _check_processes(num_processes: int, num_samples: int, shard_size: int) -> None:
     num_shards = -(-num_samples // shard_size)
     if num_processes > num_samples:
-        raise ValueError(f"There are {num_processes} processes, but only {num_samples} images. Give fewer devices.")
+        raise ValueError(
+            f"There are {num_processes} processes, but only {num_samples} images. Give fewer devices."
+        )
     if num_processes > num_shards:
-        raise ValueError(f"There are {num_processes} processes, but only {num_shards} shards of {shard_size} images to share out. Give "
-                         f"extract.shard_size={num_samples // num_processes} or less, or fewer devices.")
+        raise ValueError(
+            f"There are {num_processes} processes, but only {num_shards} shards of {shard_size} images to share out. Give "
+            f"extract.shard_size={num_samples // num_processes} or less, or fewer devices."
+        )

@@ -54,10 +54,17 @@ class RunFolder:
         try:
             content = read_sealed(file)
         except Damaged as error:
-            raise Damaged(f"{error} Delete it: the stage then resumes from what it left, and marks itself again.") from error
-        if None not in (self.configuration, of := content.pop("configuration", None)) and of != self.configuration:
-            raise ArtifactError(f"{file} belongs to another configuration (hash {of}; this one's is {self.configuration}). Give another "
-                                "run_dir=PATH, or none: each configuration then gets its own folder.")
+            raise Damaged(
+                f"{error} Delete it: the stage then resumes from what it left, and marks itself again."
+            ) from error
+        if (
+            None not in (self.configuration, of := content.pop("configuration", None))
+            and of != self.configuration
+        ):
+            raise ArtifactError(
+                f"{file} belongs to another configuration (hash {of}; this one's is {self.configuration}). Give another "
+                "run_dir=PATH, or none: each configuration then gets its own folder."
+            )
         return content
 
     def finish(self, stage: str, result: dict[str, Any]) -> None:
@@ -86,7 +93,11 @@ def read_configuration(file: Path) -> str | None:
     """The configuration's hash that a ``config.yaml`` states in a comment at its end; None where it states none, or is not there."""
     if not file.is_file():
         return None
-    stated = re.findall(r"^# configuration: ([0-9a-f]{8})$", file.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+    stated = re.findall(
+        r"^# configuration: ([0-9a-f]{8})$",
+        file.read_text(encoding="utf-8", errors="replace"),
+        re.MULTILINE,
+    )
     return stated[-1] if stated else None
 
 

@@ -39,7 +39,9 @@ def interruptible(trainer: Trainer, *, at_steps: bool = False) -> Iterator[None]
         trainer: It has not run yet.
         at_steps: Whether what runs inside calls `end_if_asked` after each step.
     """
-    trainer._signal_connector._sigterm_notifier_fn = lambda signum, frame: None  # ours is called after it
+    trainer._signal_connector._sigterm_notifier_fn = lambda signum, frame: (
+        None
+    )  # ours is called after it
     slurm, leave = _slurm(trainer), None
     if trainer.world_size > 1:
         os.environ.setdefault(PARENT, str(os.getpid()))
@@ -56,7 +58,9 @@ def interruptible(trainer: Trainer, *, at_steps: bool = False) -> Iterator[None]
                 _wait(_children)
             raise stop.__context__ from None
         except RuntimeError as error:
-            if requested() and "DataLoader worker" in str(error):  # the signal went to the workers too
+            if requested() and "DataLoader worker" in str(
+                error
+            ):  # the signal went to the workers too
                 raise Preempted(requested()) from error
             raise
 
@@ -86,7 +90,11 @@ _children: list[subprocess.Popen] = []  # that end as this process does
 def _slurm(trainer: Trainer) -> SLURMEnvironment | None:
     """The environment of a job that requeues itself."""
     environment = trainer._accelerator_connector.cluster_environment
-    return environment if isinstance(environment, SLURMEnvironment) and environment.auto_requeue else None
+    return (
+        environment
+        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue
+        else None
+    )
 
 
 def _take_children() -> list[subprocess.Popen]:
@@ -107,7 +115,9 @@ def _end_at_once(signum: int) -> None:
     children = _take_children()
     for child in children:
         child.send_signal(signum)
-    if os.environ.get(PARENT) == str(os.getppid()):  # else whatever started this one looks after the others
+    if os.environ.get(PARENT) == str(
+        os.getppid()
+    ):  # else whatever started this one looks after the others
         os.kill(os.getppid(), signum)
     _wait(children)
     if rank_zero_only.rank == 0:

@@ -12,7 +12,13 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from tinyfusion_pl.artifacts import load_tensors
-from tinyfusion_pl.checksums import Damaged, Origin, differences, load_sealed_tensors, save_sealed_tensors
+from tinyfusion_pl.checksums import (
+    Damaged,
+    Origin,
+    differences,
+    load_sealed_tensors,
+    save_sealed_tensors,
+)
 from tinyfusion_pl.metrics import Features
 from tinyfusion_pl.tasks.folder import say
 
@@ -29,15 +35,23 @@ class KeptBatches:
         made_from: What decides their content, name -> checksum.
     """
 
-    def __init__(self, folder: Path, *, pictures: bool = False, made_from: Origin | None = None) -> None:
+    def __init__(
+        self, folder: Path, *, pictures: bool = False, made_from: Origin | None = None
+    ) -> None:
         self.folder, self.pictures, self.made_from = folder, pictures, made_from or {}
 
     def write(self, indices: Tensor, labels: Tensor, features: Features, pictures: Tensor) -> None:
         """Keep a batch: numbers (N,), labels (N,), features, uint8 pictures (N, C, H, W)."""
-        tensors = {"indices": indices, "labels": labels, **{name: x for name, x in features._asdict().items() if x is not None}}
+        tensors = {
+            "indices": indices,
+            "labels": labels,
+            **{name: x for name, x in features._asdict().items() if x is not None},
+        }
         if self.pictures:
             tensors["pictures"] = pictures
-        save_sealed_tensors(self.folder / f"{int(indices[0]):08d}.safetensors", tensors, made_from=self.made_from)
+        save_sealed_tensors(
+            self.folder / f"{int(indices[0]):08d}.safetensors", tensors, made_from=self.made_from
+        )
 
     @rank_zero_only
     def check(self) -> None:
@@ -48,8 +62,10 @@ class KeptBatches:
                 path.unlink()
                 reasons[reason] = reasons.get(reason, 0) + 1
         for reason, num in reasons.items():
-            say(f"evaluate: {num} finished {'batches' if num > 1 else 'batch'} in {self.folder} cannot be used and will be made again: "
-                f"{reason}")
+            say(
+                f"evaluate: {num} finished {'batches' if num > 1 else 'batch'} in {self.folder} cannot be used and will be made again: "
+                f"{reason}"
+            )
 
     def _reason(self, path: Path) -> str:
         try:
@@ -58,17 +74,27 @@ class KeptBatches:
             return str(error)
         if found := differences(made_from, self.made_from):
             return f"made from something else ({found})"
-        return "without the pictures, which are asked for now" if self.pictures and "pictures" not in tensors else ""
+        return (
+            "without the pictures, which are asked for now"
+            if self.pictures and "pictures" not in tensors
+            else ""
+        )
 
     def indices(self) -> Tensor:
         """Numbers of the samples that are kept, ascending."""
         numbers = [tensors["indices"] for tensors in self._files(only=("indices",))]
         return torch.cat([torch.empty(0, dtype=torch.long), *numbers]).sort().values
 
-    def batches(self, *, rank: int = 0, world_size: int = 1) -> Iterator[tuple[Tensor, Tensor, Features]]:
+    def batches(
+        self, *, rank: int = 0, world_size: int = 1
+    ) -> Iterator[tuple[Tensor, Tensor, Features]]:
         """The share of process `rank` of `world_size`: numbers, labels, features."""
         for tensors in self._files(rank, world_size):
-            yield tensors["indices"], tensors["labels"], Features(*(tensors.get(name) for name in Features._fields))
+            yield (
+                tensors["indices"],
+                tensors["labels"],
+                Features(*(tensors.get(name) for name in Features._fields)),
+            )
 
     def numbered_pictures(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Numbers and pictures of all batches."""
@@ -85,6 +111,8 @@ class KeptBatches:
     def _paths(self) -> list[Path]:
         return sorted(self.folder.glob("[0-9]*.safetensors"))
 
-    def _files(self, rank: int = 0, world_size: int = 1, *, only: Sequence[str] | None = None) -> Iterator[dict[str, Tensor]]:
+    def _files(
+        self, rank: int = 0, world_size: int = 1, *, only: Sequence[str] | None = None
+    ) -> Iterator[dict[str, Tensor]]:
         for path in self._paths()[rank::world_size]:
             yield load_tensors(path, only=only)

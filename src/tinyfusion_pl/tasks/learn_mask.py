@@ -14,7 +14,15 @@ from tinyfusion_pl.selection import Selection, WidthPruning
 from tinyfusion_pl.tasks.choosing import DECISIONS, SELECTION, choose
 from tinyfusion_pl.tasks.fitting import Fit
 from tinyfusion_pl.tasks.folder import Inputs, RunFolder, say
-from tinyfusion_pl.tasks.origins import check_asked, check_logs, check_origin, files_left, logs_of, needs_remaking, origin_of
+from tinyfusion_pl.tasks.origins import (
+    check_asked,
+    check_logs,
+    check_origin,
+    files_left,
+    logs_of,
+    needs_remaking,
+    origin_of,
+)
 from tinyfusion_pl.tasks.processes import first_alone
 
 
@@ -45,7 +53,9 @@ class LearnMask:
         """
         if self.selection is not None:
             self.selection.check(inputs.teacher)
-            module = self.module(inputs.teacher, objective=inputs.objective, label_dropout=0.0)  # no labels are dropped
+            module = self.module(
+                inputs.teacher, objective=inputs.objective, label_dropout=0.0
+            )  # no labels are dropped
             self.fit.check("learn_mask", module)  # its Trainer says where a criterion computes
         else:
             module = self.module(inputs.teacher, objective=inputs.objective)
@@ -80,26 +90,59 @@ class LearnMask:
             check_origin(folder, "learn_mask", done, made_from)
             check_asked(folder, "learn_mask", done, asked)
             check_logs(folder, "learn_mask", done)
-            if not needs_remaking(folder, "learn_mask", done, below=folder.shallow.name, repeats=self.selection is not None):
-                say(f"learn_mask: done before, kept {done['kept_blocks']}; shallow model in {folder.shallow}")
+            if not needs_remaking(
+                folder,
+                "learn_mask",
+                done,
+                below=folder.shallow.name,
+                repeats=self.selection is not None,
+            ):
+                say(
+                    f"learn_mask: done before, kept {done['kept_blocks']}; shallow model in {folder.shallow}"
+                )
                 return
         if self.selection is not None:
-            result = choose(self.selection, folder, inputs, self.fit.device(), made_from=made_from, logger=self.fit.logger)
-            left = [SELECTION, *(log for log in (DECISIONS, logs_of("learn_mask")) if (folder / log).exists())]
+            result = choose(
+                self.selection,
+                folder,
+                inputs,
+                self.fit.device(),
+                made_from=made_from,
+                logger=self.fit.logger,
+            )
+            left = [
+                SELECTION,
+                *(log for log in (DECISIONS, logs_of("learn_mask")) if (folder / log).exists()),
+            ]
             folder.finish("learn_mask", {**result, **asked, "made_from": made_from, "files": files_left(folder.path, [folder.shallow.name]),
                                          "logs": files_left(folder.path, left)})  # fmt: skip
             return
-        say(f"learn_mask: learning which blocks can go; decisions go to {folder / 'learn_mask'}, the shallow model to {folder.shallow}")
+        say(
+            f"learn_mask: learning which blocks can go; decisions go to {folder / 'learn_mask'}, the shallow model to {folder.shallow}"
+        )
         seed_everything(inputs.seed, workers=True)
-        callback = self.pruning(save_dir=folder.shallow, decisions_path=folder / DECISIONS, source=getattr(inputs.teacher, "source", None))
+        callback = self.pruning(
+            save_dir=folder.shallow,
+            decisions_path=folder / DECISIONS,
+            source=getattr(inputs.teacher, "source", None),
+        )
         module = self.module(copy.deepcopy(inputs.teacher).train(), objective=inputs.objective)
-        seconds = self.fit.run("learn_mask", folder, module, inputs.data, first=[callback], made_from=made_from)
-        folder.finish("learn_mask", {
-            "seconds": seconds if done is None else done["seconds"], "kept_blocks": callback.decision.kept_blocks,
-            "num_skipped_steps": callback.guard.num_skipped, "made_from": made_from, **asked,
-            "num_block_runs": self._num_block_runs(callback, inputs.data),
-            "files": files_left(folder.path, [folder.shallow.name]), "logs": files_left(folder.path, [DECISIONS, logs_of("learn_mask")]),
-        })
+        seconds = self.fit.run(
+            "learn_mask", folder, module, inputs.data, first=[callback], made_from=made_from
+        )
+        folder.finish(
+            "learn_mask",
+            {
+                "seconds": seconds if done is None else done["seconds"],
+                "kept_blocks": callback.decision.kept_blocks,
+                "num_skipped_steps": callback.guard.num_skipped,
+                "made_from": made_from,
+                **asked,
+                "num_block_runs": self._num_block_runs(callback, inputs.data),
+                "files": files_left(folder.path, [folder.shallow.name]),
+                "logs": files_left(folder.path, [DECISIONS, logs_of("learn_mask")]),
+            },
+        )
 
     def _num_block_runs(self, callback: DepthPruningCallback, data: LightningDataModule) -> int:
         """Cost of mask learning in runs of a block on a sample: of kept blocks with a backward pass (two more), of dropped ones without."""

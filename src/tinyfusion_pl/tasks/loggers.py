@@ -21,7 +21,9 @@ from tinyfusion_pl.artifacts import atomic_path, write_text
 from tinyfusion_pl.checksums import content_sha256
 from tinyfusion_pl.tasks.folder import say
 
-LOGS = "logs_sha256"  # of a checkpoint: name of a log -> checksum of what it held of the steps before
+LOGS = (
+    "logs_sha256"  # of a checkpoint: name of a log -> checksum of what it held of the steps before
+)
 
 
 class StepLogger(Logger):
@@ -56,7 +58,10 @@ class StepLogger(Logger):
         if self._columns is None:
             self._open()
         step = int(self._last.get("step", 0) if step is None else step)
-        row = {name: value.item() if isinstance(value, Tensor) else value for name, value in metrics.items()}
+        row = {
+            name: value.item() if isinstance(value, Tensor) else value
+            for name, value in metrics.items()
+        }
         row["step"] = step
         joins = bool(self._last) and int(self._last["step"]) == step
         if joins:
@@ -94,10 +99,14 @@ class StepLogger(Logger):
         if not lines[-1].endswith(b"\n"):  # torn
             os.truncate(self.path, sum(map(len, lines[:-1])))
             lines.pop()
-        self._columns, *rows = csv.reader(line.decode(errors="replace") for line in [lines[0], *lines[1:][-1:]])
+        self._columns, *rows = csv.reader(
+            line.decode(errors="replace") for line in [lines[0], *lines[1:][-1:]]
+        )
         self._end = sum(map(len, lines))
         self._start = self._end - (len(lines[-1]) if rows else 0)
-        self._last = {name: cell for name, cell in zip(self._columns, rows[-1]) if cell} if rows else {}
+        self._last = (
+            {name: cell for name, cell in zip(self._columns, rows[-1]) if cell} if rows else {}
+        )
 
     def _rewrite(self, row: dict[str, Any], *, joins: bool) -> None:
         with self.path.open(newline="", encoding="utf-8", errors="replace") as file:
@@ -139,15 +148,21 @@ class LogsFollowSteps(Callback):
         for path, read in self._logs(trainer).items():
             drop_lines_after(path, step, step_of=read)
             if expected.get(path.name, found := log_sha256(path, step)) != found:
-                say(f"{path} is {'changed or damaged' if path.exists() else 'gone'} since the checkpoint of step {step} was written: "
-                    "the report may show other curves than there were")
+                say(
+                    f"{path} is {'changed or damaged' if path.exists() else 'gone'} since the checkpoint of step {step} was written: "
+                    "the report may show other curves than there were"
+                )
         for logger in _step_loggers(trainer):
             logger.drop_after(step)
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        step, metrics, every = trainer.global_step, dict(trainer.logged_metrics), trainer.log_every_n_steps
+        step, metrics, every = (
+            trainer.global_step,
+            dict(trainer.logged_metrics),
+            trainer.log_every_n_steps,
+        )
         if every and step % every == 0 and int(metrics.pop("step", -1)) == step:
             for logger in trainer.loggers:
                 if getattr(logger, "logs_once", False):
@@ -157,7 +172,10 @@ class LogsFollowSteps(Callback):
 
     def _logs(self, trainer: Trainer) -> dict[Path, Callable[[str], int | None]]:
         """Log file -> what gives the step of one of its lines."""
-        return {self.decisions: _json_step, **{logger.path: _csv_step for logger in _step_loggers(trainer)}}
+        return {
+            self.decisions: _json_step,
+            **{logger.path: _csv_step for logger in _step_loggers(trainer)},
+        }
 
 
 def _step_loggers(trainer: Trainer) -> list[StepLogger]:
@@ -191,9 +209,20 @@ def log_sha256(path: Path, step: int) -> str:
         return content_sha256([])
     with path.open(encoding="utf-8", errors="replace", newline="") as file:
         if path.suffix == ".csv":  # a column that comes later leaves empty cells in earlier rows
-            rows = [{str(name): cell for name, cell in row.items() if cell} for row in csv.DictReader(file)]
-            return content_sha256([row for row in rows if (at := _csv_step(str(row.get("step")))) is not None and at < step])
-        return content_sha256([line for line in file if (at := _json_step(line)) is not None and at < step])
+            rows = [
+                {str(name): cell for name, cell in row.items() if cell}
+                for row in csv.DictReader(file)
+            ]
+            return content_sha256(
+                [
+                    row
+                    for row in rows
+                    if (at := _csv_step(str(row.get("step")))) is not None and at < step
+                ]
+            )
+        return content_sha256(
+            [line for line in file if (at := _json_step(line)) is not None and at < step]
+        )
 
 
 def _json_step(line: str) -> int | None:

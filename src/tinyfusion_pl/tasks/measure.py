@@ -10,7 +10,15 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from rich.progress import BarColumn, Progress, ProgressColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 from torch.utils.data import Dataset
 
@@ -18,7 +26,13 @@ from tinyfusion_pl.arrays import read_npz
 from tinyfusion_pl.artifacts import ArtifactError, sha256, write_json
 from tinyfusion_pl.data import GenerationDataModule, open_images
 from tinyfusion_pl.data.pictures import REMEDY as SKIP
-from tinyfusion_pl.data.pictures import PackedPictures, PictureArray, PictureBatches, PictureDataset, PictureFolder
+from tinyfusion_pl.data.pictures import (
+    PackedPictures,
+    PictureArray,
+    PictureBatches,
+    PictureDataset,
+    PictureFolder,
+)
 from tinyfusion_pl.data.reading import MAX_PIXELS
 from tinyfusion_pl.locks import sole_writer
 from tinyfusion_pl.metrics import GenerationMetrics, Reference, read_reference
@@ -54,26 +68,42 @@ class PictureFiles:
         Raises:
             ValueError, ArtifactError: when there are none.
         """
-        reading = {"image_size": self.image_size, "num_channels": self.num_channels, "max_pixels": self.max_pixels,
-                   "skip_broken": self.skip_broken}
+        reading = {
+            "image_size": self.image_size,
+            "num_channels": self.num_channels,
+            "max_pixels": self.max_pixels,
+            "skip_broken": self.skip_broken,
+        }
         if isinstance(source, GenerationDataModule):
             dataset: Any = PictureArray(source.reference_pictures()[0])
         elif not isinstance(source, (str, Path)):
             dataset = PictureDataset(source, **reading)
         elif Path(source).suffix == ".npz":
             if holds_image_files(source):
-                dataset = PackedPictures(open_images(source, **reading, class_to_idx="order", remedy=SKIP))
+                dataset = PackedPictures(
+                    open_images(source, **reading, class_to_idx="order", remedy=SKIP)
+                )
             elif (pictures := read_reference(source).pictures) is not None:
                 dataset = PictureArray(pictures)
             else:
-                raise ArtifactError(f"{source} holds no pictures (arr_0), so nothing can be measured of it; as a reference it may do.")
+                raise ArtifactError(
+                    f"{source} holds no pictures (arr_0), so nothing can be measured of it; as a reference it may do."
+                )
         else:
             dataset = PictureFolder(source, **reading)
         return PictureBatches(dataset, batch_size=self.batch_size, num_workers=self.num_workers)
 
 
-def measure(*, run_dir: str | Path, samples: Source, reference: Source, metrics: GenerationMetrics, files: PictureFiles,
-            trainer: Callable[..., Trainer], begin: Callable[[], None] | None = None) -> dict[str, float]:
+def measure(
+    *,
+    run_dir: str | Path,
+    samples: Source,
+    reference: Source,
+    metrics: GenerationMetrics,
+    files: PictureFiles,
+    trainer: Callable[..., Trainer],
+    begin: Callable[[], None] | None = None,
+) -> dict[str, float]:
     """Measure pictures that are already there: `samples` against `reference`, either a folder, an npz, a dataset or a data module;
     `reference` may be a reference file too.
 
@@ -85,36 +115,64 @@ def measure(*, run_dir: str | Path, samples: Source, reference: Source, metrics:
     """
     device = _device("measure", trainer)
     found = files.batches(samples)
-    is_file = isinstance(reference, (str, Path)) and Path(reference).suffix == ".npz" and not holds_image_files(reference)
+    is_file = (
+        isinstance(reference, (str, Path))
+        and Path(reference).suffix == ".npz"
+        and not holds_image_files(reference)
+    )
     held = read_reference(reference) if is_file else None
     others = files.batches(reference) if held is None else None
     if held is not None:
         metrics.check_reference(held)
-    metrics.check(num_samples=len(found.dataset), num_reference=held.num_pictures if held else len(others.dataset))
+    metrics.check(
+        num_samples=len(found.dataset),
+        num_reference=held.num_pictures if held else len(others.dataset),
+    )
     metrics.to(device)
     if begin is not None:
         begin()
-    say(f"measure: {len(found.dataset)} pictures of {_name(samples)} against {_name(reference)}; numbers go to "
-        f"{Path(run_dir) / 'measure.json'}")
+    say(
+        f"measure: {len(found.dataset)} pictures of {_name(samples)} against {_name(reference)}; numbers go to "
+        f"{Path(run_dir) / 'measure.json'}"
+    )
     if held is not None:
         metrics.set_reference(held, batch_size=files.batch_size)
         num_reference, digest = held.num_pictures, sha256(reference)
     else:
-        num_reference, digest = _run("reference", others, lambda _, pictures: metrics.update_reference(pictures))
-    num, samples_digest = _run("samples", found, lambda numbers, pictures: metrics.update(pictures, indices=numbers))
+        num_reference, digest = _run(
+            "reference", others, lambda _, pictures: metrics.update_reference(pictures)
+        )
+    num, samples_digest = _run(
+        "samples", found, lambda numbers, pictures: metrics.update(pictures, indices=numbers)
+    )
     metrics.check(num_samples=num, num_reference=num_reference)  # broken images are not among them
     results = metrics.compute()
-    written = {"name": _name(samples), "reference": _name(reference), "num_skipped": found.num_skipped, "samples_sha256": samples_digest,
-               "samples": results,
-               "protocol": metrics.protocol(num_samples=metrics.num_samples, num_reference=num_reference, reference_sha256=digest)}
+    written = {
+        "name": _name(samples),
+        "reference": _name(reference),
+        "num_skipped": found.num_skipped,
+        "samples_sha256": samples_digest,
+        "samples": results,
+        "protocol": metrics.protocol(
+            num_samples=metrics.num_samples, num_reference=num_reference, reference_sha256=digest
+        ),
+    }
     write_json(Path(run_dir) / "measure.json", written)
     for name, number in results.items():
         say(f"{name:>16}  {number:.6g}")
     return results
 
 
-def make_reference(*, run_dir: str | Path, pictures: Source, output: str, metrics: GenerationMetrics, files: PictureFiles,
-                   trainer: Callable[..., Trainer], begin: Callable[[], None] | None = None) -> Path:
+def make_reference(
+    *,
+    run_dir: str | Path,
+    pictures: Source,
+    output: str,
+    metrics: GenerationMetrics,
+    files: PictureFiles,
+    trainer: Callable[..., Trainer],
+    begin: Callable[[], None] | None = None,
+) -> Path:
     """Write a reference file of `pictures` (a folder, an npz, a dataset or a data module) once: statistics for the distances, features
     for precision and recall. `begin` is called when all checks have passed, before anything is computed or written.
 
@@ -128,11 +186,20 @@ def make_reference(*, run_dir: str | Path, pictures: Source, output: str, metric
     with sole_writer(path, setting="reference.output", is_folder=False):
         if path.exists():
             raise ValueError(f"reference.output is {output}; give a new file that ends with .npz.")
-        return _make_reference(path, pictures=pictures, metrics=metrics, files=files, trainer=trainer, begin=begin)
+        return _make_reference(
+            path, pictures=pictures, metrics=metrics, files=files, trainer=trainer, begin=begin
+        )
 
 
-def _make_reference(path: Path, *, pictures: Source, metrics: GenerationMetrics, files: PictureFiles, trainer: Callable[..., Trainer],
-                    begin: Callable[[], None] | None) -> Path:
+def _make_reference(
+    path: Path,
+    *,
+    pictures: Source,
+    metrics: GenerationMetrics,
+    files: PictureFiles,
+    trainer: Callable[..., Trainer],
+    begin: Callable[[], None] | None,
+) -> Path:
     device = _device("reference", trainer)
     found = files.batches(pictures)
     metrics.check(num_samples=len(found.dataset), num_reference=len(found.dataset))
@@ -141,7 +208,10 @@ def _make_reference(path: Path, *, pictures: Source, metrics: GenerationMetrics,
         begin()
     say(f"reference: {len(found.dataset)} pictures of {_name(pictures)}; the file is {path}")
     rows: list[torch.Tensor] = []
-    keep = any(isinstance(metric, RowsMetric) and metric.needs_reference for metric in metrics.collection.values())
+    keep = any(
+        isinstance(metric, RowsMetric) and metric.needs_reference
+        for metric in metrics.collection.values()
+    )
 
     def take(_: torch.Tensor, batch: torch.Tensor) -> None:
         features = metrics.features(batch)
@@ -151,9 +221,13 @@ def _make_reference(path: Path, *, pictures: Source, metrics: GenerationMetrics,
 
     num, _ = _run("reference", found, take)
     metrics.check(num_samples=num, num_reference=num)
-    reference = Reference(path=path, statistics=metrics.statistics(), network=metrics.fingerprint(), num_pictures=num)
+    reference = Reference(
+        path=path, statistics=metrics.statistics(), network=metrics.fingerprint(), num_pictures=num
+    )
     replace(reference, features=torch.cat(rows) if rows else None).write()
-    say(f"Done. {path}: {num} pictures{f', {found.num_skipped} broken ones skipped' if found.num_skipped else ''}")
+    say(
+        f"Done. {path}: {num} pictures{f', {found.num_skipped} broken ones skipped' if found.num_skipped else ''}"
+    )
     return path
 
 
@@ -164,8 +238,10 @@ def _name(source: Source) -> str:
 def _device(task: str, trainer: Callable[..., Trainer]) -> torch.device:
     made = check_sampling_trainer(f"{task}.trainer", trainer)
     if made.world_size > 1:
-        raise ValueError(f"Existing images are measured by one process, but {task}.trainer has {made.world_size}. Give "
-                         f"{task}.trainer.devices=1, and {task}.files.num_workers to read a folder faster.")
+        raise ValueError(
+            f"Existing images are measured by one process, but {task}.trainer has {made.world_size}. Give "
+            f"{task}.trainer.devices=1, and {task}.files.num_workers to read a folder faster."
+        )
     return made.strategy.root_device
 
 
@@ -174,17 +250,27 @@ def holds_image_files(path: str | Path) -> bool:
     return "blob" in read_npz(path, only=())[1]
 
 
-def _run(what: str, batches: PictureBatches, use: Callable[[torch.Tensor, torch.Tensor], None]) -> tuple[int, str]:
+def _run(
+    what: str, batches: PictureBatches, use: Callable[[torch.Tensor, torch.Tensor], None]
+) -> tuple[int, str]:
     """Pass all pictures to `use`; returns their number and the SHA-256 of their sequence, however they were stored and batched."""
     num, digest = 0, hashlib.sha256()
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-               _ImagesPerSecond())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        _ImagesPerSecond(),
+    )
     with Progress(*columns) as progress:
         bar = progress.add_task(what, total=len(batches.numbers))
         for numbers, pictures in batches:
             use(numbers, pictures)
             for picture in pictures:
-                digest.update(str(tuple(picture.shape)).encode() + picture.contiguous().numpy().tobytes())
+                digest.update(
+                    str(tuple(picture.shape)).encode() + picture.contiguous().numpy().tobytes()
+                )
             num += len(numbers)
             progress.update(bar, completed=int(numbers[-1]) + 1)
     for sentence in batches.sentences():
@@ -194,5 +280,7 @@ def _run(what: str, batches: PictureBatches, use: Callable[[torch.Tensor, torch.
 
 class _ImagesPerSecond(ProgressColumn):
     def render(self, task: Any) -> Text:
-        speed = task.finished_speed or task.speed or task.completed / max(task.elapsed or 0, 1e-3)  # a single batch has no speed of its own
+        speed = (
+            task.finished_speed or task.speed or task.completed / max(task.elapsed or 0, 1e-3)
+        )  # a single batch has no speed of its own
         return Text(f"{speed:.1f} images/s")

@@ -16,7 +16,9 @@ from tinyfusion_pl.tasks.folder import Inputs, RunFolder
 def own_models(folder: RunFolder, inputs: Inputs) -> dict[str, nn.Module]:
     """Role -> model of the run's own, as far as they are there."""
     paths = {"pruned": folder.shallow, "recovered": folder.recovered}
-    shallow = {role: load_shallow(path) for role, path in paths.items() if (path / RECORD).exists()}  # the record is written last
+    shallow = {
+        role: load_shallow(path) for role, path in paths.items() if (path / RECORD).exists()
+    }  # the record is written last
     return {"teacher": inputs.teacher, **shallow}
 
 
@@ -27,11 +29,17 @@ def load_model(path: str, inputs: Inputs) -> nn.Module:
         ValueError, ArtifactError: when there is none at `path`, or it does not take the data's latents.
     """
     teacher = inputs.teacher
-    if not Path(path).is_file() or (Path(path).suffix == ".safetensors" and "config" in read_metadata(path)):
+    if not Path(path).is_file() or (
+        Path(path).suffix == ".safetensors" and "config" in read_metadata(path)
+    ):
         model = load_pretrained(path)
     elif hasattr(teacher, "model_name"):
         depths = teacher.STACKS.values()  # which the file says
-        model = load_pretrained(path, name=teacher.model_name, **{k: v for k, v in teacher.config.items() if k not in depths})
+        model = load_pretrained(
+            path,
+            name=teacher.model_name,
+            **{k: v for k, v in teacher.config.items() if k not in depths},
+        )
     else:
         model = load_weights(copy.deepcopy(teacher), path).eval()
     inputs.data.check_latents(model)

@@ -9,7 +9,14 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_only
 
 from tinyfusion_pl.artifacts import ArtifactError
-from tinyfusion_pl.checksums import Origin, content_sha256, differences, files_sha256, model_sha256, short
+from tinyfusion_pl.checksums import (
+    Origin,
+    content_sha256,
+    differences,
+    files_sha256,
+    model_sha256,
+    short,
+)
 from tinyfusion_pl.models.records import RECORD, read_record
 from tinyfusion_pl.tasks.folder import Inputs, RunFolder, say
 
@@ -20,7 +27,12 @@ files_left = rank_zero_only(files_sha256)
 
 def origin_of(folder: RunFolder, inputs: Inputs, **more: str | None) -> Origin:
     """What a training in `folder` starts from: configuration, teacher, training samples, and `more`."""
-    parts = {CONFIGURATION: folder.configuration, TEACHER: model_sha256(inputs.teacher), SAMPLES: inputs.data.samples_sha256(), **more}
+    parts = {
+        CONFIGURATION: folder.configuration,
+        TEACHER: model_sha256(inputs.teacher),
+        SAMPLES: inputs.data.samples_sha256(),
+        **more,
+    }
     return {name: checksum for name, checksum in parts.items() if checksum is not None}
 
 
@@ -30,43 +42,71 @@ def shallow_sha256(path: Path) -> str:
     return content_sha256({"weights": record["weights"]["sha256"], "stacks": record["stacks"]})
 
 
-def check_origin(folder: RunFolder, stage: str, done: Mapping[str, Any], now: Origin, *, of: Sequence[str] | None = None) -> None:
+def check_origin(
+    folder: RunFolder,
+    stage: str,
+    done: Mapping[str, Any],
+    now: Origin,
+    *,
+    of: Sequence[str] | None = None,
+) -> None:
     """Refuse to build on the finished `stage`, which left `done`, where it was made from something else than is there now.
 
     Raises:
         ArtifactError: names what differs with both checksums.
     """
     if found := differences(done.get("made_from"), now, of=of):
-        raise ArtifactError(f"{stage} in {folder.path} was made from something else than is there now ({found}). What is made of both "
-                            "would belong to neither. Put back what it was made from, or give another run_dir=PATH.")
+        raise ArtifactError(
+            f"{stage} in {folder.path} was made from something else than is there now ({found}). What is made of both "
+            "would belong to neither. Put back what it was made from, or give another run_dir=PATH."
+        )
 
 
-def check_asked(folder: RunFolder, stage: str, done: Mapping[str, Any], asked: Mapping[str, int]) -> None:
+def check_asked(
+    folder: RunFolder, stage: str, done: Mapping[str, Any], asked: Mapping[str, int]
+) -> None:
     """Refuse the finished `stage`, which left `done`, where `asked` (steps, seed) is another: it was not trained so.
 
     Raises:
         ArtifactError: names what differs.
     """
-    if found := [f"{name} {done[name]} then, {value} now" for name, value in asked.items() if done.get(name, value) != value]:
-        raise ArtifactError(f"{stage} in {folder.path} was finished with other settings ({', '.join(found)}). Give another run_dir=PATH.")
+    if found := [
+        f"{name} {done[name]} then, {value} now"
+        for name, value in asked.items()
+        if done.get(name, value) != value
+    ]:
+        raise ArtifactError(
+            f"{stage} in {folder.path} was finished with other settings ({', '.join(found)}). Give another run_dir=PATH."
+        )
 
 
-def missing_files(folder: RunFolder, stage: str, done: Mapping[str, Any], *, below: str = "") -> list[str]:
+def missing_files(
+    folder: RunFolder, stage: str, done: Mapping[str, Any], *, below: str = ""
+) -> list[str]:
     """Files that the finished `stage` left below the folder `below` and that are gone; the others are verified.
 
     Raises:
         ArtifactError: when one is not what the stage left.
     """
-    expected = {name: checksum for name, checksum in done.get("files", {}).items() if name.startswith(below)}
+    expected = {
+        name: checksum for name, checksum in done.get("files", {}).items() if name.startswith(below)
+    }
     found = files_sha256(folder.path, list(expected))
     if differing := [name for name in found if found[name] != expected[name]]:
-        named = ", ".join(f"{folder / name} (checksum {short(expected[name])} then, {short(found[name])} now)" for name in differing[:3])
-        raise ArtifactError(f"{named}: not what {stage} left there: damaged, or replaced. Put it back; or delete it, and rerun "
-                            f"task={stage}: it is made again from the stage's last checkpoint.")
+        named = ", ".join(
+            f"{folder / name} (checksum {short(expected[name])} then, {short(found[name])} now)"
+            for name in differing[:3]
+        )
+        raise ArtifactError(
+            f"{named}: not what {stage} left there: damaged, or replaced. Put it back; or delete it, and rerun "
+            f"task={stage}: it is made again from the stage's last checkpoint."
+        )
     return [name for name in expected if name not in found]
 
 
-def needs_remaking(folder: RunFolder, stage: str, done: Mapping[str, Any], *, below: str, repeats: bool = False) -> bool:
+def needs_remaking(
+    folder: RunFolder, stage: str, done: Mapping[str, Any], *, below: str, repeats: bool = False
+) -> bool:
     """Whether the finished `stage` has to make its model in the folder `below` again, from its last checkpoint; says so.
 
     With `repeats`, it has none and does its work again, to the same result.
@@ -81,8 +121,10 @@ def needs_remaking(folder: RunFolder, stage: str, done: Mapping[str, Any], *, be
         say(f"{stage}: {what}: it is made again")
         return True
     if not folder.checkpoint(stage).exists():
-        raise ArtifactError(f"{what}, and so is its last checkpoint. Put it back; or delete {folder / 'stages' / stage}.json, and {stage} "
-                            "begins anew.")
+        raise ArtifactError(
+            f"{what}, and so is its last checkpoint. Put it back; or delete {folder / 'stages' / stage}.json, and {stage} "
+            "begins anew."
+        )
     say(f"{stage}: {what}: it is made again from {folder.checkpoint(stage)}")
     return True
 
@@ -90,7 +132,11 @@ def needs_remaking(folder: RunFolder, stage: str, done: Mapping[str, Any], *, be
 def changed_files(folder: RunFolder, expected: Mapping[str, str]) -> dict[str, str]:
     """Files of `expected` (name -> checksum) that are not what they were -> ``"gone"`` or ``"changed or damaged"``."""
     found = files_sha256(folder.path, list(expected))
-    return {name: "changed or damaged" if name in found else "gone" for name in expected if found.get(name) != expected[name]}
+    return {
+        name: "changed or damaged" if name in found else "gone"
+        for name in expected
+        if found.get(name) != expected[name]
+    }
 
 
 def logs_of(stage: str) -> str:
@@ -101,7 +147,9 @@ def logs_of(stage: str) -> str:
 def check_logs(folder: RunFolder, stage: str, done: Mapping[str, Any]) -> None:
     """Say where a log of the finished `stage`, which only the report reads, is not what the stage left."""
     for name, what in changed_files(folder, done.get("logs", {})).items():
-        say(f"{stage}: {folder / name} is {what} since the stage finished: the report may show other curves than there were")
+        say(
+            f"{stage}: {folder / name} is {what} since the stage finished: the report may show other curves than there were"
+        )
 
 
 def check_own_models(folder: RunFolder, inputs: Inputs) -> None:
@@ -116,7 +164,9 @@ def check_own_models(folder: RunFolder, inputs: Inputs) -> None:
             continue
         check_origin(folder, stage, done, {TEACHER: model_sha256(inputs.teacher)})
         if missing := missing_files(folder, stage, done, below=path.name):
-            say(f"evaluate: {', '.join(missing[:3])} gone from {folder.path}, though {stage} was finished; task={stage} makes it again"
-                + ("" if (path / RECORD).exists() else f". There is no {role} model to measure"))
+            say(
+                f"evaluate: {', '.join(missing[:3])} gone from {folder.path}, though {stage} was finished; task={stage} makes it again"
+                + ("" if (path / RECORD).exists() else f". There is no {role} model to measure")
+            )
         elif stage == "recover" and (folder.shallow / RECORD).exists():
             check_origin(folder, stage, done, {SHALLOW: shallow_sha256(folder.shallow)})

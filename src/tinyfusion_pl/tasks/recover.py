@@ -15,7 +15,14 @@ from torch import Tensor, nn
 from tinyfusion_pl.artifacts import ArtifactError
 from tinyfusion_pl.callbacks import NonFiniteGuard
 from tinyfusion_pl.checksums import Origin, content_sha256, files_sha256, model_sha256
-from tinyfusion_pl.models import load_checkpoint, load_decision, load_pretrained, load_shallow, load_weights, save_shallow
+from tinyfusion_pl.models import (
+    load_checkpoint,
+    load_decision,
+    load_pretrained,
+    load_shallow,
+    load_weights,
+    save_shallow,
+)
 from tinyfusion_pl.models.records import RECORD, TRAINING_IMAGES, read_record
 from tinyfusion_pl.modules import Recovery
 from tinyfusion_pl.modules.recovery import UNEQUAL_WIDTHS
@@ -69,9 +76,13 @@ class Recover:
     def __post_init__(self) -> None:
         self.fit.check_weights("recover", self.weights)
         if self.replace not in (None, "linear"):
-            raise ValueError(f"recover.replace is {self.replace!r}; give 'linear', or null for none.")
+            raise ValueError(
+                f"recover.replace is {self.replace!r}; give 'linear', or null for none."
+            )
         if self.num_replace_samples < 1:
-            raise ValueError(f"recover.num_replace_samples is {self.num_replace_samples}; give a count >= 1.")
+            raise ValueError(
+                f"recover.num_replace_samples is {self.num_replace_samples}; give a count >= 1."
+            )
 
     def check(self, inputs: Inputs) -> None:
         """Find out whether the settings hold, before anything is trained; layer pairs that are given are held against the teacher.
@@ -82,18 +93,28 @@ class Recover:
         # The student is not there yet; the teacher has at least its blocks. A copy: `Recovery` freezes it, and mask learning may train it.
         student = copy.deepcopy(inputs.teacher)
         teacher = student if self.teacher is None else self._other_teacher(inputs)
-        module = self.module(student, teacher=teacher, decision=Decision({}), objective=inputs.objective)
+        module = self.module(
+            student, teacher=teacher, decision=Decision({}), objective=inputs.objective
+        )
         losses = module.distillation
-        if self.teacher is not None and (losses.weight_interval or (losses.weight_feature and not module.pairs)):
-            raise ValueError("recover.teacher is another model than the one that is pruned, so that its blocks are not paired with the "
-                             "student's. Give distill=output, or distill.pairs where hidden states are to be compared.")
+        if self.teacher is not None and (
+            losses.weight_interval or (losses.weight_feature and not module.pairs)
+        ):
+            raise ValueError(
+                "recover.teacher is another model than the one that is pruned, so that its blocks are not paired with the "
+                "student's. Give distill=output, or distill.pairs where hidden states are to be compared."
+            )
         trainer = self.fit.check("recover", module)
         if self.replace and isinstance(trainer.strategy, ModelParallelStrategy):
-            raise ValueError(f"recover.replace is {self.replace!r}: linear maps in place of blocks are not trained with weights that are "
-                             "shared out over processes. Set recover.replace=null, or trainer=ddp.")
+            raise ValueError(
+                f"recover.replace is {self.replace!r}: linear maps in place of blocks are not trained with weights that are "
+                "shared out over processes. Set recover.replace=null, or trainer=ddp."
+            )
         if self.replace:
             check_replacing(inputs)
-        self.compares_hidden_states = bool(losses.weight_feature or losses.weight_interval or self.replace)
+        self.compares_hidden_states = bool(
+            losses.weight_feature or losses.weight_interval or self.replace
+        )
 
     def check_follows(self, learn_mask: LearnMask) -> None:
         """After `check`: find out whether what `learn_mask` leaves can be recovered so.
@@ -118,8 +139,13 @@ class Recover:
     def run(self, folder: RunFolder, inputs: Inputs) -> None:
         done, learned = self.shared.own(folder.result("recover")), folder.result("learn_mask")
         if done is None and learned is None and not (folder.shallow / RECORD).exists():
-            raise ValueError(f"There is no shallow model in {folder.path}; run task=learn_mask (or task=pipeline) there first.")
-        made_from, asked = origin_of(folder, inputs), {"num_steps": self.fit.num_steps("recover"), "seed": inputs.seed}
+            raise ValueError(
+                f"There is no shallow model in {folder.path}; run task=learn_mask (or task=pipeline) there first."
+            )
+        made_from, asked = (
+            origin_of(folder, inputs),
+            {"num_steps": self.fit.num_steps("recover"), "seed": inputs.seed},
+        )
         if learned is not None:
             check_origin(folder, "learn_mask", learned, made_from, of=[TEACHER, SAMPLES])
             missing = missing_files(folder, "learn_mask", learned, below=folder.shallow.name)
@@ -135,30 +161,48 @@ class Recover:
                 say(f"recover: done before; recovered model in {folder.recovered}")
                 return
         if learned is not None and missing:
-            raise ArtifactError(f"{', '.join(missing[:3])} gone from {folder.path}, which recovery starts from. Put it back; or rerun "
-                                "task=learn_mask, which makes it again.")
-        if done is None and (found := self._from_other_run(folder, inputs, self._shared(folder, made_from))) is not None:
+            raise ArtifactError(
+                f"{', '.join(missing[:3])} gone from {folder.path}, which recovery starts from. Put it back; or rerun "
+                "task=learn_mask, which makes it again."
+            )
+        if (
+            done is None
+            and (found := self._from_other_run(folder, inputs, self._shared(folder, made_from)))
+            is not None
+        ):
             folder.finish("recover", {**found, "made_from": made_from, **asked})
             return
-        say(f"recover: the shallow model learns from the teacher; checkpoints go to {folder / 'recover'}, the model to {folder.recovered}")
+        say(
+            f"recover: the shallow model learns from the teacher; checkpoints go to {folder / 'recover'}, the model to {folder.recovered}"
+        )
         seed_everything(inputs.seed + 1, workers=True)
         student = self._student(folder, inputs).train()
         if self.replace and not folder.checkpoint("recover").exists():
-            fit_replacements(student, folder, inputs, self.fit.device(), num_samples=self.num_replace_samples)
-        student.activation_checkpointing = getattr(inputs.teacher, "activation_checkpointing", False)
+            fit_replacements(
+                student, folder, inputs, self.fit.device(), num_samples=self.num_replace_samples
+            )
+        student.activation_checkpointing = getattr(
+            inputs.teacher, "activation_checkpointing", False
+        )
         if self.teacher is None:
             teacher, decision = inputs.teacher, load_decision(folder.shallow)
         else:
             decision = Decision({})  # of another model's blocks
-        module = self.module(student, teacher=teacher, decision=decision, objective=inputs.objective)
+        module = self.module(
+            student, teacher=teacher, decision=decision, objective=inputs.objective
+        )
         guard = NonFiniteGuard()
-        seconds = self.fit.run("recover", folder, module, inputs.data, first=[guard], made_from=made_from)
+        seconds = self.fit.run(
+            "recover", folder, module, inputs.data, first=[guard], made_from=made_from
+        )
         self.save(folder, inputs, self.trained(folder))
         result: dict[str, Any] = {
-            "seconds": seconds if done is None else done["seconds"], "num_skipped_steps": guard.num_skipped,
+            "seconds": seconds if done is None else done["seconds"],
+            "num_skipped_steps": guard.num_skipped,
             "num_block_runs": self._num_block_runs(module, inputs.data),
             TRAINING_IMAGES: self.fit.num_images("recover", inputs.data),
-            "files": files_left(folder.path, [folder.recovered.name]), "logs": files_left(folder.path, [logs_of("recover")]),
+            "files": files_left(folder.path, [folder.recovered.name]),
+            "logs": files_left(folder.path, [logs_of("recover")]),
         }
         self.shared.keep(self._shared(folder, made_from), result, run_dir=folder.path)
         folder.finish("recover", {**result, "made_from": made_from, **asked})
@@ -166,10 +210,18 @@ class Recover:
     @staticmethod
     def _shared(folder: RunFolder, made_from: Origin) -> Origin:
         """What decides the recovered weights: of the choice its weights and layer pairs alone, not who made it."""
-        pairs = {path: stack.layer_pairs() for path, stack in load_decision(folder.shallow).stacks.items()}
-        return {**made_from, SHALLOW: content_sha256([read_record(folder.shallow)["weights"]["sha256"], pairs])}
+        pairs = {
+            path: stack.layer_pairs()
+            for path, stack in load_decision(folder.shallow).stacks.items()
+        }
+        return {
+            **made_from,
+            SHALLOW: content_sha256([read_record(folder.shallow)["weights"]["sha256"], pairs]),
+        }
 
-    def _from_other_run(self, folder: RunFolder, inputs: Inputs, made_from: Origin) -> dict[str, Any] | None:
+    def _from_other_run(
+        self, folder: RunFolder, inputs: Inputs, made_from: Origin
+    ) -> dict[str, Any] | None:
         """The recovered model of a run that trained the same; None where there is none, or it has changed since."""
         if (found := self.shared.find(made_from)) is None:
             return None
@@ -177,17 +229,27 @@ class Recover:
         if files_sha256(other.path, list(files)) != files:
             say(f"recover: what {other.path} recovered has changed since; it is trained again")
             return None
-        say(f"recover: the same was recovered in {other.path}, which saves {found['seconds']:.0f} s "
-            "(recover.shared.reuse=false trains it again)")
+        say(
+            f"recover: the same was recovered in {other.path}, which saves {found['seconds']:.0f} s "
+            "(recover.shared.reuse=false trains it again)"
+        )
         rank_zero_only(copy_files)(other.path, folder.path, found["logs"])
         self.save(folder, inputs, load_shallow(other.recovered).state_dict())
         return {**found, "files": files_left(folder.path, [folder.recovered.name])}
 
     def _num_block_runs(self, module: Recovery, data: LightningDataModule) -> int:
         """Cost in runs of a block on a sample, a backward pass counted as two."""
-        losses, depths = module.distillation, [sum(map(len, find_stacks(model).values())) for model in (module.denoiser, module.teacher)
-                                               if model is not None]
-        beside = bool(losses.weight_interval) and losses.interval_share is None  # the student's blocks run on the teacher's inputs too
+        losses, depths = (
+            module.distillation,
+            [
+                sum(map(len, find_stacks(model).values()))
+                for model in (module.denoiser, module.teacher)
+                if model is not None
+            ],
+        )
+        beside = (
+            bool(losses.weight_interval) and losses.interval_share is None
+        )  # the student's blocks run on the teacher's inputs too
         runs = 3 * depths[0] * (1 + beside) + (depths[1] if losses.needs_teacher else 0)
         fitted = self.num_replace_samples * depths[1] if self.replace else 0
         return self.fit.num_images("recover", data) * runs + fitted
@@ -202,10 +264,19 @@ class Recover:
         """Leave the student with these weights in ``recovered/``."""
         student = self._student(folder, inputs)
         load_weights(student, weights)
-        record = {k: v for k, v in read_record(folder.shallow).items() if k in ("stacks", "width", "configuration", "seed")}
-        save_shallow(folder.recovered, student, {
-            **record, "source": {"path": str(folder.shallow.name), "weights": self.weights},
-        })
+        record = {
+            k: v
+            for k, v in read_record(folder.shallow).items()
+            if k in ("stacks", "width", "configuration", "seed")
+        }
+        save_shallow(
+            folder.recovered,
+            student,
+            {
+                **record,
+                "source": {"path": str(folder.shallow.name), "weights": self.weights},
+            },
+        )
 
     def trained(self, folder: RunFolder) -> Mapping[str, Tensor]:
         """The student's weights in the last checkpoint."""

@@ -38,20 +38,29 @@ def with_replacements(student: nn.Module, folder: RunFolder, inputs: Inputs) -> 
     return attach_maps(student, maps_for(decision.kept_blocks, num_blocks, widths))
 
 
-def fit_replacements(student: nn.Module, folder: RunFolder, inputs: Inputs, device: torch.device, *, num_samples: int) -> None:
+def fit_replacements(
+    student: nn.Module, folder: RunFolder, inputs: Inputs, device: torch.device, *, num_samples: int
+) -> None:
     """Fit the maps of `student` to what the removed runs of the teacher add, on samples that the seed decides."""
     kept = load_decision(folder.shallow).kept_blocks
     say(f"recover: linear maps are fitted to the removed runs of blocks on {num_samples} samples")
     teacher = copy.deepcopy(inputs.teacher).to(device).eval()
-    fill_maps(student, kept, fit_maps(teacher, kept, calls(inputs, device, num_samples=num_samples)))
+    fill_maps(
+        student, kept, fit_maps(teacher, kept, calls(inputs, device, num_samples=num_samples))
+    )
 
 
-def calls(inputs: Inputs, device: torch.device, *, num_samples: int) -> Iterator[tuple[tuple, dict[str, Any]]]:
+def calls(
+    inputs: Inputs, device: torch.device, *, num_samples: int
+) -> Iterator[tuple[tuple, dict[str, Any]]]:
     """Calls of the denoiser on noised training samples, a batch at a time; the global generators are left as they are."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(inputs.seed)
         draw = Draws(inputs.data, inputs.objective, device)
-        batches = [draw(min(BATCH_SIZE, num_samples - start)) for start in range(0, num_samples, BATCH_SIZE)]
+        batches = [
+            draw(min(BATCH_SIZE, num_samples - start))
+            for start in range(0, num_samples, BATCH_SIZE)
+        ]
     for batch in batches:
         yield batch.args, batch.kwargs

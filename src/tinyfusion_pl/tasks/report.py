@@ -36,6 +36,10 @@ class Report:
             except Damaged as error:
                 say(f"report: {error}")
                 continue
-            left = {name: checksum for name, checksum in done.get("files", {}).items() if name in READ} | done.get("logs", {})
+            left = {
+                name: checksum for name, checksum in done.get("files", {}).items() if name in READ
+            } | done.get("logs", {})
             for name, what in changed_files(folder, left).items():
-                say(f"report: {folder / name} is {what} since {stage} finished: the page shows what is there now; rerun task={stage}")
+                say(
+                    f"report: {folder / name} is {what} since {stage} finished: the page shows what is there now; rerun task={stage}"
+                )

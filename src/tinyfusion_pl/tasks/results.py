@@ -18,7 +18,12 @@ from tinyfusion_pl.tasks.folder import RunFolder, say
 from tinyfusion_pl.tasks.origins import changed_files
 
 METRICS = "metrics.json"
-OF_THE_MARK = ("made_from", "files", "seconds", "run_dir")  # what a model's mark holds beside its numbers
+OF_THE_MARK = (
+    "made_from",
+    "files",
+    "seconds",
+    "run_dir",
+)  # what a model's mark holds beside its numbers
 
 
 def mark_of(role: str) -> str:
@@ -34,7 +39,9 @@ def kept_result(folder: RunFolder, role: str, now: Origin) -> dict[str, Any] | N
         say(f"evaluate: {role} was measured of something else ({found}); it is measured anew")
         return None
     if wrong := changed_files(folder, done.get("files", {})):
-        say(f"evaluate: {', '.join(f'{folder / name} is {what}' for name, what in wrong.items())}; {role} is measured anew")
+        say(
+            f"evaluate: {', '.join(f'{folder / name} is {what}' for name, what in wrong.items())}; {role} is measured anew"
+        )
         return None
     return done
 
@@ -46,7 +53,9 @@ def is_whole(folder: RunFolder, models: list[str]) -> bool:
         return False
     wrong = changed_files(folder, done.get("files", {}))
     if METRICS in wrong:
-        say(f"evaluate: {folder / METRICS} is {wrong.pop(METRICS)}; it is written again from what was measured")
+        say(
+            f"evaluate: {folder / METRICS} is {wrong.pop(METRICS)}; it is written again from what was measured"
+        )
         rank_zero_only(write_json)(folder / METRICS, done["results"])
     for name, what in wrong.items():
         say(f"evaluate: {folder / name} is {what}; it is made again")
@@ -58,7 +67,12 @@ def numbers_of(done: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in done.items() if name not in OF_THE_MARK}
 
 
-def gathered(folder: RunFolder, roles: Sequence[str], speed: Mapping[str, float], teacher_images: int | None = None) -> dict[str, Any]:
+def gathered(
+    folder: RunFolder,
+    roles: Sequence[str],
+    speed: Mapping[str, float],
+    teacher_images: int | None = None,
+) -> dict[str, Any]:
     """What the marks of the stages and of the models `roles` hold, as ``metrics.json`` has it.
 
     Args:
@@ -67,21 +81,33 @@ def gathered(folder: RunFolder, roles: Sequence[str], speed: Mapping[str, float]
         speed: Images per second of those that were timed.
         teacher_images: Images that the teacher was trained on, where that is known.
     """
-    trained = {stage: done for stage in ("learn_mask", "recover") if (done := folder.result(stage)) is not None}
+    trained = {
+        stage: done
+        for stage in ("learn_mask", "recover")
+        if (done := folder.result(stage)) is not None
+    }
     measured = {role: folder.result(mark_of(role)) for role in roles}
     results: dict[str, Any] = {role: numbers_of(done) for role, done in measured.items()}
     for role, images_per_second in speed.items():
         results[role]["images_per_second"] = images_per_second
     results["seconds"] = {**{stage: done["seconds"] for stage, done in trained.items()},
                           "evaluate": sum(done["seconds"] for done in measured.values())}  # fmt: skip
-    if runs := {stage: done["num_block_runs"] for stage, done in trained.items() if "num_block_runs" in done}:
+    if runs := {
+        stage: done["num_block_runs"] for stage, done in trained.items() if "num_block_runs" in done
+    }:
         results["block_runs"] = runs
-    images = {stage: done[TRAINING_IMAGES] for stage, done in trained.items() if TRAINING_IMAGES in done}
+    images = {
+        stage: done[TRAINING_IMAGES] for stage, done in trained.items() if TRAINING_IMAGES in done
+    }
     if teacher_images is not None:
         images["teacher"] = teacher_images
     if images:
         results["training_images"] = images
-    if others := {name: str(done["run_dir"]) for name, done in {**trained, **measured}.items() if "run_dir" in done}:
+    if others := {
+        name: str(done["run_dir"])
+        for name, done in {**trained, **measured}.items()
+        if "run_dir" in done
+    }:
         results["shared"] = others  # whose seconds are those of another run
     last = next((role for role in ("recovered", "pruned") if role in results), None)
     if last is not None and "teacher" in results:
@@ -96,27 +122,40 @@ def plain(sampling: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in sampling.items():
         if hasattr(value, "config"):
             config = {key: each for key, each in value.config.items() if not key.startswith("_")}
-            value = {"name": type(value).__name__, **{key: each if _is_plain(each) else str(each) for key, each in config.items()}}
+            value = {
+                "name": type(value).__name__,
+                **{key: each if _is_plain(each) else str(each) for key, each in config.items()},
+            }
         settings[name] = value
     return settings
 
 
 def _is_plain(value: Any) -> bool:
-    return value is None or isinstance(value, (str, int)) or (isinstance(value, float) and math.isfinite(value))
+    return (
+        value is None
+        or isinstance(value, (str, int))
+        or (isinstance(value, float) and math.isfinite(value))
+    )
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
     """Depth (blocks in all stacks), width (channels of the hidden states, where known), parameters and the weights' checksum of a model."""
     width = getattr(model, "width", None)
-    return {"depth": sum(len(stack) for stack in find_stacks(model).values()), **({} if width is None else {"width": width}),
-            "num_params": sum(p.numel() for p in model.parameters()), "weights_sha256": tensors_sha256(model.state_dict())}
+    return {
+        "depth": sum(len(stack) for stack in find_stacks(model).values()),
+        **({} if width is None else {"width": width}),
+        "num_params": sum(p.numel() for p in model.parameters()),
+        "weights_sha256": tensors_sha256(model.state_dict()),
+    }
 
 
 def speedup(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> dict[str, float]:
     """How much faster the student samples: measured, where both were timed; and ideally, the ratio of depths, where its blocks are as
     wide as the teacher's."""
     timed = "images_per_second" in teacher and "images_per_second" in student
-    found = {"measured": student["images_per_second"] / teacher["images_per_second"]} if timed else {}
+    found = (
+        {"measured": student["images_per_second"] / teacher["images_per_second"]} if timed else {}
+    )
     if student.get("width") == teacher.get("width"):
         found["ideal"] = teacher["depth"] / student["depth"]
     return found

@@ -36,13 +36,21 @@ class SharedResults:
         settings: Checksum of the settings that decide results beside what they are made from.
     """
 
-    def __init__(self, folder: str | Path | None = None, *, reuse: bool = True, settings: str = "") -> None:
+    def __init__(
+        self, folder: str | Path | None = None, *, reuse: bool = True, settings: str = ""
+    ) -> None:
         if not isinstance(reuse, bool):
             raise ValueError(f"reuse is {reuse!r}; give true or false.")
         if folder is not None and not settings:
-            raise ValueError("Shared results need settings=, a checksum of the settings that decide them: without it, results of other "
-                             "settings would be used.")
-        self.folder, self.reuse, self.settings = None if folder is None else Path(folder), reuse, settings
+            raise ValueError(
+                "Shared results need settings=, a checksum of the settings that decide them: without it, results of other "
+                "settings would be used."
+            )
+        self.folder, self.reuse, self.settings = (
+            None if folder is None else Path(folder),
+            reuse,
+            settings,
+        )
 
     def find(self, made_from: Origin) -> dict[str, Any] | None:
         """What was kept of this origin, with the entry ``"run_dir"``; None where there is none, or it is damaged (which is reported)."""
@@ -62,7 +70,10 @@ class SharedResults:
     def keep(self, made_from: Origin, result: Mapping[str, Any], *, run_dir: Path) -> None:
         """Keep `result`, of the run in `run_dir`."""
         if self.folder is not None:
-            content = {"made_from": self._shared(made_from), "result": {**result, "run_dir": os.path.abspath(run_dir)}}
+            content = {
+                "made_from": self._shared(made_from),
+                "result": {**result, "run_dir": os.path.abspath(run_dir)},
+            }
             write_sealed(self._file(made_from), content)
 
     def _file(self, made_from: Origin) -> Path:
@@ -71,14 +82,21 @@ class SharedResults:
     def _shared(self, made_from: Origin) -> Origin:
         """Without the run's own configuration: other settings may lead to the same."""
         parts = {name: checksum for name, checksum in made_from.items() if name != "configuration"}
-        return {**parts, "settings": self.settings, "versions": content_sha256(library_versions()), "code": _code_sha256()}
+        return {
+            **parts,
+            "settings": self.settings,
+            "versions": content_sha256(library_versions()),
+            "code": _code_sha256(),
+        }
 
 
 @cache
 def _code_sha256() -> str:
     """Of this package's sources: what a correction may change."""
     root = Path(__file__).parents[1]
-    return content_sha256(files_sha256(root, [path.relative_to(root).as_posix() for path in root.rglob("*.py")]))
+    return content_sha256(
+        files_sha256(root, [path.relative_to(root).as_posix() for path in root.rglob("*.py")])
+    )
 
 
 def copy_files(source: Path, target: Path, names: Iterable[str]) -> None:

@@ -48,13 +48,28 @@ class Pipeline:
     logger: Callable[..., Logger] | None = None
 
     def __post_init__(self) -> None:
-        self.known = {"learn_mask": self.learn_mask, "recover": self.recover, "evaluate": self.evaluate, "report": Report()}
+        self.known = {
+            "learn_mask": self.learn_mask,
+            "recover": self.recover,
+            "evaluate": self.evaluate,
+            "report": Report(),
+        }
         if unknown := [stage for stage in self.stages if stage not in self.known]:
-            raise ValueError(f"task.stages has {unknown}, which are no stages; known are {list(self.known)}.")
+            raise ValueError(
+                f"task.stages has {unknown}, which are no stages; known are {list(self.known)}."
+            )
         order = [stage for stage in self.known if stage in self.stages]
         if not order or list(self.stages) != order:
-            raise ValueError(f"task.stages is {list(self.stages)}; give each stage once and in this order: {order or list(self.known)}.")
-        self.inputs = Inputs(name=self.name, seed=self.seed, teacher=self.teacher, objective=self.objective, data=self.data)
+            raise ValueError(
+                f"task.stages is {list(self.stages)}; give each stage once and in this order: {order or list(self.known)}."
+            )
+        self.inputs = Inputs(
+            name=self.name,
+            seed=self.seed,
+            teacher=self.teacher,
+            objective=self.objective,
+            data=self.data,
+        )
         if set(self.stages) - {"report"}:
             self.data.check_fits(self.teacher)
             self.objective.check_fits(self.teacher)
@@ -63,12 +78,18 @@ class Pipeline:
             self.known[stage].check(self.inputs)
         if "recover" in self.stages:
             self.recover.check_follows(self.learn_mask)
-        numbers = {stage: self.known[stage].num_processes() for stage in self.stages if stage != "report"}
+        numbers = {
+            stage: self.known[stage].num_processes() for stage in self.stages if stage != "report"
+        }
         numbers = {stage: number for stage, number in numbers.items() if number is not None}
-        if len(set(numbers.values())) > 1:  # the processes that the first stage starts run all that follow
-            raise ValueError(f"The stages run on different numbers of processes: {', '.join(f'{k} {n}' for k, n in numbers.items())}. Set "
-                             "runtime.devices and runtime.num_nodes, which hold for all of them, in place of a single Trainer's; or run "
-                             f"them one after the other: {', '.join(f'task={stage}' for stage in numbers)}.")
+        if (
+            len(set(numbers.values())) > 1
+        ):  # the processes that the first stage starts run all that follow
+            raise ValueError(
+                f"The stages run on different numbers of processes: {', '.join(f'{k} {n}' for k, n in numbers.items())}. Set "
+                "runtime.devices and runtime.num_nodes, which hold for all of them, in place of a single Trainer's; or run "
+                f"them one after the other: {', '.join(f'task={stage}' for stage in numbers)}."
+            )
         for stage in {"learn_mask", "recover"} & set(numbers):
             self.data.check_processes(numbers[stage])
 

@@ -12,7 +12,9 @@ from torch import Tensor
 from tinyfusion_pl.objectives.pictures import PictureSampler
 
 
-def images_per_second(samplers: Mapping[str, PictureSampler], labels: Tensor, *, num_rounds: int, device: torch.device) -> dict[str, float]:
+def images_per_second(
+    samplers: Mapping[str, PictureSampler], labels: Tensor, *, num_rounds: int, device: torch.device
+) -> dict[str, float]:
     """Images per second of each model, sampled in turn in the same run, so that whatever slows the machine slows all of them.
 
     Args:

@@ -14,7 +14,13 @@ from torch import nn
 from tinyfusion_pl.artifacts import save_tensors, sha256, write_json
 from tinyfusion_pl.callbacks import NonFiniteGuard
 from tinyfusion_pl.checksums import model_sha256
-from tinyfusion_pl.models import create_model, library_versions, load_checkpoint, load_pretrained, load_weights
+from tinyfusion_pl.models import (
+    create_model,
+    library_versions,
+    load_checkpoint,
+    load_pretrained,
+    load_weights,
+)
 from tinyfusion_pl.models.records import TRAINING_IMAGES
 from tinyfusion_pl.modules import Denoising
 from tinyfusion_pl.pruning import find_stacks
@@ -22,7 +28,16 @@ from tinyfusion_pl.tasks.checkpoint_io import verify
 from tinyfusion_pl.tasks.evaluate import Evaluate
 from tinyfusion_pl.tasks.fitting import Fit
 from tinyfusion_pl.tasks.folder import Inputs, RunFolder, say
-from tinyfusion_pl.tasks.origins import CONFIGURATION, SAMPLES, check_asked, check_logs, check_origin, files_left, logs_of, needs_remaking
+from tinyfusion_pl.tasks.origins import (
+    CONFIGURATION,
+    SAMPLES,
+    check_asked,
+    check_logs,
+    check_origin,
+    files_left,
+    logs_of,
+    needs_remaking,
+)
 from tinyfusion_pl.tasks.results import describe
 from tinyfusion_pl.tasks.tracking import tracked
 
@@ -49,7 +64,9 @@ class Train:
     def __post_init__(self) -> None:
         self.fit.check_weights("train", self.weights)
         if self.block_order is not None and self.start_from is None:
-            raise ValueError("train.block_order is given, but train.start_from is not: there are no blocks to order.")
+            raise ValueError(
+                "train.block_order is given, but train.start_from is not: there are no blocks to order."
+            )
 
     def create(self, model: str, **arguments: Any) -> nn.Module:
         """The model that training starts with.
@@ -74,18 +91,35 @@ def reorder_blocks(model: nn.Module, order: Sequence[int]) -> None:
     stacks = list(find_stacks(model).values())
     blocks = [block for stack in stacks for block in stack]
     if sorted(order) != list(range(len(blocks))):
-        raise ValueError(f"train.block_order is {list(order)}; give each of 0..{len(blocks) - 1} once, the model has {len(blocks)} blocks.")
-    states = [{name: tensor.clone() for name, tensor in block.state_dict().items()} for block in blocks]
+        raise ValueError(
+            f"train.block_order is {list(order)}; give each of 0..{len(blocks) - 1} once, the model has {len(blocks)} blocks."
+        )
+    states = [
+        {name: tensor.clone() for name, tensor in block.state_dict().items()} for block in blocks
+    ]
     try:
         for block, source in zip(blocks, order):
             block.load_state_dict(states[source])
     except RuntimeError as error:
-        raise ValueError(f"train.block_order moves blocks to places of another kind: {error}") from error
+        raise ValueError(
+            f"train.block_order moves blocks to places of another kind: {error}"
+        ) from error
 
 
-def train_denoiser(*, run_dir: str | Path, name: str, seed: int, model: str, objective: Any, data: LightningDataModule, train: Train,
-                   evaluate: Evaluate, recipe: str | None, overrides: dict[str, Any] | None = None,
-                   begin: Callable[[], None] | None = None) -> None:
+def train_denoiser(
+    *,
+    run_dir: str | Path,
+    name: str,
+    seed: int,
+    model: str,
+    objective: Any,
+    data: LightningDataModule,
+    train: Train,
+    evaluate: Evaluate,
+    recipe: str | None,
+    overrides: dict[str, Any] | None = None,
+    begin: Callable[[], None] | None = None,
+) -> None:
     """Train a new `model` and leave ``trained/model.safetensors`` with ``trained/record.json``: recipe, seed, metrics.
 
     The folder is what ``model.checkpoint`` takes and what the package ships. `begin` is called when all checks have passed, before
@@ -106,11 +140,24 @@ def train_denoiser(*, run_dir: str | Path, name: str, seed: int, model: str, obj
         ended(Path(run_dir), "train")
 
 
-def _train(folder: RunFolder, inputs: Inputs, denoiser: nn.Module, train: Train, evaluate: Evaluate, recipe: str | None) -> None:
+def _train(
+    folder: RunFolder,
+    inputs: Inputs,
+    denoiser: nn.Module,
+    train: Train,
+    evaluate: Evaluate,
+    recipe: str | None,
+) -> None:
     name, seed, objective, data = inputs.name, inputs.seed, inputs.objective, inputs.data
-    before = 0 if train.start_from is None else denoiser.source.get(TRAINING_IMAGES)  # None: not known
+    before = (
+        0 if train.start_from is None else denoiser.source.get(TRAINING_IMAGES)
+    )  # None: not known
     started_from = None if train.start_from is None else model_sha256(denoiser)
-    parts = {CONFIGURATION: folder.configuration, SAMPLES: data.samples_sha256(), "first weights": started_from}
+    parts = {
+        CONFIGURATION: folder.configuration,
+        SAMPLES: data.samples_sha256(),
+        "first weights": started_from,
+    }
     made_from = {name: checksum for name, checksum in parts.items() if checksum is not None}
     asked = {"num_steps": train.fit.num_steps("train"), "seed": seed}
     if (done := folder.result("train")) is not None:
@@ -118,26 +165,60 @@ def _train(folder: RunFolder, inputs: Inputs, denoiser: nn.Module, train: Train,
         check_asked(folder, "train", done, asked)
         check_logs(folder, "train", done)
     if done is None or needs_remaking(folder, "train", done, below="trained"):
-        say(f"train: {name}; checkpoints go to {folder / 'train'}, the model to {folder / 'trained'}")
-        module = train.module(copy.deepcopy(denoiser), objective=objective)  # a strategy may share out its weights
-        seconds = train.fit.run("train", folder, module, data, first=[NonFiniteGuard()], made_from=made_from)
+        say(
+            f"train: {name}; checkpoints go to {folder / 'train'}, the model to {folder / 'trained'}"
+        )
+        module = train.module(
+            copy.deepcopy(denoiser), objective=objective
+        )  # a strategy may share out its weights
+        seconds = train.fit.run(
+            "train", folder, module, data, first=[NonFiniteGuard()], made_from=made_from
+        )
         verify(folder.checkpoint("train"))
         load_weights(denoiser, load_checkpoint(folder.checkpoint("train"), weights=train.weights))
         (folder / "trained").mkdir(parents=True, exist_ok=True)
         save_tensors(folder / "trained" / "model.safetensors", denoiser.state_dict())
-        folder.finish("train", {"seconds": seconds if done is None else done["seconds"], "made_from": made_from, **asked,
-                                "files": files_left(folder.path, ["trained/model.safetensors"]),
-                                "logs": files_left(folder.path, [logs_of("train")])})
+        folder.finish(
+            "train",
+            {
+                "seconds": seconds if done is None else done["seconds"],
+                "made_from": made_from,
+                **asked,
+                "files": files_left(folder.path, ["trained/model.safetensors"]),
+                "logs": files_left(folder.path, [logs_of("train")]),
+            },
+        )
     load_weights(denoiser, folder / "trained" / "model.safetensors")
     say(f"train: measuring {evaluate.num_samples} samples")
     protocol = evaluate.protocol(inputs)
-    results, _ = evaluate.measure(evaluate.sampler(denoiser, inputs), folder, inputs, role="trained",
-                                  made_from=evaluate.made_from(denoiser, folder, inputs, role="teacher", protocol=protocol))
+    results, _ = evaluate.measure(
+        evaluate.sampler(denoiser, inputs),
+        folder,
+        inputs,
+        role="trained",
+        made_from=evaluate.made_from(denoiser, folder, inputs, role="teacher", protocol=protocol),
+    )
     metrics = {**describe(denoiser), **results}
-    write_json(folder / "trained" / "record.json", {
-        "model": {"name": denoiser.model_name, "kwargs": denoiser.config}, "recipe": recipe, "seed": seed,
-        **({} if before is None else {TRAINING_IMAGES: before + train.fit.num_images("train", data)}), "metrics": metrics,
-        "seconds": folder.result("train")["seconds"], "protocol": protocol, "versions": library_versions(),
-        "weights": {"file": "model.safetensors", "sha256": sha256(folder / "trained" / "model.safetensors"), "kind": train.weights},
-    })
+    write_json(
+        folder / "trained" / "record.json",
+        {
+            "model": {"name": denoiser.model_name, "kwargs": denoiser.config},
+            "recipe": recipe,
+            "seed": seed,
+            **(
+                {}
+                if before is None
+                else {TRAINING_IMAGES: before + train.fit.num_images("train", data)}
+            ),
+            "metrics": metrics,
+            "seconds": folder.result("train")["seconds"],
+            "protocol": protocol,
+            "versions": library_versions(),
+            "weights": {
+                "file": "model.safetensors",
+                "sha256": sha256(folder / "trained" / "model.safetensors"),
+                "kind": train.weights,
+            },
+        },
+    )
     say(f"Done. {folder / 'trained'}: {metrics}")

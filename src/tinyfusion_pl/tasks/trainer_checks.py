@@ -39,7 +39,9 @@ def check_trainer(
     for name in OWN:
         if name in given:
             instead = OWN[name].format(stage=stage)
-            raise ValueError(f"{key}.{name} is {given[name]!r}, but the stage sets it. Leave it out; give {instead}.")
+            raise ValueError(
+                f"{key}.{name} is {given[name]!r}, but the stage sets it. Leave it out; give {instead}."
+            )
     for name, callback in callbacks.items():
         if isinstance(callback, EarlyStopping):
             raise ValueError(
@@ -56,7 +58,11 @@ def check_trainer(
     try:
         trainer = factory(callbacks=list(callbacks.values()), logger=False)
     except Exception as error:  # Lightning refuses wrong settings by errors of many types
-        wrong = [f"{key}.{name} is {value!r}" for name, value in given.items() if _is_refused(factory, {name: value})]
+        wrong = [
+            f"{key}.{name} is {value!r}"
+            for name, value in given.items()
+            if _is_refused(factory, {name: value})
+        ]
         raise ValueError(f"{', '.join(wrong) or key}: {error}") from error
     _check_off(key, {
         "fast_dev_run": trainer.fast_dev_run, "overfit_batches": trainer.overfit_batches, "barebones": trainer.barebones,
@@ -70,7 +76,9 @@ def check_trainer(
             raise ValueError(f"{key}.{name} is {value!r}; give a count >= {least}.")
     clip = trainer.gradient_clip_val
     if clip is not None and not (math.isfinite(clip) and clip >= 0):
-        raise ValueError(f"{key}.gradient_clip_val is {clip}; give a number > 0, or 0 or null for no clipping.")
+        raise ValueError(
+            f"{key}.gradient_clip_val is {clip}; give a number > 0, or 0 or null for no clipping."
+        )
     if isinstance(launcher := trainer.strategy.launcher, _MultiProcessingLauncher):
         raise ValueError(
             f"{key}.strategy is {given.get('strategy')!r}, which trains in processes made by {launcher._start_method}: "
@@ -78,26 +86,38 @@ def check_trainer(
         )
     for timer in (each for each in trainer.callbacks if isinstance(each, Timer)):
         if (limit := timer.time_remaining()) is not None and limit <= 0:
-            raise ValueError(f"{key}.max_time leaves no time for a single step. Give a longer one, or null.")
+            raise ValueError(
+                f"{key}.max_time leaves no time for a single step. Give a longer one, or null."
+            )
     return trainer
 
 
-def check_sharded(stage: str, trainer: Trainer, callbacks: Mapping[str, Callback], module: Denoising) -> None:
+def check_sharded(
+    stage: str, trainer: Trainer, callbacks: Mapping[str, Callback], module: Denoising
+) -> None:
     """`ValueError` for what does not go with weights that are shared out over processes (``trainer=fsdp2``)."""
     if not isinstance(trainer.strategy, ModelParallelStrategy):
         return
-    if trainer.precision not in SHARDED_PRECISIONS:  # Lightning looks only where it is given the strategy as an object
-        raise ValueError(f"{stage}.fit.trainer.precision is {trainer.precision!r}, which Lightning does not have for sharded weights. Give "
-                         f"one of {', '.join(SHARDED_PRECISIONS)}, or trainer=ddp.")
+    if (
+        trainer.precision not in SHARDED_PRECISIONS
+    ):  # Lightning looks only where it is given the strategy as an object
+        raise ValueError(
+            f"{stage}.fit.trainer.precision is {trainer.precision!r}, which Lightning does not have for sharded weights. Give "
+            f"one of {', '.join(SHARDED_PRECISIONS)}, or trainer=ddp."
+        )
     module.check_sharded()
     for name, callback in callbacks.items():
         key = f"{stage}.fit.callbacks.{name}"
         if isinstance(callback, EvaluationCallback):
-            raise ValueError(f"{key} samples during training, with a number of batches that may differ between processes, while each call "
-                             f"of a shared block needs all of them. Set {key}=null, or trainer=ddp.")
+            raise ValueError(
+                f"{key} samples during training, with a number of batches that may differ between processes, while each call "
+                f"of a shared block needs all of them. Set {key}=null, or trainer=ddp."
+            )
         if isinstance(callback, WeightAveraging) and not isinstance(callback, EMAWithWarmup):
-            raise ValueError(f"{key} is {type(callback).__name__}, which copies the whole model on every process. Give "
-                             "tinyfusion_pl.callbacks.EMAWithWarmup, whose average is shared out as the weights are; or trainer=ddp.")
+            raise ValueError(
+                f"{key} is {type(callback).__name__}, which copies the whole model on every process. Give "
+                "tinyfusion_pl.callbacks.EMAWithWarmup, whose average is shared out as the weights are; or trainer=ddp."
+            )
 
 
 def check_sampling_trainer(key: str, factory: Callable[..., Trainer]) -> Trainer:
@@ -110,7 +130,11 @@ def check_sampling_trainer(key: str, factory: Callable[..., Trainer]) -> Trainer
     try:
         trainer = factory()
     except Exception as error:  # Lightning refuses wrong settings by errors of many types
-        wrong = [f"{key}.{name} is {value!r}" for name, value in given.items() if _is_refused(factory, {name: value})]
+        wrong = [
+            f"{key}.{name} is {value!r}"
+            for name, value in given.items()
+            if _is_refused(factory, {name: value})
+        ]
         raise ValueError(f"{', '.join(wrong) or key}: {error}") from error
     reasons = {
         "fast_dev_run": (False, "makes a single batch"),
@@ -124,7 +148,9 @@ def check_sampling_trainer(key: str, factory: Callable[..., Trainer]) -> Trainer
         if (value := given.get(name)) is not None and value != allowed:
             raise ValueError(f"{key}.{name} is {value!r}, which {reason}. Leave it out.")
     if given.get("logger") not in (None, False):
-        raise ValueError(f"{key}.logger is {given['logger']!r}, but numbers go to the run's own files. Leave it at false.")
+        raise ValueError(
+            f"{key}.logger is {given['logger']!r}, but numbers go to the run's own files. Leave it at false."
+        )
     if isinstance(launcher := trainer.strategy.launcher, _MultiProcessingLauncher):
         raise ValueError(
             f"{key}.strategy is {given.get('strategy')!r}, whose processes are started from within this one "
@@ -145,14 +171,22 @@ def check_optimizer(stage: str, module: Denoising, *, num_steps: int) -> None:
     except Exception as error:  # torch refuses settings by errors of several types
         factory = module.optimizer_factory
         key, given = f"{stage}.module.optimizer", getattr(factory, "keywords", {})
-        wrong = [name for name, value in given.items() if _fails(factory.func, parameters, **{name: value})]
+        wrong = [
+            name
+            for name, value in given.items()
+            if _fails(factory.func, parameters, **{name: value})
+        ]
         if wrong:
-            raise ValueError("; ".join(f"{key}.{name} is {given[name]!r}" for name in wrong) + f": {error}") from error
+            raise ValueError(
+                "; ".join(f"{key}.{name} is {given[name]!r}" for name in wrong) + f": {error}"
+            ) from error
         if factory is not None and _fails(factory, parameters):
             raise ValueError(f"{key}: {error}") from error
         names = getattr(module.scheduler_factory, "keywords", {})
         about = next((name for name in names if str(error).startswith(name)), None)
-        raise ValueError(f"{stage}.module.scheduler{':' if about is None else '.'}{' ' * (about is None)}{error}") from error
+        raise ValueError(
+            f"{stage}.module.scheduler{':' if about is None else '.'}{' ' * (about is None)}{error}"
+        ) from error
 
 
 def _fails(function: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
@@ -175,8 +209,14 @@ def _is_refused(factory: Any, setting: dict[str, Any]) -> bool:
 def _check_off(key: str, given: Mapping[str, Any]) -> None:
     """Raise a ValueError for the first setting of `given` that no stage can have."""
     reasons = {
-        "fast_dev_run": (False, "trains a single batch and saves nothing. Set max_steps, or +debug=default, for a short run"),
-        "overfit_batches": (0, "replaces the order of samples, which the checkpoint holds. Set max_steps for a short run"),
+        "fast_dev_run": (
+            False,
+            "trains a single batch and saves nothing. Set max_steps, or +debug=default, for a short run",
+        ),
+        "overfit_batches": (
+            0,
+            "replaces the order of samples, which the checkpoint holds. Set max_steps for a short run",
+        ),
         "barebones": (False, "leaves out checkpoints and logs"),
         "enable_checkpointing": (True, "leaves the stage without a checkpoint to resume from"),
     }
@@ -188,7 +228,9 @@ def _check_off(key: str, given: Mapping[str, Any]) -> None:
 def check_length(stage: str, trainer: Trainer, *, num_steps: int, accumulate: int) -> None:
     """Raise a ValueError where epochs, or a limit of their batches, keep `trainer` from `num_steps` whole steps."""
     key = f"{stage}.fit.trainer"
-    endless = trainer.max_steps == -1 and trainer.max_epochs == 1000  # what Lightning sets where neither is given
+    endless = (
+        trainer.max_steps == -1 and trainer.max_epochs == 1000
+    )  # what Lightning sets where neither is given
     if trainer.max_epochs not in (None, -1) and not endless:
         raise ValueError(
             f"{key}.max_epochs is {trainer.max_epochs}, but the stage's length is its {num_steps} steps. "
@@ -198,7 +240,9 @@ def check_length(stage: str, trainer: Trainer, *, num_steps: int, accumulate: in
     num_batches = num_steps * accumulate  # of the one epoch that a fit is
     num_batches = limit if isinstance(limit, int) else int(num_batches * limit)
     if num_batches < 1:
-        raise ValueError(f"{key}.limit_train_batches is {limit}, which leaves no batch to train on. Leave it at 1.0.")
+        raise ValueError(
+            f"{key}.limit_train_batches is {limit}, which leaves no batch to train on. Leave it at 1.0."
+        )
     if num_batches < num_steps * accumulate and num_batches % accumulate:
         raise ValueError(
             f"{key}.limit_train_batches is {limit}: every {num_batches} batches a step would see fewer than the "

@@ -32,7 +32,9 @@ def frechet_distance(mu_a: Any, sigma_a: Any, mu_b: Any, sigma_b: Any) -> Tensor
         >>> frechet_distance(torch.zeros(2), torch.eye(2), torch.ones(2), 4 * torch.eye(2)).item()  # 2 + 2 (1 + 4 - 2 * 2)
         4.0
     """
-    mu_a, sigma_a, mu_b, sigma_b = (torch.as_tensor(x).double() for x in (mu_a, sigma_a, mu_b, sigma_b))
+    mu_a, sigma_a, mu_b, sigma_b = (
+        torch.as_tensor(x).double() for x in (mu_a, sigma_a, mu_b, sigma_b)
+    )
     _check(mu_a, sigma_a, mu_b, sigma_b)
     # Symmetric up to rounding is all that sums over samples promise.
     sigma_a, sigma_b = (sigma_a + sigma_a.T) / 2, (sigma_b + sigma_b.T) / 2
@@ -59,7 +61,11 @@ def _check(mu_a: Tensor, sigma_a: Tensor, mu_b: Tensor, sigma_b: Tensor) -> None
     given = {"mu_a": mu_a, "sigma_a": sigma_a, "mu_b": mu_b, "sigma_b": sigma_b}
     if [tuple(x.shape) for x in given.values()] != [(d,), (d, d)] * 2:
         shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in given.items())
-        raise ValueError(f"Two means (D,) and two covariances (D, D) of the same D are expected; given are {shapes}. Statistics of "
-                         "different feature networks cannot be compared.")
+        raise ValueError(
+            f"Two means (D,) and two covariances (D, D) of the same D are expected; given are {shapes}. Statistics of "
+            "different feature networks cannot be compared."
+        )
     if wrong := [name for name, x in given.items() if not torch.isfinite(x).all()]:
-        raise ValueError(f"{', '.join(wrong)} holds values that are not finite; the features they were made of do, or there was only one.")
+        raise ValueError(
+            f"{', '.join(wrong)} holds values that are not finite; the features they were made of do, or there was only one."
+        )

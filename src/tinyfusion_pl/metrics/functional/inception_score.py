@@ -22,7 +22,9 @@ def inception_score(logits: Any, block_size: int = 5000) -> Tensor:
     """
     logits = torch.as_tensor(logits)
     if logits.ndim != 2 or not len(logits):
-        raise ValueError(f"logits have shape {tuple(logits.shape)}; expected (N, classes) with N >= 1.")
+        raise ValueError(
+            f"logits have shape {tuple(logits.shape)}; expected (N, classes) with N >= 1."
+        )
     if num_wrong := int((~torch.isfinite(logits)).any(1).sum()):
         raise ValueError(f"The logits of {num_wrong} of {len(logits)} pictures are not finite.")
     indices = torch.arange(len(logits), device=logits.device)
@@ -39,7 +41,9 @@ def block_sums(logits: Tensor, indices: Tensor, block_size: int) -> Tensor:
     logits = logits.double()
     log_p = logits.log_softmax(1)  # (N, classes)
     p = log_p.exp()
-    values = torch.cat([torch.ones_like(p[:, :1]), torch.xlogy(p, p).sum(1, keepdim=True), p], 1)  # (N, 2 + classes)
+    values = torch.cat(
+        [torch.ones_like(p[:, :1]), torch.xlogy(p, p).sum(1, keepdim=True), p], 1
+    )  # (N, 2 + classes)
     return add_blocks((indices // block_size).to(values.device), values)
 
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 
-def kernel_inception_distance(reference: Any, samples: Any, *, num_subsets: int = 100, subset_size: int = 1000,
-                              seed: int = 0) -> Tensor:
+def kernel_inception_distance(
+    reference: Any, samples: Any, *, num_subsets: int = 100, subset_size: int = 1000, seed: int = 0
+) -> Tensor:
     """Unbiased squared MMD with the kernel (x.y / D + 1)^3, averaged over random subsets (float64; around 0 for equal distributions).
 
     torchmetrics' `poly_mmd`; the subsets are drawn from `seed` alone, so the same features in the same order give the same number.
@@ -24,20 +25,33 @@ def kernel_inception_distance(reference: Any, samples: Any, *, num_subsets: int 
     from torchmetrics.image.kid import poly_mmd
 
     if num_subsets < 1 or subset_size < 2:
-        raise ValueError(f"num_subsets is {num_subsets} and subset_size {subset_size}; give at least 1 and 2.")
+        raise ValueError(
+            f"num_subsets is {num_subsets} and subset_size {subset_size}; give at least 1 and 2."
+        )
     for name, x in (("reference", reference), ("generated", samples)):
         if len(x) < subset_size:
-            raise ValueError(f"Subsets of {subset_size} need as many {name} pictures; there are {len(x)}. Give a smaller subset_size.")
+            raise ValueError(
+                f"Subsets of {subset_size} need as many {name} pictures; there are {len(x)}. Give a smaller subset_size."
+            )
     generator = torch.Generator().manual_seed(seed)
     reference, samples = (torch.as_tensor(x).double() for x in (reference, samples))
 
     def subset(x: Tensor) -> Tensor:
         return x[torch.randperm(len(x), generator=generator)[:subset_size].to(x.device)]
 
-    return torch.stack([poly_mmd(subset(reference), subset(samples)) for _ in range(num_subsets)]).mean()
+    return torch.stack(
+        [poly_mmd(subset(reference), subset(samples)) for _ in range(num_subsets)]
+    ).mean()
 
 
-def gaussian_mmd(reference: Any, samples: Any, *, sigma: float = 10.0, scale: float = 1000.0, max_block_mib: int = 256) -> Tensor:
+def gaussian_mmd(
+    reference: Any,
+    samples: Any,
+    *,
+    sigma: float = 10.0,
+    scale: float = 1000.0,
+    max_block_mib: int = 256,
+) -> Tensor:
     """`scale` times the squared MMD with the kernel exp(-|x - y|^2 / (2 sigma^2)), all pairs counted (float64, >= 0 but for rounding).
 
     CMMD is this of unit-length CLIP embeddings, with the defaults.
@@ -50,12 +64,17 @@ def gaussian_mmd(reference: Any, samples: Any, *, sigma: float = 10.0, scale: fl
     if sigma <= 0:
         raise ValueError(f"sigma is {sigma}; give a number > 0 (published: 10).")
     if not len(reference) or not len(samples):
-        raise ValueError(f"A kernel distance needs pictures on both sides; there are {len(reference)} reference, {len(samples)} generated.")
+        raise ValueError(
+            f"A kernel distance needs pictures on both sides; there are {len(reference)} reference, {len(samples)} generated."
+        )
     x, y = (torch.as_tensor(x).double() for x in (reference, samples))
 
     def mean(a: Tensor, b: Tensor) -> Tensor:
         num_rows = max(1, max_block_mib * 2**20 // (3 * b.element_size() * len(b)))
-        sums = [torch.cdist(rows, b).square().div(-2 * sigma**2).exp().sum() for rows in a.split(num_rows)]
+        sums = [
+            torch.cdist(rows, b).square().div(-2 * sigma**2).exp().sum()
+            for rows in a.split(num_rows)
+        ]
         return torch.stack(sums).sum() / (len(a) * len(b))
 
     return scale * (mean(x, x) + mean(y, y) - 2 * mean(x, y))

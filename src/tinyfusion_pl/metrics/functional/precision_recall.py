@@ -11,8 +11,14 @@ from torch import Tensor
 PRECISIONS = ("float32", "float64", "adm_float16")
 
 
-def precision_recall(reference: Any, samples: Any, k: int = 3, precision: str = "float32", *,
-                     max_block_mib: int = 256) -> tuple[Tensor, Tensor]:
+def precision_recall(
+    reference: Any,
+    samples: Any,
+    k: int = 3,
+    precision: str = "float32",
+    *,
+    max_block_mib: int = 256,
+) -> tuple[Tensor, Tensor]:
     """Precision, the share of `samples` inside the manifold of `reference`, and recall, the reverse (float64, 0 to 1).
 
     A set's manifold is the union of balls around its points, each reaching to the point's k-th nearest neighbour other than itself (squared
@@ -32,16 +38,24 @@ def precision_recall(reference: Any, samples: Any, k: int = 3, precision: str = 
     check_options(k, precision, max_block_mib)
     reference, samples = torch.as_tensor(reference), torch.as_tensor(samples)
     if reference.ndim != 2 or samples.ndim != 2 or reference.shape[1] != samples.shape[1]:
-        raise ValueError(f"Features are (N, D) and (M, D) with the same D; given are {tuple(reference.shape)} and {tuple(samples.shape)}.")
+        raise ValueError(
+            f"Features are (N, D) and (M, D) with the same D; given are {tuple(reference.shape)} and {tuple(samples.shape)}."
+        )
     half, budget = precision == "adm_float16", max_block_mib * 2**20
     for name, x in (("reference", reference), ("generated", samples)):
         if len(x) <= k:
-            raise ValueError(f"Precision and recall with k={k} neighbours need {k + 1} or more {name} pictures and have {len(x)}.")
-        if num_wrong := sum(int((~torch.isfinite(rows)).any(1).sum()) for rows in _parts(x, budget)):
+            raise ValueError(
+                f"Precision and recall with k={k} neighbours need {k + 1} or more {name} pictures and have {len(x)}."
+            )
+        if num_wrong := sum(
+            int((~torch.isfinite(rows)).any(1).sum()) for rows in _parts(x, budget)
+        ):
             raise ValueError(f"The features of {num_wrong} {name} pictures are not finite.")
     dtype = torch.float64 if precision == "float64" else torch.float32
     reference, samples = reference.to(dtype), samples.to(dtype)
-    reference_radii, sample_radii = (_radii(x, k, half=half, budget=budget) for x in (reference, samples))
+    reference_radii, sample_radii = (
+        _radii(x, k, half=half, budget=budget) for x in (reference, samples)
+    )
     covered = torch.zeros(len(reference), dtype=torch.bool, device=reference.device)
     num_inside = torch.zeros((), dtype=torch.long, device=reference.device)
     for rows, distances in _blocks(samples, reference, half=half, budget=budget):  # (R, N)
@@ -55,20 +69,28 @@ def check_options(k: int, precision: str, max_block_mib: int) -> None:
     if k < 1:
         raise ValueError(f"k is {k}; give at least 1 neighbour (published: 3).")
     if precision not in PRECISIONS:
-        raise ValueError(f"precision is {precision!r}; give one of {', '.join(map(repr, PRECISIONS))}.")
+        raise ValueError(
+            f"precision is {precision!r}; give one of {', '.join(map(repr, PRECISIONS))}."
+        )
     if max_block_mib < 1:
         raise ValueError(f"max_block_mib is {max_block_mib}; give at least 1.")
 
 
 def _radii(x: Tensor, k: int, *, half: bool, budget: int) -> Tensor:
     """The squared distance (N,) of each point to its k-th nearest other one: it counts itself, so the (k + 1)-th smallest."""
-    return torch.cat([distances.topk(k + 1, dim=1, largest=False).values[:, -1]
-                      for _, distances in _blocks(x, x, half=half, budget=budget)])
+    return torch.cat(
+        [
+            distances.topk(k + 1, dim=1, largest=False).values[:, -1]
+            for _, distances in _blocks(x, x, half=half, budget=budget)
+        ]
+    )
 
 
 def _blocks(a: Tensor, b: Tensor, *, half: bool, budget: int) -> Iterator[tuple[slice, Tensor]]:
     """Squared distances of consecutive rows of `a` to all of `b`: (slice, (R, M)), R as many as `budget` bytes allow."""
-    num_rows = max(1, budget // (3 * b.element_size() * len(b)))  # distances, product and a comparison at once
+    num_rows = max(
+        1, budget // (3 * b.element_size() * len(b))
+    )  # distances, product and a comparison at once
     whole = [(x, _squared_norms(x, budget)) for x in (a, b)]
     halves = [(x := whole.half(), _squared_norms(x, budget)) for whole in (a, b)] if half else None
     for start in range(0, len(a), num_rows):

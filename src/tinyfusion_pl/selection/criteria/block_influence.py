@@ -59,7 +59,9 @@ def unit_changes(problem: Problem, change: Change) -> Tensor:
     """`change` of input and output of each unit on the fixed samples, averaged over its blocks and their streams. (num_units,)"""
     found: dict[int, list[Tensor]] = {}
 
-    def watch(gated: GatedForward, inputs: Mapping[Key, Tensor], outputs: Mapping[Key, Tensor]) -> None:
+    def watch(
+        gated: GatedForward, inputs: Mapping[Key, Tensor], outputs: Mapping[Key, Tensor]
+    ) -> None:
         values = [change(x.float(), outputs[key].float()) for key, x in inputs.items()]
         unit = problem.space.members(gated.gates.path)[gated.unit]
         found.setdefault(unit, []).append(torch.stack(values).mean().double().cpu())

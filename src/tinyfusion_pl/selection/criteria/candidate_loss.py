@@ -16,7 +16,9 @@ class CandidateLoss:
         measure: ``"loss"`` of the objective, or ``"distance"`` to the dense model's output.
     """
 
-    def __init__(self, rank: str = "min", *, num_candidates: int = 10_000, measure: str = "loss") -> None:
+    def __init__(
+        self, rank: str = "min", *, num_candidates: int = 10_000, measure: str = "loss"
+    ) -> None:
         if rank not in ("min", "median", "max"):
             raise ValueError(f"rank is {rank!r}; give 'min', 'median' or 'max'.")
         if num_candidates < 1:
@@ -25,7 +27,9 @@ class CandidateLoss:
         self.name = f"{rank}_loss"
 
     def __call__(self, problem: Problem) -> Choice:
-        structures = candidates_of(problem.space, self.num_candidates, problem.generator(CANDIDATES))
+        structures = candidates_of(
+            problem.space, self.num_candidates, problem.generator(CANDIDATES)
+        )
         order = problem.structures.means(problem.fixed, structures, self.measure).argsort()
         at = {"min": 0, "median": (len(order) - 1) // 2, "max": len(order) - 1}[self.rank]
         ranked = structures[order] if self.rank == "min" else None

@@ -16,7 +16,9 @@ from tinyfusion_pl.selection.watching import watch_blocks
 
 MIN_ROWS = 4  # that the unbiased estimate needs
 
-States = dict[tuple[str, int], dict[Key, tuple[Tensor, Tensor]]]  # (stack, block) -> rows of each stream before and after it
+States = dict[
+    tuple[str, int], dict[Key, tuple[Tensor, Tensor]]
+]  # (stack, block) -> rows of each stream before and after it
 
 
 class CKA:
@@ -67,7 +69,10 @@ class CKA:
         values = torch.zeros(space.num_units, space.num_units, dtype=torch.float64)
         scores = torch.zeros(space.num_units, dtype=torch.float64)
         for path in space.paths:
-            members, of_path = space.members(path), slice(space.members(path).start, space.members(path).stop)
+            members, of_path = (
+                space.members(path),
+                slice(space.members(path).start, space.members(path).stop),
+            )
             each, ways = sections(space.units[path]), directions(space.units[path])
             for place, way in enumerate(ways):
                 blocks = [unit[place] for unit in each]
@@ -92,12 +97,18 @@ class CKA:
                     f"The hidden states have {len(flat)} rows (tokens of samples), and CKA needs {MIN_ROWS} at least. Raise num_samples."
                 )
             if len(flat) not in chosen:
-                chosen[len(flat)] = torch.randperm(len(flat), generator=problem.generator(CANDIDATES))[: self.num_rows]
+                chosen[len(flat)] = torch.randperm(
+                    len(flat), generator=problem.generator(CANDIDATES)
+                )[: self.num_rows]
             return flat.index_select(0, chosen[len(flat)].to(flat.device)).float().cpu()
 
-        def watch(gated: GatedForward, inputs: Mapping[Key, Tensor], outputs: Mapping[Key, Tensor]) -> None:
+        def watch(
+            gated: GatedForward, inputs: Mapping[Key, Tensor], outputs: Mapping[Key, Tensor]
+        ) -> None:
             block = int(gated.name.rpartition(".")[2])
-            found[gated.gates.path, block] = {key: (rows(x), rows(outputs[key])) for key, x in inputs.items()}
+            found[gated.gates.path, block] = {
+                key: (rows(x), rows(outputs[key])) for key, x in inputs.items()
+            }
 
         watch_blocks(problem, watch)
         return found
@@ -105,10 +116,16 @@ class CKA:
 
 def _similarity(states: States, path: str, blocks: Sequence[tuple[int, ...]], way: int) -> Tensor:
     """CKA of the states after (`way` -1: before) the units at one place, averaged over the streams that all have. (n, n)"""
-    keys = [key for key in states[path, blocks[0][0]] if all(key in states[path, b] for section in blocks for b in section)]
+    keys = [
+        key
+        for key in states[path, blocks[0][0]]
+        if all(key in states[path, b] for section in blocks for b in section)
+    ]
     each = []
     for key in keys:
-        of_units = [states[path, s[-1]][key][1] if way > 0 else states[path, s[0]][key][0] for s in blocks]
+        of_units = [
+            states[path, s[-1]][key][1] if way > 0 else states[path, s[0]][key][0] for s in blocks
+        ]
         each.append(linear_cka(of_units))
     return torch.stack(each).mean(0)
 
@@ -116,7 +133,9 @@ def _similarity(states: States, path: str, blocks: Sequence[tuple[int, ...]], wa
 def _passed_on(states: States, path: str, section: tuple[int, ...]) -> float:
     """CKA of what goes into a section and what comes out, averaged over the streams."""
     first, last = states[path, section[0]], states[path, section[-1]]
-    return sum(float(linear_cka([x, last[key][1]])[0, 1]) for key, (x, _) in first.items()) / len(first)
+    return sum(float(linear_cka([x, last[key][1]])[0, 1]) for key, (x, _) in first.items()) / len(
+        first
+    )
 
 
 def linear_cka(states: Sequence[Tensor]) -> Tensor:

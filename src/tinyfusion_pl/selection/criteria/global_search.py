@@ -7,7 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinyfusion_pl.selection.candidates import distributions, most_probable_structures, sample_structures
+from tinyfusion_pl.selection.candidates import (
+    distributions,
+    most_probable_structures,
+    sample_structures,
+)
 from tinyfusion_pl.selection.problem import CANDIDATES, SEARCH, Choice, Problem
 
 
@@ -31,15 +35,30 @@ class GlobalSearch:
 
     name = "global"
 
-    def __init__(self, *, num_steps: int = 200, num_samples: int = 32, num_subsets: int = 4, lr: float = 0.1, average_decay: float = 0.95,
-                 num_considered: int = 4) -> None:
+    def __init__(
+        self,
+        *,
+        num_steps: int = 200,
+        num_samples: int = 32,
+        num_subsets: int = 4,
+        lr: float = 0.1,
+        average_decay: float = 0.95,
+        num_considered: int = 4,
+    ) -> None:
         for name, value, least in (("num_steps", num_steps, 1), ("num_samples", num_samples, 1), ("num_subsets", num_subsets, 2),
                                    ("num_considered", num_considered, 1)):  # fmt: skip
             if value < least:
                 raise ValueError(f"{name} is {value}; give {least} or more.")
         if not lr > 0 or not 0 <= average_decay < 1:
-            raise ValueError(f"lr is {lr} and average_decay {average_decay}; give lr > 0 and a decay in [0, 1).")
-        self.num_steps, self.num_samples, self.num_subsets, self.lr = num_steps, num_samples, num_subsets, lr
+            raise ValueError(
+                f"lr is {lr} and average_decay {average_decay}; give lr > 0 and a decay in [0, 1)."
+            )
+        self.num_steps, self.num_samples, self.num_subsets, self.lr = (
+            num_steps,
+            num_samples,
+            num_subsets,
+            lr,
+        )
         self.average_decay, self.num_considered = average_decay, num_considered
 
     def __call__(self, problem: Problem) -> Choice:
@@ -60,9 +79,15 @@ class GlobalSearch:
                 calibration = problem.structures.ask(next(calibrations))
                 structures = sample_structures(space, theta, len(index), generator=generator)
                 distances = problem.structures.per_sample(calibration, structures, index)
-                losses = (distances.double().cpu() + 1e-12).log().view(self.num_samples, self.num_subsets)
+                losses = (
+                    (distances.double().cpu() + 1e-12)
+                    .log()
+                    .view(self.num_samples, self.num_subsets)
+                )
                 if not torch.isfinite(losses).all():
-                    raise ValueError(f"At step {step + 1} of the search the model's output was not finite. Use higher precision (float32).")
+                    raise ValueError(
+                        f"At step {step + 1} of the search the model's output was not finite. Use higher precision (float32)."
+                    )
                 theta.grad = estimate_gradient(losses, structures, marginals(problem.space, theta))
                 optimizer.step()
                 average.lerp_(theta, 1 - self.average_decay)
@@ -74,7 +99,13 @@ class GlobalSearch:
                     "history": history,
                 })  # fmt: skip
         considered = most_probable_structures(space, average, self.num_considered)
-        return Choice(space.top(average), scores=average.clone(), theta=average, considered=considered, history=history)
+        return Choice(
+            space.top(average),
+            scores=average.clone(),
+            theta=average,
+            considered=considered,
+            history=history,
+        )
 
 
 def estimate_gradient(losses: Tensor, structures: Tensor, mu: Tensor) -> Tensor:

@@ -36,7 +36,12 @@ class Greedy:
     name = "greedy"
 
     def __init__(
-        self, *, measure: str = "distance", healing_steps: int = 0, healing_batch_size: int = 128, healing_lr: float = 1e-3
+        self,
+        *,
+        measure: str = "distance",
+        healing_steps: int = 0,
+        healing_batch_size: int = 128,
+        healing_lr: float = 1e-3,
     ) -> None:
         self.measure = check_measure(measure)
         if healing_steps < 0:
@@ -45,7 +50,11 @@ class Greedy:
             raise ValueError(f"healing_batch_size is {healing_batch_size}; give 1 or more.")
         if not healing_lr > 0:
             raise ValueError(f"healing_lr is {healing_lr}; give a number > 0.")
-        self.healing_steps, self.healing_batch_size, self.healing_lr = healing_steps, healing_batch_size, healing_lr
+        self.healing_steps, self.healing_batch_size, self.healing_lr = (
+            healing_steps,
+            healing_batch_size,
+            healing_lr,
+        )
 
     def __call__(self, problem: Problem) -> Choice:
         space = problem.space
@@ -55,10 +64,20 @@ class Greedy:
         scores = torch.full((space.num_units,), float(num_rounds), dtype=torch.float64)
         with self._working(problem) as (structures, heal):
             for step in range(num_rounds):
-                candidates = [(n, i) for n, part in enumerate(space.parts) if left[n] for i in space.free(part) if structure[i]]
+                candidates = [
+                    (n, i)
+                    for n, part in enumerate(space.parts)
+                    if left[n]
+                    for i in space.free(part)
+                    if structure[i]
+                ]
                 trials = structure.repeat(len(candidates), 1)
-                trials[torch.arange(len(candidates)), torch.tensor([i for _, i in candidates])] = False
-                valid = [row for row in range(len(trials)) if space.is_valid(trials[row])]  # every stack keeps a block
+                trials[torch.arange(len(candidates)), torch.tensor([i for _, i in candidates])] = (
+                    False
+                )
+                valid = [
+                    row for row in range(len(trials)) if space.is_valid(trials[row])
+                ]  # every stack keeps a block
                 candidates, trials = [candidates[row] for row in valid], trials[valid]
                 best = int(structures.means(problem.fixed, trials, self.measure).argmin())
                 part, unit = candidates[best]
@@ -79,7 +98,9 @@ class Greedy:
         distilling = Distilling(problem, model, lr=self.healing_lr, which=HEALING)
         samples = problem.stream(self.healing_batch_size, HEALING)
         problem.structures.ask(problem.fixed)  # the dense model answers, not the copy
-        with open_structures(model, problem.space, max_rows=problem.structures.max_rows) as structures:
+        with open_structures(
+            model, problem.space, max_rows=problem.structures.max_rows
+        ) as structures:
 
             def heal(structure: Tensor) -> None:
                 blocks = problem.space.kept_blocks(structure)

@@ -58,9 +58,13 @@ class Oracle(_ByPlace):
 
     def places(self, n: int, k: int) -> list[int]:
         if n % 2:
-            raise ValueError(f"The oracle rule keeps one block of each pair, and {n} make no pairs. Use pruning=uniform.")
+            raise ValueError(
+                f"The oracle rule keeps one block of each pair, and {n} make no pairs. Use pruning=uniform."
+            )
         if n != 2 * k:
-            raise ValueError(f"keep comes to {k} of {n}, but the oracle rule keeps half. Give keep={n // 2}, or use pruning=uniform.")
+            raise ValueError(
+                f"keep comes to {k} of {n}, but the oracle rule keeps half. Give keep={n // 2}, or use pruning=uniform."
+            )
         return [2 * i + (i >= (k + 1) // 2) for i in range(k)]
 
 
@@ -71,7 +75,9 @@ class Random:
 
     def __call__(self, problem: Problem) -> Choice:
         theta = torch.zeros(problem.space.num_units)
-        return Choice(sample_structures(problem.space, theta, 1, generator=problem.generator(CANDIDATES))[0])
+        return Choice(
+            sample_structures(problem.space, theta, 1, generator=problem.generator(CANDIDATES))[0]
+        )
 
 
 class Index:
@@ -93,10 +99,16 @@ class Index:
         """The structure; `ValueError` where the units are not of the budget."""
         if not isinstance(self.kept, Mapping):
             if len(space.paths) > 1:
-                raise ValueError(f"kept is one list, but there are several stacks: {', '.join(space.paths)}. Give a list for each.")
+                raise ValueError(
+                    f"kept is one list, but there are several stacks: {', '.join(space.paths)}. Give a list for each."
+                )
             return space.check(list(self.kept), what="kept")
         kept = by_path(self.kept, space.paths, "kept")
         for path in space.paths:
             if wrong := [i for i in kept[path] if not 0 <= i < len(space.units[path])]:
-                raise ValueError(f"kept names the units {wrong} of {path}; there are 0 to {len(space.units[path]) - 1}.")
-        return space.check([space.members(p).start + i for p in space.paths for i in kept[p]], what="kept")
+                raise ValueError(
+                    f"kept names the units {wrong} of {path}; there are 0 to {len(space.units[path]) - 1}."
+                )
+        return space.check(
+            [space.members(p).start + i for p in space.paths for i in kept[p]], what="kept"
+        )

@@ -21,7 +21,9 @@ class Sensitivity:
 
     def __call__(self, problem: Problem) -> Choice:
         n = problem.space.num_units
-        structures = torch.cat([torch.ones(1, n, dtype=torch.bool), ~torch.eye(n, dtype=torch.bool)])
+        structures = torch.cat(
+            [torch.ones(1, n, dtype=torch.bool), ~torch.eye(n, dtype=torch.bool)]
+        )
         whole, *without = problem.structures.means(problem.fixed, structures, self.measure)
         scores = torch.stack(without) - whole
         return Choice(problem.space.top(scores), scores)
@@ -30,5 +32,7 @@ class Sensitivity:
 def check_measure(measure: str) -> str:
     """`ValueError` for what cannot be measured."""
     if measure not in ("loss", "distance"):
-        raise ValueError(f"measure is {measure!r}; give 'loss' (of the objective) or 'distance' (to the dense model's output).")
+        raise ValueError(
+            f"measure is {measure!r}; give 'loss' (of the objective) or 'distance' (to the dense model's output)."
+        )
     return measure

@@ -16,7 +16,12 @@ class Magnitude:
     name = "magnitude"
 
     def __call__(self, problem: Problem) -> Choice:
-        scores = torch.tensor([sum(float(p.detach().abs().double().sum()) for p in each) for each in _parameters(problem)])
+        scores = torch.tensor(
+            [
+                sum(float(p.detach().abs().double().sum()) for p in each)
+                for each in _parameters(problem)
+            ]
+        )
         return Choice(problem.space.top(scores), scores)
 
 
@@ -45,7 +50,10 @@ class Taylor:
             for index in torch.arange(calibration.num_samples).split(self.batch_size):
                 args, kwargs = calibration.rows(index)
                 with quiet(problem.model), torch.enable_grad(), problem.structures.gates.bypass():
-                    loss = calibration.losses(problem.model(*args, **kwargs), index).sum() / calibration.num_samples
+                    loss = (
+                        calibration.losses(problem.model(*args, **kwargs), index).sum()
+                        / calibration.num_samples
+                    )
                     grads = torch.autograd.grad(loss, unique, allow_unused=True)
                 for p, grad in zip(unique, grads):
                     if grad is not None:
@@ -53,8 +61,15 @@ class Taylor:
         finally:
             for p, was in zip(unique, needed):
                 p.requires_grad_(was)
-        problem.structures.num_block_runs += 3 * sum(problem.space.num_blocks.values()) * calibration.num_samples
-        scores = torch.tensor([sum(float((p.detach().float() * sums[id(p)]).abs().double().sum()) for p in each) for each in units])
+        problem.structures.num_block_runs += (
+            3 * sum(problem.space.num_blocks.values()) * calibration.num_samples
+        )
+        scores = torch.tensor(
+            [
+                sum(float((p.detach().float() * sums[id(p)]).abs().double().sum()) for p in each)
+                for each in units
+            ]
+        )
         return Choice(problem.space.top(scores), scores)
 
 
