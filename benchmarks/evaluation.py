@@ -1,16 +1,16 @@
 """What evaluation costs beside the well-known ways: time, peak memory, and the number each gives.
 
-features           InceptionFeatures alone and with every metric updated, against torch-fidelity's extraction loop: 256x256 pictures in
+features           InceptionFeatures alone and with every metric updated, against torch-fidelity's extraction loop: 256x256 images in
                    batches of 32, the same random weights (nothing is downloaded), the same two outputs.
 frechet            The distance at D = 2048, against scipy's sqrtm (pytorch-fid, clean-fid, ADM evaluator) and torchmetrics' eigvals; once
-                   with regular covariances (10,000 pictures) and once with singular ones (a tenth of them).
+                   with regular covariances (10,000 images) and once with singular ones (a tenth of them).
 precision_recall   10,000 x 10,000 x 2048 in float32, against three whole distance matrices, written plainly here, and torch-fidelity's.
 
 Each measurement is a process of its own, in turn with the others, so that peaks are apart and the ratios hold for one state of the machine.
 Peak memory is what the measured call added to the resident set (Linux).
 
     python benchmarks/evaluation.py [--only features|frechet|precision_recall] [--rounds 1] [--threads 2]
-    python benchmarks/evaluation.py --num-pictures 8 --picture-size 64 --num-points 500 --dim 64    # whether it runs
+    python benchmarks/evaluation.py --num-images 8 --image-size 64 --num-points 500 --dim 64    # whether it runs
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from tinyfusion_pl.metrics.functional import frechet_distance, precision_recall
 
 BATCH_SIZE = 32
 SIZES = {
-    "num_pictures": 128,
-    "picture_size": 256,
+    "num_images": 128,
+    "image_size": 256,
     "num_points": 10_000,
     "dim": 2048,
 }  # of features: num_points, dim
@@ -44,7 +44,7 @@ Call = Callable[[], list[float]]
 
 
 def features(kind: str) -> Call:
-    """Extraction of the same pictures; gives sums of features and logits."""
+    """Extraction of the same images; gives sums of features and logits."""
     from torch_fidelity.utils import create_feature_extractor, get_featuresdict_from_dataset
 
     torch.manual_seed(0)
@@ -59,26 +59,26 @@ def features(kind: str) -> Call:
             verbose=False,
             feature_extractor_weights_path=str(path),
         )
-    pictures = torch.randint(
-        0, 256, (SIZES["num_pictures"], 3, *[SIZES["picture_size"]] * 2), dtype=torch.uint8
+    images = torch.randint(
+        0, 256, (SIZES["num_images"], 3, *[SIZES["image_size"]] * 2), dtype=torch.uint8
     )
     metrics = GenerationMetrics(network)
 
     def loop() -> list[float]:
         found = get_featuresdict_from_dataset(
-            Pictures(pictures), theirs, BATCH_SIZE, cuda=False, save_cpu_ram=True, verbose=False
+            Images(images), theirs, BATCH_SIZE, cuda=False, save_cpu_ram=True, verbose=False
         )
         return [found[name].double().sum().item() for name in ("2048", "logits_unbiased")]
 
     def alone() -> list[float]:
-        found = [metrics.features(batch) for batch in pictures.split(BATCH_SIZE)]
+        found = [metrics.features(batch) for batch in images.split(BATCH_SIZE)]
         return [
             sum(getattr(batch, name).double().sum().item() for batch in found)
             for name in ("features", "logits")
         ]
 
     def update() -> list[float]:
-        for batch in pictures.split(BATCH_SIZE):
+        for batch in images.split(BATCH_SIZE):
             metrics.update(batch)
         return [metrics.collection["fid"].samples_sum.sum().item()]
 
@@ -89,15 +89,15 @@ def features(kind: str) -> Call:
     }[kind]
 
 
-class Pictures(torch.utils.data.Dataset):
-    def __init__(self, pictures: Tensor) -> None:
-        self.pictures = pictures
+class Images(torch.utils.data.Dataset):
+    def __init__(self, images: Tensor) -> None:
+        self.images = images
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitem__(self, i: int) -> Tensor:
-        return self.pictures[i]
+        return self.images[i]
 
 
 def made_up(num: int, *, seed: int) -> Tensor:
@@ -133,7 +133,7 @@ def frechet(kind: str, share: int = 1) -> Call:
 
 
 def frechet_singular(kind: str) -> Call:
-    """The same of fewer pictures than dimensions."""
+    """The same of fewer images than dimensions."""
     return frechet(kind, share=10)
 
 
@@ -165,7 +165,7 @@ def neighbours(kind: str) -> Call:
 CASES: dict[str, list[tuple[str, Callable[[str], Call], list[str]]]] = {
     "features": [
         (
-            "features of {num_pictures} pictures, {picture_size}x{picture_size}",
+            "features of {num_images} images, {image_size}x{image_size}",
             features,
             ["ours, features alone", "ours, all metrics updated", "torch-fidelity's loop"],
         )

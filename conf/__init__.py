@@ -3,4 +3,4 @@
 Importing it registers the resolvers that they use, so that they can also be composed in Python.
 """
 
-import tinyfusion_pl.cli.command_line
+import tinyfusion_pl.cli.command_line  # noqa: F401  (registers the resolvers that main.yaml uses)

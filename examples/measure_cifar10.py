@@ -1,4 +1,4 @@
-"""CIFAR-10's test pictures held against its training pictures in the features of a small ResNet: what real pictures score.
+"""CIFAR-10's test images held against its training images in the features of a small ResNet: what real images score.
 
 FOLDER holds ``cifar10_train_jpegbytes.npz`` and ``cifar10_test_jpegbytes.npz`` (``blob``, ``offsets``, ``labels``: JPEG files end to end)
 and ``resnet56-4bfd9763.th``, akamaster's CIFAR-10 ResNet-56. `load_cifar_resnet`
@@ -23,8 +23,8 @@ from torch import Tensor
 from tinyfusion_pl.metrics import GenerationMetrics, load_cifar_resnet
 
 
-def read_pictures(path: Path, num: int) -> tuple[Tensor, Tensor]:
-    """The first `num` pictures, uint8 (N, 3, 32, 32), and their labels (N,)."""
+def read_images(path: Path, num: int) -> tuple[Tensor, Tensor]:
+    """The first `num` images, uint8 (N, 3, 32, 32), and their labels (N,)."""
     with np.load(path, allow_pickle=False) as file:
         blob, offsets, labels = file["blob"], file["offsets"], file["labels"]
     num = min(num, len(labels))
@@ -32,10 +32,8 @@ def read_pictures(path: Path, num: int) -> tuple[Tensor, Tensor]:
         Image.open(io.BytesIO(blob[offsets[i] : offsets[i + 1]].tobytes())).convert("RGB")
         for i in range(num)
     )
-    pictures = torch.stack(
-        [torch.from_numpy(np.array(picture)) for picture in decoded]
-    )  # (N, H, W, 3)
-    return pictures.permute(0, 3, 1, 2), torch.from_numpy(labels[:num].astype(np.int64))
+    images = torch.stack([torch.from_numpy(np.array(image)) for image in decoded])  # (N, H, W, 3)
+    return images.permute(0, 3, 1, 2), torch.from_numpy(labels[:num].astype(np.int64))
 
 
 def main(
@@ -43,12 +41,12 @@ def main(
 ) -> dict[str, float]:
     """Measure; returns each metric's number."""
     metrics = GenerationMetrics(load_cifar_resnet(folder / "resnet56-4bfd9763.th"))
-    for part in read_pictures(folder / "cifar10_train_jpegbytes.npz", num_reference)[0].split(
+    for part in read_images(folder / "cifar10_train_jpegbytes.npz", num_reference)[0].split(
         batch_size
     ):
         metrics.update_reference(part)
-    pictures, labels = read_pictures(folder / "cifar10_test_jpegbytes.npz", num_samples)
-    for part, y in zip(pictures.split(batch_size), labels.split(batch_size)):
+    images, labels = read_images(folder / "cifar10_test_jpegbytes.npz", num_samples)
+    for part, y in zip(images.split(batch_size), labels.split(batch_size)):
         metrics.update(part, y)
     results = metrics.compute()
     print(

@@ -53,7 +53,7 @@ class Classifier(LightningModule):
 
 
 def digits() -> tuple[DataLoader, tuple[Tensor, Tensor]]:
-    """Training batches, and held-out pictures with their labels."""
+    """Training batches, and held-out images with their labels."""
     images, labels = load_digits(return_X_y=True)
     x, y = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1, torch.tensor(labels)
     train, held_out = train_test_split(

@@ -348,9 +348,9 @@ task=measure measure.files.image_size=100000 | measure.files.image_size
 task=measure measure.files.max_pixels=0 | measure.files.max_pixels
 task=measure measure.samples=x measure.reference=y measure.trainer.devices=hot | measure.trainer.devices
 task=measure | measure.samples
-task=reference reference.output=null reference.pictures=x | reference.output
-task=reference reference.output=x.png reference.pictures=x | reference.output
-task=reference reference.pictures=x reference.output=x.npz reference.trainer.accelerator=abacus | reference.trainer.accelerator
+task=reference reference.output=null reference.images=x | reference.output
+task=reference reference.output=x.png reference.images=x | reference.output
+task=reference reference.images=x reference.output=x.npz reference.trainer.accelerator=abacus | reference.trainer.accelerator
 task=extract_latents extract.images=x extract.output=y extract.vae.slicing=5 | extract.vae.slicing
 task=extract_latents extract.images=x extract.output=y extract.image_size=100000 | extract.image_size
 task=extract_latents extract.images=x extract.output=y extract.num_images=0 | extract.num_images

@@ -123,7 +123,7 @@ def test_killed_writer_leaves_nothing_under_the_final_name(tmp_path):
 def test_temporary_path_is_beside_the_file_with_its_suffix(tmp_path):
     with atomic_path(tmp_path / "deep" / "figure.png") as temporary:
         assert temporary.parent == tmp_path / "deep" and temporary.suffix == ".png"
-        temporary.write_bytes(b"picture")
+        temporary.write_bytes(b"image")
         assert not (tmp_path / "deep" / "figure.png").exists()
     assert os.listdir(tmp_path / "deep") == ["figure.png"]
 

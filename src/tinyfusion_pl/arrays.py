@@ -81,12 +81,12 @@ def check_regular(path: str | os.PathLike) -> os.stat_result:
         ) from error
     if not stat.S_ISREG(state.st_mode):
         raise ArtifactError(
-            f"{path} is {kind_of(state.st_mode)}, not a regular file. Give a regular file."
+            f"{path} is {get_kind(state.st_mode)}, not a regular file. Give a regular file."
         )
     return state
 
 
-def kind_of(mode: int) -> str:
+def get_kind(mode: int) -> str:
     """What a file that is not a regular one is, in words."""
     kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
     return kinds.get(stat.S_IFMT(mode), "a device")

@@ -8,14 +8,14 @@ from tinyfusion_pl.artifacts import sha256
 from tinyfusion_pl.data import DigitsDataModule
 from tinyfusion_pl.metrics import load_digits_classifier
 from tinyfusion_pl.models import load_denoiser
-from tinyfusion_pl.objectives import GaussianDiffusion, PictureSampler, balanced_labels
+from tinyfusion_pl.objectives import GaussianDiffusion, ImageSampler, balanced_labels
 
 ASSETS = files("tinyfusion_pl") / "assets"
 
 
 def named_right(denoiser, num_samples):
     data = DigitsDataModule()
-    sampler = PictureSampler(
+    sampler = ImageSampler(
         denoiser=denoiser,
         objective=GaussianDiffusion(),
         latent_shape=data.latent_shape,
@@ -29,8 +29,8 @@ def named_right(denoiser, num_samples):
         },
     )
     labels = balanced_labels(num_samples, 10)
-    pictures = sampler(torch.arange(num_samples), labels)
-    return (load_digits_classifier()(pictures).logits.argmax(1) == labels).float().mean().item()
+    images = sampler(torch.arange(num_samples), labels)
+    return (load_digits_classifier()(images).logits.argmax(1) == labels).float().mean().item()
 
 
 def test_a_classifier_names_at_least_95_percent_of_its_samples_right():

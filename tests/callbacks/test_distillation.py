@@ -173,7 +173,7 @@ def test_nothing_is_left_behind(nets):
 def test_resuming_is_bit_equal_and_the_weight_goes_on(nets, tmp_path):
     student, teacher = nets
     whole, half, rest = (Module(copy.deepcopy(student)) for _ in range(3))
-    make = lambda: DistillationCallback(teacher, pairs=PAIRS, anneal_steps=8)
+    make = lambda: DistillationCallback(teacher, pairs=PAIRS, anneal_steps=8)  # noqa: E731
     fit(whole, make(), loader=data(1), steps=8)
     fit(half, make(), loader=data(1), steps=4, path=tmp_path / "c.ckpt")
     fit(rest, make(), loader=data(1), steps=8, ckpt=tmp_path / "c.ckpt")

@@ -4,7 +4,7 @@ from hydra import compose, initialize_config_module
 from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import DataLoader
 
-import tinyfusion_pl.cli
+import tinyfusion_pl.cli  # noqa: F401  (registers the resolvers that main.yaml uses)
 from tinyfusion_pl.callbacks import EMAWithWarmup
 from tinyfusion_pl.callbacks.ema import scaled_decay, warmed_up_decay
 

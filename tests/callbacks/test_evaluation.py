@@ -15,7 +15,7 @@ from tinyfusion_pl.callbacks import EMAWithWarmup, EvaluationCallback
 from tinyfusion_pl.data import DigitsDataModule
 from tinyfusion_pl.metrics import GenerationMetrics, load_digits_classifier
 from tinyfusion_pl.modules import Denoising
-from tinyfusion_pl.objectives import GaussianDiffusion, PictureSampler, balanced_labels
+from tinyfusion_pl.objectives import GaussianDiffusion, ImageSampler, balanced_labels
 
 SAMPLING = {"num_sampling_steps": 2, "sampler": "ddim", "guidance_scale": 1.0}
 
@@ -92,8 +92,8 @@ def test_the_averaged_weights_are_measured_and_logged_with_a_grid(tmp_path):
                 raw = [p.clone() for p in pl_module.denoiser.parameters()]
                 assert not all(torch.equal(x, y) for x, y in zip(raw, average.parameters()))
                 data, metrics = trainer.datamodule, GenerationMetrics(load_digits_classifier())
-                metrics.update_reference(data.reference_pictures()[0])
-                sampler = PictureSampler(
+                metrics.update_reference(data.reference_images()[0])
+                sampler = ImageSampler(
                     denoiser=average,
                     objective=pl_module.objective,
                     latent_shape=data.latent_shape,

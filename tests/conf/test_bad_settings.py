@@ -94,7 +94,7 @@ ANY = {
 }
 
 
-def kind_of(value):
+def get_kind(value):
     kinds = (
         (bool, "bool"),
         (int, "whole"),
@@ -130,7 +130,7 @@ def places():
                     continue
                 value = OmegaConf.select(cfg, key)
                 value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-            found.setdefault(key, (groups, kind_of(value)))
+            found.setdefault(key, (groups, get_kind(value)))
     return found
 
 

@@ -10,7 +10,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-import tinyfusion_pl.cli
+import tinyfusion_pl.cli  # noqa: F401  (registers the resolvers that main.yaml uses)
 from tinyfusion_pl.metrics import InceptionFeatures
 
 CONF = Path(__file__).parents[2] / "conf"

@@ -6,7 +6,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-import tinyfusion_pl.cli
+import tinyfusion_pl.cli  # noqa: F401  (registers the resolvers that main.yaml uses)
 from tinyfusion_pl.models.download import without_download
 from tinyfusion_pl.objectives import MaskedAutoregression
 

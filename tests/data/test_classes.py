@@ -12,7 +12,7 @@ from tinyfusion_pl import create_model
 from tinyfusion_pl.artifacts import ArtifactError
 from tinyfusion_pl.data import ImageNetLatents, LatentShards, open_images
 from tinyfusion_pl.data.classes import imagenet_wnids, label_classes, relabel
-from tinyfusion_pl.objectives import labels_of
+from tinyfusion_pl.objectives import get_labels
 
 IMAGENETTE = {
     "n01440764": 0,
@@ -224,27 +224,27 @@ def test_classes_that_share_a_label_cannot_be_told_apart():
 # -- evaluation
 def test_labels_are_sampled_of_the_classes_given():
     classes = list(IMAGENETTE.values())
-    assert labels_of("balanced", 12, 1000, seed=0, classes=classes).tolist() == [*classes, 0, 217]
-    assert set(labels_of("random", 500, 1000, seed=0, classes=classes).tolist()) == set(classes)
+    assert get_labels("balanced", 12, 1000, seed=0, classes=classes).tolist() == [*classes, 0, 217]
+    assert set(get_labels("random", 500, 1000, seed=0, classes=classes).tolist()) == set(classes)
     for kind in ("balanced", "random"):
         assert torch.equal(
-            labels_of(kind, 50, 10, seed=3), labels_of(kind, 50, 10, seed=3, classes=range(10))
+            get_labels(kind, 50, 10, seed=3), get_labels(kind, 50, 10, seed=3, classes=range(10))
         )
     with pytest.raises(
         ValueError, match="classes are 0 to 701, but the model knows the classes 0 to 9"
     ):
-        labels_of("balanced", 12, 10, seed=0, classes=classes)
+        get_labels("balanced", 12, 10, seed=0, classes=classes)
 
 
 def test_real_images_state_their_classes(made):
-    module = data(made / "latents", vae=vae_in(made), pictures=made / "images")
+    module = data(made / "latents", vae=vae_in(made), images=made / "images")
     assert module.reference_classes(num_classes=1000) == list(IMAGENETTE.values())
-    assert sorted(module.reference_pictures()[1].tolist()) == list(IMAGENETTE.values())
+    assert sorted(module.reference_images()[1].tolist()) == list(IMAGENETTE.values())
     with pytest.raises(
         ValueError,
-        match="data.pictures=.*pets: it has 2 classes.*the model has 1000.*class_to_idx=FILE",
+        match="data.images=.*pets: it has 2 classes.*the model has 1000.*class_to_idx=FILE",
     ):
-        data(made / "latents", vae=vae_in(made), pictures=made / "pets").reference_classes(
+        data(made / "latents", vae=vae_in(made), images=made / "pets").reference_classes(
             num_classes=1000
         )
 

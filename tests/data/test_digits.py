@@ -23,11 +23,11 @@ def test_class_describes_its_data():
     )
 
 
-def test_reference_pictures_are_all_digits_in_256_levels():
-    images, labels = load_digits(return_X_y=True)
-    pictures, y = DigitsDataModule().reference_pictures()
-    expected = torch.tensor(images).mul(255 / 16).round().to(torch.uint8).view(-1, 1, 8, 8)
-    assert pictures.dtype == torch.uint8 and torch.equal(pictures, expected)
+def test_reference_images_are_all_digits_in_256_levels():
+    real, labels = load_digits(return_X_y=True)
+    images, y = DigitsDataModule().reference_images()
+    expected = torch.tensor(real).mul(255 / 16).round().to(torch.uint8).view(-1, 1, 8, 8)
+    assert images.dtype == torch.uint8 and torch.equal(images, expected)
     assert torch.equal(y, torch.tensor(labels))
 
 

@@ -15,7 +15,7 @@ from tinyfusion_pl.artifacts import ArtifactError, read_json, write_json
 from tinyfusion_pl.data import VAE, ImageNetLatents, LatentShards
 from tinyfusion_pl.data.base import GenerationDataModule
 from tinyfusion_pl.data.sampler import StreamSampler
-from tinyfusion_pl.data.shards import generator_of, normal, posterior_sample, shard_metadata
+from tinyfusion_pl.data.shards import get_generator, normal, posterior_sample, shard_metadata
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def stream(root, num_batches, **settings):
 
 def drawn(seed, draw):
     """The chance of being mirrored and the noise of a draw."""
-    generator = generator_of(seed, draw)
+    generator = get_generator(seed, draw)
     return generator.random(), normal(generator, (4, 4, 4))
 
 
@@ -164,19 +164,17 @@ def test_half_precision_shards_are_read_as_float32(made, tmp_path):
 def test_decode_undoes_encode_through_the_vae_that_made_them(made):
     module = data(made / "moments", vae=vae_in(made))
     moments = torch.from_numpy(module.shards.read(5, 0))
-    pictures = module.decode(moments[None, :4] * 0.18215)
-    assert torch.equal(pictures, vae_in(made)().decode(moments[None, :4] * 0.18215))
-    assert pictures.shape == (1, 3, 8, 8) and pictures.dtype == torch.uint8
+    images = module.decode(moments[None, :4] * 0.18215)
+    assert torch.equal(images, vae_in(made)().decode(moments[None, :4] * 0.18215))
+    assert images.shape == (1, 3, 8, 8) and images.dtype == torch.uint8
     module.check_decode()
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_reference_pictures_are_centre_crops_of_the_size_that_decode_gives(made, tmp_path, packed):
+def test_reference_images_are_centre_crops_of_the_size_that_decode_gives(made, tmp_path, packed):
     images = pack(tmp_path / "images.npz") if packed else made / "images"
-    pictures, labels = data(
-        made / "moments", vae=vae_in(made), pictures=images
-    ).reference_pictures()
-    assert pictures.shape == (NUM_IMAGES, 3, 8, 8) and pictures.dtype == torch.uint8
+    images, labels = data(made / "moments", vae=vae_in(made), images=images).reference_images()
+    assert images.shape == (NUM_IMAGES, 3, 8, 8) and images.dtype == torch.uint8
     assert sorted(labels.tolist()) == [0] * 4 + [1] * 3 + [2] * 3
 
 
@@ -363,10 +361,8 @@ def test_a_vae_that_does_not_match_is_refused(made):
 def test_a_missing_vae_or_reference_says_what_to_give(made):
     with pytest.raises(ValueError, match=r"data.vae is not set. Give vae@data.vae=sd"):
         data(made / "moments").decode(torch.zeros(1, 4, 4, 4))
-    with pytest.raises(
-        ValueError, match="Give evaluate.reference=FILE.npz .* or data.pictures=PATH"
-    ):
-        data(made / "moments", vae=vae_in(made)).reference_pictures()
+    with pytest.raises(ValueError, match="Give evaluate.reference=FILE.npz .* or data.images=PATH"):
+        data(made / "moments", vae=vae_in(made)).reference_images()
     with pytest.raises(ValueError, match=r"are \(N, 4, 4, 4\); these are \(1, 4, 8, 8\)"):
         data(made / "moments", vae=vae_in(made)).decode(torch.zeros(1, 4, 8, 8))
 

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from tinyfusion_pl.data import open_images
+from tinyfusion_pl.data.image_batches import UnlabelledImageFolder
 from tinyfusion_pl.data.listing import find_class_folders, find_images
-from tinyfusion_pl.data.pictures import PictureFolder
 
 
 def fill(folder, *names):
@@ -42,7 +42,7 @@ def test_hidden_files_and_folders_are_ignored_and_said(tmp_path):
     assert any(
         "6 hidden files or folders" in said and ".ipynb_checkpoints" in said for said in images.said
     )
-    flat = PictureFolder(tmp_path)
+    flat = UnlabelledImageFolder(tmp_path)
     assert [str(path.relative_to(tmp_path)) for path in flat.paths] == list(found)
     assert any("6 hidden files or folders" in said for said in flat.said)
 
@@ -92,7 +92,7 @@ def test_linked_folders_are_followed_by_all_readers(tmp_path):
     assert labels(tmp_path / "images")[0] == expected
     assert {
         str(path.relative_to(tmp_path / "images"))
-        for path in PictureFolder(tmp_path / "images").paths
+        for path in UnlabelledImageFolder(tmp_path / "images").paths
     } == set(expected)
 
 
@@ -104,7 +104,7 @@ def test_links_in_a_loop_end_and_are_said(tmp_path):
     assert found == {"b/1.png": 0} and any(
         "1 links to a folder that they are in (b/up)" in said for said in images.said
     )
-    assert len(PictureFolder(tmp_path)) == 1
+    assert len(UnlabelledImageFolder(tmp_path)) == 1
 
 
 def test_endings_are_the_same_for_all_readers_in_any_case(tmp_path):
@@ -130,7 +130,7 @@ def test_endings_are_the_same_for_all_readers_in_any_case(tmp_path):
     for name in ("b/notes.txt", "b/noending", "b/labels.json"):
         (tmp_path / name).write_text("")
     found, images = labels(tmp_path)
-    assert len(found) == len(PictureFolder(tmp_path)) == len(endings)
+    assert len(found) == len(UnlabelledImageFolder(tmp_path)) == len(endings)
     assert all(images[i][0].shape == (3, 4, 4) for i in range(len(images)))
     assert any(
         "3 files that are no images by their ending" in said and "1 .txt" in said
@@ -141,7 +141,7 @@ def test_endings_are_the_same_for_all_readers_in_any_case(tmp_path):
 def test_a_folder_named_like_an_image_is_a_folder(tmp_path):
     fill(tmp_path, "b/x.png/1.png", "y.jpg/2.png")
     assert labels(tmp_path)[0] == {"b/x.png/1.png": 0, "y.jpg/2.png": 1}
-    assert len(PictureFolder(tmp_path)) == 2
+    assert len(UnlabelledImageFolder(tmp_path)) == 2
 
 
 def test_images_beside_class_folders_are_said(tmp_path):

@@ -41,7 +41,7 @@ def test_pixels_become_latents_and_back(tmp_path):
     assert torch.equal(torch.stack(y), torch.tensor([0, 1, 2, 1]))
     assert torch.allclose(torch.stack(x), pixels.float() / 127.5 - 1)
     assert torch.equal(data.decode(torch.stack(x)), pixels)
-    assert torch.equal(data.reference_pictures()[0], pixels)
+    assert torch.equal(data.reference_images()[0], pixels)
 
 
 def test_half_of_the_draws_are_mirrored(tmp_path):

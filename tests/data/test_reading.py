@@ -10,9 +10,9 @@ from PIL import Image
 from image_toys import GRAY, broken_images, gray16, png_of_size, saved
 from latents_toys import vae_in
 from tinyfusion_pl.data import ImageNetLatents, open_images
-from tinyfusion_pl.data.pictures import PictureDataset, PictureFolder
+from tinyfusion_pl.data.image_batches import ImageDataset, UnlabelledImageFolder
 from tinyfusion_pl.data.reading import MAX_PIXELS, BrokenImage, ImageReader, Note
-from tinyfusion_pl.tasks import PictureFiles
+from tinyfusion_pl.tasks import ImageFiles
 
 COLORS = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
 
@@ -221,7 +221,7 @@ def test_a_failing_disk_is_no_broken_image(tmp_path, monkeypatch):
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(Image, "open", fail)
-    folder = PictureFolder(tmp_path, skip_broken=True)
+    folder = UnlabelledImageFolder(tmp_path, skip_broken=True)
     with pytest.raises(ArtifactError, match="x.png: Input/output error"):
         folder[0]
 
@@ -237,20 +237,20 @@ def doors(folder):
         labels=[0],
     )
     made = ImageNetLatents.__new__(ImageNetLatents)
-    made.pictures, made.class_to_idx, made.latent_shape, made._vae = (
+    made.images, made.class_to_idx, made.latent_shape, made._vae = (
         folder / "images",
         None,
         (4, 8, 8),
         vae_in(folder)(),
     )
-    files = PictureFiles(image_size=16)
+    files = ImageFiles(image_size=16)
     return {
         "extraction": open_images(folder / "images", image_size=16)[0][0],
         "extraction of npz": open_images(folder / "packed.npz", image_size=16)[0][0],
-        "data.pictures": made.reference_pictures()[0][0],
+        "data.images": made.reference_images()[0][0],
         "measure": next(iter(files.batches(folder / "images")))[1][0],
         "measure of npz": next(iter(files.batches(folder / "packed.npz")))[1][0],
-        "dataset": PictureDataset([Image.open(folder / "images" / "n01" / "a.png")], image_size=16)[
+        "dataset": ImageDataset([Image.open(folder / "images" / "n01" / "a.png")], image_size=16)[
             0
         ],
     }

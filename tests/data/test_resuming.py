@@ -30,7 +30,7 @@ class Numbered(GenerationDataModule):
     def decode(self, latents):
         raise NotImplementedError
 
-    reference_pictures = decode
+    reference_images = decode
 
 
 class Eyes(LightningModule):

@@ -24,16 +24,16 @@ SMALL_MAR = {
 
 
 @pytest.fixture
-def pictures():
+def images():
     return torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8)
 
 
-def test_moments_and_pictures_are_those_of_diffusers(pictures):
+def test_moments_and_images_are_those_of_diffusers(images):
     model = autoencoder().eval()
     ours = VAE(model, source="test", batch_size=2)
-    moments = ours.encode(pictures)
+    moments = ours.encode(images)
     with torch.no_grad():
-        posterior = model.encode(pictures / 127.5 - 1).latent_dist
+        posterior = model.encode(images / 127.5 - 1).latent_dist
         latents = torch.randn(3, 4, 4, 4)
         decoded = model.decode(latents / 0.18215).sample
     assert torch.allclose(moments, torch.cat([posterior.mean, posterior.logvar], 1), atol=1e-6)
@@ -69,11 +69,11 @@ def test_flags_reach_the_model_and_bfloat16_is_what_it_computes_in():
     assert not model.use_slicing and not model.use_tiling
 
 
-def test_a_folder_and_a_pipelines_folder_give_the_same_vae(tmp_path, pictures):
+def test_a_folder_and_a_pipelines_folder_give_the_same_vae(tmp_path, images):
     autoencoder().save_pretrained(tmp_path / "pipeline" / "vae")
     one, other = load_vae(tmp_path / "pipeline"), load_vae(str(tmp_path / "pipeline" / "vae"))
-    assert torch.equal(one.encode(pictures), other.encode(pictures))
-    assert torch.equal(one.encode(pictures), VAE(autoencoder(), source="test").encode(pictures))
+    assert torch.equal(one.encode(images), other.encode(images))
+    assert torch.equal(one.encode(images), VAE(autoencoder(), source="test").encode(images))
 
 
 def test_the_fingerprint_is_of_the_encoder_in_any_precision():
@@ -214,7 +214,7 @@ class Plain:
         return self.conv("decoder.conv_out", F.silu(self.norm("decoder.norm_out", h)))
 
 
-def test_mars_layout_gives_the_outputs_of_the_published_network(tmp_path, monkeypatch, pictures):
+def test_mars_layout_gives_the_outputs_of_the_published_network(tmp_path, monkeypatch, images):
     source = autoencoder(**SMALL_MAR)
     state = compvis_state(source)
     for name in state:  # so that a mistaken pair of equal shapes shows
@@ -232,7 +232,7 @@ def test_mars_layout_gives_the_outputs_of_the_published_network(tmp_path, monkey
         load_vae(tmp_path / "kl16.ckpt", architecture="mar", scaling_factor=1.0),
         Plain(state, groups=2, num_levels=3),
     )
-    assert torch.allclose(ours.encode(pictures), plain.encode(pictures / 127.5 - 1), atol=1e-4)
+    assert torch.allclose(ours.encode(images), plain.encode(images / 127.5 - 1), atol=1e-4)
     z = torch.randn(2, 3, 2, 2)
     expected = (127.5 * plain.decode(z) + 128).clamp(0, 255).to(torch.uint8)
     assert (ours.decode(z).int() - expected.int()).abs().max() <= 1 and expected.float().std() > 1
@@ -329,14 +329,14 @@ def test_a_checkpoint_of_another_network_names_what_differs(tmp_path, monkeypatc
         load_vae(tmp_path / "other.ckpt")
 
 
-def test_other_latents_and_pictures_are_refused():
+def test_other_latents_and_images_are_refused():
     ours = VAE(autoencoder(), source="here")
     for latents in (torch.zeros(1, 16, 4, 4), torch.zeros(4, 4, 4)):
         with pytest.raises(ValueError, match=r"decodes latents \(N, 4, h, w\)"):
             ours.decode(latents)
     with pytest.raises(ValueError, match="not finite"):
         ours.decode(torch.full((1, 4, 4, 4), float("nan")))
-    with pytest.raises(ValueError, match=r"takes uint8 pictures .* torch.float32"):
+    with pytest.raises(ValueError, match=r"takes uint8 images .* torch.float32"):
         ours.encode(torch.zeros(1, 3, 8, 8))
     with pytest.raises(ValueError, match="image_size is 9; .* multiples of 2"):
         ours.latent_shape(9)

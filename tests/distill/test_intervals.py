@@ -13,9 +13,9 @@ from tinyfusion_pl.distill import (
     Interval,
     TeacherRuns,
     depths,
+    get_intervals,
     interval_losses,
     interval_order,
-    intervals_of,
     resolve_intervals,
     restore,
 )
@@ -75,9 +75,9 @@ def run(teacher, intervals, *args):
 
 
 def test_intervals_are_the_whole_stack():
-    assert intervals_of([1, 2, 5], 7) == [Interval(0, 0, 1), Interval(1, 2, 4), Interval(2, 5, 6)]
-    assert intervals_of([0, 3], 4) == [Interval(0, 0, 2), Interval(1, 3, 3)]
-    assert intervals_of([2], 4) == [Interval(0, 0, 3)]
+    assert get_intervals([1, 2, 5], 7) == [Interval(0, 0, 1), Interval(1, 2, 4), Interval(2, 5, 6)]
+    assert get_intervals([0, 3], 4) == [Interval(0, 0, 2), Interval(1, 3, 3)]
+    assert get_intervals([2], 4) == [Interval(0, 0, 3)]
 
 
 def of_blocks(student, teacher, draw, y):

@@ -42,7 +42,7 @@ def found(model):
 
 
 def structure_of(gates):
-    return {g.path: g.blocks_of(earliest_drops(g)) for g in gates.stacks}
+    return {g.path: g.get_blocks(earliest_drops(g)) for g in gates.stacks}
 
 
 def gated_against_cut(model, gates, make_inputs):

@@ -8,7 +8,7 @@ from torch import nn
 
 from foreign.zoo import ZOO, of, randomize, sample_of
 from tinyfusion_pl.pruning import Pattern, get_stack, remove_blocks
-from tinyfusion_pl.pruning.blocks import units_of
+from tinyfusion_pl.pruning.blocks import get_units
 from tinyfusion_pl.pruning.library_configs import check_library_config, fixed_blocks
 from tinyfusion_pl.pruning.surgery import blocks_removed
 
@@ -116,7 +116,7 @@ def test_blocks_that_have_to_stay_are_known(name, fixed):
 
 def test_mirrored_blocks_of_hunyuandit_go_together():
     model = ZOO["hunyuandit"].build().model
-    assert units_of(model, "blocks") == ((0, 7), (1, 6), (2, 5), (3, 4))
+    assert get_units(model, "blocks") == ((0, 7), (1, 6), (2, 5), (3, 4))
     with pytest.raises(ValueError, match="only go together"):
         remove_blocks(model, {"blocks": [0, 3, 4, 6]})
 

@@ -31,7 +31,7 @@ def gated(name, **kwargs):
 def cut_copy(model, gates, kept):
     bare = copy.deepcopy(model)
     remove_gates(bare)
-    return remove_blocks(bare, {g.path: g.blocks_of(kept[g.path]) for g in gates.stacks})
+    return remove_blocks(bare, {g.path: g.get_blocks(kept[g.path]) for g in gates.stacks})
 
 
 @pytest.mark.slow

@@ -790,7 +790,7 @@ def test_it_is_found_verified_cut_and_reopened(name, tmp_path):
     pruner, gates = started(model)
     assert not any("cannot state its depth" in remark for remark in pruner.remarks)
     verify(model, gates, (), make_inputs(3))
-    kept = {each.path: each.blocks_of(earliest_drops(each)) for each in gates.stacks}
+    kept = {each.path: each.get_blocks(earliest_drops(each)) for each in gates.stacks}
     shallow = pruner.freeze(model, SimpleNamespace(kept_blocks=kept))
     records = {each.path: {"pattern": "1:2", "num_blocks": each.num_blocks, "kept_blocks": kept[each.path], "groups": [],
                            "block_probabilities": []} for each in gates.stacks}  # fmt: skip

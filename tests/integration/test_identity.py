@@ -301,10 +301,10 @@ def test_training_samples_that_were_replaced_are_refused(run, out, monkeypatch):
 
 def test_a_replaced_reference_is_measured_against_anew(run, tmp_path):
     given = ["task=evaluate", "evaluate.reference=reference.npz"]
-    pictures = DigitsDataModule().reference_pictures()[0].permute(0, 2, 3, 1).numpy()
-    np.savez("reference.npz", arr_0=pictures[:40])
+    images = DigitsDataModule().reference_images()[0].permute(0, 2, 3, 1).numpy()
+    np.savez("reference.npz", arr_0=images[:40])
     assert run(*given)[0] == 0
-    np.savez("reference.npz", arr_0=pictures[40:80])
+    np.savez("reference.npz", arr_0=images[40:80])
     code, said = run(*given)
     assert code == 0 and "teacher was measured of something else (reference" in said
     assert "done before" in run(*given)[1]

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from mar_util import trained_like
 from tinyfusion_pl import DepthPruningCallback, MaskLearning, Recovery
 from tinyfusion_pl.models import load_decision, load_shallow
-from tinyfusion_pl.objectives import MaskedAutoregression, PictureSampler
+from tinyfusion_pl.objectives import ImageSampler, MaskedAutoregression
 
 
 def fit(module, *callbacks, folder, **kwargs):
@@ -112,7 +112,7 @@ def test_the_pruned_model_recovers_with_masked_distillation_and_samples(
         for name, value in module.denoiser.state_dict().items()
         if name.endswith("weight")
     )
-    sampler = PictureSampler(
+    sampler = ImageSampler(
         denoiser=module.denoiser,
         objective=module.objective,
         latent_shape=(3, 4, 4),

@@ -7,7 +7,7 @@ import sys
 import pytest
 from hydra import compose, initialize_config_module
 
-import tinyfusion_pl.cli
+import tinyfusion_pl.cli  # noqa: F401  (registers the resolvers that main.yaml uses)
 
 DEPTHS = {
     "dit_d19": (28, 19),

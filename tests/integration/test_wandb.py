@@ -49,17 +49,17 @@ def pipeline(tmp_path_factory):
     return folder / "run"
 
 
-def rows_of(run_dir, stage):
+def get_rows(run_dir, stage):
     with (run_dir / "logs" / stage / "metrics.csv").open(newline="") as file:
         return list(csv.DictReader(file))
 
 
-def assert_has_all(run, run_dir, stage, name_of):
+def assert_has_all(run, run_dir, stage, get_run_name):
     """Each cell of the stage's csv file is in the W&B run, at its step, once."""
-    rows, num_cells = rows_of(run_dir, stage), 0
+    rows, num_cells = get_rows(run_dir, stage), 0
     for name in rows[0].keys() - {"step"}:
         cells = [(int(row["step"]), float(row[name])) for row in rows if row[name]]
-        assert run.curve(name_of(name), f"{stage}/step") == cells, name
+        assert run.curve(get_run_name(name), f"{stage}/step") == cells, name
         num_cells += len(cells)
     assert num_cells > 10
 

@@ -28,19 +28,19 @@ def test_shipped_file_is_the_one_of_its_record():
     assert (ASSETS / "model.safetensors").stat().st_size < 300_000
 
 
-def test_split_parts_every_digit_and_sees_the_data_modules_pictures():
+def test_split_parts_every_digit_and_sees_the_data_modules_images():
     (train, train_labels), (test, test_labels) = digits_split()
     assert (len(train), len(test)) == (1437, 360)
-    pictures, labels = DigitsDataModule().reference_pictures()
+    images, labels = DigitsDataModule().reference_images()
 
-    def rows(pictures, labels):
+    def rows(images, labels):
         return sorted(
-            [*picture, label]
-            for picture, label in zip(pictures.flatten(1).tolist(), labels.tolist(), strict=True)
+            [*image, label]
+            for image, label in zip(images.flatten(1).tolist(), labels.tolist(), strict=True)
         )
 
     assert rows(torch.cat([train, test]), torch.cat([train_labels, test_labels])) == rows(
-        pictures, labels
+        images, labels
     )
     assert (
         torch.bincount(test_labels).min() >= 34
@@ -56,25 +56,23 @@ def test_classifier_gives_features_and_logits_and_takes_no_gradient():
 
 
 def test_logits_do_not_depend_on_the_rest_of_the_batch():
-    pictures, _ = DigitsDataModule().reference_pictures()
+    images, _ = DigitsDataModule().reference_images()
     classifier = load_digits_classifier()
-    torch.testing.assert_close(
-        classifier(pictures[:7]).logits[3:], classifier(pictures[3:7]).logits
-    )
+    torch.testing.assert_close(classifier(images[:7]).logits[3:], classifier(images[3:7]).logits)
 
 
 @pytest.mark.parametrize(
-    ("pictures", "message"),
+    ("images", "message"),
     [
-        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "sees grey pictures .* these are colour ones"),
+        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "sees grey images .* these are colour ones"),
         (torch.zeros(2, 1, 8, 8), "uint8 tensors with values 0..255; these are torch.float32"),
         (torch.zeros(2, 8, 8, dtype=torch.uint8), r"\(N, C, H, W\); these are \(2, 8, 8\)"),
         (torch.zeros(2, 1, 32, 32, dtype=torch.uint8), "8x8; these are 32x32"),
     ],
 )
-def test_other_pictures_are_refused_with_a_reason(pictures, message):
+def test_other_images_are_refused_with_a_reason(images, message):
     with pytest.raises(ValueError, match=message):
-        DigitsClassifier()(pictures)
+        DigitsClassifier()(images)
 
 
 @pytest.mark.slow

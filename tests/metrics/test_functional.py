@@ -195,10 +195,10 @@ def test_half_precision_that_overflows_falls_back_on_float32():
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"reference": rows(3, 3)}, "need 4 or more reference pictures and have 3"),
-        ({"samples": rows(2, 3)}, "need 4 or more generated pictures and have 2"),
+        ({"reference": rows(3, 3)}, "need 4 or more reference images and have 3"),
+        ({"samples": rows(2, 3)}, "need 4 or more generated images and have 2"),
         ({"samples": rows(9, 4)}, r"same D; given are \(9, 3\) and \(9, 4\)"),
-        ({"samples": rows(9, 3) / 0}, "9 generated pictures are not finite"),
+        ({"samples": rows(9, 3) / 0}, "9 generated images are not finite"),
         ({"k": 0}, "k is 0"),
         ({"precision": "float16"}, "precision is 'float16'; give one of 'float32'"),
         ({"max_block_mib": 0}, "max_block_mib is 0"),
@@ -234,7 +234,7 @@ def test_kernel_distance_depends_on_its_seed_alone():
     assert kernel_inception_distance(x, y, num_subsets=5, subset_size=10) == first
     assert kernel_inception_distance(x, y, num_subsets=5, subset_size=10, seed=1) != first
     with pytest.raises(
-        ValueError, match="Subsets of 31 need as many reference pictures; there are 30"
+        ValueError, match="Subsets of 31 need as many reference images; there are 30"
     ):
         kernel_inception_distance(x, y, subset_size=31)
 
@@ -273,5 +273,5 @@ def test_arrays_are_taken_as_tensors_are():
 def test_logits_that_are_not_finite_are_counted():
     logits = torch.zeros(5, 3)
     logits[2, 1] = float("nan")
-    with pytest.raises(ValueError, match="logits of 1 of 5 pictures are not finite"):
+    with pytest.raises(ValueError, match="logits of 1 of 5 images are not finite"):
         inception_score(logits)

@@ -28,7 +28,7 @@ from tinyfusion_pl.metrics.functional import precision_recall
 
 
 class Toy(nn.Module):
-    """A linear feature network of 2x2 pictures; counts its runs."""
+    """A linear feature network of 2x2 images; counts its runs."""
 
     num_features, num_classes, num_spatial = 5, 3, 2
 
@@ -38,13 +38,13 @@ class Toy(nn.Module):
         self.weight = nn.Parameter(torch.randn(4, 8, generator=generator) / 100)
         self.num_runs = 0
 
-    def forward(self, pictures):
+    def forward(self, images):
         self.num_runs += 1
-        x = pictures.flatten(1).float() @ self.weight
+        x = images.flatten(1).float() @ self.weight
         return Features(x[:, :5].square(), x[:, 5:], x[:, 3:5].square())
 
 
-def pictures(num, *, seed=0, low=0, high=256):
+def images(num, *, seed=0, low=0, high=256):
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(low, high, (num, 1, 2, 2), generator=generator, dtype=torch.uint8)
 
@@ -53,7 +53,7 @@ def labels(num):
     return torch.arange(num) % 3
 
 
-REAL, MADE = pictures(40, seed=1), pictures(30, seed=2, low=60)
+REAL, MADE = images(40, seed=1), images(30, seed=2, low=60)
 
 
 def every_metric():
@@ -129,13 +129,13 @@ def test_network_runs_once_a_batch(metrics):
     assert metrics.feature_network.num_runs == before + 2
 
 
-def test_same_pictures_give_distance_zero(metrics):
+def test_same_images_give_distance_zero(metrics):
     metrics.update(REAL)
     assert metrics.compute()["fid"] == pytest.approx(0, abs=1e-9)
 
 
 def test_real_digits_give_distance_zero_and_a_score_near_ten():
-    real, y = DigitsDataModule().reference_pictures()
+    real, y = DigitsDataModule().reference_images()
     metrics = GenerationMetrics(load_digits_classifier())
     metrics.update_reference(real)
     metrics.update(real, y)
@@ -144,8 +144,8 @@ def test_real_digits_give_distance_zero_and_a_score_near_ten():
     assert results["inception_score"] > 9.5 and results["accuracy"] > 0.99
 
 
-def test_reset_forgets_generated_pictures_and_keeps_the_reference(metrics):
-    metrics.update(pictures(20, seed=5, high=9), labels(20))
+def test_reset_forgets_generated_images_and_keeps_the_reference(metrics):
+    metrics.update(images(20, seed=5, high=9), labels(20))
     metrics.compute()
     metrics.reset()
     metrics.update(MADE, labels(30))
@@ -156,9 +156,7 @@ def test_reset_of_the_reference_asks_for_a_new_one(metrics):
     metrics.update(MADE)
     metrics.reset(reference=True)
     metrics.update(MADE)
-    with pytest.raises(
-        ValueError, match="needs 2 or more reference pictures and has 0: call update"
-    ):
+    with pytest.raises(ValueError, match="needs 2 or more reference images and has 0: call update"):
         metrics.compute()
 
 
@@ -219,7 +217,7 @@ def test_features_that_are_not_finite_are_counted_refused_and_not_added(metrics)
     features = metrics.features(MADE)
     features.features[[2, 5]] = float("nan")
     with pytest.raises(
-        ValueError, match=r"2 of 30 pictures have features that are not finite \(places \[2, 5\]"
+        ValueError, match=r"2 of 30 images have features that are not finite \(places \[2, 5\]"
     ):
         metrics.update_features(features, labels(30))
     metrics.reset()
@@ -231,12 +229,12 @@ def reference_files(folder):
     """One for each kind of content."""
     metrics = GenerationMetrics(Toy())
     metrics.update_reference(REAL)
-    given = {"statistics": metrics.statistics(), "num_pictures": 40}
+    given = {"statistics": metrics.statistics(), "num_images": 40}
     features = Toy().requires_grad_(False)(REAL).features
     kinds = {
-        "pictures": {"pictures": REAL},
+        "images": {"images": REAL},
         "own": {**given, "features": features, "network": metrics.fingerprint()},
-        "both": {**given, "pictures": REAL},
+        "both": {**given, "images": REAL},
     }
     for name, content in kinds.items():
         Reference(path=folder / f"{name}.npz", **content).write()
@@ -245,8 +243,8 @@ def reference_files(folder):
     return folder
 
 
-@pytest.mark.parametrize("kind", ["pictures", "own", "both"])
-def test_a_reference_file_gives_the_numbers_of_the_pictures_it_was_made_of(kind, tmp_path):
+@pytest.mark.parametrize("kind", ["images", "own", "both"])
+def test_a_reference_file_gives_the_numbers_of_the_images_it_was_made_of(kind, tmp_path):
     metrics = GenerationMetrics(Toy())
     metrics.set_reference(read_reference(reference_files(tmp_path) / f"{kind}.npz"), batch_size=7)
     metrics.update(MADE, labels(30))
@@ -263,7 +261,7 @@ def test_statistics_alone_are_enough_for_distances_and_for_nothing_else(tmp_path
     metrics.update(MADE)
     assert metrics.compute() == pytest.approx({"fid": expected(MADE, labels(30))["fid"]}, rel=1e-9)
     with pytest.raises(
-        ValueError, match="statistics of features: not enough for '.*', which needs pictures"
+        ValueError, match="statistics of features: not enough for '.*', which needs images"
     ):
         GenerationMetrics(Toy()).set_reference(reference)
 
@@ -330,23 +328,23 @@ def test_network_stays_frozen_in_evaluation_and_in_full_precision(metrics):
 @pytest.mark.parametrize(
     ("num_real", "num_made", "message"),
     [
-        (0, 5, "2 or more reference pictures and has 0: call update"),
-        (5, 0, "2 or more generated pictures and has 0: call update"),
-        (5, 1, "2 or more generated pictures and has 1"),
-        (1, 5, "2 or more reference pictures and has 1"),
+        (0, 5, "2 or more reference images and has 0: call update"),
+        (5, 0, "2 or more generated images and has 0: call update"),
+        (5, 1, "2 or more generated images and has 1"),
+        (1, 5, "2 or more reference images and has 1"),
     ],
 )
-def test_too_few_pictures_are_named(num_real, num_made, message):
+def test_too_few_images_are_named(num_real, num_made, message):
     metrics = GenerationMetrics(Toy())
     if num_real:
-        metrics.update_reference(pictures(num_real))
+        metrics.update_reference(images(num_real))
     if num_made:
-        metrics.update(pictures(num_made))
+        metrics.update(images(num_made))
     with pytest.raises(ValueError, match=message):
         metrics.compute()
 
 
-def test_wrong_pictures_are_refused_and_nothing_counted(metrics):
+def test_wrong_images_are_refused_and_nothing_counted(metrics):
     for wrong, message in (
         (MADE.float() / 255, "uint8 tensors .* torch.float32"),
         (MADE[0], r"\(N, C, H, W\); these are \(1, 2, 2\)"),
@@ -361,7 +359,7 @@ def test_wrong_pictures_are_refused_and_nothing_counted(metrics):
 
 def test_wrong_labels_are_refused_and_nothing_counted(metrics):
     with pytest.raises(
-        ValueError, match=r"30 pictures need labels of shape \(30,\); these are \(29,\)"
+        ValueError, match=r"30 images need labels of shape \(30,\); these are \(29,\)"
     ):
         metrics.update(MADE, labels(29))
     with pytest.raises(
@@ -370,7 +368,7 @@ def test_wrong_labels_are_refused_and_nothing_counted(metrics):
         metrics.update(MADE, torch.arange(30))
     metrics.update(MADE[:20], labels(20))
     metrics.update(MADE[20:])
-    with pytest.raises(ValueError, match="20 of 30 generated pictures have labels"):
+    with pytest.raises(ValueError, match="20 of 30 generated images have labels"):
         metrics.compute()
 
 
@@ -415,6 +413,6 @@ def test_processes_give_the_numbers_of_one(tmp_path, sizes):
     )
     for rank in range(len(sizes)):
         results = torch.load(tmp_path / f"{rank}.pt")
-        assert "generated pictures and has 0" in results.pop("empty")
+        assert "generated images and has 0" in results.pop("empty")
         assert "give their numbers" in results.pop("unnumbered")
         assert results == pytest.approx(whole.compute(), rel=1e-9)

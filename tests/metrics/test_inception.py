@@ -30,7 +30,7 @@ def empty_hub(tmp_path, monkeypatch):
     return tmp_path / "checkpoints" / Path(URL_INCEPTION_V3).name
 
 
-def test_weights_file_gives_features_and_logits_of_colour_pictures(weights_path):
+def test_weights_file_gives_features_and_logits_of_colour_images(weights_path):
     network = InceptionFeatures(weights_path)
     features, logits, spatial = network(torch.randint(0, 256, (2, 3, 32, 48), dtype=torch.uint8))
     assert (
@@ -39,7 +39,7 @@ def test_weights_file_gives_features_and_logits_of_colour_pictures(weights_path)
         and spatial.shape == (2, 2023)
     )
     torch.testing.assert_close(logits, features @ network.network.fc.weight.T)  # without bias
-    with pytest.raises(ValueError, match="sees colour pictures .* these are grey ones"):
+    with pytest.raises(ValueError, match="sees colour images .* these are grey ones"):
         network(torch.zeros(2, 1, 32, 32, dtype=torch.uint8))
 
 
@@ -60,12 +60,11 @@ def test_offline_error_names_url_place_and_option(empty_hub):
 
 
 def test_random_weights_are_the_same_each_time_and_say_so():
-    pictures = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     with pytest.warns(UserWarning, match="InceptionV3 is randomly initialised.*means nothing"):
         one, two = InceptionFeatures("random"), InceptionFeatures("random")
     assert (
-        torch.equal(one(pictures).features, two(pictures).features)
-        and one(pictures).features.std() > 0
+        torch.equal(one(images).features, two(images).features) and one(images).features.std() > 0
     )
 
 
@@ -106,26 +105,26 @@ def test_spatial_features_are_seven_channels_of_the_first_branch_of_mixed_6d_in_
     network, inner = InceptionFeatures(weights_path), {}
     branch = network.network.Mixed_6d.branch1x1
     branch.conv.register_forward_hook(lambda module, args, output: inner.update(conv=output))
-    pictures = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
-    spatial = network(pictures).spatial.view(17, 17, 7)
+    images = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
+    spatial = network(images).spatial.view(17, 17, 7)
     maps = branch.bn(inner["conv"]).relu()  # (1, 192, 17, 17)
     for row, column, channel in ((0, 0, 0), (3, 11, 6), (16, 16, 2)):
         assert spatial[row, column, channel] == maps[0, channel, row, column]
 
 
-def test_pictures_are_resized_as_tensorflow_1_did(weights_path):
+def test_images_are_resized_as_tensorflow_1_did(weights_path):
     network, inner = InceptionFeatures(weights_path), {}
     network.network.Conv2d_1a_3x3.register_forward_pre_hook(
         lambda module, args: inner.update(x=args[0])
     )
-    picture = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
-    network(picture)
+    image = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
+    network(image)
     # Bilinear, no half-pixel shift, no antialias: output i looks at i * 64 / 299.
     for i, j in ((0, 0), (150, 37), (298, 298)):
         y, x = i * 64 / 299, j * 64 / 299
         y0, x0 = int(y), int(x)
         y1, x1 = min(y0 + 1, 63), min(x0 + 1, 63)
-        p, v, u = picture[0].double(), y - y0, x - x0
+        p, v, u = image[0].double(), y - y0, x - x0
         mixed = (1 - v) * ((1 - u) * p[:, y0, x0] + u * p[:, y0, x1]) + v * (
             (1 - u) * p[:, y1, x0] + u * p[:, y1, x1]
         )

@@ -18,12 +18,12 @@ def made_up(num, dim, *, seed):
 
 
 def test_features_are_torchmetrics_without_antialias_and_not_those_with_it(weights_path):
-    picture = torch.randint(0, 256, (1, 3, 600, 450), dtype=torch.uint8)
-    ours = InceptionFeatures(weights_path)(picture).features
+    image = torch.randint(0, 256, (1, 3, 600, 450), dtype=torch.uint8)
+    ours = InceptionFeatures(weights_path)(image).features
     theirs = {
         antialias: FrechetInceptionDistance(
             feature_extractor_weights_path=str(weights_path), antialias=antialias
-        ).inception(picture)
+        ).inception(image)
         for antialias in (False, True)
     }
     torch.testing.assert_close(ours, theirs[False].view_as(ours), rtol=1e-5, atol=0)

@@ -17,12 +17,12 @@ from tinyfusion_pl.metrics import (
     read_reference,
 )
 
-PICTURES = torch.randint(
+IMAGES = torch.randint(
     0, 256, (5, 3, 24, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
 )
 
 
-def test_any_module_sees_resized_and_normalised_pictures():
+def test_any_module_sees_resized_and_normalised_images():
     seen = []
 
     class Net(nn.Module):
@@ -38,7 +38,7 @@ def test_any_module_sees_resized_and_normalised_pictures():
         mean=(0.5, 0.5, 0.5),
         std=(0.25, 0.25, 0.25),
     )
-    features = network(PICTURES)
+    features = network(IMAGES)
     assert (
         isinstance(features, Features)
         and features.spatial is None
@@ -47,10 +47,10 @@ def test_any_module_sees_resized_and_normalised_pictures():
     assert seen[0].shape == (5, 3, 8, 8)
     plain = ModuleFeatures(Net(), num_features=3, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
     torch.testing.assert_close(
-        plain(PICTURES).features, ((PICTURES.float() / 255 - 0.5) / 0.25).mean((2, 3))
+        plain(IMAGES).features, ((IMAGES.float() / 255 - 0.5) / 0.25).mean((2, 3))
     )
-    with pytest.raises(ValueError, match="sees colour pictures"):
-        network(PICTURES[:, :1])
+    with pytest.raises(ValueError, match="sees colour images"):
+        network(IMAGES[:, :1])
 
 
 def test_a_timm_model_gives_its_features_and_logits_and_loads_a_file(tmp_path):
@@ -60,7 +60,7 @@ def test_a_timm_model_gives_its_features_and_logits_and_loads_a_file(tmp_path):
     network = TimmFeatures(
         "vit_tiny_patch16_224", checkpoint_path=tmp_path / "vit.pth", image_size=32, num_classes=7
     )
-    features = network(PICTURES)
+    features = network(IMAGES)
     assert features.features.shape == (5, network.num_features) and features.logits.shape == (
         5,
         network.num_classes,
@@ -76,8 +76,8 @@ def test_fd_and_cmmd_run_over_a_timm_model_behind_the_same_interface():
         network,
         metrics={"fd": FrechetDistance(network.num_features), "cmmd": GaussianMMD(7, of="logits")},
     )
-    metrics.update_reference(PICTURES)
-    metrics.update(PICTURES)
+    metrics.update_reference(IMAGES)
+    metrics.update(IMAGES)
     assert metrics.compute() == pytest.approx({"fd": 0, "cmmd": 0}, abs=1e-3)
     assert metrics.fingerprint().startswith("vit_tiny_patch16_224-")
 
@@ -93,7 +93,7 @@ def test_a_reference_made_with_another_preprocessing_of_the_same_weights_is_refu
         return GenerationMetrics(network, metrics={"fd": FrechetDistance(network.num_features)})
 
     made = metrics()
-    made.update_reference(PICTURES)
+    made.update_reference(IMAGES)
     Reference(
         path=tmp_path / "ref.npz", statistics=made.statistics(), network=made.fingerprint()
     ).write()

@@ -110,14 +110,14 @@ def test_ditpipeline_opens_and_samples(tmp_path, vae):
     ]
     pipe = DiTPipeline.from_pretrained(tmp_path / "out")
     pipe.set_progress_bar_config(disable=True)
-    pictures = pipe(
+    images = pipe(
         pipe.get_label_ids(["golden retriever", "white shark"]),
         guidance_scale=4.0,
         num_inference_steps=2,
         output_type="np",
         generator=torch.manual_seed(0),
     ).images
-    assert pictures.shape == (2, 16, 16, 3) and pictures.std() > 0
+    assert images.shape == (2, 16, 16, 3) and images.std() > 0
     assert pipe.labels["golden retriever"] == 207 and pipe.scheduler.config["beta_end"] == 0.02
     assert same(load_pretrained(tmp_path / "out"), model)
 

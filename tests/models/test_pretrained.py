@@ -48,7 +48,7 @@ class MAR(Denoiser):
                 "num_classes": num_classes,
             }
         )
-        block = lambda: torch.nn.ModuleDict({"norm1": torch.nn.LayerNorm(width)})
+        block = lambda: torch.nn.ModuleDict({"norm1": torch.nn.LayerNorm(width)})  # noqa: E731
         self.encoder_blocks = torch.nn.ModuleList(block() for _ in range(encoder_depth))
         self.decoder_blocks = torch.nn.ModuleList(block() for _ in range(decoder_depth))
         self.diffloss = torch.nn.ModuleDict(
@@ -252,13 +252,13 @@ def test_two_stacks_are_read_each_and_the_width_tells_the_published_size(tmp_pat
 
 def test_lists_that_are_one_stack_count_together():
     """As U-ViT's, whose in and out blocks are pruned in pairs."""
-    from tinyfusion_pl.models.families import depths_of
+    from tinyfusion_pl.models.families import get_depths
 
     class Paired(MAR):
         STACKS = {"encoder_blocks+decoder_blocks": "depth"}
 
     register_model("paired", Paired)
-    assert depths_of(MAR(width=8, encoder_depth=2, decoder_depth=11).state_dict(), "paired") == {
+    assert get_depths(MAR(width=8, encoder_depth=2, decoder_depth=11).state_dict(), "paired") == {
         "depth": 13
     }
 
@@ -351,12 +351,12 @@ def test_keys_of_another_family_are_told_as_such(tmp_path, model):
 @pytest.mark.golden
 @pytest.mark.parametrize("family", ["uvit", "udit", "mar", "sit"])
 def test_goldens_of_other_families_are_recognised(family):
-    from tinyfusion_pl.models.families import family_of
+    from tinyfusion_pl.models.families import detect_family
 
     files = [file.values[0] for file in golden_files(f"{family}*") if file.values[0]]
     for file in files:
         assert (
-            family_of(part(load(file), "weights"))
+            detect_family(part(load(file), "weights"))
             == {"uvit": "U-ViT", "udit": "U-DiT", "mar": "MAR", "sit": "DiT or SiT"}[family]
         )
     if not files:

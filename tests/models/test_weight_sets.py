@@ -114,7 +114,7 @@ def averaged_model():
     return AveragedModel(model).state_dict()
 
 
-def parameters_of(state, keys=None):
+def get_parameters(state, keys=None):
     return [state[key].clone() for key in keys or state]
 
 
@@ -141,11 +141,11 @@ NESTED = {
     "two prefixes": {f"{p}.{k}": v for p, s in (("net", RAW), ("net_ema", AVERAGED)) for k, v in s.items()},
     "torch_ema": {
         "model": RAW,
-        "ema": {"decay": 0.9, "num_updates": 3, "shadow_params": parameters_of(AVERAGED), "collected_params": None},
+        "ema": {"decay": 0.9, "num_updates": 3, "shadow_params": get_parameters(AVERAGED), "collected_params": None},
     },
-    "shadow_params": {"model": RAW, "shadow_params": parameters_of(AVERAGED)},
-    "tensors by number": {"model": RAW, "ema": dict(enumerate(parameters_of(AVERAGED)))},
-    "tensors by number as text": {"model": RAW, "ema": {str(i): v for i, v in enumerate(parameters_of(AVERAGED))}},
+    "shadow_params": {"model": RAW, "shadow_params": get_parameters(AVERAGED)},
+    "tensors by number": {"model": RAW, "ema": dict(enumerate(get_parameters(AVERAGED)))},
+    "tensors by number as text": {"model": RAW, "ema": {str(i): v for i, v in enumerate(get_parameters(AVERAGED))}},
     "under a number": {"model": RAW, "ema": {0.9999: AVERAGED}},
     "in a list": {"net": RAW, "ema": [AVERAGED]},
     "deep prefixes": {f"a.b.c.{p}.{k}": v for p, s in (("model", RAW), ("ema", AVERAGED)) for k, v in s.items()},
@@ -164,7 +164,7 @@ def test_an_averaged_model_alone_is_recorded_as_ema(tmp_path):
 
 
 def test_trainable_shadow_params_leave_out_what_is_frozen(tmp_path):
-    content = {"model": RAW, "shadow_params": parameters_of(AVERAGED, FROZEN)}
+    content = {"model": RAW, "shadow_params": get_parameters(AVERAGED, FROZEN)}
     with pytest.warns(UserWarning, match="'shadow_params' has no pos_embed; taken from 'model'"):
         assert took(file_of(tmp_path, content))[0] == "ema"
     found = load_checkpoint(tmp_path / "checkpoint.pt")
@@ -219,7 +219,7 @@ def test_a_prefix_of_an_unknown_name_is_recorded_as_unstated(tmp_path):
 
 @pytest.mark.parametrize("case", ["too few", "another shape", "alone"])
 def test_shadow_params_that_fit_no_names_are_refused(tmp_path, case):
-    values = parameters_of(AVERAGED)
+    values = get_parameters(AVERAGED)
     values = values[:-2] if case == "too few" else values
     if case == "another shape":
         values[3] = torch.ones(7)

@@ -13,7 +13,7 @@ from tinyfusion_pl.callbacks import EMAWithWarmup
 from tinyfusion_pl.distill import Distillation
 from tinyfusion_pl.models import load_checkpoint
 from tinyfusion_pl.modules import Denoising
-from tinyfusion_pl.objectives import GaussianDiffusion, PictureSampler
+from tinyfusion_pl.objectives import GaussianDiffusion, ImageSampler
 
 PAIRS = {"blocks": [[0, 1], [1, 3]]}
 
@@ -216,7 +216,7 @@ def test_dropping_labels_needs_a_null_label():
     ):
         MaskLearning(plain, objective=GaussianDiffusion())
     MaskLearning(plain, objective=GaussianDiffusion(), label_dropout=0.0)
-    sampler = PictureSampler(
+    sampler = ImageSampler(
         denoiser=plain,
         objective=GaussianDiffusion(),
         latent_shape=(1, 4, 4),

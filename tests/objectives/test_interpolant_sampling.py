@@ -5,7 +5,7 @@ import torch
 
 from goldens_util import assert_near
 from objectives.interpolant_oracle import PATHS, Oracle, path_at
-from tinyfusion_pl.objectives import Interpolants, PictureSampler
+from tinyfusion_pl.objectives import ImageSampler, Interpolants
 from tinyfusion_pl.objectives.interpolant_sampling import DIFFUSIONS, SamplingOptions
 from tinyfusion_pl.objectives.paths import PREDICTIONS
 
@@ -234,7 +234,7 @@ def test_an_sde_without_diffusion_is_the_ode(sde, ode):
 def test_a_numbered_sample_is_the_same_alone_and_in_a_batch(sampler):
     denoiser = torch.nn.Module()
     denoiser.forward, denoiser.num_classes = Oracle(), 5
-    sampler = PictureSampler(
+    sampler = ImageSampler(
         denoiser=denoiser,
         objective=Interpolants(),
         latent_shape=(1, 2, 2),

@@ -10,7 +10,7 @@ from goldens_util import assert_near, golden_files, load
 from mar_util import NO_DROPOUT, golden_mar, golden_positions, trained_like
 from tinyfusion_pl.distill import Distillation
 from tinyfusion_pl.objectives import GaussianDiffusion, MaskedAutoregression
-from tinyfusion_pl.objectives.masked_sampling import tokens_of
+from tinyfusion_pl.objectives.masked_sampling import to_tokens
 
 SCRIPT = Path(__file__).with_name("masked_loss_on_two_processes.py")
 
@@ -80,7 +80,7 @@ def test_a_draw_masks_as_many_tokens_in_each_sample_and_every_position_once():
     ).square()
     signal[-1] = signal[-2] * 0.001
     a = signal[draw.t][..., None]
-    target = tokens_of(x0).gather(1, masked[..., None].expand(-1, -1, 3))[:, None].double()
+    target = to_tokens(x0).gather(1, masked[..., None].expand(-1, -1, 3))[:, None].double()
     assert_near(
         draw.x_t.noised.double(), a.sqrt() * target + (1 - a).sqrt() * draw.noise.double(), 1e-5
     )

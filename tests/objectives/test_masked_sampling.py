@@ -5,7 +5,7 @@ import torch
 
 from goldens_util import assert_near
 from mar_util import trained_like
-from tinyfusion_pl.objectives import MaskedAutoregression, PictureSampler
+from tinyfusion_pl.objectives import ImageSampler, MaskedAutoregression
 from tinyfusion_pl.objectives.masked_sampling import guidance_at, masked_counts
 
 SIGNAL = (
@@ -184,8 +184,8 @@ def test_a_generator_draws_what_it_drew_before():
     assert torch.equal(ours, sampled(7)) and not torch.equal(ours, sampled(8))
 
 
-def pictures(model, **options):
-    return PictureSampler(
+def images(model, **options):
+    return ImageSampler(
         denoiser=model,
         objective=MaskedAutoregression(),
         latent_shape=(3, 4, 4),
@@ -197,10 +197,10 @@ def pictures(model, **options):
 
 def test_a_numbered_sample_is_the_same_in_any_batch():
     model = trained_like()
-    whole = pictures(model)(torch.arange(4), labels(4))
-    assert_near(pictures(model)(torch.tensor([2, 3]), labels(4)[2:]), whole[2:], 1e-4)
+    whole = images(model)(torch.arange(4), labels(4))
+    assert_near(images(model)(torch.tensor([2, 3]), labels(4)[2:]), whole[2:], 1e-4)
     assert model.training  # left as it was
-    assert not torch.equal(pictures(model, seed=1)(torch.arange(4), labels(4)), whole)
+    assert not torch.equal(images(model, seed=1)(torch.arange(4), labels(4)), whole)
 
 
 def test_encoder_decoder_and_head_run_in_the_samplers_precision_and_the_process_in_float32():
@@ -210,13 +210,13 @@ def test_encoder_decoder_and_head_run_in_the_samplers_precision_and_the_process_
         model.get_submodule(part).register_forward_hook(
             lambda module, args, output, part=part: dtypes.update({part: output.dtype})
         )
-    latents = pictures(model, precision="bfloat16")(torch.arange(2), labels(2))
+    latents = images(model, precision="bfloat16")(torch.arange(2), labels(2))
     assert (
         latents.dtype == torch.float32
         and set(dtypes.values()) == {torch.bfloat16}
         and len(dtypes) == 3
     )
-    exact = pictures(model)(torch.arange(2), labels(2))
+    exact = images(model)(torch.arange(2), labels(2))
     assert set(dtypes.values()) == {torch.float32}
     assert not torch.equal(latents, exact)
 
@@ -228,7 +228,7 @@ def test_compiling_compiles_what_the_sampler_calls(monkeypatch):
         "compile",
         lambda function: compiled.append(getattr(function, "__name__", "forward")) or function,
     )
-    sampler = pictures(model, compile=True)
+    sampler = images(model, compile=True)
     for _ in range(2):  # once for all batches
         sampler(torch.arange(2), labels(2))
     assert sorted(compiled) == ["decode", "encode", "head"]

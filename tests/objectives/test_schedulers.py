@@ -5,7 +5,7 @@ from torch import nn
 
 from goldens_util import assert_near, golden_files, load, new_dit, part
 from objectives.test_sampling import Oracle, labels
-from tinyfusion_pl.objectives import GaussianDiffusion, PictureSampler
+from tinyfusion_pl.objectives import GaussianDiffusion, ImageSampler
 from tinyfusion_pl.tasks.evaluate import plain
 
 DETERMINISTIC = {
@@ -133,7 +133,7 @@ def test_normal_data_is_sampled_with_its_mean_and_spread(name):
 def test_a_numbered_sample_is_the_same_alone_and_in_a_batch_and_nothing_else_is_drawn(name):
     denoiser = nn.Module()
     denoiser.forward, denoiser.num_classes = RoundedTimes(Oracle(spread=0.5)), 5
-    sampler = PictureSampler(
+    sampler = ImageSampler(
         denoiser=denoiser,
         objective=GaussianDiffusion(),
         latent_shape=(1, 2, 2),

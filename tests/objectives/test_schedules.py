@@ -5,7 +5,7 @@ from diffusers import DDIMScheduler
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 
-import tinyfusion_pl.cli
+import tinyfusion_pl.cli  # noqa: F401  (registers the resolvers that main.yaml uses)
 from tinyfusion_pl.models import UViT
 from tinyfusion_pl.objectives import GaussianDiffusion
 

@@ -199,7 +199,7 @@ def test_checkpointing_of_the_whole_model_recomputes_with_the_same_mask():
 
 def test_each_sample_has_its_own_mask_for_the_batch():
     model, gates = gated_toy(depth=8)
-    masks = lambda: torch.stack(
+    masks = lambda: torch.stack(  # noqa: E731
         [gates.masks.column(gates.stacks[0], unit, 64) for unit in range(8)], 1
     )
     first = masks()

@@ -23,7 +23,7 @@ from tinyfusion_pl.pruning import (
     remove_gates,
 )
 from tinyfusion_pl.pruning.run_fitting import fill_maps, fit_maps, stream_widths
-from tinyfusion_pl.pruning.run_maps import RunMap, attach_maps, maps_for, maps_of, removed_runs
+from tinyfusion_pl.pruning.run_maps import RunMap, attach_maps, get_maps, maps_for, removed_runs
 
 KEPT = {"blocks": [1, 2, 5]}
 DECISION = Decision(
@@ -145,8 +145,8 @@ def test_stacks_keep_their_depth_and_maps_are_parameters(teacher):
     sizes = [sum(p.numel() for p in model.parameters()) for model in (shallow, bare)]
     assert (
         sizes[0] - sizes[1] == 3 * (16 * 16 + 16)
-        and maps_of(shallow) == MAPS
-        and maps_of(bare) == []
+        and get_maps(shallow) == MAPS
+        and get_maps(bare) == []
     )
     shallow(*calls(1)[0][0]).square().mean().backward()
     assert all(p.grad is not None for name, p in shallow.named_parameters() if "run_" in name)
@@ -173,7 +173,7 @@ def test_gates_treat_a_map_as_part_of_its_block(teacher):
         torch.testing.assert_close(
             shallow.eval()(*args), remove_blocks(copy.deepcopy(whole), kept)(*args)
         )
-    assert sorted(seen) == [[0, 1], [0, 2], [1, 2]] and maps_of(shallow) == MAPS
+    assert sorted(seen) == [[0, 1], [0, 2], [1, 2]] and get_maps(shallow) == MAPS
     remove_gates(shallow)
     assert torch.equal(shallow(*args), plain)
 
@@ -188,7 +188,7 @@ def test_a_mapped_model_is_saved_and_loaded(teacher, tmp_path):
         load_pretrained(folder),
         load_shallow(folder, model=teacher),
     ):
-        assert maps_of(loaded) == MAPS and torch.equal(loaded(*args), shallow(*args))
+        assert get_maps(loaded) == MAPS and torch.equal(loaded(*args), shallow(*args))
     bare = save_shallow(
         tmp_path / "b", remove_blocks(copy.deepcopy(teacher), KEPT), {"stacks": DECISION.as_dict()}
     )
@@ -218,7 +218,7 @@ def test_other_programs_formats_are_refused(teacher, tmp_path):
 def test_a_restored_depth_keeps_the_maps_of_the_blocks_that_stay(teacher, tmp_path):
     shallow, args = mapped(teacher), calls(1)[0][0]
     model, decision = restore(shallow, teacher, DECISION, [("blocks", 1)])
-    assert maps_of(model) == [RunMap("blocks.0", "before", 16), RunMap("blocks.4", "after", 16)]
+    assert get_maps(model) == [RunMap("blocks.0", "before", 16), RunMap("blocks.4", "after", 16)]
     assert torch.equal(model.blocks[4].run_after.weight, shallow.blocks[2].run_after.weight)
     loaded = load_shallow(save_shallow(tmp_path, model, {"stacks": decision.as_dict()}))
     assert torch.equal(loaded(*args), model(*args))

@@ -1,6 +1,6 @@
 """A run folder as the tasks write it, invented but realistic.
 
-Digits for pictures, gates that become sure, losses that fall, one resumption.
+Digits for images, gates that become sure, losses that fall, one resumption.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def _fake_samples(path: Path, *, draws: int) -> None:
     rng = np.random.default_rng(2)
     digits = load_digits()
     labels = np.tile(np.arange(10), draws)
-    pictures = (
+    images = (
         np.stack(
             [digits.images[rng.choice(np.flatnonzero(digits.target == label))] for label in labels]
         )[:, None]
@@ -160,8 +160,8 @@ def _fake_samples(path: Path, *, draws: int) -> None:
     )
 
     def damaged(noise: float, mix: float) -> np.ndarray:
-        blurred = (np.roll(pictures, 1, -1) + np.roll(pictures, -1, -2)) / 2
-        noisy = (1 - mix) * pictures + mix * blurred + rng.normal(0, noise, pictures.shape)
+        blurred = (np.roll(images, 1, -1) + np.roll(images, -1, -2)) / 2
+        noisy = (1 - mix) * images + mix * blurred + rng.normal(0, noise, images.shape)
         return noisy.clip(0, 255).astype(np.uint8)
 
     save_file(

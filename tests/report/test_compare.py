@@ -108,7 +108,7 @@ def test_only_the_entries_that_differ_are_named_however_deep(two_runs):
     assert "DIFFERS in metrics.precision_recall.k. " in compare(a, b)
 
 
-def test_measured_pictures_are_compared_and_refused_like_runs(tmp_path):
+def test_measured_images_are_compared_and_refused_like_runs(tmp_path):
     for name, num_samples, fid in (("a", 40, 5.0), ("b", 40, 7.0), ("c", 50, 6.0)):
         (tmp_path / name).mkdir()
         written = {

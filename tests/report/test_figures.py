@@ -124,7 +124,7 @@ def test_groups_of_mirrored_pairs_have_borders_on_both_sides():
     assert borders(heat) == borders(bars) == [1.5, 5.5]
 
 
-def pictures(num, channels=1, size=8):
+def images(num, channels=1, size=8):
     rng = np.random.default_rng(3)
     return {
         model: rng.integers(0, 256, (num, channels, size, size), dtype=np.uint8) for model in COLORS
@@ -136,18 +136,18 @@ def shown(figure):
 
 
 def test_samples_of_one_noise_and_label_stand_below_each_other():
-    samples = {"labels": np.array([2, 0, 1] * 2 + [5, 6, 7]), **pictures(9)}
-    images = shown(plot_samples(samples))
+    samples = {"labels": np.array([2, 0, 1] * 2 + [5, 6, 7]), **images(9)}
+    panels = shown(plot_samples(samples))
     for index in range(9):
-        columns = {images[f"{model}/{index}"].get_extent()[0] for model in COLORS}
+        columns = {panels[f"{model}/{index}"].get_extent()[0] for model in COLORS}
         assert len(columns) == 1
-        tops = [images[f"{model}/{index}"].get_extent()[3] for model in COLORS]
+        tops = [panels[f"{model}/{index}"].get_extent()[3] for model in COLORS]
         assert tops == sorted(tops), "teacher above pruned above recovered"
-    np.testing.assert_array_equal(images["pruned/3"].get_array()[..., 0], samples["pruned"][3, 0])
+    np.testing.assert_array_equal(panels["pruned/3"].get_array()[..., 0], samples["pruned"][3, 0])
 
 
 def test_columns_are_ordered_and_headed_by_label():
-    figure = plot_samples({"labels": np.array([2, 0, 1, 3, 4, 5]), **pictures(6)})
+    figure = plot_samples({"labels": np.array([2, 0, 1, 3, 4, 5]), **images(6)})
     headers = [
         (t.get_position()[0], t.get_text())
         for t in figure.axes[0].texts
@@ -158,7 +158,7 @@ def test_columns_are_ordered_and_headed_by_label():
 
 
 def test_rows_are_named_with_depth_in_the_models_colour():
-    samples = {"labels": np.arange(6), **pictures(6)}
+    samples = {"labels": np.arange(6), **images(6)}
     del samples["recovered"]
     texts = {
         t.get_text(): t.get_color()
@@ -170,9 +170,9 @@ def test_rows_are_named_with_depth_in_the_models_colour():
 
 
 @pytest.mark.parametrize("num", [1, 2, 6, 10])
-def test_names_of_rows_stay_inside_the_figure_however_few_pictures(num):
+def test_names_of_rows_stay_inside_the_figure_however_few_images(num):
     figure = plot_samples(
-        {"labels": np.arange(num), **pictures(num)}, depths={model: 28 for model in COLORS}
+        {"labels": np.arange(num), **images(num)}, depths={model: 28 for model in COLORS}
     )
     figure.canvas.draw()
     for text in figure.axes[0].texts:
@@ -182,18 +182,18 @@ def test_names_of_rows_stay_inside_the_figure_however_few_pictures(num):
         ), text.get_text()
 
 
-def test_pictures_are_upscaled_without_blur_and_keep_their_grey_values():
-    samples = {"labels": np.arange(6), **pictures(6)}
+def test_images_are_upscaled_without_blur_and_keep_their_grey_values():
+    samples = {"labels": np.arange(6), **images(6)}
     for image in shown(plot_samples(samples)).values():
         assert image.get_interpolation() == "nearest"
         assert image.get_array().shape == (8, 8, 3), "grey as RGB: no colour map stretches it"
 
 
 def test_of_many_labels_ten_are_shown():
-    samples = {"labels": np.arange(100, 164), **pictures(64, channels=3)}
-    images = shown(plot_samples(samples))
-    assert len(images) == 3 * 10
-    assert {"teacher/0", "teacher/63"} <= images.keys()
+    samples = {"labels": np.arange(100, 164), **images(64, channels=3)}
+    panels = shown(plot_samples(samples))
+    assert len(panels) == 3 * 10
+    assert {"teacher/0", "teacher/63"} <= panels.keys()
 
 
 def test_curves_show_every_logged_value_and_a_smoothed_line():

@@ -225,7 +225,7 @@ def test_missing_part_is_left_out_with_a_line_that_says_so(new_run, undrawn, par
     assert PARTS[part] not in undrawn
 
 
-def test_folder_with_nothing_but_a_config_gives_a_page_without_pictures(tmp_path):
+def test_folder_with_nothing_but_a_config_gives_a_page_without_images(tmp_path):
     (tmp_path / "config.yaml").write_text("seed: 0\n")
     page = Page(write_report(tmp_path))
     assert "Nothing was measured yet" in page.text

@@ -15,9 +15,9 @@ from tinyfusion_pl.selection.runs import best_runs, run_starts
 NUM = 6
 
 
-def hsic(k, l):
+def hsic(k, l):  # noqa: E741
     """The unbiased estimate as Song et al. (2012, equation 5) write it, of Gram matrices (n, n)."""
-    n, k, l = len(k), k.clone().fill_diagonal_(0), l.clone().fill_diagonal_(0)
+    n, k, l = len(k), k.clone().fill_diagonal_(0), l.clone().fill_diagonal_(0)  # noqa: E741
     one = torch.ones(n, dtype=k.dtype)
     cross = (one @ k @ one) * (one @ l @ one) / ((n - 1) * (n - 2)) - 2 / (n - 2) * (
         one @ k @ l @ one
@@ -26,7 +26,7 @@ def hsic(k, l):
 
 
 def cka(x, y):
-    k, l = (s.double() @ s.double().t() for s in (x, y))
+    k, l = (s.double() @ s.double().t() for s in (x, y))  # noqa: E741
     return (hsic(k, l) / (hsic(k, k) * hsic(l, l)).sqrt()).item()
 
 

@@ -302,6 +302,6 @@ def test_mistakes_are_refused_when_it_is_made(options, message):
 
 def test_a_choice_that_needs_a_loss_says_so():
     model = toy()
-    draw = lambda n: Calibration((torch.randn(n, 4, 6), torch.randn(n, 6)), num_samples=n)
+    draw = lambda n: Calibration((torch.randn(n, 4, 6), torch.randn(n, 6)), num_samples=n)  # noqa: E731
     with pytest.raises(ValueError, match="needs a loss"):
         select_blocks(model, draw, criterion="taylor", keep=3, stacks="blocks")

@@ -165,14 +165,14 @@ def test_the_dense_model_is_left_as_it_is():
 # -- sizes ------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("removed, published, hidden_size", [(0.5, 338e6, 816), (0.75, 169e6, 576)])
 def test_dit_xl_comes_to_published_sizes_within_two_percent(removed, published, hidden_size):
-    from tinyfusion_pl.selection.channels import num_params_of, width_for
+    from tinyfusion_pl.selection.channels import count_params, width_for
 
     with torch.device("meta"):
         model = create_model("dit_xl_2")
         assert width_for(model, (1 - removed) * count(model), depth=28) == hidden_size
         narrower = create_model("dit_xl_2", hidden_size=hidden_size)
     assert (
-        num_params_of(model, depth=28, hidden_size=hidden_size)
+        count_params(model, depth=28, hidden_size=hidden_size)
         == count(narrower)
         == pytest.approx(published, rel=0.02)
     )

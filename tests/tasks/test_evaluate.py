@@ -104,7 +104,7 @@ def quality(results, role="teacher"):
     }
 
 
-def pictures(folder, role="teacher"):
+def images(folder, role="teacher"):
     with np.load(folder / f"samples_{role}.npz") as file:
         return file["arr_0"]
 
@@ -135,7 +135,7 @@ def test_all_five_metrics_and_the_protocol_are_in_the_results(whole):
 
 def test_the_npz_holds_every_sample_in_order_as_the_adm_evaluator_takes_it(whole):
     folder, _ = whole
-    made = pictures(folder)
+    made = images(folder)
     assert made.shape == (23, 8, 8, 1) and made.dtype == np.uint8
     task = evaluate()
     each = task.sampler(inputs().teacher, inputs())(torch.tensor([17]), torch.tensor([7]))
@@ -144,7 +144,7 @@ def test_the_npz_holds_every_sample_in_order_as_the_adm_evaluator_takes_it(whole
     )  # alone or in a batch: up to rounding
 
 
-def test_the_grid_is_a_picture_of_the_shown_samples(whole):
+def test_the_grid_is_a_image_of_the_shown_samples(whole):
     with Image.open(whole[0] / "samples_teacher.png") as grid:
         assert grid.size[0] > grid.size[1] and grid.size[1] == 64 + 4
 
@@ -208,7 +208,7 @@ def test_an_evaluation_cut_between_batches_goes_on_to_the_identical_numbers(
     task.run(RunFolder(tmp_path), inputs())
     assert sampled[:2] == [5, 3]  # two batches were left; what follows is timing
     assert quality(read_json(tmp_path / "metrics.json")) == quality(whole[1])
-    assert np.array_equal(pictures(tmp_path), pictures(whole[0]))
+    assert np.array_equal(images(tmp_path), images(whole[0]))
 
 
 class Counting:
@@ -244,7 +244,7 @@ def start(*arguments):
     )
 
 
-def test_a_killed_evaluation_goes_on_to_the_identical_numbers_and_pictures(tmp_path):
+def test_a_killed_evaluation_goes_on_to_the_identical_numbers_and_images(tmp_path):
     assert start(1, tmp_path / "killed", 3).returncode == -signal.SIGKILL
     assert KeptBatches(tmp_path / "killed" / "evaluate" / "teacher").indices().tolist() == list(
         range(12)
@@ -256,7 +256,7 @@ def test_a_killed_evaluation_goes_on_to_the_identical_numbers_and_pictures(tmp_p
         read_json(tmp_path / folder / "metrics.json") for folder in ("killed", "never")
     )
     assert quality(killed) == quality(never) and killed["protocol"] == never["protocol"]
-    assert np.array_equal(pictures(tmp_path / "killed"), pictures(tmp_path / "never"))
+    assert np.array_equal(images(tmp_path / "killed"), images(tmp_path / "never"))
 
 
 @pytest.mark.parametrize("num_processes", [2, pytest.param(3, marks=pytest.mark.slow)])
@@ -265,8 +265,8 @@ def test_processes_that_share_the_work_unevenly_give_the_numbers_of_one(
 ):
     done = start(num_processes, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    # Batches of other sizes may round a pixel of 8-bit pictures the other way.
-    assert np.abs(pictures(tmp_path).astype(int) - pictures(whole[0])).max() <= 1
+    # Batches of other sizes may round a pixel of 8-bit images the other way.
+    assert np.abs(images(tmp_path).astype(int) - images(whole[0])).max() <= 1
     assert quality(read_json(tmp_path / "metrics.json")) == pytest.approx(
         quality(whole[1]), rel=2e-3, abs=0.05
     )
@@ -281,9 +281,7 @@ def test_models_by_path_are_measured_in_place_of_the_runs_own(whole, tmp_path):
         write_npz=True,
     )
     assert "teacher" not in results and quality(results, "mine") == quality(whole[1])
-    assert not np.array_equal(
-        pictures(tmp_path / "run", "other"), pictures(tmp_path / "run", "mine")
-    )
+    assert not np.array_equal(images(tmp_path / "run", "other"), images(tmp_path / "run", "mine"))
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
@@ -306,9 +304,9 @@ def test_a_model_for_other_latents_is_refused_before_anything_is_sampled(tmp_pat
         evaluate(models={"mine": str(tmp_path / "other")}).check(inputs())
 
 
-def test_a_reference_file_gives_the_numbers_of_its_pictures(whole, tmp_path):
-    real = DigitsDataModule().reference_pictures()[0]
-    Reference(path=tmp_path / "real.npz", pictures=real, num_pictures=len(real)).write()
+def test_a_reference_file_gives_the_numbers_of_its_images(whole, tmp_path):
+    real = DigitsDataModule().reference_images()[0]
+    Reference(path=tmp_path / "real.npz", images=real, num_images=len(real)).write()
     results = run(tmp_path / "run", reference=str(tmp_path / "real.npz"))
     assert quality(results) == pytest.approx(quality(whole[1]), rel=1e-6)
     assert (
@@ -318,13 +316,13 @@ def test_a_reference_file_gives_the_numbers_of_its_pictures(whole, tmp_path):
     assert results["protocol"]["reference_sha256"] == sha256(tmp_path / "real.npz")
 
 
-def test_results_held_against_other_pictures_of_the_same_data_module_class_have_another_protocol(
+def test_results_held_against_other_images_of_the_same_data_module_class_have_another_protocol(
     whole,
 ):
     class Fewer(DigitsDataModule):
-        def reference_pictures(self):
-            pictures, labels = super().reference_pictures()
-            return pictures.flip(0), labels.flip(0)
+        def reference_images(self):
+            images, labels = super().reference_images()
+            return images.flip(0), labels.flip(0)
 
     other = evaluate().protocol(replace(inputs(), data=Fewer()))
     assert [key for key in other if other[key] != whole[1]["protocol"][key]] == ["reference_sha256"]
@@ -369,19 +367,19 @@ def test_the_progress_bar_says_images_per_second_and_time_left(
 
 def test_half_precision_samples_are_near_those_of_full_precision(whole, tmp_path):
     run(tmp_path, precision="bfloat16", write_npz=True)
-    difference = np.abs(pictures(tmp_path).astype(int) - pictures(whole[0]))
+    difference = np.abs(images(tmp_path).astype(int) - images(whole[0]))
     assert 0 < difference.max() and difference.mean() < 12
 
 
 @pytest.mark.slow
-def test_a_compiled_denoiser_makes_the_same_pictures(whole, tmp_path):
+def test_a_compiled_denoiser_makes_the_same_images(whole, tmp_path):
     run(tmp_path, compile=True, write_npz=True)
-    assert np.abs(pictures(tmp_path).astype(int) - pictures(whole[0])).max() <= 2
+    assert np.abs(images(tmp_path).astype(int) - images(whole[0])).max() <= 2
 
 
 def test_random_labels_are_those_of_the_seed_however_many_samples_there_are(tmp_path):
     few, many = (
-        evaluate(labels="random", num_samples=n).labels_of(
+        evaluate(labels="random", num_samples=n).get_labels(
             evaluate().sampler(denoiser(), inputs()), inputs()
         )
         for n in (10, 23)
@@ -423,7 +421,7 @@ def test_a_reference_of_another_network_or_with_too_little_is_refused_before_any
     for name, metrics, said in (
         ("other", fid, r"shapes \(5,\).*64 values.*another feature network"),
         ("named", fid, "made with the feature network SomeNet-0123"),
-        ("other", {"pr": PrecisionRecall(64)}, "not enough for 'pr', which needs pictures"),
+        ("other", {"pr": PrecisionRecall(64)}, "not enough for 'pr', which needs images"),
     ):
         task = evaluate(
             metrics=GenerationMetrics(load_digits_classifier(), metrics=metrics),
@@ -444,17 +442,17 @@ def test_samples_that_are_not_finite_are_counted_and_named(tmp_path):
 
 
 def test_reference_statistics_are_read_back_as_they_were(tmp_path):
-    real = DigitsDataModule().reference_pictures()[0][:50]
+    real = DigitsDataModule().reference_images()[0][:50]
     metrics = GenerationMetrics(load_digits_classifier())
     metrics.update_reference(real)
     Reference(
         path=tmp_path / "r.npz",
         statistics=metrics.statistics(),
         network=metrics.fingerprint(),
-        num_pictures=50,
+        num_images=50,
     ).write()
     found = read_reference(tmp_path / "r.npz")
-    assert found.network == metrics.fingerprint() and found.num_pictures == 50
+    assert found.network == metrics.fingerprint() and found.num_images == 50
     for of, (mean, covariance) in metrics.statistics().items():
         assert torch.equal(found.statistics[of][0], mean) and torch.equal(
             found.statistics[of][1], covariance

@@ -12,7 +12,7 @@ from tinyfusion_pl import create_model
 from tinyfusion_pl.callbacks import EvaluationCallback
 from tinyfusion_pl.data import DigitsDataModule
 from tinyfusion_pl.metrics import FrechetDistance, GenerationMetrics, load_digits_classifier
-from tinyfusion_pl.objectives import GaussianDiffusion, PictureSampler
+from tinyfusion_pl.objectives import GaussianDiffusion, ImageSampler
 from tinyfusion_pl.tasks import Evaluate, Inputs
 
 CLASSES = [3, 5, 701]
@@ -25,8 +25,8 @@ class FewDigits(DigitsDataModule):
         x, y = self.of_three(*super().train_set().tensors)
         return TensorDataset(x, y)
 
-    def reference_pictures(self):
-        return self.of_three(*super().reference_pictures())
+    def reference_images(self):
+        return self.of_three(*super().reference_images())
 
     def of_three(self, x, y):
         return x[y < 3], torch.tensor(CLASSES)[y[y < 3]]
@@ -82,18 +82,18 @@ def test_labels_are_of_the_reference_images_classes(labels, capsys):
         "samples are of the data's 3 classes, of 1000 that the model knows"
         in capsys.readouterr().out
     )
-    found = task.labels_of(task.sampler(given.teacher, given), given)
+    found = task.get_labels(task.sampler(given.teacher, given), given)
     assert found.unique().tolist() == CLASSES and len(found) == 40
     assert task.protocol(given)["classes"] == CLASSES
 
 
 def test_with_a_reference_file_they_are_of_the_data(tmp_path, capsys):
-    pictures = DigitsDataModule().reference_pictures()[0][:50]
-    np.savez(tmp_path / "ref.npz", arr_0=pictures.permute(0, 2, 3, 1).numpy())
+    images = DigitsDataModule().reference_images()[0][:50]
+    np.savez(tmp_path / "ref.npz", arr_0=images.permute(0, 2, 3, 1).numpy())
     task, given = evaluate(reference=str(tmp_path / "ref.npz")), inputs()
     task.check(given)
     assert "ref.npz are not known, and should be the same" in capsys.readouterr().out
-    assert task.labels_of(task.sampler(given.teacher, given), given).unique().tolist() == CLASSES
+    assert task.get_labels(task.sampler(given.teacher, given), given).unique().tolist() == CLASSES
 
 
 def test_a_model_of_fewer_classes_is_refused():
@@ -116,7 +116,7 @@ def test_all_classes_are_sampled_as_before():
         objective=GaussianDiffusion(),
         data=DigitsDataModule(),
     )
-    assert task.labels_of(task.sampler(given.teacher, given), given).tolist() == [
+    assert task.get_labels(task.sampler(given.teacher, given), given).tolist() == [
         i % 10 for i in range(40)
     ]
     assert "classes" not in task.protocol(given)
@@ -126,7 +126,7 @@ def test_evaluation_during_training_samples_them_too():
     callback = EvaluationCallback(metrics(), every_n_steps=1, num_samples=9)
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     trainer.datamodule = FewDigits()
-    sampler = PictureSampler(
+    sampler = ImageSampler(
         denoiser=denoiser(1000), objective=GaussianDiffusion(), latent_shape=(1, 8, 8), decode=None
     )
-    assert callback._labels_of(trainer, sampler).tolist() == CLASSES * 3
+    assert callback._get_labels(trainer, sampler).tolist() == CLASSES * 3

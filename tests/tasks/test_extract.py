@@ -27,8 +27,8 @@ from latents_toys import (
 from tinyfusion_pl import cli
 from tinyfusion_pl.artifacts import ArtifactError, read_json
 from tinyfusion_pl.data import VAE, LatentShards
-from tinyfusion_pl.data.pictures import center_crop
-from tinyfusion_pl.data.shards import generator_of, normal
+from tinyfusion_pl.data.image_batches import center_crop
+from tinyfusion_pl.data.shards import get_generator, normal
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +56,8 @@ def test_shards_hold_the_moments_of_the_centre_crop_and_of_its_mirror_image(made
         pixels = torch.from_numpy(
             np.array(center_crop(Image.open(paths[i]).convert("RGB"), 8))
         ).permute(2, 0, 1)[None]
-        for view, picture in enumerate((pixels, pixels.flip(-1))):
-            assert np.allclose(shards.read(i, view), vae.encode(picture)[0].numpy(), atol=1e-5)
+        for view, image in enumerate((pixels, pixels.flip(-1))):
+            assert np.allclose(shards.read(i, view), vae.encode(image)[0].numpy(), atol=1e-5)
         assert not np.allclose(
             shards.read(i, 1), shards.read(i, 0)[..., ::-1], atol=1e-2
         )  # latents cannot be flipped afterwards
@@ -115,7 +115,7 @@ def test_a_kept_sample_is_of_the_posterior_with_noise_of_its_own(made, tmp_path)
     for i in (0, 7):
         for view in (0, 1):
             mean, logvar = np.split(moments.read(i, view), 2)
-            expected = mean + np.exp(logvar / 2) * normal(generator_of(5, 2 * i + view), (4, 4, 4))
+            expected = mean + np.exp(logvar / 2) * normal(get_generator(5, 2 * i + view), (4, 4, 4))
             assert np.allclose(samples.read(i, view), expected, atol=1e-4)
 
 
@@ -145,11 +145,11 @@ class Fragile(VAE):
         super().__init__(*args, **kwargs)
         self.at = at
 
-    def encode(self, pictures):
+    def encode(self, images):
         self.at -= 1
         if self.at < 0:
             raise Interrupted
-        return super().encode(pictures)
+        return super().encode(images)
 
 
 def fragile(made, *, at):

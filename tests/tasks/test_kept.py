@@ -69,14 +69,14 @@ def test_batches_of_something_else_are_made_again(tmp_path, capsys, part):
     assert len(other.indices()) == 0
 
 
-def test_batches_without_checksum_or_pictures_are_made_again(tmp_path, capsys):
+def test_batches_without_checksum_or_images_are_made_again(tmp_path, capsys):
     batches(tmp_path, num=1)
     save_tensors(tmp_path / "00000004.safetensors", {"indices": torch.arange(4)})
-    KeptBatches(tmp_path, pictures=True, made_from=ORIGIN).check()
+    KeptBatches(tmp_path, images=True, made_from=ORIGIN).check()
     said = capsys.readouterr().out
     assert (
         "damaged" in said
-        and "without the pictures" in said
+        and "without the images" in said
         and not list(tmp_path.glob("*.safetensors"))
     )
 

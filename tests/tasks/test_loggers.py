@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from tasks.toy_fit import Killed, fit, rows
 from tinyfusion_pl.artifacts import write_json
 from tinyfusion_pl.tasks import TensorBoardTracker, WandbTracker, csv_logger, tensorboard_tracker
-from tinyfusion_pl.tasks.outcomes import objective_of
+from tinyfusion_pl.tasks.outcomes import get_objective
 from wandb_files import read_runs
 
 
@@ -236,11 +236,11 @@ def test_tensorboard_shows_the_final_figures_and_the_table(tmp_path):
 
 
 def test_what_a_sweep_minimizes_is_the_final_fid(tmp_path):
-    assert objective_of(tmp_path) is None
+    assert get_objective(tmp_path) is None
     write_json(
         tmp_path / "metrics.json",
         {"teacher": {"fid": 1.0}, "pruned": {"fid": 9.0}, "recovered": {"depth": 6, "fid": 4.25}},
     )
-    assert objective_of(tmp_path) == 4.25
+    assert get_objective(tmp_path) == 4.25
     write_json(tmp_path / "metrics.json", {"teacher": {"cmmd": 1.0}, "pruned": {"cmmd": 9.0}})
-    assert objective_of(tmp_path) == 9.0
+    assert get_objective(tmp_path) == 9.0

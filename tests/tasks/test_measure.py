@@ -1,4 +1,4 @@
-"""Pictures that are there already: folders, npz files and reference files give the same numbers; what is broken is named."""
+"""Images that are there already: folders, npz files and reference files give the same numbers; what is broken is named."""
 
 import re
 from functools import partial
@@ -21,7 +21,7 @@ from tinyfusion_pl.metrics import (
     read_reference,
 )
 from tinyfusion_pl.report import compare
-from tinyfusion_pl.tasks import PictureFiles, make_reference, measure
+from tinyfusion_pl.tasks import ImageFiles, make_reference, measure
 
 TRAINER = partial(
     Trainer,
@@ -35,13 +35,13 @@ TRAINER = partial(
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """The same pictures as folders of PNG and as npz: 60 real ones, 40 others."""
-    folder = tmp_path_factory.mktemp("pictures")
-    pictures = DigitsDataModule().reference_pictures()[0]
-    for name, part in (("real", pictures[:60]), ("made", pictures[60:100])):
+    """The same images as folders of PNG and as npz: 60 real ones, 40 others."""
+    folder = tmp_path_factory.mktemp("images")
+    images = DigitsDataModule().reference_images()[0]
+    for name, part in (("real", images[:60]), ("made", images[60:100])):
         (folder / name / "deep").mkdir(parents=True)
-        for i, picture in enumerate(part):
-            to_pil_image(picture).save(folder / name / ("deep" if i % 2 else ".") / f"{i}.png")
+        for i, image in enumerate(part):
+            to_pil_image(image).save(folder / name / ("deep" if i % 2 else ".") / f"{i}.png")
         np.savez(folder / f"{name}.npz", arr_0=part.permute(0, 2, 3, 1).numpy())
     return folder
 
@@ -57,23 +57,23 @@ def measured(samples, reference, folder, **files):
         reference=str(reference),
         metrics=metrics(),
         trainer=TRAINER,
-        files=PictureFiles(**{"num_channels": 1, "batch_size": 7, **files}),
+        files=ImageFiles(**{"num_channels": 1, "batch_size": 7, **files}),
     )
 
 
 def test_folders_npz_and_reference_files_give_the_same_numbers(files, tmp_path):
     expected = metrics()
-    pictures = DigitsDataModule().reference_pictures()[0]
-    expected.update_reference(pictures[:60])
-    expected.update(pictures[60:100])
+    images = DigitsDataModule().reference_images()[0]
+    expected.update_reference(images[:60])
+    expected.update(images[60:100])
     expected = expected.compute()
     make_reference(
         run_dir=tmp_path,
-        pictures=str(files / "real"),
+        images=str(files / "real"),
         output=str(tmp_path / "ref.npz"),
         metrics=metrics(),
         trainer=TRAINER,
-        files=PictureFiles(num_channels=1),
+        files=ImageFiles(num_channels=1),
     )
     for samples in ("made", "made.npz"):
         for reference in (files / "real", files / "real.npz", tmp_path / "ref.npz"):
@@ -107,11 +107,11 @@ def test_results_over_one_reference_can_be_compared_and_others_are_refused(files
         reference=str(files / "real"),
         metrics=other,
         trainer=TRAINER,
-        files=PictureFiles(num_channels=1),
+        files=ImageFiles(num_channels=1),
     )
     assert "DIFFERS in num_samples. " in compare(
         tmp_path / "a", tmp_path / "b"
-    )  # the folder's checksum is that of its pictures alone
+    )  # the folder's checksum is that of its images alone
     assert "Protocol: equal." in compare(tmp_path / "a", tmp_path / "a")
     assert "DIFFERS in num_reference, reference_sha256. " in compare(tmp_path / "a", tmp_path / "c")
     assert re.search(
@@ -121,42 +121,42 @@ def test_results_over_one_reference_can_be_compared_and_others_are_refused(files
 
 
 class Digits(torch.utils.data.Dataset):
-    """The first real pictures, with labels, as PIL pictures or as `kind` makes of them."""
+    """The first real images, with labels, as PIL images or as `kind` makes of them."""
 
     def __init__(self, kind=to_pil_image, num=60):
-        self.pictures, self.kind = DigitsDataModule().reference_pictures()[0][:num], kind
+        self.images, self.kind = DigitsDataModule().reference_images()[0][:num], kind
 
     def __len__(self):
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitem__(self, index):
-        return self.kind(self.pictures[index]), index
+        return self.kind(self.images[index]), index
 
 
 def test_a_reference_file_is_made_of_a_dataset_or_a_data_module_as_of_files(files, tmp_path):
-    def statistics(pictures, name):
+    def statistics(images, name):
         make_reference(
             run_dir=tmp_path,
-            pictures=pictures,
+            images=images,
             output=str(tmp_path / f"{name}.npz"),
             metrics=metrics(),
             trainer=TRAINER,
-            files=PictureFiles(num_channels=1),
+            files=ImageFiles(num_channels=1),
         )
         return read_reference(tmp_path / f"{name}.npz")
 
     expected = statistics(str(files / "real.npz"), "file")
-    for name, dataset in (("pil", Digits()), ("tensors", Digits(lambda picture: picture))):
+    for name, dataset in (("pil", Digits()), ("tensors", Digits(lambda image: image))):
         found = statistics(dataset, name)
-        assert torch.equal(found.features, expected.features) and found.num_pictures == 60
+        assert torch.equal(found.features, expected.features) and found.num_images == 60
         assert torch.equal(found.statistics["features"][1], expected.statistics["features"][1])
-    assert statistics(DigitsDataModule(), "module").num_pictures == 1797
+    assert statistics(DigitsDataModule(), "module").num_images == 1797
     assert measured_of(Digits(), DigitsDataModule(), tmp_path)["precision"] == 1
     with pytest.raises(
         ValueError,
-        match=r"Sample 0 of Digits is torch.float32 \(1, 8, 8\); pictures are PIL images or uint8",
+        match=r"Sample 0 of Digits is torch.float32 \(1, 8, 8\); images are PIL images or uint8",
     ):
-        statistics(Digits(lambda picture: picture / 255), "floats")
+        statistics(Digits(lambda image: image / 255), "floats")
     with pytest.raises(ValueError, match="The dataset Digits is empty"):
         statistics(Digits(num=0), "empty")
 
@@ -168,7 +168,7 @@ def measured_of(samples, reference, folder):
         reference=reference,
         metrics=metrics(),
         trainer=TRAINER,
-        files=PictureFiles(num_channels=1),
+        files=ImageFiles(num_channels=1),
     )
 
 
@@ -180,7 +180,7 @@ def test_the_command_line_makes_a_reference_of_a_data_module_and_measures_agains
         main(
             [
                 "task=reference",
-                "reference.pictures=${data}",
+                "reference.images=${data}",
                 f"reference.output={tmp_path / 'ref.npz'}",
                 *quiet,
             ]
@@ -214,7 +214,7 @@ def test_several_devices_are_refused(files, tmp_path):
             reference=str(files / "real"),
             metrics=metrics(),
             trainer=partial(TRAINER, devices=2, strategy="ddp"),
-            files=PictureFiles(num_channels=1),
+            files=ImageFiles(num_channels=1),
         )
 
 
@@ -227,16 +227,16 @@ def test_a_reference_file_has_the_published_keys_and_is_never_written_over(files
     make = partial(
         make_reference,
         run_dir=tmp_path,
-        pictures=str(files / "real.npz"),
+        images=str(files / "real.npz"),
         metrics=metrics(),
         trainer=TRAINER,
-        files=PictureFiles(),
+        files=ImageFiles(),
     )
     path = make(output=str(tmp_path / "ref.npz"))
     with np.load(path) as arrays:
         assert {"mu", "sigma", "mu_s", "sigma_s", "features"} <= set(arrays.files)
         features = (
-            load_digits_classifier()(read_reference(files / "real.npz").pictures)
+            load_digits_classifier()(read_reference(files / "real.npz").images)
             .features.double()
             .numpy()
         )
@@ -247,12 +247,12 @@ def test_a_reference_file_has_the_published_keys_and_is_never_written_over(files
             make(output=str(output))
 
 
-def test_a_broken_picture_is_named_or_skipped_and_counted(files, tmp_path):
+def test_a_broken_image_is_named_or_skipped_and_counted(files, tmp_path):
     (tmp_path / "made").mkdir()
-    for i, picture in enumerate(read_reference(files / "made.npz").pictures):
-        to_pil_image(picture).save(tmp_path / "made" / f"{i}.png")
+    for i, image in enumerate(read_reference(files / "made.npz").images):
+        to_pil_image(image).save(tmp_path / "made" / f"{i}.png")
     (tmp_path / "made" / "7.png").write_bytes((tmp_path / "made" / "8.png").read_bytes()[:40])
-    with pytest.raises(ValueError, match="7.png is no readable picture.*skip_broken"):
+    with pytest.raises(ValueError, match="7.png is no readable image.*skip_broken"):
         measured(tmp_path / "made", files / "real", tmp_path)
     measured(tmp_path / "made", files / "real", tmp_path, skip_broken=True)
     results = read_json(tmp_path / "measure.json")
@@ -277,14 +277,14 @@ def test_wrong_files_are_named_with_what_was_expected(files, tmp_path):
     Reference(path=tmp_path / "statistics.npz", statistics=statistics).write()
     for samples, said in (
         ("missing", "There is no folder"),
-        ("empty", "holds no pictures"),
+        ("empty", "holds no images"),
         ("keys.npz", "holds other. A reference holds"),
-        ("float.npz", "arr_0 of .* is float64 .* between 0.5 and 0.5; pictures are uint8"),
+        ("float.npz", "arr_0 of .* is float64 .* between 0.5 and 0.5; images are uint8"),
         ("nan.npz", r"1 of 5 hold values that are not finite \(places \[3\]\)"),
-        ("deep", r"0.tiff is no readable picture .*floats .* which may mean 0..1 or 0..255"),
+        ("deep", r"0.tiff is no readable image .*floats .* which may mean 0..1 or 0..255"),
         ("objects.npz", "not a whole npz file of plain arrays"),
         ("cut.npz", "not a whole npz file"),
-        ("statistics.npz", r"holds no pictures \(arr_0\)"),
+        ("statistics.npz", r"holds no images \(arr_0\)"),
         ("missing.npz", "There is no file"),
     ):
         with pytest.raises((ValueError, ArtifactError), match=said):
@@ -292,7 +292,7 @@ def test_wrong_files_are_named_with_what_was_expected(files, tmp_path):
     assert not (tmp_path / "measure.json").exists()
 
 
-def test_pictures_of_other_sizes_or_channels_are_refused(files, tmp_path):
+def test_images_of_other_sizes_or_channels_are_refused(files, tmp_path):
     (tmp_path / "mixed").mkdir()
     for i in range(6):
         to_pil_image(torch.zeros(1, 8, 8 + 4 * (i == 3), dtype=torch.uint8)).save(
@@ -305,7 +305,7 @@ def test_pictures_of_other_sizes_or_channels_are_refused(files, tmp_path):
     assert (
         measured(tmp_path / "mixed", files / "real", tmp_path, image_size=8)["precision"] == 0
     )  # cropped, they are black squares
-    with pytest.raises(ValueError, match="sees grey pictures .* these are colour ones"):
+    with pytest.raises(ValueError, match="sees grey images .* these are colour ones"):
         measured(files / "made", files / "real", tmp_path, num_channels=3)
     with pytest.raises(ValueError, match="'precision_recall' needs 4 or more samples; there are 3"):
         np.savez(tmp_path / "few.npz", arr_0=np.zeros((3, 8, 8, 1), dtype=np.uint8))
@@ -313,17 +313,17 @@ def test_pictures_of_other_sizes_or_channels_are_refused(files, tmp_path):
 
 
 def test_numbers_in_names_count(tmp_path):
-    from tinyfusion_pl.data.pictures import PictureFolder
+    from tinyfusion_pl.data.image_batches import UnlabelledImageFolder
 
     for i in (10, 9, 100, 1):
         to_pil_image(torch.zeros(3, 2, 2, dtype=torch.uint8)).save(tmp_path / f"{i}.png")
-    assert [path.stem for path in PictureFolder(tmp_path).paths] == ["1", "9", "10", "100"]
+    assert [path.stem for path in UnlabelledImageFolder(tmp_path).paths] == ["1", "9", "10", "100"]
 
 
 def test_centre_crop_is_that_of_the_adm_data_loader():
     from PIL import Image
 
-    from tinyfusion_pl.data.pictures import center_crop
+    from tinyfusion_pl.data.image_batches import center_crop
 
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 45, 3), dtype=np.uint8))
     halved = image.resize((22, 35), resample=Image.Resampling.BOX)
@@ -347,7 +347,7 @@ def test_every_kind_of_broken_image_is_named_or_skipped(files, tmp_path):
 
     folder = grey_images(tmp_path / "images")
     broken = {path.name for path in broken_images(folder)} - {f"{i}.png" for i in range(6)}
-    with pytest.raises(ValueError, match="is no readable picture .*skip_broken=true"):
+    with pytest.raises(ValueError, match="is no readable image .*skip_broken=true"):
         measured(folder, files / "real", tmp_path)
     measured(folder, files / "real", tmp_path, skip_broken=True)
     results = read_json(tmp_path / "measure.json")
@@ -407,13 +407,13 @@ def test_npz_of_image_files_is_measured_as_the_folder(files, tmp_path):
     measured(files / "made", tmp_path / "packed.npz", tmp_path)
     make_reference(
         run_dir=tmp_path,
-        pictures=str(tmp_path / "packed.npz"),
+        images=str(tmp_path / "packed.npz"),
         output=str(tmp_path / "ref.npz"),
         metrics=metrics(),
         trainer=TRAINER,
-        files=PictureFiles(num_channels=1),
+        files=ImageFiles(num_channels=1),
     )
-    assert read_reference(tmp_path / "ref.npz").num_pictures == 6
+    assert read_reference(tmp_path / "ref.npz").num_images == 6
 
 
 @pytest.mark.parametrize(
@@ -429,7 +429,7 @@ def test_npz_of_image_files_is_measured_as_the_folder(files, tmp_path):
         {"arr_0": np.array("x")},
         {"arr_0": np.zeros((0, 8, 8, 1), np.uint8)},
         {"arr_0": np.zeros((4, 0, 8, 1), np.uint8)},
-        {"features": np.zeros((9, 64)), "num_pictures": np.zeros(3)},
+        {"features": np.zeros((9, 64)), "num_images": np.zeros(3)},
         {"features": np.zeros((9, 64)), "network": np.zeros(3)},
     ],
 )

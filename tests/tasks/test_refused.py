@@ -12,11 +12,11 @@ from tinyfusion_pl.locks import LOCK
 @pytest.fixture
 def images(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    pictures = DigitsDataModule().reference_pictures()[0]
-    for name, part in (("good", pictures[:8]), ("bad", pictures[8:16])):
+    images = DigitsDataModule().reference_images()[0]
+    for name, part in (("good", images[:8]), ("bad", images[8:16])):
         (tmp_path / name).mkdir()
-        for i, picture in enumerate(part):
-            to_pil_image(picture).save(tmp_path / name / f"{i}.png")
+        for i, image in enumerate(part):
+            to_pil_image(image).save(tmp_path / name / f"{i}.png")
     (tmp_path / "bad" / "5.png").write_bytes(b"no image")
     return tmp_path
 
@@ -24,7 +24,7 @@ def images(tmp_path, monkeypatch):
 MEASURE = ["task=measure", "metrics=digits", "measure.files.num_channels=1", "measure.files.batch_size=3", "measure.samples=good",
            "measure.reference=bad"]  # fmt: skip
 REFERENCE = ["task=reference", "metrics=digits", "reference.files.num_channels=1", "reference.files.batch_size=3",
-             "reference.pictures=bad", "reference.output=new/ref.npz"]  # fmt: skip
+             "reference.images=bad", "reference.output=new/ref.npz"]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -60,16 +60,16 @@ REFERENCE = ["task=reference", "metrics=digits", "reference.files.num_channels=1
         ),
         (
             REFERENCE,
-            ["reference.pictures=nowhere"],
+            ["reference.images=nowhere"],
             "nowhere",
-            ["reference.pictures=good"],
+            ["reference.images=good"],
             "new/ref.npz",
         ),
         (
             REFERENCE,
             ["reference.output=ref.txt"],
             ".npz",
-            ["reference.pictures=good"],
+            ["reference.images=good"],
             "new/ref.npz",
         ),
     ],

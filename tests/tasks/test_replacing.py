@@ -10,7 +10,7 @@ from tinyfusion_pl import create_model
 from tinyfusion_pl.models import load_shallow, save_shallow
 from tinyfusion_pl.objectives import GaussianDiffusion
 from tinyfusion_pl.pruning import Decision, GroupDecision, StackDecision, remove_blocks
-from tinyfusion_pl.pruning.run_maps import maps_of
+from tinyfusion_pl.pruning.run_maps import get_maps
 from tinyfusion_pl.tasks.folder import Inputs, RunFolder
 from tinyfusion_pl.tasks.replacing import check_replacing, fit_replacements, with_replacements
 
@@ -52,7 +52,7 @@ def test_maps_begin_as_nothing_and_the_fit_brings_the_student_nearer(run):
     x, t, y = torch.randn(16, 2, 4, 4), torch.arange(16) * 60, torch.arange(16) % 5
     with torch.no_grad():
         assert torch.equal(student(x, t, y), bare(x, t, y))
-        assert [(each.module, each.position) for each in maps_of(student)] == [
+        assert [(each.module, each.position) for each in get_maps(student)] == [
             ("blocks.0", "after"),
             ("blocks.1", "after"),
         ]

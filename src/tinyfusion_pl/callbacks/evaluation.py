@@ -14,31 +14,31 @@ from torch import Tensor
 
 from tinyfusion_pl.artifacts import tensors_sha256
 from tinyfusion_pl.metrics import GenerationMetrics
-from tinyfusion_pl.objectives import PictureSampler, labels_of
+from tinyfusion_pl.objectives import ImageSampler, get_labels
 from tinyfusion_pl.report import write_grid
 
 
 class EvaluationCallback(Callback):
-    """Every so many optimizer steps: samples from the averaged weights, logs ``val/<metric>`` and a grid of pictures.
+    """Every so many optimizer steps: samples from the averaged weights, logs ``val/<metric>`` and a grid of images.
 
-    The averaged weights are those of the Trainer's weight averaging callback; without one the weights are the raw ones. Pictures of the
+    The averaged weights are those of the Trainer's weight averaging callback; without one the weights are the raw ones. Images of the
     same number have the same noise at every step. No random generator of the training moves.
 
     Numbers of few samples are larger than those of many (FID) and compare with each other alone.
 
     Args:
-        metrics: Measures pictures against the data module's ``reference_pictures()``.
+        metrics: Measures images against the data module's ``reference_images()``.
         every_n_steps: Optimizer steps between evaluations, >= 1.
         sampling: Arguments of ``objective.sample``.
-        num_samples: Pictures of an evaluation, over all processes, >= 2.
-        batch_size: Pictures sampled at once on each process.
-        num_shown: Pictures of the grid, the first ones; 0: no grid.
+        num_samples: Images of an evaluation, over all processes, >= 2.
+        batch_size: Images sampled at once on each process.
+        num_shown: Images of the grid, the first ones; 0: no grid.
         labels: ``"balanced"`` or ``"random"``.
         seed: Of noise and labels.
-        precision: Of the denoiser, see `PictureSampler`.
+        precision: Of the denoiser, see `ImageSampler`.
 
     The LightningModule has ``denoiser`` and ``objective`` (`MaskLearning`, `Recovery`, `Denoising` do), the data module ``latent_shape``,
-    ``decode`` and ``reference_pictures``. The grid goes to W&B or TensorBoard where one of them logs, and to ``samples/<step>.png`` in the
+    ``decode`` and ``reference_images``. The grid goes to W&B or TensorBoard where one of them logs, and to ``samples/<step>.png`` in the
     Trainer's folder. What the numbers can be compared by, `protocol`, goes to the loggers' hyperparameters as ``val/protocol``.
     """
 
@@ -80,7 +80,7 @@ class EvaluationCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for owner, names, kind in (
             (pl_module, ("denoiser", "objective"), "LightningModule"),
-            (trainer.datamodule, ("latent_shape", "decode", "reference_pictures"), "data module"),
+            (trainer.datamodule, ("latent_shape", "decode", "reference_images"), "data module"),
         ):
             if lacking := [name for name in names if not hasattr(owner, name)]:
                 raise ValueError(
@@ -88,15 +88,15 @@ class EvaluationCallback(Callback):
                 )
         sampler = self._sampler(trainer, pl_module)
         sampler.check()
-        self._labels_of(trainer, sampler)
-        pictures = trainer.datamodule.reference_pictures()[0]
-        self.metrics.check(num_samples=self.num_samples, num_reference=len(pictures))
+        self._get_labels(trainer, sampler)
+        images = trainer.datamodule.reference_images()[0]
+        self.metrics.check(num_samples=self.num_samples, num_reference=len(images))
         averaging = any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)
         self.protocol = self.metrics.protocol(
             weights="averaged" if averaging else "raw",
             num_samples=self.num_samples,
-            num_reference=len(pictures),
-            reference_sha256=tensors_sha256({"pictures": pictures}),
+            num_reference=len(images),
+            reference_sha256=tensors_sha256({"pictures": images}),
             labels=self.labels,
             seed=self.seed,
             **self.sampling,
@@ -105,7 +105,7 @@ class EvaluationCallback(Callback):
         for logger in trainer.loggers:
             logger.log_hyperparams({"val/protocol": self.protocol})
         self.metrics.to(pl_module.device).reset(reference=True)
-        for batch in pictures[trainer.global_rank :: trainer.world_size].split(self.batch_size):
+        for batch in images[trainer.global_rank :: trainer.world_size].split(self.batch_size):
             self.metrics.update_reference(batch)
         self._last = trainer.global_step
 
@@ -120,7 +120,7 @@ class EvaluationCallback(Callback):
     def evaluate(self, trainer: Trainer, pl_module: LightningModule, step: int) -> dict[str, float]:
         """Sample, measure and log at `step`; every process takes part. Returns the metrics' results."""
         sampler = self._sampler(trainer, pl_module)
-        labels = self._labels_of(trainer, sampler)
+        labels = self._get_labels(trainer, sampler)
         self.metrics.reset()
         for indices in torch.arange(
             trainer.global_rank, self.num_samples, trainer.world_size
@@ -139,9 +139,9 @@ class EvaluationCallback(Callback):
             self._show(trainer, sampler(shown, labels[shown], device=pl_module.device), step)
         return results
 
-    def _show(self, trainer: Trainer, pictures: Tensor, step: int) -> None:
+    def _show(self, trainer: Trainer, images: Tensor, step: int) -> None:
         path = Path(trainer.default_root_dir) / "samples" / f"{step:08d}.png"
-        write_grid(path, pictures)
+        write_grid(path, images)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_image("val/samples", [str(path)], step=step)
@@ -150,7 +150,7 @@ class EvaluationCallback(Callback):
 
                 logger.experiment.add_image("val/samples", read_image(str(path)), step)
 
-    def _labels_of(self, trainer: Trainer, sampler: PictureSampler) -> Tensor:
+    def _get_labels(self, trainer: Trainer, sampler: ImageSampler) -> Tensor:
         """Labels of the samples, among the classes of the images that they are held against."""
         num_classes, data = sampler.denoiser.num_classes, trainer.datamodule
         classes = (
@@ -158,13 +158,13 @@ class EvaluationCallback(Callback):
             if hasattr(data, "reference_classes")
             else None
         )
-        return labels_of(
+        return get_labels(
             self.labels, self.num_samples, num_classes, seed=self.seed, classes=classes
         )
 
-    def _sampler(self, trainer: Trainer, pl_module: LightningModule) -> PictureSampler:
+    def _sampler(self, trainer: Trainer, pl_module: LightningModule) -> ImageSampler:
         data = trainer.datamodule
-        return PictureSampler(
+        return ImageSampler(
             denoiser=pl_module.denoiser,
             objective=pl_module.objective,
             latent_shape=data.latent_shape,

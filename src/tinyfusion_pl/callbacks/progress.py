@@ -1,4 +1,4 @@
-"""Lightning's rich progress bar for trainings that count steps and for sampling, which counts pictures."""
+"""Lightning's rich progress bar for trainings that count steps and for sampling, which counts images."""
 
 from __future__ import annotations
 

@@ -31,9 +31,9 @@ from tinyfusion_pl.cli.processes import as_single_run, is_first_process, process
 from tinyfusion_pl.cli.run_identity import (
     CONFIG,
     check_folder,
+    compute_hash,
     config_hash,
     forget_config,
-    hash_of,
     write_config,
 )
 from tinyfusion_pl.cli.settings import check_complete, checked
@@ -253,7 +253,7 @@ def _build(node: DictConfig) -> Any:
 
 OmegaConf.register_new_resolver("config_hash", lambda *, _root_: config_hash(_root_), replace=True)
 OmegaConf.register_new_resolver(
-    "hash_of", lambda *names, _root_: hash_of(_root_, *names), replace=True
+    "compute_hash", lambda *names, _root_: compute_hash(_root_, *names), replace=True
 )
 OmegaConf.register_new_resolver("in_sweep", in_sweep, replace=True)
 OmegaConf.register_new_resolver(

@@ -144,7 +144,7 @@ class Kind:
             and get_args(part)[-1] is not Ellipsis
         ]
         bounds = {"least": self.least, "most": self.most, "blank": self.blank}
-        return Kind(typing.Union[tuple(found)], **bounds) if found else None
+        return Kind(typing.Union[tuple(found)], **bounds) if found else None  # noqa: UP007
 
     def takes(self, what: Callable[[Any], bool]) -> list[Any]:
         """The members of the hint for which `what` is true."""
@@ -192,7 +192,7 @@ def _translated(hint: Any, least: float | None, most: float | None, blank: bool)
     parts = _members(hint)
     if len(parts) > 1:
         translated = [_translated(part, least, most, blank) for part in parts]
-        return typing.Union[tuple(translated)]
+        return typing.Union[tuple(translated)]  # noqa: UP007
     (part,) = parts
     if part in (int, float):
         bounds = {name: bound for name, bound in (("ge", least), ("le", most)) if bound is not None}
@@ -208,7 +208,7 @@ def _translated(hint: Any, least: float | None, most: float | None, blank: bool)
         return part
     if origin in LISTS:
         items = [each for each in arguments if each is not Ellipsis] or [Any]
-        inner = _translated(typing.Union[tuple(items)], least, most, blank)
+        inner = _translated(typing.Union[tuple(items)], least, most, blank)  # noqa: UP007
         if origin is tuple and len(items) > 1 and Ellipsis not in arguments:
             return Annotated[list[inner], Field(min_length=len(items), max_length=len(items))]
         return list[inner]

@@ -14,7 +14,8 @@ from omegaconf import DictConfig
 @contextmanager
 def process(argv: Sequence[str], **environment: str) -> Iterator[None]:
     """Another command line and environment for a while; what distributed training left there goes afterwards, so that
-    the next job of a sweep starts processes of its own."""
+    the next job of a sweep starts processes of its own.
+    """
     argv_before, environment_before = sys.argv, dict(os.environ)
     sys.argv = list(argv)
     os.environ.update(environment)
@@ -32,7 +33,8 @@ def process(argv: Sequence[str], **environment: str) -> Iterator[None]:
 
 def as_single_run(argv: Sequence[str], job: DictConfig) -> list[str]:
     """The command line of this one job of a sweep. Lightning's DDP starts its other processes with ``sys.argv``: with
-    the sweep's they would run the whole sweep."""
+    the sweep's they would run the whole sweep.
+    """
     overrides = get_args_parser().parse_args(argv).overrides
     flags = [argument for argument in argv if argument not in (*overrides, "-m", "--multirun")]
     of_hydra = [

@@ -56,7 +56,7 @@ def written(node: DictConfig | ListConfig, name: Any) -> str:
     return str(node._get_node(name)._value())
 
 
-def names_of(node: DictConfig | ListConfig) -> list[Any]:
+def get_names(node: DictConfig | ListConfig) -> list[Any]:
     """Keys or indexes of all children, missing ones too."""
     return list(range(len(node))) if isinstance(node, ListConfig) else list(node.keys())
 

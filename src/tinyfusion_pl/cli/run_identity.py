@@ -62,7 +62,7 @@ def config_hash(cfg: DictConfig) -> str:
     return hashlib.sha256(_canonical(identity(cfg)).encode()).hexdigest()[:8]
 
 
-def hash_of(cfg: DictConfig, *names: str) -> str:
+def compute_hash(cfg: DictConfig, *names: str) -> str:
     """The same of the parts `names` of the configuration alone."""
     parts = identity(cfg)
     return hashlib.sha256(_canonical({name: parts[name] for name in names}).encode()).hexdigest()[
@@ -120,7 +120,7 @@ def check_folder(run_dir: Path, cfg: DictConfig) -> None:
     file, here = run_dir / CONFIG, config_hash(cfg)
     if file.exists():
         _check_config(file, cfg)
-    finished = {mark: _configuration_of(mark) for mark in sorted(run_dir.glob("stages/*.json"))}
+    finished = {mark: _get_configuration(mark) for mark in sorted(run_dir.glob("stages/*.json"))}
     for mark, there in finished.items():
         if there not in (None, here):
             raise ValueError(
@@ -188,7 +188,7 @@ def _is_sealed(content: bytes) -> bool:
     return stated == f"{_sha256(written)}\n".encode()
 
 
-def _configuration_of(mark: Path) -> str | None:
+def _get_configuration(mark: Path) -> str | None:
     """The hash of the configuration that a finished stage's file states, as `RunFolder.finish` writes it."""
     from tinyfusion_pl.checksums import (
         Damaged,

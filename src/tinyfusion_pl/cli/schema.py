@@ -154,7 +154,7 @@ def _bounds(pair: tuple[float | None, float | None] | None) -> dict[str, Any]:
 
 
 _OF_TRAINER = FOREIGN_BOUNDS["lightning.pytorch.trainer.trainer.Trainer"]
-PICTURES = Kind(str | Built, blank=False)
+IMAGES = Kind(str | Built, blank=False)
 TRAINER = Kind(Built)
 MAIN = Plain({
     "name": Kind(str), "seed": Kind(int, least=0, most=MAX_SEED), "recipe": Kind(str | None), "run_dir": Kind(str),
@@ -168,8 +168,8 @@ MAIN = Plain({
     "runtime": Plain({"accelerator": Kind(str, blank=False), "devices": Kind(int | str | list[int], **_bounds(_OF_TRAINER["devices"])),
                       "num_nodes": Kind(int, **_bounds(_OF_TRAINER["num_nodes"])), "precision": Kind(int | str)}),
     "trainer": Plain({"strategy": Kind(str, blank=False)}),
-    "measure": Plain({"trainer": TRAINER, "files": Kind(Built), "samples": PICTURES, "reference": PICTURES}),
-    "reference": Plain({"trainer": TRAINER, "files": Kind(Built), "pictures": PICTURES, "output": Kind(str, blank=False)}),
+    "measure": Plain({"trainer": TRAINER, "files": Kind(Built), "samples": IMAGES, "reference": IMAGES}),
+    "reference": Plain({"trainer": TRAINER, "files": Kind(Built), "images": IMAGES, "output": Kind(str, blank=False)}),
     **{name: Kind(Built) for name in ("task", "model", "data", "objective", "pruning", "distill", "metrics", "learn_mask", "recover",
                                       "evaluate", "train", "extract", "candidates", "activations", "depth_curve")},
 })  # fmt: skip
@@ -194,7 +194,7 @@ GIVEN = {
 }
 
 
-def kind_of(name: str, hint: Any, *, target: str) -> Kind:
+def get_kind(name: str, hint: Any, *, target: str) -> Kind:
     """The kind of the argument `name` of `target`, a full name."""
     if name in UNTYPED:
         return Kind(Any)

@@ -16,8 +16,8 @@ from tinyfusion_pl.cli.references import (
     REFERENCE,
     TARGET,
     Unresolved,
+    get_names,
     home,
-    names_of,
     outline,
     raw,
     sharpen,
@@ -32,7 +32,7 @@ SPECIAL = {TARGET: str, "_partial_": bool, "_recursive_": bool, "_convert_": str
 
 def check_complete(node: DictConfig | ListConfig) -> None:
     """Read every value, also behind references, so that a missing one is found (Hydra leaves it out of a partial)."""
-    for key in names_of(node):
+    for key in get_names(node):
         if OmegaConf.is_config(value := node[key]):
             check_complete(value)
 
@@ -187,7 +187,7 @@ class _Door:
     def inside(self, node: DictConfig | ListConfig, key: str, kind: Any = None) -> None:
         """Objects in lists and mappings that make none themselves."""
         inner = None if kind is None else kind.of_items()
-        for name in names_of(node):
+        for name in get_names(node):
             full = f"{key}.{name}" if key else str(name)
             child = raw(node, name)
             if isinstance(child, DictConfig) and TARGET in child:
@@ -215,7 +215,7 @@ class _Door:
             )
             return
         self.fits(node, key, kind)
-        parameters = self.targets.parameters_of(target, given=node)
+        parameters = self.targets.get_parameters(target, given=node)
         self.arguments(node, key, parameters, of=_full_name(target))
         if not node.get("_partial_") and "_args_" not in node:
             for each in parameters.required:
@@ -248,7 +248,7 @@ class _Door:
                 )
             elif name in allowed:
                 self.value(
-                    node, name, full, self.schema.kind_of(name, parameters.hints[name], target=of)
+                    node, name, full, self.schema.get_kind(name, parameters.hints[name], target=of)
                 )
                 if name == "sampling" and of.startswith("tinyfusion_pl."):
                     self.sampling(raw(node, name), full)
@@ -275,7 +275,7 @@ class _Door:
         options = getattr(target, "sampling_options", None)
         if options is None:
             return
-        parameters = self.targets.options_of(options)
+        parameters = self.targets.get_options(options)
         allowed = list(parameters.hints)
         unknown = [name for name in node if name not in allowed]
         if len(unknown) > 1:  # not misspelt, but of another objective's sampler

@@ -45,12 +45,12 @@ def locate(target: str) -> Callable[..., Any]:
     return found
 
 
-def parameters_of(target: Callable[..., Any], *, given: typing.Mapping[str, Any]) -> Parameters:
+def get_parameters(target: Callable[..., Any], *, given: typing.Mapping[str, Any]) -> Parameters:
     """The parameters of `target`; `given` are the arguments, which may decide where the others go."""
     return _merged([target, *_passed_on(target, given)])
 
 
-def options_of(function: Callable[..., Any]) -> Parameters:
+def get_options(function: Callable[..., Any]) -> Parameters:
     """The parameters of `function` that are given by name alone."""
     parameters, known = _own(function)
     names = [

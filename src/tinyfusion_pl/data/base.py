@@ -1,4 +1,4 @@
-"""What every data set of latents and labels shares: a resumable stream of batches, and the way back to pictures."""
+"""What every data set of latents and labels shares: a resumable stream of batches, and the way back to images."""
 
 import math
 from abc import ABC, abstractmethod
@@ -14,7 +14,7 @@ from tinyfusion_pl.data.sampler import StreamLoader, StreamSampler
 class GenerationDataModule(LightningDataModule, ABC):
     """Training batches ``(x, y)``: x float32 (N, C, H, W) as the denoiser eats it, y int64 (N,) labels.
 
-    A subclass gives `latent_shape`, `num_classes`, `train_set`, `decode` and `reference_pictures`.
+    A subclass gives `latent_shape`, `num_classes`, `train_set`, `decode` and `reference_images`.
 
     Every batch is full: an epoch's rest opens the first batch of the next epoch. The order depends on `seed` alone, and
     the checkpoint holds the position, so that a resumed run sees the very batches that the interrupted one would have
@@ -54,11 +54,11 @@ class GenerationDataModule(LightningDataModule, ABC):
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (N, C, H, W) to pictures (N, channels, height, width), uint8."""
+        """Latents (N, C, H, W) to images (N, channels, height, width), uint8."""
 
     @abstractmethod
-    def reference_pictures(self) -> tuple[Tensor, Tensor]:
-        """Real pictures in the form that `decode` gives, and their labels (N,): what samples are held against."""
+    def reference_images(self) -> tuple[Tensor, Tensor]:
+        """Real images in the form that `decode` gives, and their labels (N,): what samples are held against."""
 
     def samples_sha256(self) -> str | None:
         """A checksum of the training samples, by which a run notices that they were replaced; None: that is not noticed."""
@@ -74,12 +74,12 @@ class GenerationDataModule(LightningDataModule, ABC):
         return None
 
     def reference_classes(self, *, num_classes: int) -> list[int] | None:
-        """Labels that `reference_pictures` have, ascending; None: all `num_classes` that the model knows.
+        """Labels that `reference_images` have, ascending; None: all `num_classes` that the model knows.
 
         Raises:
             ValueError: when it is not certain that they are the model's.
         """
-        return self.reference_pictures()[1].unique().tolist()
+        return self.reference_images()[1].unique().tolist()
 
     def check_fits(self, denoiser: nn.Module) -> None:
         """Find out whether `denoiser` can be trained on these latents, before anything is.
@@ -92,7 +92,8 @@ class GenerationDataModule(LightningDataModule, ABC):
 
     def check_labels(self, num_classes: int) -> None:
         """Find out whether labels are those of a model with `num_classes` classes; ValueError when they are not, a warning when they may
-        be others."""
+        be others.
+        """
         if (
             self.classes is not None
             and self.classes

@@ -23,7 +23,7 @@ MAX_LABEL = 2**31
 
 @cache
 def imagenet_wnids() -> dict[str, int]:
-    """wnid -> label, 0 to 999, of ImageNet's (ILSVRC 2012) classes: their alphabetical order."""
+    """Wnid -> label, 0 to 999, of ImageNet's (ILSVRC 2012) classes: their alphabetical order."""
     return {wnid: number for number, wnid in enumerate(WNIDS.read_text().split())}
 
 

@@ -39,8 +39,8 @@ class DigitsDataModule(GenerationDataModule):
         """[-1, 1] to 0..255, values outside clamped; rounded to uint8 but not to the 17 levels of the real digits."""
         return decode_pixels(latents, self.latent_shape, name="Digit")  # (N, 1, 8, 8)
 
-    def reference_pictures(self) -> tuple[Tensor, Tensor]:
-        """All 1797 digits as pictures (1797, 1, 8, 8) and their labels, through `decode` as the samples are."""
+    def reference_images(self) -> tuple[Tensor, Tensor]:
+        """All 1797 digits as images (1797, 1, 8, 8) and their labels, through `decode` as the samples are."""
         x, y = _digits()
         return self.decode(x), y
 

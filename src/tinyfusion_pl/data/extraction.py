@@ -31,7 +31,7 @@ from tinyfusion_pl.data.shards import (
     MAX_STORED,
     UNUSABLE,
     check_shard,
-    generator_of,
+    get_generator,
     normal,
     posterior_sample,
     read_header,
@@ -83,7 +83,8 @@ class ShardWriter:
         self, numbers: Tensor, moments: Tensor, labels: Tensor, *, digests: Tensor | None = None
     ) -> None:
         """Take one batch of `batches`: numbers (n,), moments (n, 2, 2C, h, w), labels (n,), -1 where there is no image, and checksums of
-        the image files (n,), where there are any; write what is complete."""
+        the image files (n,), where there are any; write what is complete.
+        """
         moments = moments.float().cpu()  # (n, 2, 2C, h, w)
         moments[labels.cpu() < 0] = 0
         batch = {"latents": self._kept(numbers, moments), "labels": labels.cpu()}
@@ -123,7 +124,7 @@ class ShardWriter:
         return moments.to(getattr(torch, self.info.dtype))
 
     def _sample(self, number: int, view: int, moments: Tensor) -> np.ndarray:
-        generator = generator_of(self.info.seed, 2 * number + view)
+        generator = get_generator(self.info.seed, 2 * number + view)
         return posterior_sample(moments.numpy(), normal(generator, self.info.latent_shape))
 
     def _assemble(self, shard: int) -> None:
@@ -220,7 +221,8 @@ def resume(
 
 def finished_samples(root: Path, info: LatentsInfo) -> dict[int, tuple[Path, int | None]]:
     """Number -> file of the samples whose latents are there, those of whole shards, and of parts of others; and the checksum of the image
-    file that they were made of, where it is known."""
+    file that they were made of, where it is known.
+    """
     missing = set(missing_shards(root, info))
     files = [
         (shard_path(root, shard), info.samples(shard))

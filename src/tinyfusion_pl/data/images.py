@@ -167,7 +167,8 @@ class ClassFolders(LabelledImages):
 
 class PackedImages(LabelledImages):
     """An npz file with ``blob``, the bytes of all image files, ``offsets`` (N + 1) into it, ``labels`` (N,), and optionally ``wnids`` (or
-    ``classes``) and ``names`` of the classes."""
+    ``classes``) and ``names`` of the classes.
+    """
 
     def __init__(
         self, path: str | os.PathLike, *, class_to_idx: str | None = None, **reading: Any

@@ -138,7 +138,8 @@ class Inventory:
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
     """What differs between the images of an extraction and those that are there now: numbers of samples, and names of other images.
-    Those in `changed` have another size or time."""
+    Those in `changed` have another size or time.
+    """
 
     inventory: Inventory
     added: list[str]
@@ -151,7 +152,8 @@ class Comparison:
 
 class Slots(Dataset):
     """Sample by number: number, image, label, notes, why there is no image, and the checksum of its file; a sample without an image is
-    black, with the label -1."""
+    black, with the label -1.
+    """
 
     def __init__(self, images: LabelledImages, places: np.ndarray) -> None:
         self.images, self.places = images, places

@@ -27,11 +27,11 @@ from tinyfusion_pl.data.numpy_folders import (
     NUM_CHECKED,
     NumpyFolders,
 )
-from tinyfusion_pl.data.random_latents import RANDOM, random_pictures, write_random_latents
+from tinyfusion_pl.data.random_latents import RANDOM, random_images, write_random_latents
 from tinyfusion_pl.data.real_images import RealImages
 from tinyfusion_pl.data.shards import (
     LatentShards,
-    generator_of,
+    get_generator,
     normal,
     posterior_sample,
     shard_path,
@@ -45,7 +45,7 @@ FEW_CLASSES = 0.9  # the share of the model's classes below which all labels of 
 class DrawnLatents(Dataset):
     """``(draw, index)`` -> training sample (x (C, h, w) float32 scaled, y ()).
 
-    Whether the picture is mirrored (one half of the draws) and the sample of mean and log-variance are functions of (seed, draw): an
+    Whether the image is mirrored (one half of the draws) and the sample of mean and log-variance are functions of (seed, draw): an
     interrupted run goes on with the very numbers that it would have seen.
     """
 
@@ -68,7 +68,7 @@ class DrawnLatents(Dataset):
         """A batch at once, as a DataLoader asks for it: a third of the time of one sample after the other."""
         info = self.shards.info
         draws, indices = zip(*draws_and_indices)
-        generators = [generator_of(self.seed, draw) for draw in draws]
+        generators = [get_generator(self.seed, draw) for draw in draws]
         mirrored = [int(generator.random() < 0.5) for generator in generators]
         latents = self.shards.read_many(indices, mirrored)  # (N, C', h, w)
         if info.content == "moments":
@@ -141,12 +141,12 @@ class ImageNetLatents(GenerationDataModule):
     Args:
         root: Folder of shards (see `LatentShards`), or one with ``imagenet256_features/`` and ``imagenet256_labels/``. ``"random"``: random
             latents of the VAE, in shards in a temporary folder, to try a recipe with.
-        vae: Makes the `VAE` that turns latents into pictures; called when it is needed. None: they cannot be.
+        vae: Makes the `VAE` that turns latents into images; called when it is needed. None: they cannot be.
         scaling_factor: Of the latents that the denoiser works on: 0.18215 with Stable Diffusion's VAE, 0.2325 with MAR's. The reference's
             folders hold scaled latents.
-        pictures: Real images (class folders, or an npz of image files) that samples are held against; None: ``evaluate.reference`` has to
+        images: Real images (class folders, or an npz of image files) that samples are held against; None: ``evaluate.reference`` has to
             say what. ``"random"``: noise, to try a recipe with.
-        class_to_idx: Labels of the classes in shards and in `pictures`, in place of those that they have: ``"imagenet"``, ``"order"`` or a
+        class_to_idx: Labels of the classes in shards and in `images`, in place of those that they have: ``"imagenet"``, ``"order"`` or a
             JSON file, see `label_classes`.
         batch_size, seed, num_workers: See `GenerationDataModule`; the seed also fixes mirroring and the samples of mean and log-variance.
 
@@ -162,17 +162,17 @@ class ImageNetLatents(GenerationDataModule):
         *,
         vae: Callable[[], VAE] | None = None,
         scaling_factor: float = 0.18215,
-        pictures: str | Path | None = None,
+        images: str | Path | None = None,
         class_to_idx: str | None = None,
         batch_size: int = 256,
         seed: int = 0,
         num_workers: int = 8,
     ) -> None:
         super().__init__(batch_size=batch_size, seed=seed, num_workers=num_workers)
-        self.make_vae, self.scaling_factor, self.pictures, self._vae = (
+        self.make_vae, self.scaling_factor, self.images, self._vae = (
             vae,
             float(scaling_factor),
-            pictures,
+            images,
             None,
         )
         self.class_to_idx = class_to_idx
@@ -186,7 +186,7 @@ class ImageNetLatents(GenerationDataModule):
         self.root = self._random_root() if self.is_random else Path(root)
         if (self.root / FINISHED).exists() or (self.root / UNFINISHED).exists():
             self.shards: LatentShards | None = LatentShards(self.root)
-            self._set = DrawnLatents(self.shards, labels=self._labels_of(self.shards), seed=seed)
+            self._set = DrawnLatents(self.shards, labels=self._get_labels(self.shards), seed=seed)
             self.latent_shape, self.num_classes = (
                 self.shards.info.latent_shape,
                 max(self._class_labels) + 1,
@@ -195,7 +195,7 @@ class ImageNetLatents(GenerationDataModule):
             self._set.check_values()
         else:
             self.shards, self._set = None, self._folders(wanted)
-            if class_to_idx is not None and pictures is None:
+            if class_to_idx is not None and images is None:
                 raise ValueError(
                     f"data.class_to_idx is {class_to_idx}, but the labels in {self._set.labels} are numbers, not names of "
                     "classes. Leave it out; or extract shards with task=extract_latents, which know the names."
@@ -220,7 +220,7 @@ class ImageNetLatents(GenerationDataModule):
         if self._vae is None:
             if self.make_vae is None:
                 raise ValueError(
-                    "Turning latents into pictures needs the VAE, and data.vae is not set. Give vae@data.vae=sd (or mar)."
+                    "Turning latents into images needs the VAE, and data.vae is not set. Give vae@data.vae=sd (or mar)."
                 )
             vae = self.make_vae()
             self._check_vae(vae)
@@ -228,7 +228,7 @@ class ImageNetLatents(GenerationDataModule):
         return self._vae
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (N, C, h, w) to pictures (N, 3, H, W), uint8. ValueError for latents of another shape."""
+        """Latents (N, C, h, w) to images (N, 3, H, W), uint8. ValueError for latents of another shape."""
         if latents.ndim != 4 or tuple(latents.shape[1:]) != tuple(self.latent_shape):
             shape = ", ".join(map(str, self.latent_shape))
             raise ValueError(
@@ -246,33 +246,33 @@ class ImageNetLatents(GenerationDataModule):
 
     @cached_property
     def _real(self) -> RealImages:
-        if self.pictures is None:
+        if self.images is None:
             raise ValueError(
-                "There are no real pictures to hold samples against. Give evaluate.reference=FILE.npz (a reference file: the "
-                "published ImageNet ones, or one that task=reference makes), or data.pictures=PATH, images in class folders."
+                "There are no real images to hold samples against. Give evaluate.reference=FILE.npz (a reference file: the "
+                "published ImageNet ones, or one that task=reference makes), or data.images=PATH, images in class folders."
             )
         return RealImages(
-            self.pictures,
+            self.images,
             image_size=self.latent_shape[1] * self.vae.downsampling,
             class_to_idx=self.class_to_idx,
         )
 
-    def reference_pictures(self) -> tuple[Tensor, Tensor]:
-        """The images of `pictures`, centre crops of the size that `decode` gives, and their labels. All are held in memory."""
-        if self.pictures is not None and str(self.pictures) == RANDOM:
+    def reference_images(self) -> tuple[Tensor, Tensor]:
+        """The images of `images`, centre crops of the size that `decode` gives, and their labels. All are held in memory."""
+        if self.images is not None and str(self.images) == RANDOM:
             rank_zero_warn(
-                "The real pictures that samples are held against are noise: every distance to them means nothing."
+                "The real images that samples are held against are noise: every distance to them means nothing."
             )
-            return random_pictures(self.latent_shape[1] * self.vae.downsampling)
-        return self._real.pictures_and_labels
+            return random_images(self.latent_shape[1] * self.vae.downsampling)
+        return self._real.images_and_labels
 
     def reference_classes(self, *, num_classes: int) -> list[int] | None:
-        if self.pictures is not None and str(self.pictures) == RANDOM:
+        if self.images is not None and str(self.images) == RANDOM:
             return None
         return self._real.classes(num_classes=num_classes)
 
     def check_decode(self) -> None:
-        self.vae
+        self.vae  # noqa: B018
 
     def check_labels(self, num_classes: int) -> None:
         if self.shards is not None:
@@ -324,10 +324,10 @@ class ImageNetLatents(GenerationDataModule):
                 raise ValueError(message)
             rank_zero_warn(message)
 
-    def _labels_of(self, shards: LatentShards) -> np.ndarray:
+    def _get_labels(self, shards: LatentShards) -> np.ndarray:
         """The labels of all samples, (N,), by `class_to_idx` where it is given."""
         info = shards.info
-        self._class_labels, self._labelled_by = info.labels_of_classes, info.labelled_by
+        self._class_labels, self._labelled_by = info.labels_per_class, info.labelled_by
         if self.is_random:
             self._labelled_by = GIVEN
         elif self.class_to_idx is not None:
@@ -335,7 +335,7 @@ class ImageNetLatents(GenerationDataModule):
                 info.classes, class_to_idx=self.class_to_idx, where=str(shards.root)
             )
             return relabel(
-                shards.labels, info.labels_of_classes, self._class_labels, where=str(shards.root)
+                shards.labels, info.labels_per_class, self._class_labels, where=str(shards.root)
             )
         return shards.labels
 
@@ -391,7 +391,7 @@ class ImageNetLatents(GenerationDataModule):
         made: dict[str, Any] = self.shards.info.vae
         if self.shards.info.image_size != height * vae.downsampling:
             raise ValueError(
-                f"The VAE of {vae.source} makes pictures of {height * vae.downsampling} pixels from latents of {height}; "
+                f"The VAE of {vae.source} makes images of {height * vae.downsampling} pixels from latents of {height}; "
                 f"those in {self.root} were made of {self.shards.info.image_size} pixels."
             )
         if made["encoder"] != vae.record()["encoder"]:

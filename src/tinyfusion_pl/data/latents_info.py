@@ -31,9 +31,9 @@ class LatentsInfo:
         dtype: ``"float32"`` or ``"float16"``.
         latent_shape: (C, h, w) as a denoiser sees it.
         num_samples, shard_size: Of all shards together, those of `skipped` included, and of each but the last.
-        image_size: Height and width of the pictures.
+        image_size: Height and width of the images.
         vae: `VAE.record`: source, num_channels, downsampling, scaling_factor, encoder.
-        images: Where the pictures were from.
+        images: Where the images were from.
         listing: Of their names and labels, see `LabelledImages.listing`.
         seed: Of kept samples' noise.
         classes: Names of the classes.
@@ -60,7 +60,7 @@ class LatentsInfo:
     skipped: dict[str, int] = field(default_factory=dict, repr=False)
 
     @property
-    def labels_of_classes(self) -> list[int]:
+    def labels_per_class(self) -> list[int]:
         """The label of each of `classes`."""
         return list(range(len(self.classes))) if self.indices is None else self.indices
 
@@ -93,7 +93,7 @@ class LatentsInfo:
         return info
 
     def fingerprint(self) -> str:
-        """16 hexadecimal digits over what decides the numbers, wherever pictures and VAE are: a shard says which extraction it is of."""
+        """16 hexadecimal digits over what decides the numbers, wherever images and VAE are: a shard says which extraction it is of."""
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:16]
 
     def identity(self) -> dict[str, Any]:

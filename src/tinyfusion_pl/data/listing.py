@@ -67,14 +67,16 @@ def is_image(name: str) -> bool:
 
 def find_images(root: str | os.PathLike) -> tuple[list[str], Ignored]:
     """Names below `root` of all files with an image's ending, and what was ignored; linked folders count, numbers in names count (2
-    before 10)."""
+    before 10).
+    """
     ignored = Ignored()
     return sorted(_walk(root, "", ignored), key=by_number), ignored
 
 
 def find_class_folders(root: str | os.PathLike) -> tuple[dict[str, list[str]], Ignored]:
     """Class folder -> names below `root` of its images, in the order of torchvision's ``ImageFolder``, and what was ignored. Folders
-    whose names are numbers come by number."""
+    whose names are numbers come by number.
+    """
     ignored, folders = Ignored(), []
     for name, is_folder in _entries(root, "", ignored):
         if is_folder:

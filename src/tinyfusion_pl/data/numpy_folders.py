@@ -156,7 +156,8 @@ class NumpyFolders(Dataset):
     @cached_property
     def classes(self) -> list[int]:
         """Labels that there are, ascending. Label files are read in a random order, until all classes of the model (1000 where it is not
-        known) were seen."""
+        known) were seen.
+        """
         seen: set[int] = set()
         for index in np.random.default_rng(0).permutation(len(self)).tolist():
             seen.add(self.label(index))

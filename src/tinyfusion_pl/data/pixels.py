@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from tinyfusion_pl.checksums import state_sha256
 from tinyfusion_pl.data.base import GenerationDataModule
 from tinyfusion_pl.data.real_images import RealImages
-from tinyfusion_pl.data.shards import generator_of
+from tinyfusion_pl.data.shards import get_generator
 
 MAX_BYTES = 4 * 2**30  # of all images, which are held in memory
 
@@ -48,7 +48,7 @@ class PixelSet(Dataset):
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, Tensor]:
         draw, index = key if self.takes_draws else (None, key)
         image = self.images[index]
-        if draw is not None and generator_of(self.seed, draw).random() < 0.5:
+        if draw is not None and get_generator(self.seed, draw).random() < 0.5:
             image = image.flip(-1)
         return image.float() / 127.5 - 1, self.labels[index]
 
@@ -110,7 +110,7 @@ class PixelImages(GenerationDataModule):
                 f"{self._real.path} has labels {found[0]} to {found[-1]}, and data.num_classes is {self.num_classes}: 0 to "
                 f"{self.num_classes - 1} were expected. Give the number of classes, or images of these."
             )
-        return self._real.pictures_and_labels
+        return self._real.images_and_labels
 
     def train_set(self) -> Dataset:
         images, labels = self._images_and_labels
@@ -128,7 +128,7 @@ class PixelImages(GenerationDataModule):
         """[-1, 1] to 0..255, (N, 3, image_size, image_size), values outside clamped."""
         return decode_pixels(latents, self.latent_shape)
 
-    def reference_pictures(self) -> tuple[Tensor, Tensor]:
+    def reference_images(self) -> tuple[Tensor, Tensor]:
         """All images, uint8 (N, 3, image_size, image_size), and their labels."""
         images, labels = self._images_and_labels
         return images, labels.long()

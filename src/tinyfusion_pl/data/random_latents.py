@@ -18,7 +18,7 @@ BATCH_SIZE = 32
 def write_random_latents(
     root: Path, vae: VAE, *, image_size: int = 256, num_samples: int = 64, num_classes: int = 1000
 ) -> None:
-    """Write what an extraction with `vae` of `num_samples` pictures would, its mean and log-variance random; the same each time."""
+    """Write what an extraction with `vae` of `num_samples` images would, its mean and log-variance random; the same each time."""
     info = LatentsInfo(
         content="moments",
         dtype="float32",
@@ -50,12 +50,12 @@ def write_random_latents(
     finish(root, info)
 
 
-def random_pictures(
+def random_images(
     image_size: int, *, num_samples: int = 16, num_classes: int = 1000
 ) -> tuple[Tensor, Tensor]:
     """uint8 noise (num_samples, 3, image_size, image_size) and labels (num_samples,); the same each time."""
     generator = torch.Generator().manual_seed(0)
-    pictures = torch.randint(
+    images = torch.randint(
         256, (num_samples, 3, image_size, image_size), dtype=torch.uint8, generator=generator
     )
-    return pictures, torch.randint(num_classes, (num_samples,), generator=generator)
+    return images, torch.randint(num_classes, (num_samples,), generator=generator)

@@ -108,9 +108,7 @@ class ImageReader:
 
     def __post_init__(self) -> None:
         if self.num_channels not in MODES:
-            raise ValueError(
-                f"num_channels is {self.num_channels}; give 3, or 1 for grey pictures."
-            )
+            raise ValueError(f"num_channels is {self.num_channels}; give 3, or 1 for grey images.")
         if self.max_pixels < 1:
             raise ValueError(
                 f"max_pixels is {self.max_pixels}; give a count >= 1 (default {MAX_PIXELS})."

@@ -40,20 +40,20 @@ class RealImages:
             self.path, image_size=self.image_size, class_to_idx=self.class_to_idx, remedy=REMEDY
         )
         for sentence in images.said:
-            rank_zero_warn(f"data.pictures: {sentence}")
+            rank_zero_warn(f"data.images: {sentence}")
         return images
 
     @cached_property
-    def pictures_and_labels(self) -> tuple[Tensor, Tensor]:
+    def images_and_labels(self) -> tuple[Tensor, Tensor]:
         """uint8 (N, 3, size, size) and (N,)."""
-        pictures, counts = [], Counter()
+        read, counts = [], Counter()
         for i in range(len(self.images)):
             pixels, notes, _ = self.images.read(i)
-            pictures.append(pixels)
+            read.append(pixels)
             counts.update(note for note in Note if note in notes)
         for sentence in describe_notes(counts):
-            rank_zero_warn(f"data.pictures: {sentence}")
-        return torch.stack(pictures), torch.from_numpy(self.images.labels)
+            rank_zero_warn(f"data.images: {sentence}")
+        return torch.stack(read), torch.from_numpy(self.images.labels)
 
     def classes(self, *, num_classes: int) -> list[int]:
         """Labels that the images have, ascending.
@@ -69,7 +69,7 @@ class RealImages:
         )
         if found is not None:
             raise ValueError(
-                f"data.pictures={self.path}: {found[0]}. Give data.class_to_idx=FILE, a JSON file {{name: label}}, "
+                f"data.images={self.path}: {found[0]}. Give data.class_to_idx=FILE, a JSON file {{name: label}}, "
                 "data.class_to_idx=imagenet where the names are wnids, or data.class_to_idx=order if 0, 1, ... is right."
             )
         return sorted(set(self.images.labels.tolist()))

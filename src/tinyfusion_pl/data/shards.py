@@ -1,7 +1,7 @@
 """Latents in a few large files: shard k holds the samples k * shard_size to (k + 1) * shard_size - 1, each as it is and mirrored.
 
 A folder of latents is ``latents.json`` (what they are, written last: a folder without it is unfinished) and ``shard-00000.safetensors``,
-..., each with ``latents`` (n, 2, C', h, w), the second place being the picture as it is or mirrored, ``labels`` (n,) int64, and, of an
+..., each with ``latents`` (n, 2, C', h, w), the second place being the image as it is or mirrored, ``labels`` (n,) int64, and, of an
 extraction, ``digests`` (n,) int64, the first 64 bits of the SHA-256 of each image's file (0 where there was none). C' is 2C where mean
 and log-variance are kept, C where a sample is. Values are those of the VAE: the scaling factor is in ``latents.json``, and is applied when
 they are read.
@@ -108,7 +108,7 @@ class LatentShards:
         return {**self.__dict__, "_files": {}}  # another process opens its own
 
     def read(self, index: int, view: int) -> np.ndarray:
-        """What is kept of sample `index`, (C', h, w) float32, of its picture as it is (`view` 0) or mirrored (1); see `read_many`."""
+        """What is kept of sample `index`, (C', h, w) float32, of its image as it is (`view` 0) or mirrored (1); see `read_many`."""
         return self.read_many([index], [view])[0]
 
     def read_many(self, indices: Sequence[int], views: Sequence[int]) -> np.ndarray:
@@ -142,7 +142,7 @@ class LatentShards:
                 else "values that are not finite"
             )
             raise ArtifactError(
-                f"Sample {index} in shard {self._path_of(index)} holds {what}: the file is damaged. "
+                f"Sample {index} in shard {self._get_path(index)} holds {what}: the file is damaged. "
                 f"Delete it and {FINISHED} and extract again: only what is missing is made."
             )
         return values
@@ -161,16 +161,16 @@ class LatentShards:
             )
         except OSError as error:
             raise ArtifactError(
-                f"Sample {index} cannot be read: shard {self._path_of(index)}: {error.strerror}. It was there when "
+                f"Sample {index} cannot be read: shard {self._get_path(index)}: {error.strerror}. It was there when "
                 "training began; put it back, and the same command goes on."
             ) from error
         if num_read != row.nbytes:
             raise ArtifactError(
-                f"Sample {index} cannot be read: shard {self._path_of(index)} was whole when training began and is "
+                f"Sample {index} cannot be read: shard {self._get_path(index)} was whole when training began and is "
                 "cut now. Put it back, and the same command goes on."
             )
 
-    def _path_of(self, index: int) -> Path:
+    def _get_path(self, index: int) -> Path:
         return shard_path(self.root, index // self.info.shard_size)
 
     def _open(self, shard: int) -> Any:
@@ -258,7 +258,7 @@ def posterior_sample(moments: np.ndarray, noise: np.ndarray) -> np.ndarray:
     return mean + np.exp(0.5 * np.clip(log_variance, -30, 20)) * noise  # (..., C, h, w)
 
 
-def generator_of(seed: int, number: int) -> np.random.Generator:
+def get_generator(seed: int, number: int) -> np.random.Generator:
     """Random numbers that are a function of (seed, number) alone: a counter-based generator (Philox) with that key."""
     return np.random.Generator(np.random.Philox(key=[seed, number]))
 

@@ -1,4 +1,4 @@
-"""The autoencoder between pictures and latents: diffusers' AutoencoderKL from a folder, the Hugging Face hub or a CompVis checkpoint.
+"""The autoencoder between images and latents: diffusers' AutoencoderKL from a folder, the Hugging Face hub or a CompVis checkpoint.
 
 Published: DiT, SiT, U-ViT and U-DiT work on Stable Diffusion's VAE (8 times smaller, 4 channels, scaled by 0.18215; Rombach et al.,
 arXiv 2112.10752), MAR on a KL-16 of its own (16 times smaller, 16 channels, scaled by 0.2325; Li et al., arXiv 2406.11838).
@@ -44,16 +44,16 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 
 class VAE:
-    """Pictures to latents and back, in batches.
+    """Images to latents and back, in batches.
 
     Args:
         model: A diffusers ``AutoencoderKL``, put into evaluation mode.
         source: Where its weights are from, for records and messages.
         scaling_factor: Of latents; None: that of the model's configuration.
-        batch_size: Pictures that go through it at once, >= 1.
+        batch_size: Images that go through it at once, >= 1.
         precision: ``"float32"`` or ``"bfloat16"``, of weights and computation.
-        slicing: Work on one picture of a batch at a time: less memory.
-        tiling: Work on overlapping tiles of large pictures: less memory, slightly other results.
+        slicing: Work on one image of a batch at a time: less memory.
+        tiling: Work on overlapping tiles of large images: less memory, slightly other results.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class VAE:
         (model.enable_tiling if tiling else model.disable_tiling)()
 
     def latent_shape(self, image_size: int) -> tuple[int, int, int]:
-        """(C, h, w) of the latents of square pictures. ValueError for a size that is no multiple of `downsampling`."""
+        """(C, h, w) of the latents of square images. ValueError for a size that is no multiple of `downsampling`."""
         if image_size < 1 or image_size % self.downsampling:
             raise ValueError(
                 f"image_size is {image_size}; the VAE of {self.source} takes multiples of {self.downsampling}."
@@ -114,22 +114,22 @@ class VAE:
         return self.num_channels, image_size // self.downsampling, image_size // self.downsampling
 
     @torch.no_grad()
-    def encode(self, pictures: Tensor) -> Tensor:
-        """uint8 pictures (N, 3, H, W) to the posterior's mean and log-variance, (N, 2C, h, w) float32, not scaled."""
-        if pictures.dtype != torch.uint8 or pictures.ndim != 4 or pictures.shape[1] != 3:
+    def encode(self, images: Tensor) -> Tensor:
+        """uint8 images (N, 3, H, W) to the posterior's mean and log-variance, (N, 2C, h, w) float32, not scaled."""
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(
-                f"The VAE takes uint8 pictures (N, 3, H, W); these are {pictures.dtype} {tuple(pictures.shape)}."
+                f"The VAE takes uint8 images (N, 3, H, W); these are {images.dtype} {tuple(images.shape)}."
             )
-        self.model.to(pictures.device)
+        self.model.to(images.device)
         moments = []
-        for part in pictures.split(self.batch_size):
+        for part in images.split(self.batch_size):
             x = part.to(self.model.dtype) / 127.5 - 1  # (n, 3, H, W) in [-1, 1]
             moments.append(self.model.encode(x).latent_dist.parameters.float())  # (n, 2C, h, w)
         return torch.cat(moments)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents (N, C, h, w) to uint8 pictures (N, 3, H, W) on their device.
+        """Scaled latents (N, C, h, w) to uint8 images (N, 3, H, W) on their device.
 
         Raises:
             ValueError: for latents of another channel count, or that are not finite.
@@ -144,13 +144,13 @@ class VAE:
                 "The latents hold values that are not finite: the model that made them has diverged."
             )
         self.model.to(latents.device)
-        pictures = []
+        images = []
         for part in latents.split(self.batch_size):
             x = self.model.decode(
                 (part.float() / self.scaling_factor).to(self.model.dtype)
             ).sample  # (n, 3, H, W) in [-1, 1]
-            pictures.append((x.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8))
-        return torch.cat(pictures)
+            images.append((x.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8))
+        return torch.cat(images)
 
     def record(self) -> dict[str, Any]:
         """What latents must share to be of this VAE, and where it is from: plain data."""
@@ -202,7 +202,7 @@ def load_vae(
         )
     if str(source) == RANDOM:
         rank_zero_warn(
-            f"The VAE is randomly initialised (architecture {architecture!r}): its latents and its pictures mean nothing."
+            f"The VAE is randomly initialised (architecture {architecture!r}): its latents and its images mean nothing."
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # the same one each time: what it encoded is its own
@@ -226,7 +226,8 @@ def load_vae(
 
 def encoder_fingerprint(model: Any) -> str:
     """16 hexadecimal digits over the encoder's weights, rounded to float16: the same for a half precision copy, and for VAEs that differ in
-    the decoder alone, as sd-vae-ft-ema and sd-vae-ft-mse do."""
+    the decoder alone, as sd-vae-ft-ema and sd-vae-ft-mse do.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         if name.startswith(("encoder.", "quant_conv.")):

@@ -1,5 +1,6 @@
 """Names of an autoencoder's weights into those of diffusers' AutoencoderKL: the CompVis layout (latent diffusion, and MAR's kl16.ckpt), and
-the names that diffusers' attention layers had first."""
+the names that diffusers' attention layers had first.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +68,7 @@ def is_compvis(state: Mapping[str, Tensor]) -> bool:
 def compvis_to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights under diffusers' names; those of the training loss (``loss.``) are left out.
 
-    The decoder's levels are numbered from the picture inward in one layout and outward in the other.
+    The decoder's levels are numbered from the image inward in one layout and outward in the other.
     """
     num_levels = 1 + max(
         (int(found[2]) for key in state if (found := _LEVEL.fullmatch(key))), default=0

@@ -9,7 +9,7 @@ from tinyfusion_pl.distill.interval_losses import TeacherRuns, interval_loss, in
 from tinyfusion_pl.distill.intervals import (
     Interval,
     check_single_blocks,
-    intervals_of,
+    get_intervals,
     resolve_intervals,
 )
 from tinyfusion_pl.distill.lift import lift_loss
@@ -20,6 +20,6 @@ from tinyfusion_pl.distill.teacher import Teacher
 __all__ = [
     "Depth", "Distillation", "HiddenStates", "Interval", "StudentOutputs", "Teacher", "TeacherRuns", "TeacherStates", "check_pairs",
     "check_single_blocks", "depths", "feature_loss", "float_tensors", "in_backward", "interval_loss", "interval_losses", "interval_order",
-    "intervals_of", "lift_loss", "needs_grad", "output_loss", "predictions", "resolve_intervals", "resolve_pairs", "restore",
+    "get_intervals", "lift_loss", "needs_grad", "output_loss", "predictions", "resolve_intervals", "resolve_pairs", "restore",
     "within_sigma",
 ]  # fmt: skip

@@ -18,7 +18,7 @@ from tinyfusion_pl.pruning import get_stack
 from tinyfusion_pl.pruning.batch_axes import plan_batch, shape_key
 from tinyfusion_pl.pruning.calls import Call, block_signature, unwrapped
 from tinyfusion_pl.pruning.sharding import gathered
-from tinyfusion_pl.pruning.streams import Key, items_of
+from tinyfusion_pl.pruning.streams import Key, get_items
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Layout:
 
     def take(self, output: Any) -> dict[Key, Tensor]:
         """The hidden states in `output`, batch first; without those that it has None for."""
-        items = items_of(output)
+        items = get_items(output)
         if len(self.keys) == len(items) == 1:  # a tensor, and a tuple with nothing but that
             return {self.keys[0]: next(iter(items.values())).movedim(self.axis, 0)}
         return {
@@ -43,7 +43,7 @@ class Layout:
 _LAYOUTS: weakref.WeakKeyDictionary[nn.Module, dict[tuple, Layout]] = weakref.WeakKeyDictionary()
 
 
-def layout_of(
+def get_layout(
     block: nn.Module, call: Call, output: Any, *, given: Sequence[str] | None, name: str
 ) -> Layout:
     """The layout of what `block` returned for `call`; the block is run a few times, once for each pattern of shapes.
@@ -67,13 +67,13 @@ def _find_layout(
                 block, block.forward, call, given=list(given) if given else None, name=name
             )
         return Layout(
-            tuple(key for key in items_of(output) if key in plan.streams.inputs), plan.axis
+            tuple(key for key in get_items(output) if key in plan.streams.inputs), plan.axis
         )
     except ValueError:
         # Not a block that could be dropped, because its hidden states change their shape; if there is one of them, that is it.
         found = [
             key
-            for key, item in items_of(output).items()
+            for key, item in get_items(output).items()
             if isinstance(item, Tensor) and item.is_floating_point()
         ]
         sequence_first = any(getattr(m, "batch_first", True) is False for m in block.modules())
@@ -207,7 +207,7 @@ class HiddenStates(BlockOutputs):
         if self.found is None or in_backward():
             return
         call, name = Call(block_signature(block), args, kwargs), f"{self.path}.{index}"
-        self.layouts[index] = layout_of(block, call, output, given=self.streams, name=name)
+        self.layouts[index] = get_layout(block, call, output, given=self.streams, name=name)
         states = tuple(self.layouts[index].take(output).values())
         self.found[index] = states[0] if len(states) == 1 else states
 

@@ -33,7 +33,7 @@ class Interval:
 Intervals = Mapping[str, Sequence[Interval]]
 
 
-def intervals_of(kept_blocks: Sequence[int], num_blocks: int) -> list[Interval]:
+def get_intervals(kept_blocks: Sequence[int], num_blocks: int) -> list[Interval]:
     """The interval of each of `kept_blocks` (ascending) of a teacher's stack of `num_blocks`; together they are the whole stack."""
     starts = [0, *kept_blocks[1:]]
     ends = [*(start - 1 for start in starts[1:]), num_blocks - 1]
@@ -79,5 +79,5 @@ def resolve_intervals(
             continue
         check_single_blocks(teacher, inside, stack.units)
         check_decision(stack, inside, student, teacher)
-        found[inside] = intervals_of(stack.kept_blocks, stack.num_blocks)
+        found[inside] = get_intervals(stack.kept_blocks, stack.num_blocks)
     return found

@@ -1,4 +1,4 @@
-"""Quality of generated pictures: FID, sFID, Inception score, precision, recall, accuracy over a feature network of one's choice."""
+"""Quality of generated images: FID, sFID, Inception score, precision, recall, accuracy over a feature network of one's choice."""
 
 from tinyfusion_pl.metrics import functional
 from tinyfusion_pl.metrics.accuracy import LabelAccuracy

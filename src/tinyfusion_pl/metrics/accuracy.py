@@ -1,4 +1,4 @@
-"""How often a classifier names generated pictures as the classes they were asked to be."""
+"""How often a classifier names generated images as the classes they were asked to be."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tinyfusion_pl.metrics.features import Features
 
 
 class LabelAccuracy(FeatureMetric):
-    """The share of pictures whose largest logit is their label; pictures without labels give no accuracy.
+    """The share of images whose largest logit is their label; images without labels give no accuracy.
 
     Args:
         num_classes: Width of the logits.
@@ -30,7 +30,7 @@ class LabelAccuracy(FeatureMetric):
     def update(
         self, logits: Features | Tensor, labels: Tensor | None = None, *, real: bool = False
     ) -> None:
-        """Add logits (N, classes) of pictures that should be `labels` (N,)."""
+        """Add logits (N, classes) of images that should be `labels` (N,)."""
         if real:
             return
         x = self._rows(logits)
@@ -45,7 +45,7 @@ class LabelAccuracy(FeatureMetric):
         """`ValueError` unless `labels` are `num` classes of the network."""
         if labels.shape != (num,):
             raise ValueError(
-                f"{num} pictures need labels of shape ({num},); these are {tuple(labels.shape)}."
+                f"{num} images need labels of shape ({num},); these are {tuple(labels.shape)}."
             )
         if num and not 0 <= labels.min() <= labels.max() < self.num_features:
             raise ValueError(
@@ -54,10 +54,10 @@ class LabelAccuracy(FeatureMetric):
             )
 
     def compute(self) -> dict[str, Tensor]:
-        """``accuracy``, float64, 0 to 1; nothing where no picture had a label."""
+        """``accuracy``, float64, 0 to 1; nothing where no image had a label."""
         right, labelled, seen = (int(x) for x in (self.right, self.labelled, self.seen))
         if labelled not in (0, seen):
             raise ValueError(
-                f"{labelled} of {seen} generated pictures have labels. Give labels with all or with none."
+                f"{labelled} of {seen} generated images have labels. Give labels with all or with none."
             )
         return {"accuracy": self.right.double() / labelled} if labelled else {}

@@ -1,4 +1,4 @@
-"""What the metrics share: they accumulate what a feature network said of pictures, over batches and processes in any order."""
+"""What the metrics share: they accumulate what a feature network said of images, over batches and processes in any order."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class FeatureMetric(Metric):
 
     is_differentiable = False
     full_state_update = False
-    num_required = 1  # pictures of each side
+    num_required = 1  # images of each side
     needs_reference = True
     SETTINGS: tuple[str, ...] = ()
 
@@ -53,12 +53,12 @@ class FeatureMetric(Metric):
         if not torch.isfinite(x).all():
             wrong = (~torch.isfinite(x)).any(1).nonzero().flatten().tolist()
             raise ValueError(
-                f"{len(wrong)} of {len(x)} pictures have {self.of} that are not finite (places {wrong[:8]} of the batch)."
+                f"{len(wrong)} of {len(x)} images have {self.of} that are not finite (places {wrong[:8]} of the batch)."
             )
         return x.detach().to(self.device)
 
     def settings(self) -> dict[str, Any]:
-        """What decides the number beside the pictures."""
+        """What decides the number beside the images."""
         return {"of": self.of, **{name: getattr(self, name) for name in self.SETTINGS}}
 
     def reset(self) -> None:

@@ -28,19 +28,19 @@ SPLIT_SEED = 0
 
 
 def digits_split() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """(pictures, labels) to train on (1437) and held out (360), by label alike: uint8 (N, 1, 8, 8) and int64 (N,)."""
+    """(images, labels) to train on (1437) and held out (360), by label alike: uint8 (N, 1, 8, 8) and int64 (N,)."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
     images, labels = load_digits(return_X_y=True)
-    pictures = (
+    pixels = (
         torch.from_numpy(images).mul(255 / 16).round().to(torch.uint8).view(-1, 1, 8, 8)
     )  # as the data module's
     labels = torch.from_numpy(labels).long()
     train, test = train_test_split(
         range(len(labels)), test_size=HELD_OUT, random_state=SPLIT_SEED, stratify=labels
     )
-    return (pictures[train], labels[train]), (pictures[test], labels[test])
+    return (pixels[train], labels[train]), (pixels[test], labels[test])
 
 
 def train_digits_classifier(
@@ -52,7 +52,7 @@ def train_digits_classifier(
     weight_decay: float = 1e-2,
 ) -> DigitsClassifier:
     """A classifier trained from `seed`: AdamW, one-cycle schedule. Global generators are left as they were."""
-    (pictures, labels), _ = digits_split()
+    (pixels, labels), _ = digits_split()
     num_steps = num_epochs * (len(labels) // batch_size)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -61,7 +61,7 @@ def train_digits_classifier(
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=num_steps)
         for _ in range(num_epochs):
             for batch in torch.randperm(len(labels)).split(batch_size)[: len(labels) // batch_size]:
-                logits = classifier(_shifted(pictures[batch])).logits  # (N, 10)
+                logits = classifier(_shifted(pixels[batch])).logits  # (N, 10)
                 optimizer.zero_grad()
                 F.cross_entropy(logits, labels[batch]).backward()
                 optimizer.step()
@@ -71,8 +71,8 @@ def train_digits_classifier(
 
 def held_out_accuracy(classifier: DigitsClassifier) -> float:
     """The share of the 360 held-out digits that the classifier names correctly."""
-    _, (pictures, labels) = digits_split()
-    return (classifier(pictures).logits.argmax(1) == labels).double().mean().item()
+    _, (pixels, labels) = digits_split()
+    return (classifier(pixels).logits.argmax(1) == labels).double().mean().item()
 
 
 def write_digits_classifier(folder: Path, *, seed: int = 0) -> dict[str, Any]:
@@ -103,10 +103,10 @@ def write_digits_classifier(folder: Path, *, seed: int = 0) -> dict[str, Any]:
     return record
 
 
-def _shifted(pictures: Tensor) -> Tensor:
-    """Each picture moved by -1, 0 or 1 pixel along both axes, black coming in."""
-    num, _, height, width = pictures.shape
-    padded = F.pad(pictures, (1, 1, 1, 1))  # (N, 1, H + 2, W + 2)
+def _shifted(pixels: Tensor) -> Tensor:
+    """Each image moved by -1, 0 or 1 pixel along both axes, black coming in."""
+    num, _, height, width = pixels.shape
+    padded = F.pad(pixels, (1, 1, 1, 1))  # (N, 1, H + 2, W + 2)
     down, right = torch.randint(0, 3, (2, num, 1, 1))
     rows, columns = (
         torch.arange(height).view(1, -1, 1) + down,

@@ -8,7 +8,7 @@ from importlib.resources import as_file, files
 from torch import Tensor, nn
 
 from tinyfusion_pl.artifacts import load_tensors
-from tinyfusion_pl.metrics.features import Features, check_pictures, spatial_features
+from tinyfusion_pl.metrics.features import Features, check_images, spatial_features
 
 ASSETS = (
     files("tinyfusion_pl") / "assets" / "digits_classifier"
@@ -16,7 +16,7 @@ ASSETS = (
 
 
 class DigitsClassifier(nn.Module):
-    """Grey 8x8 pictures, uint8 (N, 1, 8, 8), to features (N, 64), logits (N, 10) of the digits 0..9 and spatial features (N, 112).
+    """Grey 8x8 images, uint8 (N, 1, 8, 8), to features (N, 64), logits (N, 10) of the digits 0..9 and spatial features (N, 112).
 
     The spatial ones are the first 7 channels of its last convolution, flattened in height, width, channel order, as sFID's of Inception.
     """
@@ -31,9 +31,9 @@ class DigitsClassifier(nn.Module):
         self.neck = nn.Sequential(nn.Flatten(), nn.Linear(256, self.num_features), nn.ReLU())
         self.head = nn.Linear(self.num_features, self.num_classes)
 
-    def forward(self, pictures: Tensor) -> Features:
-        check_pictures(pictures, num_channels=1, size=(8, 8))
-        x = pictures.to(self.head.weight.dtype) / 127.5 - 1  # (N, 1, 8, 8)
+    def forward(self, images: Tensor) -> Features:
+        check_images(images, num_channels=1, size=(8, 8))
+        x = images.to(self.head.weight.dtype) / 127.5 - 1  # (N, 1, 8, 8)
         maps = self.body[:4](x)  # (N, 64, 4, 4)
         features = self.neck(self.body[4:](maps))  # (N, 64)
         return Features(

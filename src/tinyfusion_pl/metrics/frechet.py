@@ -13,7 +13,7 @@ from tinyfusion_pl.metrics.functional import frechet_distance
 
 
 class FrechetDistance(FeatureMetric):
-    """Accumulates sums of features and of their products in float64: O(D^2) whatever the number of pictures.
+    """Accumulates sums of features and of their products in float64: O(D^2) whatever the number of images.
 
     Args:
         num_features: D.
@@ -51,18 +51,18 @@ class FrechetDistance(FeatureMetric):
         self._given: tuple[Tensor, Tensor] | None = None
 
     def update(self, features: Features | Tensor, *, real: bool = False) -> None:
-        """Add features (N, D) of generated pictures, or of the reference (`real`)."""
+        """Add features (N, D) of generated images, or of the reference (`real`)."""
         x, side = self._rows(features).double(), "reference" if real else "samples"
         if real and self._given is not None:
             raise ValueError(
-                "The reference's statistics were given; pictures cannot be added to them."
+                "The reference's statistics were given; images cannot be added to them."
             )
         setattr(self, f"{side}_sum", getattr(self, f"{side}_sum") + x.sum(0))
         setattr(self, f"{side}_products", getattr(self, f"{side}_products") + x.T @ x)
         setattr(self, f"{side}_number", getattr(self, f"{side}_number") + len(x))
 
     def set_reference(self, mu: Any, sigma: Any) -> None:
-        """Take mean (D,) and covariance (D, D) in place of reference pictures, on every process alike."""
+        """Take mean (D,) and covariance (D, D) in place of reference images, on every process alike."""
         mu, sigma = (torch.as_tensor(x).double() for x in (mu, sigma))
         self.check_statistics(mu, sigma)
         self._given = mu, sigma
@@ -82,7 +82,7 @@ class FrechetDistance(FeatureMetric):
         """Mean (D,) and unbiased covariance (D, D) of this process's ``"reference"`` or ``"samples"``, float64.
 
         Raises:
-            ValueError: for fewer than 2 pictures.
+            ValueError: for fewer than 2 images.
         """
         if side == "reference" and self._given is not None:
             return self._given
@@ -96,7 +96,7 @@ class FrechetDistance(FeatureMetric):
                 else ("reference", "update(features, real=True)")
             )
             raise ValueError(
-                f"A Fréchet distance needs 2 or more {kind} pictures and has {num}: call {call} first."
+                f"A Fréchet distance needs 2 or more {kind} images and has {num}: call {call} first."
             )
         mean = total / num
         return mean, (products - num * torch.outer(mean, mean)) / (num - 1)

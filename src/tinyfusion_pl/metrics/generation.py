@@ -1,4 +1,4 @@
-"""How good generated pictures are: one run of the feature network a batch, and every metric over what it said."""
+"""How good generated images are: one run of the feature network a batch, and every metric over what it said."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torchmetrics import Metric, MetricCollection
 from tinyfusion_pl.artifacts import tensors_sha256
 from tinyfusion_pl.metrics.accuracy import LabelAccuracy
 from tinyfusion_pl.metrics.base import FeatureMetric, RowsMetric
-from tinyfusion_pl.metrics.features import FeatureNetwork, Features, check_pictures
+from tinyfusion_pl.metrics.features import FeatureNetwork, Features, check_images
 from tinyfusion_pl.metrics.frechet import FrechetDistance
 from tinyfusion_pl.metrics.inception_score import InceptionScore
 from tinyfusion_pl.metrics.precision_recall import PrecisionRecall
@@ -20,10 +20,10 @@ from tinyfusion_pl.metrics.reference import Reference
 
 
 class GenerationMetrics(nn.Module):
-    """Metrics of pictures over one feature network.
+    """Metrics of images over one feature network.
 
     Sums are kept in float64 and added up over all processes when `compute` is called, which every process must do; each process gives its
-    own share of the pictures, of the reference too. Results depend on the pictures and their numbers alone: not on batches, processes,
+    own share of the images, of the reference too. Results depend on the images and their numbers alone: not on batches, processes,
     their order, or any random generator.
 
     Args:
@@ -35,10 +35,10 @@ class GenerationMetrics(nn.Module):
     Example:
         >>> from tinyfusion_pl.data import DigitsDataModule
         >>> from tinyfusion_pl.metrics import GenerationMetrics, load_digits_classifier
-        >>> pictures, labels = DigitsDataModule().reference_pictures()
+        >>> images, labels = DigitsDataModule().reference_images()
         >>> metrics = GenerationMetrics(load_digits_classifier())
-        >>> metrics.update_reference(pictures[:900])
-        >>> metrics.update(pictures[900:], labels[900:])
+        >>> metrics.update_reference(images[:900])
+        >>> metrics.update(images[900:], labels[900:])
         >>> {name: round(value, 1) for name, value in metrics.compute().items()}
         {'fid': 6.0, 'sfid': 3.0, 'inception_score': 9.9, 'precision': 0.8, 'recall': 0.8, 'accuracy': 1.0}
     """
@@ -74,35 +74,33 @@ class GenerationMetrics(nn.Module):
     def device(self) -> torch.device:
         return self.samples.device
 
-    def features(self, pictures: Tensor) -> Features:
-        """What the feature network says of pictures, uint8 (N, C, H, W)."""
-        check_pictures(pictures)
-        pictures = pictures.to(self.device)
-        with torch.no_grad(), torch.autocast(pictures.device.type, enabled=False):
-            return Features(
-                *(x if x is None else x.float() for x in self.feature_network(pictures))
-            )
+    def features(self, images: Tensor) -> Features:
+        """What the feature network says of images, uint8 (N, C, H, W)."""
+        check_images(images)
+        images = images.to(self.device)
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+            return Features(*(x if x is None else x.float() for x in self.feature_network(images)))
 
     def update(
-        self, pictures: Tensor, labels: Tensor | None = None, *, indices: Tensor | None = None
+        self, images: Tensor, labels: Tensor | None = None, *, indices: Tensor | None = None
     ) -> None:
-        """Add generated pictures, uint8 (N, C, H, W), the classes (N,) they were asked to be, and their numbers (N,) among all samples.
+        """Add generated images, uint8 (N, C, H, W), the classes (N,) they were asked to be, and their numbers (N,) among all samples.
 
         Leave `labels` out where the network's logits are not the classes of the data: there is no accuracy then. Without `indices`,
-        pictures are numbered as they come, which one process alone may do.
+        images are numbered as they come, which one process alone may do.
         """
-        self.update_features(self.features(pictures), labels, indices=indices)
+        self.update_features(self.features(images), labels, indices=indices)
 
     def update_features(
         self, features: Features, labels: Tensor | None = None, *, indices: Tensor | None = None
     ) -> None:
-        """As `update`, of what `features` said of the pictures."""
+        """As `update`, of what `features` said of the images."""
         num = len(features.features)
         if indices is None:
             indices = self.samples.next(num)
         elif indices.shape != (num,):
             raise ValueError(
-                f"{num} pictures need numbers of shape ({num},); these are {tuple(indices.shape)}."
+                f"{num} images need numbers of shape ({num},); these are {tuple(indices.shape)}."
             )
         for metric in self.collection.values():
             if labels is not None and isinstance(metric, LabelAccuracy):
@@ -112,41 +110,41 @@ class GenerationMetrics(nn.Module):
         )
         self.samples.update(indices)
 
-    def update_reference(self, pictures: Tensor) -> None:
-        """Add real pictures, uint8 (N, C, H, W), to what generated ones are held against."""
-        self.update_reference_features(self.features(pictures))
+    def update_reference(self, images: Tensor) -> None:
+        """Add real images, uint8 (N, C, H, W), to what generated ones are held against."""
+        self.update_reference_features(self.features(images))
 
     def update_reference_features(self, features: Features) -> None:
-        """As `update_reference`, of what `features` said of the pictures."""
+        """As `update_reference`, of what `features` said of the images."""
         for metric in self.collection.values():
             metric.update(features, real=True)
 
     def set_reference(
         self, reference: Reference, *, rank: int = 0, world_size: int = 1, batch_size: int = 64
     ) -> None:
-        """Hold samples against a file's statistics, features or pictures; process `rank` of `world_size` takes its share.
+        """Hold samples against a file's statistics, features or images; process `rank` of `world_size` takes its share.
 
         Raises:
             ValueError: when the file was made with another feature network, or lacks what a metric needs.
         """
         self.check_reference(reference)
         self.reset(reference=True)
-        need_pictures = []
+        need_images = []
         for metric in self.collection.values():
             if isinstance(metric, FrechetDistance) and metric.of in reference.statistics:
                 metric.set_reference(*reference.statistics[metric.of])
             elif reference.features is not None and metric.of == "features":
                 metric.update(reference.features[rank::world_size].to(self.device), real=True)
             elif metric.needs_reference:
-                need_pictures.append(metric)
-        if need_pictures:
-            for batch in reference.pictures[rank::world_size].split(batch_size):
+                need_images.append(metric)
+        if need_images:
+            for batch in reference.images[rank::world_size].split(batch_size):
                 features = self.features(batch)
-                for metric in need_pictures:
+                for metric in need_images:
                     metric.update(features, real=True)
 
     def reference_state(self) -> dict[str, Tensor]:
-        """What this process knows of the reference's pictures, ``<metric>.<state>`` -> tensor, for `load_reference_state`."""
+        """What this process knows of the reference's images, ``<metric>.<state>`` -> tensor, for `load_reference_state`."""
         state = {}
         for name, metric in self.collection.items():
             for key in (key for key in metric._defaults if key.startswith("reference_")):
@@ -155,7 +153,7 @@ class GenerationMetrics(nn.Module):
         return state
 
     def load_reference_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take what `reference_state` of the same metrics gave, in place of the reference's pictures."""
+        """Take what `reference_state` of the same metrics gave, in place of the reference's images."""
         self.reset(reference=True)
         for name, metric in self.collection.items():
             for key in (key for key in metric._defaults if key.startswith("reference_")):
@@ -177,21 +175,21 @@ class GenerationMetrics(nn.Module):
             elif reference.features is not None and metric.of == "features":
                 if reference.features.shape[1] != metric.num_features:
                     raise ValueError(
-                        f"{reference.path} holds {reference.features.shape[1]} features of each picture; this feature network "
+                        f"{reference.path} holds {reference.features.shape[1]} features of each image; this feature network "
                         f"gives {metric.num_features}. Make it anew with this one (task=reference)."
                     )
-            elif reference.pictures is None and metric.needs_reference:
+            elif reference.images is None and metric.needs_reference:
                 raise ValueError(
-                    f"{reference.path} holds {reference.contents()}: not enough for {name!r}, which needs pictures (arr_0). "
-                    "Leave that metric out, or make a reference from pictures (task=reference)."
+                    f"{reference.path} holds {reference.contents()}: not enough for {name!r}, which needs images (arr_0). "
+                    "Leave that metric out, or make a reference from images (task=reference)."
                 )
 
     def check(self, *, num_samples: int, num_reference: int | None = None) -> None:
-        """`ValueError` where a metric cannot be had of so many pictures: before they are made."""
+        """`ValueError` where a metric cannot be had of so many images: before they are made."""
         for name, metric in self.collection.items():
             for kind, num in (
                 ("samples", num_samples),
-                ("reference pictures", num_reference if metric.needs_reference else None),
+                ("reference images", num_reference if metric.needs_reference else None),
             ):
                 if num is not None and num < metric.num_required:
                     raise ValueError(
@@ -212,7 +210,7 @@ class GenerationMetrics(nn.Module):
         return results
 
     def reset(self, *, reference: bool = False) -> None:
-        """Forget the generated pictures, and with `reference` the real ones too."""
+        """Forget the generated images, and with `reference` the real ones too."""
         for metric in self.collection.values():
             metric.reset_real_features = reference
             metric.reset()
@@ -228,7 +226,7 @@ class GenerationMetrics(nn.Module):
         }
 
     def settings(self) -> dict[str, dict[str, Any]]:
-        """Name -> what decides its number beside the pictures: for the protocol of a result."""
+        """Name -> what decides its number beside the images: for the protocol of a result."""
         return {
             name: {
                 "metric": type(self.collection[name]).__name__,
@@ -238,7 +236,7 @@ class GenerationMetrics(nn.Module):
         }
 
     def protocol(self, **made: Any) -> dict[str, Any]:
-        """What two results must share to be comparable: how the pictures were `made`, the feature network, each metric's settings."""
+        """What two results must share to be comparable: how the images were `made`, the feature network, each metric's settings."""
         return {**made, "feature_network": self.fingerprint(), "metrics": self.settings()}
 
     def fingerprint(self) -> str:
@@ -278,7 +276,7 @@ class _Samples(RowsMetric):
             and torch.distributed.get_world_size() > 1
         ):
             raise ValueError(
-                "Several processes share the samples: give their numbers, update(pictures, labels, indices=...)."
+                "Several processes share the samples: give their numbers, update(images, labels, indices=...)."
             )
         return torch.arange(num) + sum(len(rows) for rows in self.numbers)
 

@@ -1,4 +1,4 @@
-"""The feature network for pictures: the InceptionV3 of 2015 that published FID and IS are measured with.
+"""The feature network for images: the InceptionV3 of 2015 that published FID and IS are measured with.
 
 Architecture, weights and TensorFlow-1 resizing are torch-fidelity's, which reproduces the reference implementation.
 """
@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from tinyfusion_pl.artifacts import ArtifactError
-from tinyfusion_pl.metrics.features import Features, check_pictures, spatial_features
+from tinyfusion_pl.metrics.features import Features, check_images, spatial_features
 from tinyfusion_pl.models.download import cache_folder, fetch
 
 RANDOM = "random"
 
 
 class InceptionFeatures(nn.Module):
-    """Colour pictures of any size, uint8 (N, 3, H, W), to features (N, 2048), bias-free logits (N, 1008), spatial features (N, 2023).
+    """Colour images of any size, uint8 (N, 3, H, W), to features (N, 2048), bias-free logits (N, 1008), spatial features (N, 2023).
 
     The spatial ones, for sFID, are the first 7 channels of the first 1x1 branch of ``Mixed_6d`` after batch norm and ReLU. The
     logits are ImageNet's classes in an order of their own, so `GenerationMetrics` measures no accuracy with this network.
@@ -52,14 +52,14 @@ class InceptionFeatures(nn.Module):
         except (RuntimeError, TypeError) as error:
             raise _not_weights(path, error) from error
 
-    def forward(self, pictures: Tensor) -> Features:
-        check_pictures(pictures, num_channels=3)
+    def forward(self, images: Tensor) -> Features:
+        check_images(images, num_channels=3)
         maps: list[Tensor] = []
         handle = self.network.Mixed_6d.branch1x1.register_forward_hook(
             lambda _, __, output: maps.append(output)
         )
         try:
-            features, logits = self.network(pictures)
+            features, logits = self.network(images)
         finally:
             handle.remove()
         return Features(

@@ -65,6 +65,6 @@ class InceptionScore(RowsMetric):
         rows = self._joined("blocks")
         if not len(rows):
             raise ValueError(
-                "An Inception score needs generated pictures and has none: call update(logits) first."
+                "An Inception score needs generated images and has none: call update(logits) first."
             )
         return score_of_blocks(add_blocks(rows[:, 0].long(), rows[:, 1:]))

@@ -27,7 +27,7 @@ class _KernelDistance(RowsMetric):
     def update(
         self, features: Features | Tensor, *, indices: Tensor | None = None, real: bool = False
     ) -> None:
-        """Add features (N, D) of generated pictures with numbers `indices` (N,), or of the reference (`real`)."""
+        """Add features (N, D) of generated images with numbers `indices` (N,), or of the reference (`real`)."""
         x, side = self._rows(features).float(), "reference" if real else "samples"
         if indices is None:
             indices = torch.arange(len(x)) + sum(

@@ -11,20 +11,20 @@ from torch import Tensor, nn
 from torchvision.transforms.v2.functional import InterpolationMode, resize
 
 from tinyfusion_pl.artifacts import ArtifactError
-from tinyfusion_pl.metrics.features import Features, check_pictures
+from tinyfusion_pl.metrics.features import Features, check_images
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class ModuleFeatures(nn.Module):
-    """A module as a feature network: uint8 pictures (N, C, H, W) are resized, scaled to [0, 1], normalised and given to it.
+    """A module as a feature network: uint8 images (N, C, H, W) are resized, scaled to [0, 1], normalised and given to it.
 
     Args:
         module: Gives features (N, D), or features and logits, or `Features`.
         num_features: D.
         num_classes: Width of the logits, where it gives them.
         num_spatial: Width of the spatial features, where it gives them.
-        image_size: Height and width it takes; None: pictures stay as large as they are.
+        image_size: Height and width it takes; None: images stay as large as they are.
         interpolation: ``"bilinear"`` or ``"bicubic"``, with antialias.
         mean, std: Of each channel, in [0, 1] (default: ImageNet's).
         name: Goes into references and results.
@@ -58,9 +58,9 @@ class ModuleFeatures(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
 
-    def forward(self, pictures: Tensor) -> Features:
-        check_pictures(pictures, num_channels=self.mean.shape[1])
-        x = pictures.float() / 255
+    def forward(self, images: Tensor) -> Features:
+        check_images(images, num_channels=self.mean.shape[1])
+        x = images.float() / 255
         if self.image_size is not None:
             x = resize(
                 x,
@@ -78,7 +78,7 @@ class ModuleFeatures(nn.Module):
         )
 
     def call(self, x: Tensor) -> Any:
-        """What the module says of normalised pictures (N, C, H', W')."""
+        """What the module says of normalised images (N, C, H', W')."""
         return self.module(x)
 
 

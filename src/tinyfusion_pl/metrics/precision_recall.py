@@ -52,7 +52,7 @@ class PrecisionRecall(RowsMetric):
         return {**super().settings(), **blocks}
 
     def update(self, features: Features | Tensor, *, real: bool = False) -> None:
-        """Add features (N, D) of generated pictures, or of the reference (`real`)."""
+        """Add features (N, D) of generated images, or of the reference (`real`)."""
         getattr(self, "reference_rows" if real else "samples_rows").append(
             self._rows(features).float()
         )

@@ -1,7 +1,7 @@
-"""Reference files: statistics, features or pictures of real images, in the ADM evaluator's npz layout.
+"""Reference files: statistics, features or images of real images, in the ADM evaluator's npz layout.
 
-Keys: ``arr_0``, uint8 pictures (N, H, W, C); ``mu``, ``sigma``, mean and covariance of features; ``mu_s``, ``sigma_s``, of spatial ones.
-A file may hold both, as the published ones do: distances then use the statistics, precision and recall the pictures. Files made here add
+Keys: ``arr_0``, uint8 images (N, H, W, C); ``mu``, ``sigma``, mean and covariance of features; ``mu_s``, ``sigma_s``, of spatial ones.
+A file may hold both, as the published ones do: distances then use the statistics, precision and recall the images. Files made here add
 ``features`` (N, D) and ``network``, the feature network's name and checksum.
 """
 
@@ -22,7 +22,7 @@ from tinyfusion_pl.artifacts import ArtifactError, atomic_path
 from tinyfusion_pl.metrics.features import describe_values
 
 STATISTICS = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
-KEYS = ("arr_0", "mu", "sigma", "mu_s", "sigma_s", "features", "network", "num_pictures")
+KEYS = ("arr_0", "mu", "sigma", "mu_s", "sigma_s", "features", "network", "num_images")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,23 +32,23 @@ class Reference:
     Args:
         path: The file, for error messages.
         statistics: Of ``"features"`` and ``"spatial"``: mean (D,) and covariance (D, D), float64.
-        pictures: uint8 (N, C, H, W) or None.
+        images: uint8 (N, C, H, W) or None.
         features: float32 (N, D) or None.
         network: `GenerationMetrics.fingerprint` of the network that made it; empty where unknown.
-        num_pictures: Pictures it was made of, where known.
+        num_images: Images it was made of, where known.
     """
 
     path: Path
     statistics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    pictures: Tensor | None = None
+    images: Tensor | None = None
     features: Tensor | None = None
     network: str = ""
-    num_pictures: int | None = None
+    num_images: int | None = None
 
     def contents(self) -> str:
         """What it holds, in words."""
         parts = [f"statistics of {of}" for of in self.statistics]
-        parts += [name for name in ("pictures", "features") if getattr(self, name) is not None]
+        parts += [name for name in ("images", "features") if getattr(self, name) is not None]
         return " and ".join(parts)
 
     def write(self) -> None:
@@ -56,13 +56,13 @@ class Reference:
         arrays: dict[str, np.ndarray] = {}
         for of, (mu, sigma) in self.statistics.items():
             arrays |= {name: x.cpu().numpy() for name, x in zip(STATISTICS[of], (mu, sigma))}
-        if self.pictures is not None:
-            arrays["arr_0"] = self.pictures.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+        if self.images is not None:
+            arrays["arr_0"] = self.images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
         if self.features is not None:
             arrays["features"] = self.features.cpu().numpy()
         arrays |= {
             "network": np.array(self.network),
-            "num_pictures": np.array(-1 if self.num_pictures is None else self.num_pictures),
+            "num_images": np.array(-1 if self.num_images is None else self.num_images),
         }
         write_npz(self.path, arrays)
 
@@ -89,39 +89,39 @@ def read_reference(path: str | os.PathLike) -> Reference:
                     "of as many rows and columns as the mean has values. Make it again."
                 )
             statistics[of] = (torch.from_numpy(mu), torch.from_numpy(sigma))
-    pictures = as_pictures(arrays["arr_0"], path) if "arr_0" in arrays else None
+    images = as_images(arrays["arr_0"], path) if "arr_0" in arrays else None
     features = None
     if "features" in arrays:
         features = torch.from_numpy(
             as_floats(arrays["features"], num_dimensions=2, name="features", path=path)
         ).float()
-    if not statistics and pictures is None and features is None:
+    if not statistics and images is None and features is None:
         raise ArtifactError(
-            f"{path} holds {', '.join(names) or 'nothing'}. A reference holds arr_0 (pictures), or mu and sigma, or both."
+            f"{path} holds {', '.join(names) or 'nothing'}. A reference holds arr_0 (images), or mu and sigma, or both."
         )
-    given = arrays.get("num_pictures", np.array(-1))
+    given = arrays.get("num_images", np.array(-1))
     if given.shape != () or given.dtype.kind not in "iu":
         raise ArtifactError(
-            f"'num_pictures' of {path} is {given.dtype} {given.shape}; expected one whole number. Make it again."
+            f"'num_images' of {path} is {given.dtype} {given.shape}; expected one whole number. Make it again."
         )
     network = arrays.get("network", np.array(""))
     if network.shape != () or network.dtype.kind != "U":
         raise ArtifactError(
             f"'network' of {path} is {network.dtype} {network.shape}; expected a name. Make it again."
         )
-    num = int(given) if given >= 0 else None if pictures is None else len(pictures)
+    num = int(given) if given >= 0 else None if images is None else len(images)
     return Reference(
         path=Path(path),
         statistics=statistics,
-        pictures=pictures,
+        images=images,
         features=features,
         network=str(network),
-        num_pictures=num,
+        num_images=num,
     )
 
 
-def as_pictures(array: np.ndarray, path: str | os.PathLike) -> Tensor:
-    """``arr_0`` (N, H, W, C) uint8 as pictures (N, C, H, W)."""
+def as_images(array: np.ndarray, path: str | os.PathLike) -> Tensor:
+    """``arr_0`` (N, H, W, C) uint8 as images (N, C, H, W)."""
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
     if (
         array.dtype != np.uint8
@@ -132,36 +132,36 @@ def as_pictures(array: np.ndarray, path: str | os.PathLike) -> Tensor:
         is_float = array.dtype in (np.float16, np.float32, np.float64) and array.ndim > 0
         values = describe_values(torch.from_numpy(array)) if is_float else ""
         raise ArtifactError(
-            f"arr_0 of {path} is {array.dtype} {array.shape}{values}; pictures are uint8 (N, H, W, C), 0..255, with 1 or 3 "
+            f"arr_0 of {path} is {array.dtype} {array.shape}{values}; images are uint8 (N, H, W, C), 0..255, with 1 or 3 "
             "channels."
         )
     return torch.from_numpy(array).permute(0, 3, 1, 2)
 
 
-def write_pictures(
-    path: str | os.PathLike, batches: Iterable[tuple[Tensor, Tensor]], *, num_pictures: int
+def write_images(
+    path: str | os.PathLike, batches: Iterable[tuple[Tensor, Tensor]], *, num_images: int
 ) -> None:
-    """Write numbered pictures as ``arr_0`` (N, H, W, C) of an npz, in the order of their numbers, without holding them all in memory.
+    """Write numbered images as ``arr_0`` (N, H, W, C) of an npz, in the order of their numbers, without holding them all in memory.
 
     Args:
-        batches: Numbers (n,) and uint8 pictures (n, C, H, W), in any order; every number from 0 to `num_pictures` - 1 once.
+        batches: Numbers (n,) and uint8 images (n, C, H, W), in any order; every number from 0 to `num_images` - 1 once.
     """
     rows = None
     with atomic_path(Path(path).with_suffix(".npz")) as temporary:
         unpacked = temporary.with_suffix(".npy")
         try:
-            for numbers, pictures in batches:
-                pictures = pictures.permute(0, 2, 3, 1).numpy()  # (n, H, W, C)
+            for numbers, images in batches:
+                images = images.permute(0, 2, 3, 1).numpy()  # (n, H, W, C)
                 if rows is None:
                     rows = np.lib.format.open_memmap(
                         unpacked,
                         mode="w+",
                         dtype=np.uint8,
-                        shape=(num_pictures, *pictures.shape[1:]),
+                        shape=(num_images, *images.shape[1:]),
                     )
-                rows[numbers.numpy()] = pictures
+                rows[numbers.numpy()] = images
             if rows is None:
-                raise ValueError(f"There are no pictures to write to {path}.")
+                raise ValueError(f"There are no images to write to {path}.")
             rows.flush()
             with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
                 archive.write(unpacked, "arr_0.npy")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyfusion_pl.artifacts import ArtifactError
-from tinyfusion_pl.models.families import family_of
+from tinyfusion_pl.models.families import detect_family
 from tinyfusion_pl.models.fitting import fit_weights, fitting_state
 from tinyfusion_pl.models.notices import first_line
 from tinyfusion_pl.models.registry import create_model, model_arguments
@@ -49,7 +49,7 @@ def build_model(
     outline = _outline(name, arguments, where)
     if outline is not None:
         outline = prepare(outline)
-        found, expected = family_of(state), family_of(outline.state_dict())
+        found, expected = detect_family(state), detect_family(outline.state_dict())
         if found != expected and None not in (found, expected):
             raise ValueError(
                 f"{where} holds weights of another family ({found}) than {name}'s ({expected}). Give that family's model as "

@@ -18,7 +18,7 @@ class Denoiser(nn.Module):
     - ``STACKS``: path of each stack of blocks -> the constructor argument that holds its depth;
     - ``config``: the constructor's arguments, from which the same model is built again;
     - ``units(stack)``: the blocks of a stack that only go together, where there are such;
-    - ``out_channels``: channels of its prediction, where that is a picture of the size of the latents;
+    - ``out_channels``: channels of its prediction, where that is an image of the size of the latents;
     - ``num_classes``: labels are 0 .. num_classes - 1, and num_classes is the null label of classifier-free guidance.
 
     Args:

@@ -158,7 +158,7 @@ def dit_arguments(config: Mapping[str, Any], folder: str | Path) -> dict[str, An
 
 
 def diffusers_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """diffusers' ``config.json`` from the arguments of a `DiT`.
+    """Diffusers' ``config.json`` from the arguments of a `DiT`.
 
     Raises:
         ValueError: for what diffusers' model has not.
@@ -256,7 +256,7 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 
 
 def to_diffusers(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """diffusers' layout of a DiT's `state` with arguments `config`; each block gets a copy of the embedders.
+    """Diffusers' layout of a DiT's `state` with arguments `config`; each block gets a copy of the embedders.
 
     Raises:
         ValueError: the position embedding is not the computed one, which diffusers would put in its place.

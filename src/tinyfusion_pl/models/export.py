@@ -25,10 +25,10 @@ from tinyfusion_pl.artifacts import (
 from tinyfusion_pl.locks import remove_strays
 from tinyfusion_pl.models.diffusers_layout import CONFIG, diffusers_config, to_diffusers
 from tinyfusion_pl.models.dit import DiT
-from tinyfusion_pl.models.families import family_of
+from tinyfusion_pl.models.families import detect_family
 from tinyfusion_pl.models.pretrained import load_pretrained
 from tinyfusion_pl.models.published import DIFFUSERS_WEIGHTS
-from tinyfusion_pl.pruning.run_maps import maps_of
+from tinyfusion_pl.pruning.run_maps import get_maps
 
 FORMATS = ("published", "safetensors", "diffusers")
 # The schedule that DiT was trained with (objectives.GaussianDiffusion); DDIM is what facebook/DiT-XL-2-256 comes with.
@@ -52,7 +52,7 @@ def export(model: str, output: str, format: str | None = None, vae: str | None =
     loaded = load_pretrained(model)
     path = export_model(loaded, output, format=format, vae=vae)
     num_params = sum(p.numel() for p in loaded.parameters())
-    return f"{path}: {loaded.model_name}, {num_params / 1e6:.1f}M parameters, as {format or _format_of(Path(output))}."
+    return f"{path}: {loaded.model_name}, {num_params / 1e6:.1f}M parameters, as {format or _get_format(Path(output))}."
 
 
 def export_model(
@@ -91,14 +91,14 @@ def export_model(
         ArtifactError: it cannot be written, or `vae` holds no matching AutoencoderKL.
     """
     path = Path(path)
-    format = format or _format_of(path)
+    format = format or _get_format(path)
     if format not in FORMATS:
         raise ValueError(f"Format {format!r} is unknown; give one of {', '.join(FORMATS)}.")
     if not hasattr(model, "model_name") or not hasattr(model, "config"):
         raise ValueError(
             f"A {type(model).__name__} is no model of this project (create_model, load_pretrained), whose layout is known."
         )
-    if maps := maps_of(model):
+    if maps := get_maps(model):
         raise ValueError(
             f"The model has linear maps in place of removed runs of blocks ({maps[0].module}, {maps[0].position} it), which "
             "no other program knows of. load_shallow opens its folder as it is; export a model that was recovered without "
@@ -118,7 +118,7 @@ def export_model(
     if format == "published":
         _warn_of_shift(model, 0, "the original DiT code")
         _save_torch(
-            {"model": state, "model_ema": state} if family_of(state) == "MAR" else state, path
+            {"model": state, "model_ema": state} if detect_family(state) == "MAR" else state, path
         )
     elif format == "safetensors":
         save_tensors(
@@ -135,7 +135,7 @@ def export_model(
     return path
 
 
-def _format_of(path: Path) -> str:
+def _get_format(path: Path) -> str:
     return {"": "diffusers", ".safetensors": "safetensors"}.get(path.suffix, "published")
 
 

@@ -48,7 +48,7 @@ BLOCK_NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")
 MAR_WIDTHS = {768: "mar_base", 1024: "mar_large", 1280: "mar_huge"}
 
 
-def family_of(keys: Iterable[str]) -> str | None:
+def detect_family(keys: Iterable[str]) -> str | None:
     """A key of `MARKS`, or None."""
     keys = set(keys)
     return next((family for family, marks in MARKS.items() if keys.issuperset(marks)), None)
@@ -113,7 +113,7 @@ def predicts_variance(state: Mapping[str, Tensor]) -> bool | None:
 
     A SiT of ``learn_sigma`` drops the second half of its channels: the last layer, which begins as zeros, stays so there.
     """
-    if family_of(state) != "DiT or SiT":
+    if detect_family(state) != "DiT or SiT":
         return None
     weight, patches = state["final_layer.linear.weight"], state["x_embedder.proj.weight"]
     if weight.ndim != 2 or patches.ndim != 4:
@@ -124,7 +124,7 @@ def predicts_variance(state: Mapping[str, Tensor]) -> bool | None:
     return bool(weight.view(patch_size**2, 2, in_channels, -1)[:, 1].any())
 
 
-def depths_of(
+def get_depths(
     state: Collection[str], name: str, where: str | Path = "The state dict"
 ) -> dict[str, int]:
     """How deep the stacks of model `name` are in a state dict: constructor argument -> number of blocks.
@@ -157,7 +157,7 @@ def _num_blocks(state: Collection[str], path: str, where: str | Path) -> int:
     return len(numbers)
 
 
-def arguments_of(
+def get_arguments(
     state: Mapping[str, Tensor], name: str, path: str | Path, *, given: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What a state dict says of the arguments of the model `name`: depths, and whether its label table has a null row.
@@ -165,7 +165,7 @@ def arguments_of(
     Raises:
         ArtifactError: for blocks that are not numbered 0, 1, 2, ...
     """
-    return {**depths_of(state, name, path), **_labels(state, name, path, given, named=True)}
+    return {**get_depths(state, name, path), **_labels(state, name, path, given, named=True)}
 
 
 def _labels(
@@ -207,7 +207,7 @@ def name_and_sizes(
         ValueError: when it cannot be told; says what to give.
         ArtifactError: for a state dict that lacks what sizes are read from, or has it in an impossible shape; names the keys.
     """
-    family = family_of(state)
+    family = detect_family(state)
     if family == "DiT or SiT":
         sizes = _dit_sizes(state, path)
         name = name or dit_of_width(sizes)
@@ -231,7 +231,7 @@ def name_and_sizes(
         raise ValueError(
             f"It cannot be told from {path} which model it is of{_hint(state, family)}. {_GIVE_NAME}"
         )
-    return name, arguments_of(state, name, path, given=given)
+    return name, get_arguments(state, name, path, given=given)
 
 
 def _hint(state: Mapping[str, Tensor], family: str | None) -> str:
@@ -264,7 +264,7 @@ def _dit_sizes(state: Mapping[str, Tensor], path: str | Path) -> dict[str, Any]:
         "patch_size": patch_size,
         "in_channels": in_channels,
         "hidden_size": hidden_size,
-        "depth": depths_of(state, "dit_xl_2", path)["depth"],
+        "depth": get_depths(state, "dit_xl_2", path)["depth"],
         "mlp_ratio": shapes["blocks.0.mlp.fc1.weight"][0] / hidden_size,
         "learn_sigma": shapes["final_layer.linear.weight"][0] == 2 * in_channels * patch_size**2,
     }

@@ -23,7 +23,7 @@ from tinyfusion_pl.pruning.adapter_state import is_adapter_key
 from tinyfusion_pl.pruning.config_values import leaves
 from tinyfusion_pl.pruning.library_configs import config_mismatch
 from tinyfusion_pl.pruning.library_interface import is_library_model
-from tinyfusion_pl.pruning.run_maps import maps_of
+from tinyfusion_pl.pruning.run_maps import get_maps
 
 LIBRARIES = ("diffusers", "transformers")
 CONFIG_FILES = ("config.json", "generation_config.json")
@@ -36,18 +36,18 @@ DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 def not_savable(model: nn.Module) -> str | None:
     """Why a library cannot open `model` as it is, in a sentence; None when it can."""
     name = type(model).__name__
-    if not is_library_model(model) or library_of(type(model)) is None:
+    if not is_library_model(model) or get_library(type(model)) is None:
         return f"{name} is no model of {' or '.join(LIBRARIES)}."
     if any(map(is_adapter_key, model.state_dict())):
         return f"{name} carries adapters of its own, which are not part of its config; merge them to save a plain model."
-    if maps_of(model):
+    if get_maps(model):
         return f"{name} has linear maps in place of removed blocks, which its library does not know of."
     if (reason := config_mismatch(model)) is not None:
         return f"{name} cannot state its depth: {reason}."
     return None
 
 
-def library_of(cls: type) -> str | None:
+def get_library(cls: type) -> str | None:
     """The library that `cls` is a public class of; a subclass of one's own is none of it."""
     library = cls.__module__.partition(".")[0]
     if library not in LIBRARIES:
@@ -82,7 +82,7 @@ def save_library_model(folder: Path, model: nn.Module, weights: str) -> dict[str
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return {"library": library_of(type(model)), "class": type(model).__name__}
+    return {"library": get_library(type(model)), "class": type(model).__name__}
 
 
 def _same_file(source: Path, target: Path) -> None:
@@ -128,7 +128,7 @@ def load_library_model(
     if not (
         isinstance(cls, type)
         and issubclass(cls, nn.Module)
-        and library_of(cls) == library
+        and get_library(cls) == library
         and hasattr(cls, "from_pretrained")
     ):
         raise ArtifactError(

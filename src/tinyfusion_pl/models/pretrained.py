@@ -18,8 +18,8 @@ from tinyfusion_pl.models.checkpoints import read_checkpoint
 from tinyfusion_pl.models.diffusers_layout import is_diffusers_folder, read_diffusers_folder
 from tinyfusion_pl.models.dit import DiT
 from tinyfusion_pl.models.families import (
-    arguments_of,
     dit_of_width,
+    get_arguments,
     name_and_sizes,
     plain_state,
     predicts_variance,
@@ -200,7 +200,7 @@ def _from_file(
     elif own is None:
         own, arguments = name_and_sizes(state, path, name=stated, given=overrides)
     else:
-        arguments = arguments_of(state, own, path, given=overrides)
+        arguments = get_arguments(state, own, path, given=overrides)
     if stated is None:
         _tell_dit_from_sit(state, own, path)
     model = build_model(own, {**arguments, **overrides}, state, path)
@@ -276,9 +276,7 @@ def _random(own: str | None, overrides: dict[str, Any]) -> nn.Module:
     """The same random weights each time; where the initialisation has zeros (adaLN-Zero, at which every block is the identity), too."""
     if own is None:
         raise ValueError("Random weights need the name of a model. Give name=, e.g. 'dit_xl_2'.")
-    warn(
-        f"{own} is randomly initialised: its pictures and every number measured of it mean nothing."
-    )
+    warn(f"{own} is randomly initialised: its images and every number measured of it mean nothing.")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = create_model(own, **overrides)

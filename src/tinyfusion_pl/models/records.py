@@ -152,7 +152,7 @@ def _check_name(entry: str, name: str, file: Path) -> None:
             ) from error
 
 
-def decision_of(record: Mapping[str, Any], where: str | Path) -> Decision:
+def get_decision(record: Mapping[str, Any], where: str | Path) -> Decision:
     """The decision in a record that `read_record` read."""
     try:
         return Decision.from_dict(record["stacks"])

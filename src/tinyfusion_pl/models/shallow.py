@@ -26,11 +26,11 @@ from tinyfusion_pl.models.library_models import (
     remove_library_files,
     save_library_model,
 )
-from tinyfusion_pl.models.records import RECORD, check_depths, decision_of, maps_in, read_record
+from tinyfusion_pl.models.records import RECORD, check_depths, get_decision, maps_in, read_record
 from tinyfusion_pl.pruning import Decision, remove_blocks
 from tinyfusion_pl.pruning.blocks import unwrap, without_compiling
 from tinyfusion_pl.pruning.compiled import uncompiled
-from tinyfusion_pl.pruning.run_maps import RunMap, attach_maps, maps_of
+from tinyfusion_pl.pruning.run_maps import RunMap, attach_maps, get_maps
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def save_shallow(folder: str | Path, model: nn.Module, record: Mapping[str, Any]
         if hasattr(model, "model_name") and hasattr(model, "config")
         else None
     )
-    maps = [each.as_dict() for each in maps_of(model)]
+    maps = [each.as_dict() for each in get_maps(model)]
     write_sealed(
         folder / RECORD,
         {
@@ -146,7 +146,7 @@ def load_shallow(
         raise ValueError(
             f"{', '.join(overrides)} is of this project's models, and the record in {folder} names none."
         )
-    decision, state = decision_of(record, folder / RECORD), read_checkpoint(weights).state
+    decision, state = get_decision(record, folder / RECORD), read_checkpoint(weights).state
     maps = maps_in(record, state, folder / RECORD)
     shallow = _built(
         folder,
@@ -211,4 +211,4 @@ def _with_maps(model: nn.Module, maps: Sequence[RunMap], folder: Path) -> nn.Mod
 
 def load_decision(path: str | Path) -> Decision:
     """The decision in the record of the shallow model in folder `path`."""
-    return decision_of(read_record(path, decided=True), Path(path) / RECORD)
+    return get_decision(read_record(path, decided=True), Path(path) / RECORD)

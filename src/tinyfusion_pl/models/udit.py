@@ -17,7 +17,7 @@ from tinyfusion_pl.models.layers import LabelEmbedder, TimestepEmbedder, initial
 from tinyfusion_pl.models.registry import register_model
 
 FACTOR = 2
-"""By which tokens are downsampled in attention, and pictures between stages."""
+"""By which tokens are downsampled in attention, and images between stages."""
 MAX_LOG_SCALE = (
     4.605170185988092  # log 100: the cosine attention's temperature stays above 0.01 (Swin V2)
 )
@@ -61,7 +61,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class TokenDownsampler(nn.Module):
-    """A depthwise convolution with shortcut, then the picture's four interleaved subsamples, each a sequence of its own."""
+    """A depthwise convolution with shortcut, then the image's four interleaved subsamples, each a sequence of its own."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

@@ -186,7 +186,7 @@ class UViT(Denoiser):
 
 
 SIZES = {"s": (512, 12, 8), "m": (768, 16, 12), "l": (1024, 20, 16), "h": (1152, 28, 16)}
-# Patch 4 where it was published: of 64x64 pixels (S on CelebA, M on ImageNet) and of the 64x64 latents of 512x512 pictures (L, H).
+# Patch 4 where it was published: of 64x64 pixels (S on CelebA, M on ImageNet) and of the 64x64 latents of 512x512 images (L, H).
 PIXELS = {"input_size": 64, "in_channels": 3, "final_conv": True}
 PATCH_4 = {"s": PIXELS, "m": PIXELS, "l": {"input_size": 64}, "h": {"input_size": 64}}
 

@@ -93,7 +93,7 @@ def is_no_model(name: str) -> bool:
     return not found.isdisjoint(NO_MODEL) or found >= {"exp", "avg"}
 
 
-def kind_of(names: Iterable[str]) -> str:
+def get_kind(names: Iterable[str]) -> str:
     """`EMA`, `RAW` or `UNSTATED`, by the names of the entries that lead to the weights; the innermost that says it decides."""
     raw = False
     for name in reversed(list(names)):

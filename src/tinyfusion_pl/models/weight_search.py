@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tinyfusion_pl.models.weight_names import EMA, RAW, UNSTATED, are_alike, is_no_model, kind_of
+from tinyfusion_pl.models.weight_names import EMA, RAW, UNSTATED, are_alike, get_kind, is_no_model
 
 NUM_NAMED = 5
 MAX_DEPTH, MAX_ENTRIES = 5, 100_000  # of entries inside entries
@@ -40,10 +40,10 @@ def find_sets(content: Any, *, prefix: str = "") -> Iterator[WeightSet]:
     top = content if isinstance(content, Mapping) else {}
     averaged = all(isinstance(top.get(key), Mapping) for key in LIGHTNING)
     for path, state in _walk(content, (), (), [0]):
-        kind = EMA if averaged and path == LIGHTNING[:1] else kind_of(path)
+        kind = EMA if averaged and path == LIGHTNING[:1] else get_kind(path)
         if prefix and isinstance(state, dict) and any(key.startswith(prefix) for key in state):
             alone = all(key.startswith(prefix) for key in state)
-            kind = kind if kind == EMA else kind_of([*(path if alone else ()), *prefix.split(".")])
+            kind = kind if kind == EMA else get_kind([*(path if alone else ()), *prefix.split(".")])
             yield WeightSet(path, kind, state)
         else:
             yield from _branches(WeightSet(path, kind, state))
@@ -98,7 +98,7 @@ def _walk(
             if not is_no_model(key):
                 yield from _walk(each, (*path, key), around, num)
     elif value and all(isinstance(each, Tensor) for each in value):
-        if len(value) > 1 or kind_of(path) == EMA:
+        if len(value) > 1 or get_kind(path) == EMA:
             yield path, list(value)
     else:
         for number, each in enumerate(value[:NUM_NAMED]):
@@ -137,7 +137,7 @@ def _branches(whole: WeightSet) -> Iterator[WeightSet]:
             )  # the prefix is taken off, and said, as any other
             return
         if (inside := _as_named_in(rest, inside)) is not None:
-            kind = RAW if whole.kind == UNSTATED else kind_of([*whole.path, *_first_parts(rest)])
+            kind = RAW if whole.kind == UNSTATED else get_kind([*whole.path, *_first_parts(rest)])
             yield WeightSet((*whole.path, prefix[:-1]), EMA, inside)
             weights = {key: value for key, value in rest.items() if value.ndim or "." in key}
             yield WeightSet((*whole.path, *_first_parts(rest)), kind, weights)
@@ -155,7 +155,7 @@ def _averaged_prefixes(state: Mapping[str, Tensor]) -> list[str]:
     for key in state:
         parts = key.split(".")
         for depth in range(1, MAX_DEPTH):
-            if len(parts) > depth and kind_of(parts[depth - 1 : depth]) == EMA:
+            if len(parts) > depth and get_kind(parts[depth - 1 : depth]) == EMA:
                 found[".".join(parts[:depth]) + "."] = None
                 break
     return list(found)[:NUM_NAMED]

@@ -19,8 +19,8 @@ from tinyfusion_pl.models.weight_names import (
     UNSTATED,
     are_alike,
     core_names,
+    get_kind,
     is_fixed,
-    kind_of,
 )
 from tinyfusion_pl.models.weight_search import NUM_NAMED, TooManyEntries, WeightSet, find_sets
 
@@ -108,7 +108,7 @@ def _not_read(content: Any, sets: list[WeightSet]) -> str:
     names = [
         name
         for name, size in sizes.items()
-        if size > 1 and kind_of([name]) == EMA and name not in read
+        if size > 1 and get_kind([name]) == EMA and name not in read
     ]
     return (
         f" What is under {', '.join(map(repr, names[:NUM_NAMED]))} is no state dict, and was not read."

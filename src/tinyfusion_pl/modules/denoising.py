@@ -62,7 +62,7 @@ class Denoising(OwnRandomness):
 
     def blocks(self) -> Iterator[nn.Module]:
         """The blocks of all models that a step runs."""
-        yield from blocks_of(self.denoiser)
+        yield from get_blocks(self.denoiser)
 
     def configure_model(self) -> None:
         """Share out the denoiser's weights where the strategy is Lightning's ModelParallelStrategy (``trainer=fsdp2``).
@@ -157,7 +157,7 @@ class Denoising(OwnRandomness):
         return self.denoiser.parameters()
 
 
-def blocks_of(model: nn.Module) -> Iterator[nn.Module]:
+def get_blocks(model: nn.Module) -> Iterator[nn.Module]:
     """The blocks of all stacks of `model`."""
     for stack in find_stacks(model).values():
         yield from stack

@@ -1,4 +1,4 @@
-"""Pictures to latents in ``trainer.test``, on as many devices as the Trainer has."""
+"""Images to latents in ``trainer.test``, on as many devices as the Trainer has."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from tinyfusion_pl.data.reading import Note
 
 
 class Extraction(LightningModule):
-    """Each process encodes the pictures of its shards, as they are and mirrored, and hands the moments to its writer.
+    """Each process encodes the images of its shards, as they are and mirrored, and hands the moments to its writer.
 
     Args:
-        vae: Makes moments of uint8 pictures.
+        vae: Makes moments of uint8 images.
         images: By number: number, image (3, H, W) uint8, label (-1: there is none), notes, why there is none, checksum; see `Slots`.
         writer: Makes a process's from ``rank=`` and ``world_size=``.
         batch_size: Images read and written at once.
@@ -63,8 +63,8 @@ class Extraction(LightningModule):
     def test_step(
         self, batch: tuple[Tensor, Tensor, Tensor, Tensor, list[str], Tensor], batch_idx: int
     ) -> None:
-        numbers, pictures, labels, notes, reasons, digests = batch
-        both = torch.stack([pictures, pictures.flip(-1)], dim=1)  # (n, 2, 3, H, W)
+        numbers, pixels, labels, notes, reasons, digests = batch
+        both = torch.stack([pixels, pixels.flip(-1)], dim=1)  # (n, 2, 3, H, W)
         moments = self.vae.encode(both.flatten(0, 1)).unflatten(0, (-1, 2))  # (n, 2, 2C, h, w)
         self.writer.add(numbers, moments, labels, digests=digests)
         self.num_done += len(numbers)

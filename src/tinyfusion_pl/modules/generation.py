@@ -1,4 +1,4 @@
-"""Sampling from a denoiser in ``trainer.test`` and measuring the pictures."""
+"""Sampling from a denoiser in ``trainer.test`` and measuring the images."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from tinyfusion_pl.metrics import Features, GenerationMetrics
-from tinyfusion_pl.objectives import PictureSampler
+from tinyfusion_pl.objectives import ImageSampler
 
 
 class Measured(Protocol):
     """What is kept of finished batches, so that an interrupted evaluation resumes from the last of them; `check` discards what cannot be
-    used, in one process."""
+    used, in one process.
+    """
 
     def check(self) -> None: ...
 
@@ -24,24 +25,24 @@ class Measured(Protocol):
     def batches(self, *, rank: int, world_size: int) -> Any: ...
 
     def write(
-        self, indices: Tensor, labels: Tensor, features: Features, pictures: Tensor
+        self, indices: Tensor, labels: Tensor, features: Features, images: Tensor
     ) -> None: ...
 
 
 class Generation(LightningModule):
-    """Samples `num_samples` pictures over all processes in ``trainer.test`` and hands them to the metrics, each one exactly once.
+    """Samples `num_samples` images over all processes in ``trainer.test`` and hands them to the metrics, each one exactly once.
 
     Args:
-        sampler: Makes the pictures.
+        sampler: Makes the images.
         labels: (num_samples,) of the samples 0, 1, ...
         metrics: Its reference is set on every process. Results are in ``results`` when the test ends.
-        batch_size: Pictures sampled at once on each process.
+        batch_size: Images sampled at once on each process.
         measured: Keeps finished batches; None: nothing is kept.
     """
 
     def __init__(
         self,
-        sampler: PictureSampler,
+        sampler: ImageSampler,
         *,
         labels: Tensor,
         metrics: GenerationMetrics,
@@ -88,11 +89,11 @@ class Generation(LightningModule):
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         indices, labels = batch
-        pictures = self.sampler(indices, labels, device=self.device)
-        features = self.metrics.features(pictures)
+        images = self.sampler(indices, labels, device=self.device)
+        features = self.metrics.features(images)
         self.metrics.update_features(features, labels, indices=indices)
         if self.measured is not None:
-            self.measured.write(indices, labels, features, pictures)
+            self.measured.write(indices, labels, features, images)
 
     def teardown(self, stage: str) -> None:
         # Not at the end of the test's epoch: a process that had nothing left to do has none, and all must take part.

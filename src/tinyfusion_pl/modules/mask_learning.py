@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyfusion_pl.distill import Teacher
-from tinyfusion_pl.modules.denoising import Denoising, blocks_of
+from tinyfusion_pl.modules.denoising import Denoising, get_blocks
 from tinyfusion_pl.pruning import find_gates
 
 
@@ -36,7 +36,7 @@ class MaskLearning(Denoising):
     def blocks(self) -> Iterator[nn.Module]:
         yield from super().blocks()
         if self._teacher is not None:
-            yield from blocks_of(self._teacher.model)
+            yield from get_blocks(self._teacher.model)
 
     def get_ready(self) -> None:
         if find_gates(self.denoiser) is None:

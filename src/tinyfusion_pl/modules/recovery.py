@@ -17,7 +17,7 @@ from tinyfusion_pl.distill import (
     resolve_intervals,
 )
 from tinyfusion_pl.distill.teacher import lowered
-from tinyfusion_pl.modules.denoising import Denoising, blocks_of
+from tinyfusion_pl.modules.denoising import Denoising, get_blocks
 from tinyfusion_pl.pruning import Decision, find_stacks
 from tinyfusion_pl.pruning.sharding import is_sharded, shard
 
@@ -115,7 +115,7 @@ class Recovery(Denoising):
     def blocks(self) -> Iterator[nn.Module]:
         yield from super().blocks()
         if self.teacher is not None and self.distillation.needs_teacher:
-            yield from blocks_of(self.teacher)
+            yield from get_blocks(self.teacher)
 
     def get_ready(self) -> None:
         if (

@@ -2,15 +2,15 @@
 
 from tinyfusion_pl.objectives.base import Draw, Objective
 from tinyfusion_pl.objectives.gaussian_diffusion import GaussianDiffusion
+from tinyfusion_pl.objectives.image_sampler import (
+    ImageSampler,
+    balanced_labels,
+    get_labels,
+    random_labels,
+    sample_noise,
+)
 from tinyfusion_pl.objectives.interpolants import Interpolants
 from tinyfusion_pl.objectives.masked_autoregression import MaskedAutoregression
-from tinyfusion_pl.objectives.pictures import (
-    PictureSampler,
-    balanced_labels,
-    labels_of,
-    noise_of,
-    random_labels,
-)
 
 __all__ = [
     "Draw",
@@ -18,9 +18,9 @@ __all__ = [
     "Interpolants",
     "MaskedAutoregression",
     "Objective",
-    "PictureSampler",
+    "ImageSampler",
     "balanced_labels",
-    "labels_of",
-    "noise_of",
+    "get_labels",
+    "sample_noise",
     "random_labels",
 ]

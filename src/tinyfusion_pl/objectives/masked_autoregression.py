@@ -18,7 +18,7 @@ from tinyfusion_pl.models import MaskedTokens
 from tinyfusion_pl.models.mar import take
 from tinyfusion_pl.objectives.base import Distance, Draw, mean_square
 from tinyfusion_pl.objectives.gaussian_diffusion import GaussianDiffusion
-from tinyfusion_pl.objectives.masked_sampling import MaskedSampling, sample_tokens, tokens_of
+from tinyfusion_pl.objectives.masked_sampling import MaskedSampling, sample_tokens, to_tokens
 
 MASK_RATIO_MEAN, MASK_RATIO_STD = 1.0, 0.25
 
@@ -122,7 +122,7 @@ class MaskedAutoregression:
         Raises:
             ValueError: for a number of masked tokens out of range.
         """
-        tokens = tokens_of(x0)  # (N, L, C)
+        tokens = to_tokens(x0)  # (N, L, C)
         n, num_tokens, c = tokens.shape
         if num_masked is None:
             num_masked = math.ceil(num_tokens * self.mask_ratio())
@@ -153,7 +153,8 @@ class MaskedAutoregression:
 
     def losses(self, output: Tensor, draw: MaskedDraw) -> dict[str, Tensor]:
         """Per sample (N,): "mse" of epsilon, "vb" in bits per dimension, and their sum "loss", means over the sample's masked tokens times
-        this process's share: their mean over all samples of all processes is the mean over all masked tokens."""
+        this process's share: their mean over all samples of all processes is the mean over all masked tokens.
+        """
         return self._per_sample(self.diffusion.losses(output.flatten(0, 2), draw.flat), draw)
 
     def distillation_losses(
@@ -165,7 +166,8 @@ class MaskedAutoregression:
         distance: Distance = mean_square,
     ) -> dict[str, Tensor]:
         """Per sample (N,): "mse_kd", "vb_kd" and their sum "loss_kd" of the head's predictions, weighted as in `losses`; see
-        `GaussianDiffusion.distillation_losses`. `distance` is given the epsilon of all noised tokens of a sample, (N, C, M*K)."""
+        `GaussianDiffusion.distillation_losses`. `distance` is given the epsilon of all noised tokens of a sample, (N, C, M*K).
+        """
         n = len(draw.x0)
 
         def of_samples(

@@ -16,7 +16,7 @@ from tinyfusion_pl.objectives.guidance import check_guidance
 GUIDANCE_SCHEDULES = ("linear", "constant")
 
 
-def tokens_of(latents: Tensor) -> Tensor:
+def to_tokens(latents: Tensor) -> Tensor:
     """Latents (N, C, H, W) as tokens (N, H*W, C), row by row."""
     return latents.flatten(2).transpose(1, 2)
 
@@ -137,7 +137,7 @@ def sample_tokens(
         )
     n, c, *_ = z.shape
     start, step_noise = (
-        tokens_of(z),
+        to_tokens(z),
         noise[:-1].flatten(3).transpose(2, 3),
     )  # (N, L, C), (S, N, L, C)
     order = noise[-1, :, 0].flatten(1).argsort(1)  # (N, L)

@@ -12,9 +12,9 @@ from tinyfusion_pl.pruning.lora import remap_lora
 from tinyfusion_pl.pruning.patterns import Group, Pattern
 from tinyfusion_pl.pruning.pruner import DepthPruner
 from tinyfusion_pl.pruning.relaxations import Relaxation
-from tinyfusion_pl.pruning.schedule import linear_anneal
 from tinyfusion_pl.pruning.stack_gates import StackGates
 from tinyfusion_pl.pruning.surgery import remove_blocks
+from tinyfusion_pl.pruning.tau_schedule import linear_anneal
 from tinyfusion_pl.pruning.verification import verify
 
 __all__ = [

@@ -20,7 +20,7 @@ from tinyfusion_pl.pruning.adapter_state import (
     plain_name,
     release_plain_keys,
 )
-from tinyfusion_pl.pruning.copies import outline_of
+from tinyfusion_pl.pruning.copies import copy_to_meta
 from tinyfusion_pl.pruning.linear_layers import linear_names, reads_weight
 from tinyfusion_pl.pruning.sharding import whole
 
@@ -75,7 +75,7 @@ class WeightUpdate:
         """
         if self.kind in ("full", "frozen"):
             return
-        self._inject(outline_of(model))
+        self._inject(copy_to_meta(model))
 
     def start(self, model: nn.Module) -> None:
         """Remember what can change and set up `model` in place: adapters in, parameters frozen or free.

@@ -32,7 +32,7 @@ def blend(
     x: Tensor, kept: Tensor | None, mask: Tensor, *, split: Split | None = None, dropped: Tensor | None = None,
     axis: int = 0, generation: int = 0,
 ) -> Tensor:  # fmt: skip
-    """x with the outputs of the kept samples in place.
+    """X with the outputs of the kept samples in place.
 
     Args:
         x: Hidden states of all samples.

@@ -100,7 +100,7 @@ def _resamples(block: nn.Module) -> bool:
     )
 
 
-def width_of(blocks: nn.ModuleList | nn.Sequential) -> int | None:
+def get_hidden_size(blocks: nn.ModuleList | nn.Sequential) -> int | None:
     """The size that most weight matrices of the blocks take."""
     sizes = Counter(p.shape[1] for block in blocks for p in block.parameters() if p.ndim >= 2)
     return max(sizes, key=sizes.get) if sizes else None

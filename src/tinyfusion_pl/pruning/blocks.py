@@ -144,7 +144,7 @@ def single_units(num_blocks: int) -> Units:
     return tuple((i,) for i in range(num_blocks))
 
 
-def units_of(model: nn.Module, path: str, given: Sequence[Sequence[int]] | None = None) -> Units:
+def get_units(model: nn.Module, path: str, given: Sequence[Sequence[int]] | None = None) -> Units:
     """What a pattern counts in the stack at `path`: the units given, else those its owner states (`stated_units`), else every block.
 
     Raises:

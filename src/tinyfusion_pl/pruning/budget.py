@@ -78,7 +78,7 @@ class Budget:
         """
         if self.what == "pattern":
             return Pattern.parse(stated, enumerated=self.enumerated)
-        count = count_of(stated, num_units, path)
+        count = get_count(stated, num_units, path)
         if self.enumerated and (number := math.comb(num_units, count)) > MAX_CANDIDATES:
             raise ValueError(
                 f"keep is {stated}: there are {number} ways to keep {count} of the {num_units} units of {path}, more than the "
@@ -103,7 +103,7 @@ def check_keep(keep: Any) -> None:
         raise ValueError(f"keep is {keep!r}; give a count of units, or their share in (0, 1).")
 
 
-def count_of(keep: Any, num_units: int, where: str) -> int:
+def get_count(keep: Any, num_units: int, where: str) -> int:
     """The units that stay of `num_units`, of a count or a share.
 
     Raises:

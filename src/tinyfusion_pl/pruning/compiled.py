@@ -64,7 +64,7 @@ def mark_batch(tensors: Mapping[str, Tensor], axes: Mapping[str, int]) -> None:
             torch._dynamo.maybe_mark_dynamic(tensors[name], axis)
 
 
-def compiler_of(module: nn.Module) -> Compiler | None:
+def get_compiler(module: nn.Module) -> Compiler | None:
     """The compiler of a module that ``torch.compile(module)`` made or ``module.compile()`` compiled in place."""
     if "_orig_mod" in module._modules:
         return Compiler(module.dynamo_ctx)
@@ -87,7 +87,7 @@ def open_compiled(modules: Iterable[nn.Module], opened: Opened) -> Compiler | No
     innermost = None
     for module in modules:
         known = next((compiler for each, compiler in opened if each is module), None)
-        if (compiler := None if known and _is_open(module) else compiler_of(module)) is not None:
+        if (compiler := None if known and _is_open(module) else get_compiler(module)) is not None:
             if "_orig_mod" in module._modules:
                 module.forward = module._orig_mod.__call__
             else:

@@ -18,9 +18,9 @@ from tinyfusion_pl.pruning.config_values import Kept, choices
 from tinyfusion_pl.pruning.library_interface import (
     build_from,
     difference,
+    get_settings,
     plain_shapes,
     rebuilt,
-    settings_of,
 )
 
 MAX_BUILDS = 200  # of one stack; each takes some hundredths of a second
@@ -75,7 +75,7 @@ class _Search:
     """Tries changes of the config of `owner` until the model built from it is that of a cut."""
 
     def __init__(self, owner: nn.Module, dense: nn.Module) -> None:
-        self.owner, self.settings = owner, settings_of(owner)
+        self.owner, self.settings = owner, get_settings(owner)
         self.shapes, self.plain = plain_shapes(dense), _attributes(dense)
         self.closest: str | None = None  # why the first change that was tried does not fit
         self.attributes: list[tuple[str, str, Any]] = []

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 
-def copy_of(model: nn.Module) -> nn.Module:
+def copy_model(model: nn.Module) -> nn.Module:
     """A deep copy of `model`; tensors of the last forward pass that modules keep (attention maps) lose their graph."""
     return copy.deepcopy(
         model, {id(t): t.detach().clone() for t in _kept_tensors(model) if not t.is_leaf}
     )
 
 
-def outline_of(model: nn.Module) -> nn.Module:
+def copy_to_meta(model: nn.Module) -> nn.Module:
     """A copy of `model` on the meta device.
 
     Raises:

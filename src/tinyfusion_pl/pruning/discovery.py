@@ -12,7 +12,13 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from tinyfusion_pl.pruning.block_lists import BlockList, block_lists, inside, num_params, width_of
+from tinyfusion_pl.pruning.block_lists import (
+    BlockList,
+    block_lists,
+    get_hidden_size,
+    inside,
+    num_params,
+)
 from tinyfusion_pl.pruning.blocks import (
     Stack,
     common_root,
@@ -99,7 +105,7 @@ def discover(model: nn.Module) -> Discovery:
         raise _ambiguous(
             model, candidates, f"{len(outermost)} separate parts of it hold lists of blocks"
         )
-    widths = {c.path: width_of(c.blocks) for c in candidates}
+    widths = {c.path: get_hidden_size(c.blocks) for c in candidates}
     main = max(candidates, key=lambda c: num_params([c]))
     for c in [c for c in candidates if widths[c.path] != widths[main.path]]:
         if type(unwrap(c.blocks[0])) is type(unwrap(main.blocks[0])):

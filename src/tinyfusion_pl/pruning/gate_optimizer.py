@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyfusion_pl.pruning.gates import DepthGates
-from tinyfusion_pl.pruning.schedule import linear_anneal
+from tinyfusion_pl.pruning.tau_schedule import linear_anneal
 
 
 class GateOptimizer:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinyfusion_pl.pruning.blocks import by_path, get_stack, units_of, unwrap
+from tinyfusion_pl.pruning.blocks import by_path, get_stack, get_units, unwrap
 from tinyfusion_pl.pruning.calls import Call
 from tinyfusion_pl.pruning.compiled import (
     Compiler,
@@ -63,7 +63,7 @@ class DepthGates(nn.Module):
         patterns, all_units = by_path(pattern, paths, "pattern"), by_path(units, paths, "units")
         self.stacks = nn.ModuleList(
             StackGates(
-                path, len(get_stack(model, path)), patterns[path], units=units_of(model, path, all_units[path]), scaling=scaling,
+                path, len(get_stack(model, path)), patterns[path], units=get_units(model, path, all_units[path]), scaling=scaling,
                 init=init, average_decay=average_decay, index=i, distribution=distribution,
                 fixed=fixed_blocks(model, path),
             ) for i, path in enumerate(paths)

@@ -36,7 +36,7 @@ def _is_transformers(module: nn.Module) -> bool:
     )
 
 
-def settings_of(module: nn.Module) -> dict[tuple, Any]:
+def get_settings(module: nn.Module) -> dict[tuple, Any]:
     """Every setting of the config of `module` by its path in it."""
     return dict(leaves(dict(module.config) if _is_diffusers(module) else module.config))
 

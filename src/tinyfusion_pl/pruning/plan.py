@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from tinyfusion_pl.pruning.blocks import by_path, get_module, get_stack, units_of
+from tinyfusion_pl.pruning.blocks import by_path, get_module, get_stack, get_units
 from tinyfusion_pl.pruning.budget import Budget
 from tinyfusion_pl.pruning.discovery import resolve_stacks
 from tinyfusion_pl.pruning.library_configs import library_root
@@ -65,7 +65,7 @@ def make_plan(
             if (owner := owners.setdefault(id(block), path)) != path or list(paths).count(path) > 1:
                 raise ValueError(f"The stacks {owner!r} and {path!r} hold the same blocks, which only one pattern can be for. Name each "
                                  "block list once.")  # fmt: skip
-    root = _root_of(module, paths) if held else ""
+    root = _get_root_path(module, paths) if held else ""
     inside = {
         path: path.removeprefix(f"{root}.") if root else path for path in paths
     }  # a mapping may be keyed by either
@@ -87,7 +87,7 @@ def make_plan(
             f"streams is given for {unknown}, where there is no stack; the stacks are {list(inside)}."
         )
     for path, short in inside.items():
-        counted = units_of(module, path, unit_lists[short])
+        counted = get_units(module, path, unit_lists[short])
         patterns[short] = budget.pattern(stated[short], len(counted), path=path)
         try:
             patterns[short].groups(len(counted))
@@ -103,9 +103,10 @@ def make_plan(
     return Plan(root, patterns, unit_lists, named)
 
 
-def _root_of(module: nn.Module, paths: Sequence[str]) -> str:
+def _get_root_path(module: nn.Module, paths: Sequence[str]) -> str:
     """Path of the module that becomes the shallow model: the child of `module` that holds all stacks, or inside it the library model that
-    does, when nothing beside it trains (a pipeline's frozen encoders are no part of what is pruned)."""
+    does, when nothing beside it trains (a pipeline's frozen encoders are no part of what is pruned).
+    """
     heads = {path.partition(".")[0] for path in paths}
     head = heads.pop() if len(heads) == 1 and all("." in path for path in paths) else ""
     found = {library_root(module, path) for path in paths}

@@ -36,7 +36,7 @@ from tinyfusion_pl.pruning.compiled import (
     open_compiled,
     uncompiled,
 )
-from tinyfusion_pl.pruning.copies import copy_of, outline_of
+from tinyfusion_pl.pruning.copies import copy_model, copy_to_meta
 from tinyfusion_pl.pruning.decision import Decision
 from tinyfusion_pl.pruning.discovery import Discovery, discover
 from tinyfusion_pl.pruning.drops import earliest_drops
@@ -170,7 +170,7 @@ class DepthPruner:
             discover(module) if self.stacks is None and not self.budget.is_by_path else None
         )
         remarks = [self.found.describe()] if self.found is not None else []
-        self._outline = outline_of(model)  # also because `freeze` must be able to copy it
+        self._outline = copy_to_meta(model)  # also because `freeze` must be able to copy it
         self.weight_update.start(model)
         try:
             gates = DepthGates(model, plan.patterns, units=plan.units, streams=plan.streams, tau=self.tau, rank=rank,
@@ -178,7 +178,7 @@ class DepthPruner:
             # A structure that the search might decide for: its config is tried now, not after training.
             remarks.append(
                 check_library_config(
-                    model, {g.path: g.blocks_of(earliest_drops(g)) for g in gates.stacks}
+                    model, {g.path: g.get_blocks(earliest_drops(g)) for g in gates.stacks}
                 )
             )
         except Exception:
@@ -257,7 +257,7 @@ class DepthPruner:
 
     def _copy(self, module: nn.Module, *, delta_w: str) -> nn.Module:
         model = self.model(module)
-        copied = whole_copy(self._outline, model) if is_sharded(model) else copy_of(model)
+        copied = whole_copy(self._outline, model) if is_sharded(model) else copy_model(model)
         for name, child in list(copied.named_children()):
             if isinstance(
                 child, DepthGates

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tinyfusion_pl.pruning.blocks import get_stack, stated_units
 from tinyfusion_pl.pruning.calls import Call, block_signature, quiet
-from tinyfusion_pl.pruning.run_maps import Run, maps_of, place_of, removed_runs
+from tinyfusion_pl.pruning.run_maps import Run, get_maps, get_place, removed_runs
 from tinyfusion_pl.pruning.streams import find_streams
 
 RIDGE = 1e-4  # over the mean variance of the hidden states' channels; our choice
@@ -194,10 +194,10 @@ def fill_maps(
     shallow: nn.Module, kept_blocks: Mapping[str, Sequence[int]], fitted: Fitted
 ) -> nn.Module:
     """Put fitted weights into the maps that `shallow` has (see `attach_maps`), in place."""
-    names = {(each.module, each.position) for each in maps_of(shallow)}
+    names = {(each.module, each.position) for each in get_maps(shallow)}
     for path, of_path in fitted.items():
         for run, (weight, bias) in of_path.items():
-            place, position = place_of(run, kept_blocks[path])
+            place, position = get_place(run, kept_blocks[path])
             if (f"{path}.{place}", position) not in names:
                 raise ValueError(
                     f"The shallow model has no map {position} block {place} of '{path}' for the run {run}."

@@ -57,7 +57,7 @@ class MappedForward:
 
 
 def add_map(linear: nn.Module, x: Tensor) -> Tensor:
-    """x + W x + b for tokens `x` (N, T, D)."""
+    """X + W x + b for tokens `x` (N, T, D)."""
     return x + linear(x)
 
 
@@ -108,7 +108,7 @@ def maps_of_block(block: nn.Module) -> dict[str, nn.Linear]:
     }
 
 
-def maps_of(model: nn.Module) -> list[RunMap]:
+def get_maps(model: nn.Module) -> list[RunMap]:
     """The maps in `model`."""
     return [
         RunMap(path, position, linear.in_features)
@@ -134,7 +134,7 @@ def removed_runs(kept_blocks: Sequence[int], num_blocks: int) -> list[Run]:
     return [(a + 1, b - 1) for a, b in zip(edges, edges[1:]) if b - a > 1]
 
 
-def place_of(run: Run, kept_blocks: Sequence[int]) -> tuple[int, str]:
+def get_place(run: Run, kept_blocks: Sequence[int]) -> tuple[int, str]:
     """The place in the shallow stack of the block that the run's map is of, and the map's position."""
     num_before = sum(block < run[0] for block in kept_blocks)
     return (num_before - 1, "after") if num_before else (0, "before")
@@ -149,7 +149,7 @@ def maps_for(
     found = []
     for path, kept in kept_blocks.items():
         for run in removed_runs(kept, num_blocks[path]):
-            place, position = place_of(run, kept)
+            place, position = get_place(run, kept)
             found.append(RunMap(f"{path}.{place}", position, widths[path]))
     return found
 

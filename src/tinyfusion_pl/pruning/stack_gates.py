@@ -99,7 +99,7 @@ class StackGates(nn.Module):
     def device(self) -> torch.device:
         return self.logits_0.device
 
-    def group_of(self, unit: int) -> int:
+    def get_group(self, unit: int) -> int:
         """The place of the group that the unit belongs to."""
         return next(i for i, group in enumerate(self.groups) if unit in group.members)
 
@@ -156,7 +156,7 @@ class StackGates(nn.Module):
         each = zip(self.groups, self.distributions, self.averages)
         return [group.start + i for group, d, average in each for i in d.decide(average)]
 
-    def blocks_of(self, kept_units: Sequence[int]) -> list[int]:
+    def get_blocks(self, kept_units: Sequence[int]) -> list[int]:
         """The blocks that stay when exactly these units do: theirs, and those in no unit."""
         dropped = {i for n, unit in enumerate(self.units) if n not in set(kept_units) for i in unit}
         return [i for i in range(self.num_blocks) if i not in dropped]
@@ -187,7 +187,7 @@ class StackGates(nn.Module):
         return StackDecision(
             str(self.pattern),
             self.num_blocks,
-            self.blocks_of(sorted(kept)),
+            self.get_blocks(sorted(kept)),
             block_probabilities,
             groups,
             units=units,

@@ -43,7 +43,7 @@ class Streams:
 
     def take(self, output: Any) -> dict[Key, Tensor]:
         """The streams in what the block returned."""
-        found = items_of(output)
+        found = get_items(output)
         return {key: found[key] for key in self.inputs}
 
     def put(self, streams: Mapping[Key, Tensor], output: Any = None) -> Any:
@@ -58,7 +58,7 @@ class Streams:
         return type(whole)(*values) if hasattr(whole, "_fields") else type(whole)(values)
 
 
-def items_of(output: Any) -> dict[Key, Any]:
+def get_items(output: Any) -> dict[Key, Any]:
     """The items of a block's output by key; a tensor has the key None."""
     if isinstance(output, Mapping):
         return dict(output.items())
@@ -87,7 +87,7 @@ def find_streams(
     Raises:
         ValueError: when inputs and outputs cannot be matched; names them, and what would settle it.
     """
-    inner, items = unwrapped(block), items_of(output)
+    inner, items = unwrapped(block), get_items(output)
     bare = None in items
     readings = [("streams=", _given(call, items, given, name))] if given else [
         ("diffusers' registry of transformer blocks", _registered(inner, items)),

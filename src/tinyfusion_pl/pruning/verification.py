@@ -148,7 +148,7 @@ class _Replay:
     def cut(self, kept: Mapping[str, list[int]]) -> tuple[Recorded, Any]:
         """The same with the other blocks cut out."""
         inside = {
-            self.paths[path]: self.blocks[path].blocks_of(units) for path, units in kept.items()
+            self.paths[path]: self.blocks[path].get_blocks(units) for path, units in kept.items()
         }
         with (
             self._recording() as recorded,

@@ -1,4 +1,4 @@
-"""Pictures, page and comparison of run folders.
+"""Images, page and comparison of run folders.
 
 Reads only files of the folder, so it works on a finished, an interrupted and a copied run.
 """

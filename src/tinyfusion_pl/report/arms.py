@@ -15,7 +15,7 @@ from tinyfusion_pl.artifacts import ArtifactError, read_json
 from .outside import printable, printable_content
 from .reading import METRICS, RECORD, SELECTION, numbers, read_metrics
 from .words import METRICS as MEASURED
-from .words import label, student_of, value
+from .words import get_student, label, value
 
 SETTINGS = "settings.json"  # of an arm that does nothing but state them
 ARMS = "arms"  # folder in that of a sweep, with a file for each arm
@@ -54,7 +54,7 @@ class Arm:
     @property
     def student(self) -> dict[str, float]:
         """Measurements of the model that the arm ended with."""
-        role = student_of(self.metrics)
+        role = get_student(self.metrics)
         return numbers(self.metrics.get(role)) if role else {}
 
 
@@ -148,7 +148,7 @@ def _blocks(kept: dict[str, list[int]]) -> str:
     return "; ".join(f"{path}: {' '.join(map(str, blocks))}" for path, blocks in kept.items())
 
 
-def rows_of(arms: Sequence[Arm]) -> tuple[list[Row], dict[str, str]]:
+def get_rows(arms: Sequence[Arm]) -> tuple[list[Row], dict[str, str]]:
     """Rows of the settings that differ, and the settings that all arms share.
 
     Rows of one teacher and depth stand together, the best first: by FID, else by the distance to the teacher.
@@ -179,7 +179,7 @@ def _place(row: Row) -> tuple:
 Take = Callable[[Arm], "float | None"]
 
 
-def columns_of(rows: Sequence[Row]) -> list[tuple[str, str, Take]]:
+def get_columns(rows: Sequence[Row]) -> list[tuple[str, str, Take]]:
     """Heading, key (for the format), and how to take the number from an arm; those that at least one arm has."""
     return [column for column in _columns(rows) if any(row.values(column[2]) for row in rows)]
 
@@ -226,7 +226,7 @@ def _share_of_training(arm: Arm) -> float | None:
 
 
 def _pruned(arm: Arm) -> dict[str, float]:
-    return numbers(arm.metrics.get("pruned")) if student_of(arm.metrics) != "pruned" else {}
+    return numbers(arm.metrics.get("pruned")) if get_student(arm.metrics) != "pruned" else {}
 
 
 def cell(row: Row, key: str, take: Take) -> str:

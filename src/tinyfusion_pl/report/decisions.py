@@ -99,13 +99,13 @@ def _history(steps: list[int], entries: list[dict]) -> StackHistory:
             confidence[row, members(group, entry.get("units"))] = group["confidence"]
     last = entries[-1]
     groups = tuple(
-        {**group, **_numbers_of(group), "members": members(group, last.get("units"))}
+        {**group, **_get_figures(group), "members": members(group, last.get("units"))}
         for group in last["groups"]
     )
     return StackHistory(np.array(steps), kept, probabilities, confidence, groups)
 
 
-def _numbers_of(group: dict[str, Any]) -> dict[str, Any]:
+def _get_figures(group: dict[str, Any]) -> dict[str, Any]:
     """What the page writes of a group, as numbers, whatever the file gave."""
     entropy = group.get("entropy")
     return {

@@ -29,7 +29,7 @@ KEPT, DROPPED, INK, FAINT = "#3B2E8C", "#C9CCD6", "#22252E", "#6B7080"
 DPI = 160
 WIDTH = 10.0  # inches; the page shows a figure about as wide as its text
 MAX_STEPS_DRAWN = 600  # more columns than this are not told apart on 10 inches
-MIN_COLUMNS, MAX_COLUMNS = 6, 10  # of sample pictures
+MIN_COLUMNS, MAX_COLUMNS = 6, 10  # of sample images
 FAINTEST = 0.14  # opacity at confidence 0: an undecided group stays visible
 
 _PROBABILITY = LinearSegmentedColormap.from_list("probability", ["#FFFFFF", KEPT])
@@ -136,13 +136,13 @@ def plot_samples(
     """Teacher, pruned and recovered below each other, drawn from the same noise and label in each column.
 
     Args:
-        samples: `labels` (N,) and for some of the models uint8 pictures (N, C, H, W), C = 1 or 3.
+        samples: `labels` (N,) and for some of the models uint8 images (N, C, H, W), C = 1 or 3.
         depths: number of blocks by model, for the row labels.
     """
     models = models_in(samples)
     labels, bands = samples["labels"], _sample_bands(samples["labels"])
-    num_columns = max(MIN_COLUMNS, *map(len, bands))  # few pictures are not blown up
-    aspect, gap = np.divide(*samples[models[0]].shape[2:]), 0.45  # sizes in picture widths
+    num_columns = max(MIN_COLUMNS, *map(len, bands))  # few images are not blown up
+    aspect, gap = np.divide(*samples[models[0]].shape[2:]), 0.45  # sizes in image widths
     band_height = len(models) * aspect + gap
     figure = new_figure(WIDTH, max(1.6, WIDTH * 0.88 / num_columns * len(bands) * band_height))
     axes = figure.add_subplot()
@@ -154,15 +154,15 @@ def plot_samples(
         for row, model in enumerate(models):
             upper = top + row * aspect
             for column, index in enumerate(indices):
-                picture = samples[model][index].transpose(1, 2, 0)  # (H, W, C)
-                picture = picture.repeat(3, axis=2) if picture.shape[2] == 1 else picture
+                image = samples[model][index].transpose(1, 2, 0)  # (H, W, C)
+                image = image.repeat(3, axis=2) if image.shape[2] == 1 else image
                 extent = (
                     column + 0.02,
                     column + 0.98,
                     upper + aspect * 0.98,
                     upper + aspect * 0.02,
                 )
-                axes.imshow(picture, extent=extent, interpolation="nearest", gid=f"{model}/{index}")
+                axes.imshow(image, extent=extent, interpolation="nearest", gid=f"{model}/{index}")
             name = f"{model}\n{depths[model]:.0f} blocks" if depths and model in depths else model
             style = {"color": COLORS.get(model, INK), "fontsize": 11, "fontweight": "bold"}
             axes.text(

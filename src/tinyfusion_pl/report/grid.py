@@ -1,4 +1,4 @@
-"""A picture of pictures."""
+"""An image of images."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from tinyfusion_pl.artifacts import atomic_path
 LEAST = 64  # pixels of a side, so that 8x8 digits can be seen
 
 
-def write_grid(path: str | os.PathLike, pictures: Tensor, *, num_columns: int = 10) -> None:
-    """Write uint8 pictures (N, C, H, W) side by side as a PNG, small ones enlarged without smoothing."""
+def write_grid(path: str | os.PathLike, images: Tensor, *, num_columns: int = 10) -> None:
+    """Write uint8 images (N, C, H, W) side by side as a PNG, small ones enlarged without smoothing."""
     from torchvision.transforms.v2.functional import to_pil_image
     from torchvision.utils import make_grid
 
-    factor = max(1, LEAST // pictures.shape[-1])
-    pictures = pictures.cpu().repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-    grid = make_grid(pictures, nrow=num_columns, padding=2, pad_value=128)  # (3, H', W')
+    factor = max(1, LEAST // images.shape[-1])
+    images = images.cpu().repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+    grid = make_grid(images, nrow=num_columns, padding=2, pad_value=128)  # (3, H', W')
     with atomic_path(path) as temporary:
         to_pil_image(grid).save(temporary)

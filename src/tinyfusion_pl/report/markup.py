@@ -28,9 +28,9 @@ def listing(content: str) -> Html:
     return html("<pre>{}</pre>", code(content))
 
 
-def image(pictures: dict[str, bytes], name: str, *, alt: str, caption: str) -> Html:
+def image(images: dict[str, bytes], name: str, *, alt: str, caption: str) -> Html:
     """The figure `name` embedded, with its caption and the file that it is also found in."""
-    data = base64.b64encode(pictures[name]).decode("ascii")
+    data = base64.b64encode(images[name]).decode("ascii")
     return html(
         '<figure><img src="data:image/png;base64,{}" alt="{}"><figcaption>{} {}</figcaption></figure>',
         data, alt, caption, code(f"figures/{name}.png"),

@@ -20,7 +20,7 @@ from .words import feature_note, headline
 SECTIONS = {
     "samples": (
         "Samples",
-        "Pictures that the models draw when asked for each label.",
+        "Images that the models draw when asked for each label.",
         sections.samples,
     ),
     "results": (
@@ -66,9 +66,9 @@ def write_report(run_dir: str | Path) -> Path:
         ArtifactError: no run folder, a broken file in it, or a disk that cannot be written.
     """
     run = read_run(run_dir)
-    pictures = {name: file.read_bytes() for name, file in _draw(run).items()}
+    images = {name: file.read_bytes() for name, file in _draw(run).items()}
     target = run.folder / "report.html"
-    write_text(target, render(run, pictures))
+    write_text(target, render(run, images))
     return target
 
 
@@ -113,8 +113,8 @@ def _figures(run: Run) -> Iterator[tuple[str, Figure]]:
             yield f"curves_{stage}", figure
 
 
-def render(run: Run, pictures: dict[str, bytes]) -> str:
-    """The whole page; `pictures` are PNG bytes by figure name."""
+def render(run: Run, images: dict[str, bytes]) -> str:
+    """The whole page; `images` are PNG bytes by figure name."""
     metrics = run.metrics or {}
     title = headline(metrics)
     measured = any("fid" in numbers(metrics.get(model)) for model in models_in(metrics))
@@ -130,7 +130,7 @@ def render(run: Run, pictures: dict[str, bytes]) -> str:
     body = lines(
         html(
             '<section id="{0}">\n<h2><a href="#{0}">{1}</a></h2>\n<p class="soft">{2}</p>\n{3}\n</section>',
-            anchor, heading, purpose, fill(run, pictures),
+            anchor, heading, purpose, fill(run, images),
         )
         for anchor, (heading, purpose, fill) in SECTIONS.items()
     )  # fmt: skip

@@ -43,7 +43,7 @@ class Run:
     stacks: dict[str, StackHistory]
     num_torn_lines: int
     curves: dict[str, Curves]  # by stage
-    samples: dict[str, np.ndarray] | None  # labels (N,), each model's pictures (N, C, H, W) uint8
+    samples: dict[str, np.ndarray] | None  # labels (N,), each model's images (N, C, H, W) uint8
     record: dict[str, Any] | None
     config: str | None
     selection: dict[str, Any] | None = None
@@ -211,13 +211,13 @@ def read_samples(path: Path) -> dict[str, np.ndarray]:
     """`samples.safetensors`, one noise and label a row.
 
     Returns:
-        `labels` (N,) and, for some of the models, uint8 pictures (N, C, H, W) with C = 1 or 3.
+        `labels` (N,) and, for some of the models, uint8 images (N, C, H, W) with C = 1 or 3.
     """
     tensors = {printable(name): tensor.numpy() for name, tensor in load_tensors(path).items()}
     samples = {name: tensors[name] for name in ("labels", *models_in(tensors)) if name in tensors}
     labels = samples.get("labels")
     if labels is None or labels.ndim != 1 or len(samples) < 2 or not len(labels):
-        wanted = f"'labels' (N,) and pictures of at least one of {', '.join(MODELS)}"
+        wanted = f"'labels' (N,) and images of at least one of {', '.join(MODELS)}"
         raise ArtifactError(
             f"{path} holds { {k: v.shape for k, v in tensors.items()} }, expected {wanted}."
         )
@@ -229,7 +229,7 @@ def read_samples(path: Path) -> dict[str, np.ndarray]:
             or found.shape[1] not in (1, 3)
             or found.dtype != np.uint8
         ):
-            wanted = f"uint8 ({len(labels)}, 1 or 3, H, W), one picture for each label"
+            wanted = f"uint8 ({len(labels)}, 1 or 3, H, W), one image for each label"
             raise ArtifactError(
                 f"{path}: {name!r} is {found.dtype} {found.shape}, expected {wanted}."
             )

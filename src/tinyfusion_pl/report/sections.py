@@ -1,4 +1,4 @@
-"""The sections of the page, each a function from a run and its pictures to HTML."""
+"""The sections of the page, each a function from a run and its images to HTML."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from .markup import about, code, fold, image, lines, listing, missing, table
 from .outside import Html, html
 from .reading import CONFIG, DECISIONS, LOGS, METRICS, RECORD, SAMPLES, Run, models_in, numbers
 from .words import METRICS as EXPLAINED
-from .words import STAGES, duration, label, metric_keys, stage_label, student_of, value
+from .words import STAGES, duration, get_student, label, metric_keys, stage_label, value
 
-Pictures = dict[str, bytes]  # PNG by figure name
+Images = dict[str, bytes]  # PNG by figure name
 
 
-def samples(run: Run, pictures: Pictures) -> Html:
+def samples(run: Run, images: Images) -> Html:
     if not run.samples:
         return missing(SAMPLES)
     rows = ", ".join(models_in(run.samples))
     return image(
-        pictures,
+        images,
         "samples",
-        alt=f"Generated pictures in a grid: rows {rows}; columns by label",
+        alt=f"Generated images in a grid: rows {rows}; columns by label",
         caption=f"In each column all rows ({rows}) start from the same noise and label: only the model differs.",
     )
 
 
-def results(run: Run, pictures: Pictures) -> Html:
+def results(run: Run, images: Images) -> Html:
     metrics = run.metrics or {}
     models = {
         model: numbers(metrics.get(model))
@@ -46,20 +46,20 @@ def results(run: Run, pictures: Pictures) -> Html:
         "measured": "the shallow model's images/s over the teacher's",
         "ideal": "the teacher's number of blocks over the shallow model's",
     }
-    student, speedup = student_of(metrics), numbers(metrics.get("speedup"))
+    student, speedup = get_student(metrics), numbers(metrics.get("speedup"))
     for key, explanation in explained.items():
         if key in speedup and student:
             cells = [f"{speedup[key]:.2f}x" if model == student else "" for model in models]
             rows.append([f"speed-up, {key}", *cells, about(explanation)])
     header = ["", *(html('<span class="{0}">{0}</span>', model) for model in models), ""]
     parts = [table(header, rows, numeric=range(1, len(models) + 1))]
-    if "overview" in pictures:
+    if "overview" in images:
         alt = f"Bars of sampling speed, FID and accuracy for {', '.join(models)}"
-        parts.append(image(pictures, "overview", alt=alt, caption="The same figures as bars."))
+        parts.append(image(images, "overview", alt=alt, caption="The same figures as bars."))
     return lines(parts)
 
 
-def cost(run: Run, pictures: Pictures) -> Html:
+def cost(run: Run, images: Images) -> Html:
     metrics = run.metrics or {}
     seconds, peak = numbers(metrics.get("seconds")), numbers(metrics).get("peak_memory_mib")
     if not seconds:
@@ -89,17 +89,17 @@ def cost(run: Run, pictures: Pictures) -> Html:
     )
 
 
-def blocks(run: Run, pictures: Pictures) -> Html:
+def blocks(run: Run, images: Images) -> Html:
     parts = [_strip(path, stack) for path, stack in _stored_stacks(run).items()]
     if run.selection:
-        parts += _selection(run, pictures)
+        parts += _selection(run, images)
     if not run.stacks and run.selection:
         return lines(parts)
     if not run.stacks:
         return lines([*parts, missing(DECISIONS)])
     parts.append(
         image(
-            pictures,
+            images,
             "decisions",
             alt="For each block, at which training steps the decision keeps it; opacity is the confidence of its group",
             caption="A mark where the decision of that step keeps the block; the more opaque, the surer its group. "
@@ -108,7 +108,7 @@ def blocks(run: Run, pictures: Pictures) -> Html:
     )
     parts.append(
         image(
-            pictures,
+            images,
             "block_probabilities",
             alt="Each block's probability of staying, over the steps as shades and at the end as bars; kept ones dark",
             caption="Dotted: what every block of the group would have if none were preferred.",
@@ -125,7 +125,7 @@ def blocks(run: Run, pictures: Pictures) -> Html:
     return lines(parts)
 
 
-def _selection(run: Run, pictures: Pictures) -> list[Html]:
+def _selection(run: Run, images: Images) -> list[Html]:
     """What a criterion chose, what that cost, and what the simple rule would have kept."""
     found = run.selection
     cost, chose = found.get("num_block_runs"), str(found.get("criterion"))
@@ -159,10 +159,10 @@ def _selection(run: Run, pictures: Pictures) -> list[Html]:
                     code(path),
                 )
             )
-    if "scores" in pictures:
+    if "scores" in images:
         parts.append(
             image(
-                pictures,
+                images,
                 "scores",
                 alt="Each block's value by the criterion, kept ones dark",
                 caption="The higher, the more the criterion wants to keep the block.",
@@ -287,10 +287,10 @@ def _joined(numbers_: list[int]) -> str:
     return ", ".join(map(str, numbers_))
 
 
-def curves(run: Run, pictures: Pictures) -> Html:
+def curves(run: Run, images: Images) -> Html:
     parts = []
     for stage in run.curves:
-        if (name := f"curves_{stage}") in pictures:
+        if (name := f"curves_{stage}") in images:
             parts.append(html("<h3>{}</h3>", stage_label(stage).capitalize()))
             parts.append(
                 html('<p class="soft">{}.</p>', STAGES[stage][1].capitalize())
@@ -299,12 +299,12 @@ def curves(run: Run, pictures: Pictures) -> Html:
             )
             alt = f"Curves logged during {stage_label(stage)}, over its training steps"
             parts.append(
-                image(pictures, name, alt=alt, caption="Losses thin as logged, bold smoothed.")
+                image(images, name, alt=alt, caption="Losses thin as logged, bold smoothed.")
             )
     return lines(parts) or missing(f"{LOGS}/<stage>/**/metrics.csv")
 
 
-def protocol(run: Run, pictures: Pictures) -> Html:
+def protocol(run: Run, images: Images) -> Html:
     settings = (run.metrics or {}).get("protocol")
     if not settings:
         return missing(f"protocol in {METRICS}")
@@ -315,7 +315,7 @@ def protocol(run: Run, pictures: Pictures) -> Html:
     return table(["setting", "value"], [[key, code(setting)] for key, setting in shown.items()])
 
 
-def record(run: Run, pictures: Pictures) -> Html:
+def record(run: Run, images: Images) -> Html:
     if not run.record:
         return missing(RECORD)
     source = run.record.get("source")
@@ -350,5 +350,5 @@ def _readable_json(content: Any) -> str:
     )
 
 
-def config(run: Run, pictures: Pictures) -> Html:
+def config(run: Run, images: Images) -> Html:
     return fold(CONFIG, listing(run.config)) if run.config else missing(CONFIG)

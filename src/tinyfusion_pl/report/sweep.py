@@ -12,7 +12,7 @@ from typing import Any
 
 from tinyfusion_pl.artifacts import write_text
 
-from .arms import Arm, Row, Take, cell, columns_of, read_arms, rows_of
+from .arms import Arm, Row, Take, cell, get_columns, get_rows, read_arms
 from .markup import code, table
 from .outside import Html, html
 from .reading import numbers
@@ -34,8 +34,8 @@ def compare_sweep(folder: str | Path) -> str:
     """
     folder = Path(folder)
     arms = read_arms(folder)
-    rows, shared = rows_of(arms)
-    columns = columns_of(rows)
+    rows, shared = get_rows(arms)
+    columns = get_columns(rows)
     about = _about(arms, shared)
     markdown = _markdown(folder.resolve().name, rows, columns, about)
     write_text(folder / "table.md", markdown)

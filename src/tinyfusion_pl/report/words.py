@@ -13,7 +13,7 @@ METRICS = {
     "num_params": ("parameters", "learned numbers in the network"),
     "fid": (
         "FID",
-        "distance between the statistics of generated and real pictures; lower is better, 0 is equal",
+        "distance between the statistics of generated and real images; lower is better, 0 is equal",
     ),
     "sfid": ("sFID", "the same of spatial features, which see where things are; lower is better"),
     "inception_score": (
@@ -22,9 +22,9 @@ METRICS = {
     ),
     "precision": (
         "precision",
-        "share of samples that lie among the real pictures; higher is better",
+        "share of samples that lie among the real images; higher is better",
     ),
-    "recall": ("recall", "share of real pictures that lie among the samples; higher is better"),
+    "recall": ("recall", "share of real images that lie among the samples; higher is better"),
     "accuracy": (
         "accuracy",
         "share of samples in which the classifier sees the class that was asked for; higher is better",
@@ -39,7 +39,7 @@ METRICS = {
     ),
     "images_per_second": (
         "images/s",
-        "pictures sampled per second, the models timed in turn in this run; higher is better",
+        "images sampled per second, the models timed in turn in this run; higher is better",
     ),
 }
 """Key in metrics.json -> label and explanation; a key that is not here is its own label."""
@@ -61,7 +61,7 @@ STAGES = {
         "learns which blocks can go, while the weights learn to do without them",
     ),
     "recover": ("recovery", "trains what stayed to make up for what left, guided by the teacher"),
-    "evaluate": ("evaluation", "samples pictures from each model, measures and times them"),
+    "evaluate": ("evaluation", "samples images from each model, measures and times them"),
 }
 
 
@@ -116,7 +116,7 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def student_of(metrics: dict[str, Any]) -> str | None:
+def get_student(metrics: dict[str, Any]) -> str | None:
     """The shallow model that the run ends with: recovered, else pruned."""
     return next((model for model in ("recovered", "pruned") if numbers(metrics.get(model))), None)
 
@@ -126,7 +126,7 @@ def headline(metrics: dict[str, Any]) -> str:
 
     ``12 → 6 blocks: 1.93x faster sampling (ideal 2.00x), FID 9.2 → 12.0, accuracy 98.0% → 96.1%``
     """
-    student = student_of(metrics)
+    student = get_student(metrics)
     if student is None:
         present = [model for model in models_in(metrics) if numbers(metrics.get(model))]
         verb = "was" if len(present) == 1 else "were"

@@ -79,7 +79,7 @@ def most_probable_structures(space: Space, theta: Tensor, count: int) -> Tensor:
     return structures[[space.is_valid(structure) for structure in structures]][:count]
 
 
-def candidates_of(space: Space, limit: int, generator: torch.Generator) -> Tensor:
+def get_candidates(space: Space, limit: int, generator: torch.Generator) -> Tensor:
     """All structures where they are no more than `limit`, else the distinct ones of so many draws: (S, num_units) bool."""
     if num_structures(space) <= limit:
         return all_structures(space)

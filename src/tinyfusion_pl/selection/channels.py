@@ -45,7 +45,7 @@ class Channels:
         return (ranked.cpu() + starts).flatten().sort().values.tolist()
 
 
-def channels_of(model: DiT) -> Iterator[Channels]:
+def get_channels(model: DiT) -> Iterator[Channels]:
     """All channels whose number follows `hidden_size`: of hidden states and conditioning, and in each perceptron and head."""
     yield Channels("x_embedder.proj")
     yield Channels("t_embedder.mlp.2")
@@ -68,7 +68,7 @@ def is_installed() -> bool:
     return importlib.util.find_spec("torch_pruning") is not None
 
 
-def num_params_of(model: DiT, *, depth: int, hidden_size: int | None = None) -> int:
+def count_params(model: DiT, *, depth: int, hidden_size: int | None = None) -> int:
     """Parameters of such a model with other sizes, counted without memory."""
     sizes = {
         **model.config,
@@ -97,9 +97,9 @@ def width_for(model: DiT, num_params: float, *, depth: int) -> int:
     num_sizes = (model.config["hidden_size"] - 1) // step
 
     def count(size: int) -> int:
-        return num_params_of(model, depth=depth, hidden_size=size)
+        return count_params(model, depth=depth, hidden_size=size)
 
-    most, least = num_params_of(model, depth=depth), count(step) if num_sizes else math.inf
+    most, least = count_params(model, depth=depth), count(step) if num_sizes else math.inf
     if not least <= num_params < most:
         raise ValueError(
             f"removed asks for {num_params / 1e6:.4g}M parameters, but with {depth} blocks the model has {most / 1e6:.4g}M at its full "
@@ -133,7 +133,7 @@ def narrowed(model: DiT, hidden_size: int, example: tuple[Tensor, ...]) -> DiT:
     config = {**model.config, "hidden_size": hidden_size}
     with torch.device("meta"):
         outline = create_model(model.model_name, **config)
-    channels = list(channels_of(model))
+    channels = list(get_channels(model))
     graph = torch_pruning.DependencyGraph().build_dependency(
         model, example_inputs=example, unwrapped_parameters=[(model.pos_embed, 2)]
     )

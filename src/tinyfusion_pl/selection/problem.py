@@ -87,13 +87,13 @@ class Problem:
     @contextmanager
     def seeded(self, which: int, *numbers: int) -> Iterator[None]:
         """Inside, the global generators give the random numbers of a purpose; afterwards they are as they were."""
-        with torch.random.fork_rng(devices_of(self.model)):
-            torch.manual_seed(seed_of(self.seed, which, *numbers))
+        with torch.random.fork_rng(get_devices(self.model)):
+            torch.manual_seed(compute_seed(self.seed, which, *numbers))
             yield
 
     def generator(self, which: int) -> torch.Generator:
         """Random numbers of a purpose."""
-        return torch.Generator().manual_seed(seed_of(self.seed, which))
+        return torch.Generator().manual_seed(compute_seed(self.seed, which))
 
 
 @dataclass
@@ -124,11 +124,11 @@ class Criterion(Protocol):
         """Choose; `problem.structures` counts what it costs."""
 
 
-def seed_of(*numbers: int) -> int:
+def compute_seed(*numbers: int) -> int:
     """A seed for `torch.manual_seed` of several numbers: another one where any of them is another."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def devices_of(model: nn.Module) -> list[torch.device]:
+def get_devices(model: nn.Module) -> list[torch.device]:
     tensor = next(iter(model.parameters()), None)
     return [tensor.device] if tensor is not None and tensor.device.type == "cuda" else []

@@ -36,7 +36,8 @@ def directions(units: Units) -> list[int]:
 
 def run_starts(space: Space, part: Part) -> list[int]:
     """Units of `part` that begin a run whatever the states are: the first of it and of each stack, those that have to stay, and those
-    whose blocks do not follow those of the unit before."""
+    whose blocks do not follow those of the unit before.
+    """
     starts = []
     for path in space.paths:
         units, first = space.units[path], space.members(path).start

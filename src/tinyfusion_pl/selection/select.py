@@ -23,7 +23,7 @@ from tinyfusion_pl.selection.criteria.greedy import Greedy
 from tinyfusion_pl.selection.criteria.rules import First, Oracle, Random, Uniform
 from tinyfusion_pl.selection.criteria.sensitivity import Sensitivity
 from tinyfusion_pl.selection.criteria.weights import Magnitude, Taylor
-from tinyfusion_pl.selection.problem import Choice, Criterion, Problem, devices_of
+from tinyfusion_pl.selection.problem import Choice, Criterion, Problem, get_devices
 from tinyfusion_pl.selection.progress import Progress
 from tinyfusion_pl.selection.space import Space
 from tinyfusion_pl.selection.structures import MAX_ROWS, open_structures
@@ -175,7 +175,7 @@ class Selection:
                 watch(history[-1])
 
         with (
-            torch.random.fork_rng(devices_of(model)),
+            torch.random.fork_rng(get_devices(model)),
             open_structures(model, space, max_rows=self.max_rows) as structures,
         ):
             problem = Problem(

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinyfusion_pl.pruning.blocks import Units, by_path, get_stack, units_of
-from tinyfusion_pl.pruning.budget import both_or_neither, count_of
+from tinyfusion_pl.pruning.blocks import Units, by_path, get_stack, get_units
+from tinyfusion_pl.pruning.budget import both_or_neither, get_count
 from tinyfusion_pl.pruning.decision import Decision, GroupDecision, StackDecision
 from tinyfusion_pl.pruning.discovery import resolve_stacks
 from tinyfusion_pl.pruning.library_configs import fixed_blocks
@@ -56,7 +56,7 @@ class Space:
         )
         given = by_path(units, self.paths, "units")
         self.units: dict[str, Units] = {
-            path: units_of(model, path, given[path]) for path in self.paths
+            path: get_units(model, path, given[path]) for path in self.paths
         }
         self.num_blocks = {path: len(get_stack(model, path)) for path in self.paths}
         self._start: dict[str, int] = {}
@@ -88,7 +88,7 @@ class Space:
         if isinstance(keep, Mapping):
             keeps = by_path(keep, self.paths, "keep")
             counts = {
-                path: count_of(keeps[path], len(self.units[path]), path) for path in self.paths
+                path: get_count(keeps[path], len(self.units[path]), path) for path in self.paths
             }
             return self._checked(
                 [self._part(self.members(path), count) for path, count in counts.items()]
@@ -96,7 +96,7 @@ class Space:
         return self._checked(
             [
                 self._part(
-                    range(self.num_units), count_of(keep, self.num_units, ", ".join(self.paths))
+                    range(self.num_units), get_count(keep, self.num_units, ", ".join(self.paths))
                 )
             ]
         )

@@ -21,12 +21,12 @@ from tinyfusion_pl.selection.calibration import Calibration
 from tinyfusion_pl.selection.channels import (
     MISSING,
     check_narrowable,
+    count_params,
     is_installed,
     narrowed,
-    num_params_of,
     width_for,
 )
-from tinyfusion_pl.selection.problem import WIDTH, devices_of, seed_of
+from tinyfusion_pl.selection.problem import WIDTH, compute_seed, get_devices
 from tinyfusion_pl.selection.select import Selected, Selection
 
 
@@ -86,7 +86,7 @@ class WidthPruning:
     def _hidden_size(self, model: DiT, num_blocks: int) -> int:
         return width_for(
             model,
-            (1 - self.removed) * num_params_of(model, depth=len(model.blocks)),
+            (1 - self.removed) * count_params(model, depth=len(model.blocks)),
             depth=num_blocks,
         )
 
@@ -111,8 +111,8 @@ class WidthPruning:
                 stack.criterion = f"{stack.criterion}, then diff_pruning"
         wide = remove_blocks(copy.deepcopy(model), found.decision.kept_blocks).eval()
         num_blocks = len(wide.blocks)
-        with torch.random.fork_rng(devices_of(model)):
-            torch.manual_seed(seed_of(seed, WIDTH))
+        with torch.random.fork_rng(get_devices(model)):
+            torch.manual_seed(compute_seed(seed, WIDTH))
             calibration = draw(self.num_samples)
         intervals = self._accumulate(wide, calibration)
         args, _ = calibration.rows(torch.arange(2))

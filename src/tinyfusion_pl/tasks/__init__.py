@@ -10,7 +10,7 @@ from tinyfusion_pl.tasks.fitting import Fit
 from tinyfusion_pl.tasks.folder import Inputs, RunFolder
 from tinyfusion_pl.tasks.learn_mask import LearnMask
 from tinyfusion_pl.tasks.loggers import csv_logger
-from tinyfusion_pl.tasks.measure import PictureFiles, make_reference, measure
+from tinyfusion_pl.tasks.measure import ImageFiles, make_reference, measure
 from tinyfusion_pl.tasks.recover import Recover
 from tinyfusion_pl.tasks.report import Report
 from tinyfusion_pl.tasks.settings import write_settings
@@ -32,7 +32,7 @@ __all__ = [
     "Fit",
     "Inputs",
     "LearnMask",
-    "PictureFiles",
+    "ImageFiles",
     "Pipeline",
     "Recover",
     "Report",

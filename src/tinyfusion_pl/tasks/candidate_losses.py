@@ -18,7 +18,7 @@ from tinyfusion_pl.models import load_decision
 from tinyfusion_pl.models.records import RECORD
 from tinyfusion_pl.report import write_candidate_losses
 from tinyfusion_pl.selection import CRITERIA, Problem, Selection
-from tinyfusion_pl.selection.candidates import candidates_of, num_structures
+from tinyfusion_pl.selection.candidates import get_candidates, num_structures
 from tinyfusion_pl.selection.criteria.sensitivity import check_measure
 from tinyfusion_pl.selection.problem import CANDIDATES
 from tinyfusion_pl.selection.structures import open_structures
@@ -99,7 +99,7 @@ def score_candidates(
             structures, Draws(data, objective, device), num_samples=selection.num_samples, seed=seed
         )
         structures.ask(problem.fixed)
-        rows = candidates_of(space, candidates.num_candidates, problem.generator(CANDIDATES))
+        rows = get_candidates(space, candidates.num_candidates, problem.generator(CANDIDATES))
         before = structures.num_block_runs
         losses = structures.means(problem.fixed, rows, candidates.measure)
         cost = structures.num_block_runs - before

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from tinyfusion_pl.selection.problem import devices_of
+from tinyfusion_pl.selection.problem import get_devices
 from tinyfusion_pl.tasks.choosing import Draws
 from tinyfusion_pl.tasks.folder import Inputs
 
@@ -24,7 +24,7 @@ def closeness(
     """
     model, teacher = model.to(device).eval(), inputs.teacher.to(device).eval()
     draw, loss, distance = Draws(inputs.data, inputs.objective, device), 0.0, 0.0
-    with torch.random.fork_rng(devices_of(model)):
+    with torch.random.fork_rng(get_devices(model)):
         torch.manual_seed(SEED)
         for size in [BATCH_SIZE] * (num_draws // BATCH_SIZE) + [num_draws % BATCH_SIZE] * bool(
             num_draws % BATCH_SIZE

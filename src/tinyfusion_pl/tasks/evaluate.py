@@ -17,10 +17,10 @@ from torch import nn
 from tinyfusion_pl.artifacts import save_tensors, sha256, tensors_sha256, write_json
 from tinyfusion_pl.checksums import Origin, content_sha256, model_sha256
 from tinyfusion_pl.metrics import GenerationMetrics, Reference, read_reference
-from tinyfusion_pl.metrics.reference import write_pictures
+from tinyfusion_pl.metrics.reference import write_images
 from tinyfusion_pl.models.records import TRAINING_IMAGES
 from tinyfusion_pl.modules import Generation
-from tinyfusion_pl.objectives import PictureSampler, labels_of
+from tinyfusion_pl.objectives import ImageSampler, get_labels
 from tinyfusion_pl.report import write_grid
 from tinyfusion_pl.tasks.closeness import closeness
 from tinyfusion_pl.tasks.fitting import num_processes
@@ -33,9 +33,9 @@ from tinyfusion_pl.tasks.results import (
     METRICS,
     describe,
     gathered,
+    get_mark,
     is_whole,
     kept_result,
-    mark_of,
     plain,
 )
 from tinyfusion_pl.tasks.shared_reference import set_shared_reference
@@ -57,22 +57,22 @@ class Evaluate:
 
     Args:
         trainer: Makes a Trainer from ``default_root_dir=``.
-        metrics: Measures pictures.
+        metrics: Measures images.
         models: Name -> a shallow or diffusers folder, a published name, or a checkpoint of the configured model, whatever its depth:
             these are measured instead of the run's own.
-        reference: Reference file (see `read_reference`); None: the data module's pictures.
+        reference: Reference file (see `read_reference`); None: the data module's images.
         sampling: Arguments of ``objective.sample``; those not given are its defaults, and not in the protocol.
         labels: ``"balanced"`` or ``"random"``.
-        precision, compile: Of the denoiser while it samples, see `PictureSampler`.
-        num_samples: Pictures measured for each model, >= 2: exactly so many, whatever the devices.
-        batch_size: Pictures sampled at once on each device, >= 1.
-        num_shown: Pictures of each model kept for the report.
+        precision, compile: Of the denoiser while it samples, see `ImageSampler`.
+        num_samples: Images measured for each model, >= 2: exactly so many, whatever the devices.
+        batch_size: Images sampled at once on each device, >= 1.
+        num_shown: Images of each model kept for the report.
         num_timing_rounds: Batches of each model timed in turn for images/s, >= 0; 0: speed is not measured.
         sampled: Of the run's own models (`ROLES`), those that samples are taken from; of others depth and distance alone are measured.
         num_draws: Fixed draws of the training data on which the loss and the distance to the teacher's output are taken, >= 0; 0: none.
         shared: Results of other runs: a model that was measured there in the same way is not measured again.
         write_npz: Leave ``samples_<model>.npz`` as the ADM evaluator takes it.
-        write_grid: Leave ``samples_<model>.png``, the pictures shown.
+        write_grid: Leave ``samples_<model>.png``, the images shown.
     """
 
     trainer: Callable[..., Trainer]
@@ -136,8 +136,8 @@ class Evaluate:
         inputs.data.check_decode()
         self.check_classes(inputs)
         check_sampling_trainer("evaluate.trainer", self.trainer)
-        reference = self.reference_of(inputs)
-        self.metrics.check(num_samples=self.num_samples, num_reference=reference.num_pictures)
+        reference = self.get_reference(inputs)
+        self.metrics.check(num_samples=self.num_samples, num_reference=reference.num_images)
         self.metrics.check_reference(reference)
         for path in self.models.values():
             load_model(path, inputs)
@@ -150,7 +150,7 @@ class Evaluate:
         """Measure the models; each one's numbers are kept as soon as they are there, and each batch until they are."""
         if not self.models:
             check_own_models(folder, inputs)
-        models, protocol = self.models_of(folder, inputs), self.protocol(inputs)
+        models, protocol = self.get_models(folder, inputs), self.protocol(inputs)
         origins = {
             role: self.made_from(model, folder, inputs, role=role, protocol=protocol)
             for role, model in models.items()
@@ -174,7 +174,7 @@ class Evaluate:
         for role, sampler in samplers.items():
             if before[role] is None:
                 folder.finish(
-                    mark_of(role),
+                    get_mark(role),
                     self.shared_or_measured(
                         sampler, folder, inputs, role=role, made_from=origins[role]
                     ),
@@ -196,7 +196,7 @@ class Evaluate:
         folder.finish(
             "evaluate",
             {
-                "seconds": sum(folder.result(mark_of(role))["seconds"] for role in models),
+                "seconds": sum(folder.result(get_mark(role))["seconds"] for role in models),
                 "models": [*models],
                 "results": results,
                 "files": files_left(folder.path, left),
@@ -205,7 +205,7 @@ class Evaluate:
 
     def shared_or_measured(
         self,
-        sampler: PictureSampler,
+        sampler: ImageSampler,
         folder: RunFolder,
         inputs: Inputs,
         *,
@@ -266,14 +266,14 @@ class Evaluate:
             [self.num_draws, model_sha256(inputs.teacher), inputs.data.samples_sha256()]
         )
 
-    def models_of(self, folder: RunFolder, inputs: Inputs) -> dict[str, nn.Module]:
+    def get_models(self, folder: RunFolder, inputs: Inputs) -> dict[str, nn.Module]:
         """Name -> model: those given, or the run's own as far as they are there."""
         return {name: load_model(path, inputs) for name, path in self.models.items()} or own_models(
             folder, inputs
         )
 
-    def sampler(self, model: nn.Module, inputs: Inputs) -> PictureSampler:
-        return PictureSampler(
+    def sampler(self, model: nn.Module, inputs: Inputs) -> ImageSampler:
+        return ImageSampler(
             denoiser=model.eval(),
             objective=inputs.objective,
             latent_shape=inputs.data.latent_shape,
@@ -284,12 +284,12 @@ class Evaluate:
             compile=self.compile,
         )
 
-    def reference_of(self, inputs: Inputs) -> Reference:
-        """The reference file, or the data module's pictures."""
+    def get_reference(self, inputs: Inputs) -> Reference:
+        """The reference file, or the data module's images."""
         if self.reference is not None:
             return self._reference_file[0]
-        pictures = inputs.data.reference_pictures()[0]
-        return Reference(path=Path("data"), pictures=pictures, num_pictures=len(pictures))
+        images = inputs.data.reference_images()[0]
+        return Reference(path=Path("data"), images=images, num_images=len(images))
 
     @cached_property
     def _reference_file(self) -> tuple[Reference, str]:
@@ -298,14 +298,14 @@ class Evaluate:
 
     def measure(
         self,
-        sampler: PictureSampler,
+        sampler: ImageSampler,
         folder: RunFolder,
         inputs: Inputs,
         *,
         role: str,
         made_from: Origin,
     ) -> tuple[dict[str, float], float]:
-        """Sample, and hold the pictures against the reference, resuming from the batches that an interrupted measurement kept, where they
+        """Sample, and hold the images against the reference, resuming from the batches that an interrupted measurement kept, where they
         are `made_from` the same.
 
         Returns the metrics' results and the seconds that it took this time.
@@ -316,7 +316,7 @@ class Evaluate:
             self.metrics.to(trainer.strategy.root_device)
             set_shared_reference(
                 self.metrics,
-                self.reference_of(inputs),
+                self.get_reference(inputs),
                 self.shared.folder if self.shared.reuse else None,
                 made_from,
                 rank=trainer.global_rank,
@@ -324,10 +324,10 @@ class Evaluate:
                 batch_size=self.batch_size,
             )
             self.held = True
-        kept = KeptBatches(folder / "evaluate" / role, pictures=self.write_npz, made_from=made_from)
+        kept = KeptBatches(folder / "evaluate" / role, images=self.write_npz, made_from=made_from)
         shell = Generation(
             sampler,
-            labels=self.labels_of(sampler, inputs),
+            labels=self.get_labels(sampler, inputs),
             metrics=self.metrics,
             batch_size=self.batch_size,
             measured=kept,
@@ -342,11 +342,11 @@ class Evaluate:
 
     @rank_zero_only
     def write_samples(self, path: Path, kept: KeptBatches) -> None:
-        write_pictures(path, kept.numbered_pictures(), num_pictures=self.num_samples)
+        write_images(path, kept.numbered_images(), num_images=self.num_samples)
 
-    def labels_of(self, sampler: PictureSampler, inputs: Inputs) -> torch.Tensor:
+    def get_labels(self, sampler: ImageSampler, inputs: Inputs) -> torch.Tensor:
         num_classes = sampler.denoiser.num_classes
-        return labels_of(
+        return get_labels(
             self.labels,
             self.num_samples,
             num_classes,
@@ -356,7 +356,8 @@ class Evaluate:
 
     def classes(self, inputs: Inputs, num_classes: int) -> list[int] | None:
         """Classes that samples are asked to be: those of the images that they are held against; with a reference file, which does not say
-        them, those of the training data. None: all that the model knows."""
+        them, those of the training data. None: all that the model knows.
+        """
         if self.reference is None:
             return inputs.data.reference_classes(num_classes=num_classes)
         inputs.data.check_labels(num_classes)
@@ -366,7 +367,7 @@ class Evaluate:
         """Find out whether the model knows the data's classes, and say where they are fewer."""
         num_classes = inputs.teacher.num_classes
         classes = self.classes(inputs, num_classes)
-        labels_of(self.labels, self.num_samples, num_classes, seed=inputs.seed, classes=classes)
+        get_labels(self.labels, self.num_samples, num_classes, seed=inputs.seed, classes=classes)
         if classes is not None and len(classes) < num_classes:
             beside = (
                 ""
@@ -377,9 +378,9 @@ class Evaluate:
                 f"evaluate: samples are of the data's {len(classes)} classes, of {num_classes} that the model knows{beside}"
             )
 
-    def shown(self, samplers: dict[str, PictureSampler], inputs: Inputs) -> dict[str, torch.Tensor]:
+    def shown(self, samplers: dict[str, ImageSampler], inputs: Inputs) -> dict[str, torch.Tensor]:
         indices = torch.arange(self.num_shown)
-        labels = self.labels_of(next(iter(samplers.values())), inputs)[: self.num_shown]
+        labels = self.get_labels(next(iter(samplers.values())), inputs)[: self.num_shown]
         return {
             "labels": labels,
             **{
@@ -389,9 +390,9 @@ class Evaluate:
             },
         }
 
-    def speed(self, samplers: dict[str, PictureSampler], inputs: Inputs) -> dict[str, float]:
+    def speed(self, samplers: dict[str, ImageSampler], inputs: Inputs) -> dict[str, float]:
         size = min(self.batch_size, self.num_samples)
-        labels = self.labels_of(next(iter(samplers.values())), inputs)[:size]
+        labels = self.get_labels(next(iter(samplers.values())), inputs)[:size]
         return images_per_second(
             samplers, labels, num_rounds=self.num_timing_rounds, device=self.device
         )
@@ -412,7 +413,7 @@ class Evaluate:
         shown: dict[str, torch.Tensor],
         protocol: dict[str, Any],
     ) -> dict[str, Any]:
-        """Write ``metrics.json``, whose content is returned, and the pictures shown."""
+        """Write ``metrics.json``, whose content is returned, and the images shown."""
         save_tensors(folder / SAMPLES, shown)
         if self.write_grid:
             for role in shown.keys() - {"labels"}:
@@ -430,15 +431,15 @@ class Evaluate:
 
     def protocol(self, inputs: Inputs) -> dict[str, Any]:
         """What two results must share to be comparable."""
-        reference = self.reference_of(inputs)
+        reference = self.get_reference(inputs)
         digest = (
-            tensors_sha256({"pictures": reference.pictures})
+            tensors_sha256({"pictures": reference.images})
             if self.reference is None
             else self._reference_file[1]
         )
         return self.metrics.protocol(
             num_samples=self.num_samples,
-            num_reference=reference.num_pictures,
+            num_reference=reference.num_images,
             reference_sha256=digest,
             labels=self.labels,
             **self._classes_sampled(inputs),

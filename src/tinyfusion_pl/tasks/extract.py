@@ -232,7 +232,7 @@ def _say_skipped(skipped: dict[str, int], reasons: list[str]) -> None:
 
 
 def _describe_labels(info: LatentsInfo) -> str:
-    labels = info.labels_of_classes
+    labels = info.labels_per_class
     pairs = ", ".join(
         f"{name}: {label}" for name, label in list(zip(info.classes, labels))[:NUM_REASONS]
     )

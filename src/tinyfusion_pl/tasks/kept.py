@@ -24,31 +24,31 @@ from tinyfusion_pl.tasks.folder import say
 
 
 class KeptBatches:
-    """One safetensors file a batch: numbers, labels and features of its samples, and the pictures where they are asked for later.
+    """One safetensors file a batch: numbers, labels and features of its samples, and the images where they are asked for later.
 
     Features of 50,000 samples take about 1 GB; the folder is deleted when the evaluation is whole. Each file carries its checksum and
     what it was made from: `check`, before they are used, deletes damaged ones and those of another origin.
 
     Args:
         folder: Where they are kept.
-        pictures: Whether to keep the pictures too.
+        images: Whether to keep the images too.
         made_from: What decides their content, name -> checksum.
     """
 
     def __init__(
-        self, folder: Path, *, pictures: bool = False, made_from: Origin | None = None
+        self, folder: Path, *, images: bool = False, made_from: Origin | None = None
     ) -> None:
-        self.folder, self.pictures, self.made_from = folder, pictures, made_from or {}
+        self.folder, self.images, self.made_from = folder, images, made_from or {}
 
-    def write(self, indices: Tensor, labels: Tensor, features: Features, pictures: Tensor) -> None:
-        """Keep a batch: numbers (N,), labels (N,), features, uint8 pictures (N, C, H, W)."""
+    def write(self, indices: Tensor, labels: Tensor, features: Features, images: Tensor) -> None:
+        """Keep a batch: numbers (N,), labels (N,), features, uint8 images (N, C, H, W)."""
         tensors = {
             "indices": indices,
             "labels": labels,
             **{name: x for name, x in features._asdict().items() if x is not None},
         }
-        if self.pictures:
-            tensors["pictures"] = pictures
+        if self.images:
+            tensors["images"] = images
         save_sealed_tensors(
             self.folder / f"{int(indices[0]):08d}.safetensors", tensors, made_from=self.made_from
         )
@@ -75,8 +75,8 @@ class KeptBatches:
         if found := differences(made_from, self.made_from):
             return f"made from something else ({found})"
         return (
-            "without the pictures, which are asked for now"
-            if self.pictures and "pictures" not in tensors
+            "without the images, which are asked for now"
+            if self.images and "images" not in tensors
             else ""
         )
 
@@ -96,10 +96,10 @@ class KeptBatches:
                 Features(*(tensors.get(name) for name in Features._fields)),
             )
 
-    def numbered_pictures(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Numbers and pictures of all batches."""
-        for tensors in self._files(only=("indices", "pictures")):
-            yield tensors["indices"], tensors["pictures"]
+    def numbered_images(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Numbers and images of all batches."""
+        for tensors in self._files(only=("indices", "images")):
+            yield tensors["indices"], tensors["images"]
 
     @rank_zero_only
     def delete(self) -> None:

@@ -19,9 +19,9 @@ from tinyfusion_pl.tasks.origins import (
     check_logs,
     check_origin,
     files_left,
-    logs_of,
+    get_log_dir,
+    make_origin,
     needs_remaking,
-    origin_of,
 )
 from tinyfusion_pl.tasks.processes import first_alone
 
@@ -83,7 +83,7 @@ class LearnMask:
                              "process, then the other stages.")  # fmt: skip
 
     def _run(self, folder: RunFolder, inputs: Inputs) -> None:
-        made_from, asked = origin_of(folder, inputs), {"seed": inputs.seed}
+        made_from, asked = make_origin(folder, inputs), {"seed": inputs.seed}
         if self.selection is None:
             asked["num_steps"] = self.fit.num_steps("learn_mask")
         if (done := folder.result("learn_mask")) is not None:
@@ -112,7 +112,7 @@ class LearnMask:
             )
             left = [
                 SELECTION,
-                *(log for log in (DECISIONS, logs_of("learn_mask")) if (folder / log).exists()),
+                *(log for log in (DECISIONS, get_log_dir("learn_mask")) if (folder / log).exists()),
             ]
             folder.finish("learn_mask", {**result, **asked, "made_from": made_from, "files": files_left(folder.path, [folder.shallow.name]),
                                          "logs": files_left(folder.path, left)})  # fmt: skip
@@ -140,7 +140,7 @@ class LearnMask:
                 **asked,
                 "num_block_runs": self._num_block_runs(callback, inputs.data),
                 "files": files_left(folder.path, [folder.shallow.name]),
-                "logs": files_left(folder.path, [DECISIONS, logs_of("learn_mask")]),
+                "logs": files_left(folder.path, [DECISIONS, get_log_dir("learn_mask")]),
             },
         )
 

@@ -1,4 +1,4 @@
-"""Measuring pictures that are already there, and making reference files of them."""
+"""Measuring images that are already there, and making reference files of them."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from torch.utils.data import Dataset
 from tinyfusion_pl.arrays import read_npz
 from tinyfusion_pl.artifacts import ArtifactError, sha256, write_json
 from tinyfusion_pl.data import GenerationDataModule, open_images
-from tinyfusion_pl.data.pictures import REMEDY as SKIP
-from tinyfusion_pl.data.pictures import (
-    PackedPictures,
-    PictureArray,
-    PictureBatches,
-    PictureDataset,
-    PictureFolder,
+from tinyfusion_pl.data.image_batches import REMEDY as SKIP
+from tinyfusion_pl.data.image_batches import (
+    ImageArray,
+    ImageBatches,
+    ImageDataset,
+    UnlabelledImageFolder,
+    UnlabelledPackedImages,
 )
 from tinyfusion_pl.data.reading import MAX_PIXELS
 from tinyfusion_pl.locks import sole_writer
@@ -40,18 +40,18 @@ from tinyfusion_pl.metrics.base import RowsMetric
 from tinyfusion_pl.tasks.folder import say
 from tinyfusion_pl.tasks.trainer_checks import check_sampling_trainer
 
-Source = str | Path | Dataset | GenerationDataModule  # of pictures
+Source = str | Path | Dataset | GenerationDataModule  # of images
 
 
 @dataclass(kw_only=True)
-class PictureFiles:
-    """How pictures are read from a folder, an npz file or a dataset.
+class ImageFiles:
+    """How images are read from a folder, an npz file or a dataset.
 
     Args:
         image_size, num_channels, max_pixels: Of images in folders, in npz files of image files, and of PIL images in a dataset, see
             `ImageReader`.
         skip_broken: Leave out those that cannot be read, and count them.
-        batch_size: Pictures that go through the feature network at once.
+        batch_size: Images that go through the feature network at once.
         num_workers: Processes that read a folder.
     """
 
@@ -62,7 +62,7 @@ class PictureFiles:
     batch_size: int = 64
     num_workers: int = 0
 
-    def batches(self, source: Source) -> PictureBatches:
+    def batches(self, source: Source) -> ImageBatches:
         """The images of a folder, of the ``arr_0`` or the image files of an npz file, of a dataset, or a data module's reference images.
 
         Raises:
@@ -75,23 +75,23 @@ class PictureFiles:
             "skip_broken": self.skip_broken,
         }
         if isinstance(source, GenerationDataModule):
-            dataset: Any = PictureArray(source.reference_pictures()[0])
+            dataset: Any = ImageArray(source.reference_images()[0])
         elif not isinstance(source, (str, Path)):
-            dataset = PictureDataset(source, **reading)
+            dataset = ImageDataset(source, **reading)
         elif Path(source).suffix == ".npz":
             if holds_image_files(source):
-                dataset = PackedPictures(
+                dataset = UnlabelledPackedImages(
                     open_images(source, **reading, class_to_idx="order", remedy=SKIP)
                 )
-            elif (pictures := read_reference(source).pictures) is not None:
-                dataset = PictureArray(pictures)
+            elif (images := read_reference(source).images) is not None:
+                dataset = ImageArray(images)
             else:
                 raise ArtifactError(
-                    f"{source} holds no pictures (arr_0), so nothing can be measured of it; as a reference it may do."
+                    f"{source} holds no images (arr_0), so nothing can be measured of it; as a reference it may do."
                 )
         else:
-            dataset = PictureFolder(source, **reading)
-        return PictureBatches(dataset, batch_size=self.batch_size, num_workers=self.num_workers)
+            dataset = UnlabelledImageFolder(source, **reading)
+        return ImageBatches(dataset, batch_size=self.batch_size, num_workers=self.num_workers)
 
 
 def measure(
@@ -100,11 +100,11 @@ def measure(
     samples: Source,
     reference: Source,
     metrics: GenerationMetrics,
-    files: PictureFiles,
+    files: ImageFiles,
     trainer: Callable[..., Trainer],
     begin: Callable[[], None] | None = None,
 ) -> dict[str, float]:
-    """Measure pictures that are already there: `samples` against `reference`, either a folder, an npz, a dataset or a data module;
+    """Measure images that are already there: `samples` against `reference`, either a folder, an npz, a dataset or a data module;
     `reference` may be a reference file too.
 
     Writes ``measure.json`` (results, what was measured, protocol) into `run_dir` and prints the numbers. `begin` is called when all
@@ -126,24 +126,24 @@ def measure(
         metrics.check_reference(held)
     metrics.check(
         num_samples=len(found.dataset),
-        num_reference=held.num_pictures if held else len(others.dataset),
+        num_reference=held.num_images if held else len(others.dataset),
     )
     metrics.to(device)
     if begin is not None:
         begin()
     say(
-        f"measure: {len(found.dataset)} pictures of {_name(samples)} against {_name(reference)}; numbers go to "
+        f"measure: {len(found.dataset)} images of {_name(samples)} against {_name(reference)}; numbers go to "
         f"{Path(run_dir) / 'measure.json'}"
     )
     if held is not None:
         metrics.set_reference(held, batch_size=files.batch_size)
-        num_reference, digest = held.num_pictures, sha256(reference)
+        num_reference, digest = held.num_images, sha256(reference)
     else:
         num_reference, digest = _run(
-            "reference", others, lambda _, pictures: metrics.update_reference(pictures)
+            "reference", others, lambda _, images: metrics.update_reference(images)
         )
     num, samples_digest = _run(
-        "samples", found, lambda numbers, pictures: metrics.update(pictures, indices=numbers)
+        "samples", found, lambda numbers, images: metrics.update(images, indices=numbers)
     )
     metrics.check(num_samples=num, num_reference=num_reference)  # broken images are not among them
     results = metrics.compute()
@@ -166,14 +166,14 @@ def measure(
 def make_reference(
     *,
     run_dir: str | Path,
-    pictures: Source,
+    images: Source,
     output: str,
     metrics: GenerationMetrics,
-    files: PictureFiles,
+    files: ImageFiles,
     trainer: Callable[..., Trainer],
     begin: Callable[[], None] | None = None,
 ) -> Path:
-    """Write a reference file of `pictures` (a folder, an npz, a dataset or a data module) once: statistics for the distances, features
+    """Write a reference file of `images` (a folder, an npz, a dataset or a data module) once: statistics for the distances, features
     for precision and recall. `begin` is called when all checks have passed, before anything is computed or written.
 
     Raises:
@@ -187,26 +187,26 @@ def make_reference(
         if path.exists():
             raise ValueError(f"reference.output is {output}; give a new file that ends with .npz.")
         return _make_reference(
-            path, pictures=pictures, metrics=metrics, files=files, trainer=trainer, begin=begin
+            path, images=images, metrics=metrics, files=files, trainer=trainer, begin=begin
         )
 
 
 def _make_reference(
     path: Path,
     *,
-    pictures: Source,
+    images: Source,
     metrics: GenerationMetrics,
-    files: PictureFiles,
+    files: ImageFiles,
     trainer: Callable[..., Trainer],
     begin: Callable[[], None] | None,
 ) -> Path:
     device = _device("reference", trainer)
-    found = files.batches(pictures)
+    found = files.batches(images)
     metrics.check(num_samples=len(found.dataset), num_reference=len(found.dataset))
     metrics.to(device)
     if begin is not None:
         begin()
-    say(f"reference: {len(found.dataset)} pictures of {_name(pictures)}; the file is {path}")
+    say(f"reference: {len(found.dataset)} images of {_name(images)}; the file is {path}")
     rows: list[torch.Tensor] = []
     keep = any(
         isinstance(metric, RowsMetric) and metric.needs_reference
@@ -222,11 +222,11 @@ def _make_reference(
     num, _ = _run("reference", found, take)
     metrics.check(num_samples=num, num_reference=num)
     reference = Reference(
-        path=path, statistics=metrics.statistics(), network=metrics.fingerprint(), num_pictures=num
+        path=path, statistics=metrics.statistics(), network=metrics.fingerprint(), num_images=num
     )
     replace(reference, features=torch.cat(rows) if rows else None).write()
     say(
-        f"Done. {path}: {num} pictures{f', {found.num_skipped} broken ones skipped' if found.num_skipped else ''}"
+        f"Done. {path}: {num} images{f', {found.num_skipped} broken ones skipped' if found.num_skipped else ''}"
     )
     return path
 
@@ -251,9 +251,9 @@ def holds_image_files(path: str | Path) -> bool:
 
 
 def _run(
-    what: str, batches: PictureBatches, use: Callable[[torch.Tensor, torch.Tensor], None]
+    what: str, batches: ImageBatches, use: Callable[[torch.Tensor, torch.Tensor], None]
 ) -> tuple[int, str]:
-    """Pass all pictures to `use`; returns their number and the SHA-256 of their sequence, however they were stored and batched."""
+    """Pass all images to `use`; returns their number and the SHA-256 of their sequence, however they were stored and batched."""
     num, digest = 0, hashlib.sha256()
     columns = (
         TextColumn("{task.description}"),
@@ -265,11 +265,11 @@ def _run(
     )
     with Progress(*columns) as progress:
         bar = progress.add_task(what, total=len(batches.numbers))
-        for numbers, pictures in batches:
-            use(numbers, pictures)
-            for picture in pictures:
+        for numbers, images in batches:
+            use(numbers, images)
+            for image in images:
                 digest.update(
-                    str(tuple(picture.shape)).encode() + picture.contiguous().numpy().tobytes()
+                    str(tuple(image.shape)).encode() + image.contiguous().numpy().tobytes()
                 )
             num += len(numbers)
             progress.update(bar, completed=int(numbers[-1]) + 1)

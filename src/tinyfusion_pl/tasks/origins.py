@@ -25,7 +25,7 @@ files_left = rank_zero_only(files_sha256)
 """`files_sha256` in the process that marks a stage as finished."""
 
 
-def origin_of(folder: RunFolder, inputs: Inputs, **more: str | None) -> Origin:
+def make_origin(folder: RunFolder, inputs: Inputs, **more: str | None) -> Origin:
     """What a training in `folder` starts from: configuration, teacher, training samples, and `more`."""
     parts = {
         CONFIGURATION: folder.configuration,
@@ -139,7 +139,7 @@ def changed_files(folder: RunFolder, expected: Mapping[str, str]) -> dict[str, s
     }
 
 
-def logs_of(stage: str) -> str:
+def get_log_dir(stage: str) -> str:
     """What `csv_logger` leaves of `stage`."""
     return f"logs/{stage}/metrics.csv"
 

@@ -11,7 +11,7 @@ from tinyfusion_pl.artifacts import read_json
 from tinyfusion_pl.checksums import content_sha256
 from tinyfusion_pl.report import write_figures
 from tinyfusion_pl.report.reading import METRICS, RECORD, models_in, numbers, read_metrics
-from tinyfusion_pl.report.words import metric_keys, student_of
+from tinyfusion_pl.report.words import get_student, metric_keys
 
 FINAL = "final"
 RENAMED = {"num_params": "num_parameters"}
@@ -49,7 +49,7 @@ class Outcome:
         return write_figures(run_dir, only=SHOWN) if self.has_figures else {}
 
 
-def outcome_of(run_dir: Path, stage: str) -> Outcome | None:
+def get_outcome(run_dir: Path, stage: str) -> Outcome | None:
     """What the finished `stage` left in `run_dir`; None where there is nothing to show."""
     if stage == "learn_mask" and (run_dir / RECORD).exists():
         stacks = read_json(run_dir / RECORD).get("stacks", {})
@@ -60,7 +60,7 @@ def outcome_of(run_dir: Path, stage: str) -> Outcome | None:
     if stage == "evaluate" and (run_dir / METRICS).exists():
         metrics = read_metrics(run_dir / METRICS)
         config = {"protocol": metrics.get("protocol") or {}}
-        return Outcome(config, final_of(metrics), table_of(metrics), has_figures=True)
+        return Outcome(config, get_final_metrics(metrics), get_table(metrics), has_figures=True)
     if stage == "train" and (record := run_dir / "trained" / "record.json").exists():
         content = read_json(record)
         final = _named(numbers(content.get("metrics")))
@@ -69,9 +69,9 @@ def outcome_of(run_dir: Path, stage: str) -> Outcome | None:
     return None
 
 
-def final_of(metrics: Mapping[str, Any]) -> dict[str, float]:
+def get_final_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
     """``final/<name>`` of the recovered model, or of the pruned one where none was recovered; of other models none."""
-    if (role := student_of(metrics)) is None:
+    if (role := get_student(metrics)) is None:
         return {}
     speedup = numbers(metrics.get("speedup"))
     names = {"measured": "speed_up", "ideal": "ideal_speed_up"}
@@ -79,11 +79,11 @@ def final_of(metrics: Mapping[str, Any]) -> dict[str, float]:
     return _named(numbers(metrics[role])) | faster
 
 
-def objective_of(run_dir: Path) -> float | None:
+def get_objective(run_dir: Path) -> float | None:
     """What a sweep minimizes of the run in `run_dir`: its ``final/fid``, or the distance that was measured in its place."""
     if not (run_dir / METRICS).exists():
         return None
-    final = final_of(read_metrics(run_dir / METRICS))
+    final = get_final_metrics(read_metrics(run_dir / METRICS))
     return next((final[key] for name in DISTANCES if (key := f"{FINAL}/{name}") in final), None)
 
 
@@ -91,7 +91,7 @@ def _named(section: Mapping[str, float]) -> dict[str, float]:
     return {f"{FINAL}/{RENAMED.get(name, name)}": value for name, value in section.items()}
 
 
-def table_of(metrics: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
+def get_table(metrics: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
     """The metrics of all models: column names, and a row for each model."""
     models = {name: numbers(metrics[name]) for name in models_in(metrics)}
     keys = metric_keys(*models.values())

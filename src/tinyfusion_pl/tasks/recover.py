@@ -39,10 +39,10 @@ from tinyfusion_pl.tasks.origins import (
     check_logs,
     check_origin,
     files_left,
-    logs_of,
+    get_log_dir,
+    make_origin,
     missing_files,
     needs_remaking,
-    origin_of,
     shallow_sha256,
 )
 from tinyfusion_pl.tasks.replacing import check_replacing, fit_replacements, with_replacements
@@ -143,7 +143,7 @@ class Recover:
                 f"There is no shallow model in {folder.path}; run task=learn_mask (or task=pipeline) there first."
             )
         made_from, asked = (
-            origin_of(folder, inputs),
+            make_origin(folder, inputs),
             {"num_steps": self.fit.num_steps("recover"), "seed": inputs.seed},
         )
         if learned is not None:
@@ -202,7 +202,7 @@ class Recover:
             "num_block_runs": self._num_block_runs(module, inputs.data),
             TRAINING_IMAGES: self.fit.num_images("recover", inputs.data),
             "files": files_left(folder.path, [folder.recovered.name]),
-            "logs": files_left(folder.path, [logs_of("recover")]),
+            "logs": files_left(folder.path, [get_log_dir("recover")]),
         }
         self.shared.keep(self._shared(folder, made_from), result, run_dir=folder.path)
         folder.finish("recover", {**result, "made_from": made_from, **asked})

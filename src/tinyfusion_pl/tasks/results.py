@@ -26,14 +26,14 @@ OF_THE_MARK = (
 )  # what a model's mark holds beside its numbers
 
 
-def mark_of(role: str) -> str:
+def get_mark(role: str) -> str:
     """The stage that is marked when the model `role` is measured."""
     return f"evaluate_{role}"
 
 
 def kept_result(folder: RunFolder, role: str, now: Origin) -> dict[str, Any] | None:
     """What was measured of the model `role` before; None, and the reason is said, where it has to be measured anew."""
-    if (done := _mark(folder, mark_of(role))) is None:
+    if (done := _mark(folder, get_mark(role))) is None:
         return None
     if found := differences(done.get("made_from"), now):
         say(f"evaluate: {role} was measured of something else ({found}); it is measured anew")
@@ -48,7 +48,8 @@ def kept_result(folder: RunFolder, role: str, now: Origin) -> dict[str, Any] | N
 
 def is_whole(folder: RunFolder, models: list[str]) -> bool:
     """Whether `models`, whose results are there, were evaluated together, and what that left is whole. ``metrics.json`` is written again
-    where it is not; of other files it is said that they have to be made again."""
+    where it is not; of other files it is said that they have to be made again.
+    """
     if (done := _mark(folder, "evaluate")) is None or done.get("models") != models:
         return False
     wrong = changed_files(folder, done.get("files", {}))
@@ -62,7 +63,7 @@ def is_whole(folder: RunFolder, models: list[str]) -> bool:
     return not wrong
 
 
-def numbers_of(done: Mapping[str, Any]) -> dict[str, Any]:
+def get_figures(done: Mapping[str, Any]) -> dict[str, Any]:
     """The numbers in a model's mark: what goes into ``metrics.json``."""
     return {name: value for name, value in done.items() if name not in OF_THE_MARK}
 
@@ -86,8 +87,8 @@ def gathered(
         for stage in ("learn_mask", "recover")
         if (done := folder.result(stage)) is not None
     }
-    measured = {role: folder.result(mark_of(role)) for role in roles}
-    results: dict[str, Any] = {role: numbers_of(done) for role, done in measured.items()}
+    measured = {role: folder.result(get_mark(role)) for role in roles}
+    results: dict[str, Any] = {role: get_figures(done) for role, done in measured.items()}
     for role, images_per_second in speed.items():
         results[role]["images_per_second"] = images_per_second
     results["seconds"] = {**{stage: done["seconds"] for stage, done in trained.items()},
@@ -151,7 +152,8 @@ def describe(model: nn.Module) -> dict[str, Any]:
 
 def speedup(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> dict[str, float]:
     """How much faster the student samples: measured, where both were timed; and ideally, the ratio of depths, where its blocks are as
-    wide as the teacher's."""
+    wide as the teacher's.
+    """
     timed = "images_per_second" in teacher and "images_per_second" in student
     found = (
         {"measured": student["images_per_second"] / teacher["images_per_second"]} if timed else {}

@@ -55,7 +55,7 @@ def set_shared_reference(
         state, found = {}, {}
     if state and not differences(found, origin):
         metrics.load_reference_state(state)
-        say(f"evaluate: features of the {reference.num_pictures} reference images from {file}")
+        say(f"evaluate: features of the {reference.num_images} reference images from {file}")
         return
     metrics.set_reference(reference, **share)
     save_sealed_tensors(file, metrics.reference_state(), made_from=origin)

@@ -15,7 +15,7 @@ from torch import nn
 from tinyfusion_pl.tasks.evaluate import Evaluate
 from tinyfusion_pl.tasks.folder import Inputs, RunFolder
 from tinyfusion_pl.tasks.learn_mask import LearnMask
-from tinyfusion_pl.tasks.outcomes import objective_of
+from tinyfusion_pl.tasks.outcomes import get_objective
 from tinyfusion_pl.tasks.recover import Recover
 from tinyfusion_pl.tasks.report import Report
 from tinyfusion_pl.tasks.tracking import check_logger, tracked
@@ -100,4 +100,4 @@ class Pipeline:
                 gc.collect()  # a Trainer and its module refer to each other: without it two stages' models lie in memory
                 self.known[stage].run(folder, self.inputs)
                 ended(folder.path, stage)
-        return objective_of(folder.path)
+        return get_objective(folder.path)

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from tinyfusion_pl.objectives.pictures import PictureSampler
+from tinyfusion_pl.objectives.image_sampler import ImageSampler
 
 
 def images_per_second(
-    samplers: Mapping[str, PictureSampler], labels: Tensor, *, num_rounds: int, device: torch.device
+    samplers: Mapping[str, ImageSampler], labels: Tensor, *, num_rounds: int, device: torch.device
 ) -> dict[str, float]:
     """Images per second of each model, sampled in turn in the same run, so that whatever slows the machine slows all of them.
 
@@ -33,7 +33,7 @@ def images_per_second(
     return {role: len(labels) / statistics.median(each) for role, each in seconds.items() if each}
 
 
-def on_device(sampler: PictureSampler, device: torch.device) -> torch.device:
+def on_device(sampler: ImageSampler, device: torch.device) -> torch.device:
     """`device`, with the model on it."""
     sampler.denoiser.to(device)
     return device

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tinyfusion_pl.artifacts import ArtifactError, read_json, write_json
 from tinyfusion_pl.tasks.loggers import StepLogger
-from tinyfusion_pl.tasks.outcomes import Outcome, outcome_of
+from tinyfusion_pl.tasks.outcomes import Outcome, get_outcome
 
 LAST_FITS = ("recover", "train")
 """Stages whose ``val/*`` metrics have no prefix: of the model that a run ends with."""
@@ -57,7 +57,7 @@ class Tracker(ABC):
         logger = self(folder=run_dir / "logs" / stage, stage=stage)
         if isinstance(logger, OncePerStep):
             logger.catch_up()
-        if (outcome := outcome_of(run_dir, stage)) is not None:
+        if (outcome := get_outcome(run_dir, stage)) is not None:
             if self.marks(run_dir).get(stage) != outcome.sha256:
                 self.show(run_dir, stage, outcome)
                 self.marks(run_dir).set(stage, outcome.sha256)

@@ -35,7 +35,7 @@ from tinyfusion_pl.tasks.origins import (
     check_logs,
     check_origin,
     files_left,
-    logs_of,
+    get_log_dir,
     needs_remaking,
 )
 from tinyfusion_pl.tasks.results import describe
@@ -185,7 +185,7 @@ def _train(
                 "made_from": made_from,
                 **asked,
                 "files": files_left(folder.path, ["trained/model.safetensors"]),
-                "logs": files_left(folder.path, [logs_of("train")]),
+                "logs": files_left(folder.path, [get_log_dir("train")]),
             },
         )
     load_weights(denoiser, folder / "trained" / "model.safetensors")

@@ -111,7 +111,7 @@ class WandbTracker(Tracker):
                 project=None if in_sweep else self.project,
                 entity=None if in_sweep else self.entity,
                 id=None if in_sweep else self.marks(run_dir).get("id"),
-                name=self.name_of(run_dir),
+                name=self.get_run_name(run_dir),
                 group=self.experiment,
                 dir=run_dir,
                 resume="allow",
@@ -126,7 +126,7 @@ class WandbTracker(Tracker):
         self.marks(run_dir)  # keeps the id
         return run
 
-    def name_of(self, run_dir: Path) -> str:
+    def get_run_name(self, run_dir: Path) -> str:
         """The name of the run in `run_dir` in W&B."""
         return f"{self.experiment}-{run_dir.resolve().name}"
 
@@ -145,7 +145,7 @@ class WandbTracker(Tracker):
             run.log(shown)
         if self.log_models:
             for name, folder in outcome.models.items():
-                artifact = wandb.Artifact(f"{self.name_of(run_dir)}-{name}", type="model")
+                artifact = wandb.Artifact(f"{self.get_run_name(run_dir)}-{name}", type="model")
                 artifact.add_dir(str(folder))
                 run.log_artifact(artifact)
 

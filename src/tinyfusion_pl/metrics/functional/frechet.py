@@ -46,7 +46,8 @@ def frechet_distance(mu_a: Any, sigma_a: Any, mu_b: Any, sigma_b: Any) -> Tensor
 
 def _factor(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """L (D, R) with L L' one of the covariances, and the other one: L by Cholesky of whichever is regular, and where neither is, by the
-    eigenvectors of the first one's rank, which takes several times as long."""
+    eigenvectors of the first one's rank, which takes several times as long.
+    """
     for sigma, other in ((a, b), (b, a)):
         lower, failed = torch.linalg.cholesky_ex(sigma)
         if not failed:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def inception_score(logits: Any, block_size: int = 5000) -> Tensor:
-    """exp E KL(p(y|x) || p(y)) of each block of `block_size` consecutive samples, averaged over the blocks (float64, 1 to num_classes).
+    """Exp E KL(p(y|x) || p(y)) of each block of `block_size` consecutive samples, averaged over the blocks (float64, 1 to num_classes).
 
     The last block may be smaller. Published figures use bias-free logits of InceptionV3, 50,000 samples and blocks of 5000.
 
@@ -26,7 +26,7 @@ def inception_score(logits: Any, block_size: int = 5000) -> Tensor:
             f"logits have shape {tuple(logits.shape)}; expected (N, classes) with N >= 1."
         )
     if num_wrong := int((~torch.isfinite(logits)).any(1).sum()):
-        raise ValueError(f"The logits of {num_wrong} of {len(logits)} pictures are not finite.")
+        raise ValueError(f"The logits of {num_wrong} of {len(logits)} images are not finite.")
     indices = torch.arange(len(logits), device=logits.device)
     return score_of_blocks(block_sums(logits, indices, block_size))
 

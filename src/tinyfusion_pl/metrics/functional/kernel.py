@@ -31,7 +31,7 @@ def kernel_inception_distance(
     for name, x in (("reference", reference), ("generated", samples)):
         if len(x) < subset_size:
             raise ValueError(
-                f"Subsets of {subset_size} need as many {name} pictures; there are {len(x)}. Give a smaller subset_size."
+                f"Subsets of {subset_size} need as many {name} images; there are {len(x)}. Give a smaller subset_size."
             )
     generator = torch.Generator().manual_seed(seed)
     reference, samples = (torch.as_tensor(x).double() for x in (reference, samples))
@@ -65,7 +65,7 @@ def gaussian_mmd(
         raise ValueError(f"sigma is {sigma}; give a number > 0 (published: 10).")
     if not len(reference) or not len(samples):
         raise ValueError(
-            f"A kernel distance needs pictures on both sides; there are {len(reference)} reference, {len(samples)} generated."
+            f"A kernel distance needs images on both sides; there are {len(reference)} reference, {len(samples)} generated."
         )
     x, y = (torch.as_tensor(x).double() for x in (reference, samples))
 

@@ -22,7 +22,7 @@ def precision_recall(
     """Precision, the share of `samples` inside the manifold of `reference`, and recall, the reverse (float64, 0 to 1).
 
     A set's manifold is the union of balls around its points, each reaching to the point's k-th nearest neighbour other than itself (squared
-    distances, <=). Published: k = 3, 10,000 reference pictures, 50,000 samples, InceptionV3's pooled features.
+    distances, <=). Published: k = 3, 10,000 reference images, 50,000 samples, InceptionV3's pooled features.
 
     Args:
         reference, samples: Features (N, D), (M, D), tensors or arrays; N and M at least k + 1.
@@ -45,12 +45,12 @@ def precision_recall(
     for name, x in (("reference", reference), ("generated", samples)):
         if len(x) <= k:
             raise ValueError(
-                f"Precision and recall with k={k} neighbours need {k + 1} or more {name} pictures and have {len(x)}."
+                f"Precision and recall with k={k} neighbours need {k + 1} or more {name} images and have {len(x)}."
             )
         if num_wrong := sum(
             int((~torch.isfinite(rows)).any(1).sum()) for rows in _parts(x, budget)
         ):
-            raise ValueError(f"The features of {num_wrong} {name} pictures are not finite.")
+            raise ValueError(f"The features of {num_wrong} {name} images are not finite.")
     dtype = torch.float64 if precision == "float64" else torch.float32
     reference, samples = reference.to(dtype), samples.to(dtype)
     reference_radii, sample_radii = (

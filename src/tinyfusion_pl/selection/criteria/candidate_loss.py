@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tinyfusion_pl.selection.candidates import candidates_of
+from tinyfusion_pl.selection.candidates import get_candidates
 from tinyfusion_pl.selection.criteria.sensitivity import check_measure
 from tinyfusion_pl.selection.problem import CANDIDATES, Choice, Problem
 
@@ -27,7 +27,7 @@ class CandidateLoss:
         self.name = f"{rank}_loss"
 
     def __call__(self, problem: Problem) -> Choice:
-        structures = candidates_of(
+        structures = get_candidates(
             problem.space, self.num_candidates, problem.generator(CANDIDATES)
         )
         order = problem.structures.means(problem.fixed, structures, self.measure).argsort()

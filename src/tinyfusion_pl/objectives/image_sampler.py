@@ -1,4 +1,4 @@
-"""Pictures of numbered samples: the same number gives the same picture, whatever the batch, the devices or their number."""
+"""Images of numbered samples: the same number gives the same image, whatever the batch, the devices or their number."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LABELS = ("balanced", "random")
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def noise_of(indices: Sequence[int] | Tensor, shape: Sequence[int], *, seed: int) -> Tensor:
+def sample_noise(indices: Sequence[int] | Tensor, shape: Sequence[int], *, seed: int) -> Tensor:
     """Standard normal noise (N, *shape) that depends on the sample's index and the seed alone, not on batches or devices."""
     return torch.stack(
         [
@@ -36,7 +36,7 @@ def random_labels(num_samples: int, num_classes: int, *, seed: int) -> Tensor:
     return torch.randint(num_classes, (num_samples,), generator=_generator(0, seed))
 
 
-def labels_of(
+def get_labels(
     kind: str,
     num_samples: int,
     num_classes: int,
@@ -63,14 +63,14 @@ def labels_of(
 
 
 @dataclass(kw_only=True)
-class PictureSampler:
-    """Samples pictures from a denoiser.
+class ImageSampler:
+    """Samples images from a denoiser.
 
     Args:
         denoiser: Called in evaluation mode, and left in the mode it was in.
         objective: Has ``sample``.
         latent_shape: (C, H, W) of what the denoiser works on.
-        decode: Latents (N, C, H, W) -> uint8 pictures (N, C', H', W').
+        decode: Latents (N, C, H, W) -> uint8 images (N, C', H', W').
         sampling: Arguments of ``objective.sample``: num_sampling_steps, sampler, guidance_scale, guidance_channels, ...
         seed: Of the noise.
         precision: The denoiser's: ``"float32"``, or ``"bfloat16"`` or ``"float16"`` by autocast. The process around it stays in float32.
@@ -122,12 +122,12 @@ class PictureSampler:
     def __call__(
         self, indices: Tensor, labels: Tensor, *, device: torch.device | str = "cpu"
     ) -> Tensor:
-        """uint8 pictures (N, C, H, W) of samples `indices` (N,) with `labels` (N,), made on `device`."""
-        z = noise_of(indices, self.latent_shape, seed=self.seed)
+        """uint8 images (N, C, H, W) of samples `indices` (N,) with `labels` (N,), made on `device`."""
+        z = sample_noise(indices, self.latent_shape, seed=self.seed)
         options = dict(self.sampling)
         if num_noises := self.objective.num_noises(**options):
             options["noise"] = (
-                noise_of(indices, (num_noises, *self.latent_shape), seed=self.seed + 1)
+                sample_noise(indices, (num_noises, *self.latent_shape), seed=self.seed + 1)
                 .transpose(0, 1)
                 .to(device)
             )

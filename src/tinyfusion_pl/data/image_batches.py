@@ -24,12 +24,12 @@ from tinyfusion_pl.data.reading import (
 )
 from tinyfusion_pl.printable import printable
 
-__all__ = ["PictureArray", "PictureBatches", "PictureDataset", "PictureFolder", "center_crop"]
+__all__ = ["ImageArray", "ImageBatches", "ImageDataset", "UnlabelledImageFolder", "center_crop"]
 REMEDY = "Remove it, or skip such ones with skip_broken=true."
 NUM_REASONS = 5
 
 
-class PictureFolder(Dataset):
+class UnlabelledImageFolder(Dataset):
     """The images below a folder, by name, as uint8 (C, H, W); numbers in names count (2 before 10).
 
     Args:
@@ -49,13 +49,13 @@ class PictureFolder(Dataset):
         self.root, self.reader, self.skip_broken = Path(root), ImageReader(**reading), skip_broken
         if not self.root.is_dir():
             raise ValueError(
-                f"There is no folder {root}. Give a folder of pictures ({', '.join(SUFFIXES)}) or an npz file."
+                f"There is no folder {root}. Give a folder of images ({', '.join(SUFFIXES)}) or an npz file."
             )
         names, ignored = find_images(root)
         self.said = [f"Ignored in {root}: {sentence}." for sentence in ignored.sentences()]
         if not names:
             beside = f"; it holds {'; '.join(ignored.sentences())}" if ignored.sentences() else ""
-            raise ValueError(f"{root} holds no pictures ({', '.join(SUFFIXES)}){beside}.")
+            raise ValueError(f"{root} holds no images ({', '.join(SUFFIXES)}){beside}.")
         self.paths = [self.root / name for name in names]
 
     def __len__(self) -> int:
@@ -74,11 +74,11 @@ class PictureFolder(Dataset):
             if self.skip_broken:
                 return None, Note(0), f"{printable(str(path))}: {error}"
             raise ValueError(
-                f"{printable(str(path))} is no readable picture ({error}). {REMEDY}"
+                f"{printable(str(path))} is no readable image ({error}). {REMEDY}"
             ) from error
 
 
-class PackedPictures(Dataset):
+class UnlabelledPackedImages(Dataset):
     """Image files in an npz file, see `PackedImages`, without their labels."""
 
     def __init__(self, images: LabelledImages) -> None:
@@ -88,21 +88,21 @@ class PackedPictures(Dataset):
         return self.num
 
 
-class PictureArray(Dataset):
-    """``arr_0`` (N, H, W, C), uint8, as pictures (C, H, W)."""
+class ImageArray(Dataset):
+    """``arr_0`` (N, H, W, C), uint8, as images (C, H, W)."""
 
-    def __init__(self, pictures: Tensor) -> None:
-        self.pictures = pictures
+    def __init__(self, images: Tensor) -> None:
+        self.images = images
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitem__(self, index: int) -> Tensor:
-        return self.pictures[index]
+        return self.images[index]
 
 
-class PictureDataset(Dataset):
-    """Any map-style dataset as pictures, uint8 (C, H, W): its samples, or their first parts, are PIL pictures or such tensors.
+class ImageDataset(Dataset):
+    """Any map-style dataset as images, uint8 (C, H, W): its samples, or their first parts, are PIL images or such tensors.
 
     Args:
         dataset: For instance one of torchvision's, without a transform.
@@ -128,31 +128,31 @@ class PictureDataset(Dataset):
         """As `LabelledImages.read`."""
         from PIL import Image
 
-        picture = self.dataset[index]
-        picture = picture[0] if isinstance(picture, (tuple, list)) else picture
-        if isinstance(picture, Image.Image):
+        image = self.dataset[index]
+        image = image[0] if isinstance(image, (tuple, list)) else image
+        if isinstance(image, Image.Image):
             try:
-                return *self.reader.convert(picture), ""
+                return *self.reader.convert(image), ""
             except BrokenImage as error:
                 where = f"sample {index} of {type(self.dataset).__name__}"
                 if self.skip_broken:
                     return None, Note(0), f"{where}: {error}"
-                raise ValueError(f"{where} is no readable picture ({error}). {REMEDY}") from error
-        if not isinstance(picture, Tensor) or picture.dtype != torch.uint8 or picture.ndim != 3:
+                raise ValueError(f"{where} is no readable image ({error}). {REMEDY}") from error
+        if not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.ndim != 3:
             found = (
-                f"{picture.dtype} {tuple(picture.shape)}"
-                if isinstance(picture, Tensor)
-                else type(picture).__name__
+                f"{image.dtype} {tuple(image.shape)}"
+                if isinstance(image, Tensor)
+                else type(image).__name__
             )
             raise ValueError(
-                f"Sample {index} of {type(self.dataset).__name__} is {found}; pictures are PIL images or uint8 tensors "
+                f"Sample {index} of {type(self.dataset).__name__} is {found}; images are PIL images or uint8 tensors "
                 "(C, H, W). Leave out the dataset's own transform."
             )
-        return picture, Note(0), ""
+        return image, Note(0), ""
 
 
-class PictureBatches:
-    """Batches (numbers (n,), pictures (n, C, H, W)) of the pictures that process `rank` of `world_size` has to look at.
+class ImageBatches:
+    """Batches (numbers (n,), images (n, C, H, W)) of the images that process `rank` of `world_size` has to look at.
 
     ``num_skipped`` counts broken images that were left out so far, ``reasons`` are why, of the first few.
     """
@@ -183,21 +183,21 @@ class PictureBatches:
         )
         num_found = 0
         for batch in loader:
-            found = [(number, picture) for number, picture, _, _ in batch if picture is not None]
+            found = [(number, image) for number, image, _, _ in batch if image is not None]
             self.num_skipped += len(batch) - len(found)
             self.notes.update(note for _, _, notes, _ in batch for note in Note if note in notes)
             self.reasons += [reason for *_, reason in batch if reason][
                 : NUM_REASONS - len(self.reasons)
             ]
-            if len(sizes := {tuple(picture.shape[1:]) for _, picture in found}) > 1:
+            if len(sizes := {tuple(image.shape[1:]) for _, image in found}) > 1:
                 raise ValueError(
-                    f"The pictures have different sizes, {sorted(sizes)[:4]}. Give image_size to crop them to one."
+                    f"The images have different sizes, {sorted(sizes)[:4]}. Give image_size to crop them to one."
                 )
             num_found += len(found)
             if found:
                 yield (
                     torch.tensor([number for number, _ in found]),
-                    torch.stack([picture for _, picture in found]),
+                    torch.stack([image for _, image in found]),
                 )
         if not num_found and len(self.numbers):
             raise ValueError(
