@@ -140,13 +140,13 @@ def test_blocks_whose_embedders_differ_are_refused(tmp_path):
     ("changes", "error", "said"),
     [
         ({"_class_name": "UNet2DModel"}, ArtifactError, "'UNet2DModel'.*'DiTTransformer2DModel'"),
-        ({"_class_name": None}, ArtifactError, "is of a None"),
-        ({"num_layers": None}, ArtifactError, "does not say num_layers"),
+        ({"_class_name": None}, ArtifactError, "describes a None"),
+        ({"num_layers": None}, ArtifactError, "lacks num_layers"),
         ({"num_layers": 4}, ArtifactError, r"lacks transformer_blocks\.3.*4 blocks"),
         (
             {"num_layers": 2},
             ArtifactError,
-            r"holds what DiT has not: transformer_blocks\.2.*2 blocks",
+            r"holds keys that DiT does not have: transformer_blocks\.2.*2 blocks",
         ),
         ({"norm_type": "ada_norm"}, ValueError, "norm_type='ada_norm'"),
         ({"activation_fn": "geglu"}, ValueError, "activation_fn='geglu'"),

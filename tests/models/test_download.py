@@ -11,7 +11,7 @@ import torch
 
 from tinyfusion_pl.artifacts import ArtifactError, temporary_path
 from tinyfusion_pl.models import create_model, load_denoiser, load_pretrained
-from tinyfusion_pl.models.download import NotOnServer, cache_folder, fetch
+from tinyfusion_pl.models.download import NotOnServerError, cache_folder, fetch
 from tinyfusion_pl.models.published import PUBLISHED, Published, fetch_published
 
 BODY = bytes(range(256)) * 10_000  # 2.56 MB: several chunks
@@ -130,7 +130,7 @@ def test_a_whole_file_of_another_size_or_checksum_is_not_kept(server, cache):
 
 
 def test_404_names_the_url_and_the_place(server, cache):
-    with pytest.raises(NotOnServer) as error:
+    with pytest.raises(NotOnServerError) as error:
         fetch(f"{server.url}/none.pt", cache / "none.pt")
     assert all(
         words in str(error.value)
@@ -256,7 +256,7 @@ def test_a_published_name_of_another_family_is_refused_before_any_download(
 
     monkeypatch.setitem(registry._FACTORIES, "toy", registry.partial(torch.nn.Linear, 1, 1))
     with pytest.raises(
-        ValueError, match="DiT-XL-2-256x256.pt is of dit_xl_2, another family than toy"
+        ValueError, match="DiT-XL-2-256x256.pt holds a dit_xl_2, which is another family than toy"
     ):
         load_pretrained("DiT-XL-2-256x256.pt", name="toy")
     assert server.asked == []

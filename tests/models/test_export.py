@@ -137,7 +137,7 @@ def test_the_pipelines_schedule_is_the_one_the_model_was_trained_with(tmp_path, 
 def test_the_vae_may_be_that_of_a_pipeline_and_names_may_be_given(tmp_path, vae):
     (tmp_path / "pipeline").mkdir()
     shutil.move(vae, tmp_path / "pipeline" / "vae")
-    with pytest.warns(UserWarning, match="1000 for the null label, this model 10"):
+    with pytest.warns(UserWarning, match="1000 as the null label, this model 10"):
         export_model(
             small_dit(frequency_shift=1),
             tmp_path / "out",
@@ -150,7 +150,7 @@ def test_the_vae_may_be_that_of_a_pipeline_and_names_may_be_given(tmp_path, vae)
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        ({"class_dropout_prob": 0.0}, "label for classifier-free guidance"),
+        ({"class_dropout_prob": 0.0}, "always has a null label"),
         ({"mlp_ratio": 2.0}, "mlp_ratio 4, this model has 2.0"),
     ],
 )
@@ -171,10 +171,10 @@ def test_another_position_embedding_than_the_computed_one_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda folder: None, "holds no AutoencoderKL"),
+        (lambda folder: None, "does not hold an AutoencoderKL"),
         (
             lambda folder: new_vae(latent_channels=3).save_pretrained(folder),
-            "have 3 channels, the model takes 4",
+            "has 3 latent channels, the model takes 4",
         ),
         (
             lambda folder: export_model(small_dit(frequency_shift=1), folder),
@@ -253,20 +253,20 @@ def test_the_written_tensors_share_nothing_with_the_model(tmp_path):
     ],
 )
 def test_a_format_that_does_not_go_with_the_suffix_is_refused(tmp_path, name, format):
-    with pytest.raises(ValueError, match="does not go with"):
+    with pytest.raises(ValueError, match="does not match"):
         export_model(small_dit(), tmp_path / name, format=format)
 
 
 def test_unknown_formats_foreign_models_and_stray_options_are_refused(tmp_path):
     with pytest.raises(
-        ValueError, match="'onnx' is unknown; give one of published, safetensors, diffusers"
+        ValueError, match="Unknown format 'onnx'; expected one of published, safetensors, diffusers"
     ):
         export_model(small_dit(), tmp_path / "out", format="onnx")
-    with pytest.raises(ValueError, match="Linear is no model of this project"):
+    with pytest.raises(ValueError, match="Cannot export a Linear"):
         export_model(torch.nn.Linear(1, 1), tmp_path / "out.pt")
     with pytest.raises(ValueError, match="vae and id2label"):
         export_model(small_dit(), tmp_path / "out.pt", vae=tmp_path)
-    with pytest.raises(ValueError, match="id2label is of a pipeline"):
+    with pytest.raises(ValueError, match="id2label belongs to a pipeline"):
         export_model(small_dit(frequency_shift=1), tmp_path / "out", id2label={0: "a"})
 
 

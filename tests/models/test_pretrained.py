@@ -205,7 +205,7 @@ def test_a_shallow_published_file_of_a_registered_width_needs_no_argument_at_all
     [("dit_xl_2", 14, 32), ("dit_xl_2", 28, 64), ("dit_l_4", 7, 32), ("dit_b_2", 12, 32)],
 )
 def test_published_sizes_are_told_by_their_shapes(name, depth, input_size):
-    from tinyfusion_pl.models.families import name_and_sizes
+    from tinyfusion_pl.models.detection import name_and_sizes
 
     with torch.device("meta"):
         model = create_model(name, depth=depth, input_size=input_size)
@@ -252,7 +252,7 @@ def test_two_stacks_are_read_each_and_the_width_tells_the_published_size(tmp_pat
 
 def test_lists_that_are_one_stack_count_together():
     """As U-ViT's, whose in and out blocks are pruned in pairs."""
-    from tinyfusion_pl.models.families import get_depths
+    from tinyfusion_pl.models.detection import get_depths
 
     class Paired(MAR):
         STACKS = {"encoder_blocks+decoder_blocks": "depth"}
@@ -265,7 +265,7 @@ def test_lists_that_are_one_stack_count_together():
 
 def test_a_mar_of_an_unknown_width_is_asked_for_its_name(tmp_path):
     save_tensors(tmp_path / "m.safetensors", MAR(width=16).state_dict())
-    with pytest.raises(ValueError, match="MAR of width 16; published are 768, 1024, 1280.*name="):
+    with pytest.raises(ValueError, match="MAR of width 16; published widths are 768, 1024, 1280.*name="):
         load_pretrained(tmp_path / "m.safetensors")
 
 
@@ -288,11 +288,11 @@ def test_the_half_of_the_last_layer_that_a_sit_does_not_train_tells_which_of_bot
     optimizer.step()
     torch.save(sit.state_dict(), tmp_path / "sit.pt")
     for name in (None, "dit_s_2"):
-        with pytest.raises(ValueError, match=r"sit.pt is no DiT's.*all zeros.*name=sit_xl_2"):
+        with pytest.raises(ValueError, match=r"sit.pt looks like a SiT checkpoint.*all zeros.*name=sit_xl_2"):
             load_pretrained(tmp_path / "sit.pt", name=name, **SIZES)
     assert same(load_pretrained(tmp_path / "sit.pt", name="sit_s_2", **SIZES), sit.state_dict())
     FORMS["bare.pt"](model, tmp_path / "dit.pt")
-    with pytest.warns(UserWarning, match="dit.pt is loaded as sit_s_2, but looks like a DiT's"):
+    with pytest.warns(UserWarning, match="dit.pt is loaded as sit_s_2, but looks like a DiT checkpoint"):
         load_pretrained(tmp_path / "dit.pt", name="sit_s_2", **SIZES)
 
 
@@ -305,7 +305,7 @@ def test_the_arguments_of_its_training_tell_a_sit(tmp_path, model):
     assert type(loaded) is SiT and len(loaded.blocks) == 3
     with pytest.raises(
         ValueError,
-        match=r"0400000\.pt is of sit_xl_2, another family than dit_xl_2.*model\.name=sit_xl_2",
+        match=r"0400000\.pt holds a sit_xl_2, which is another family than dit_xl_2.*model\.name=sit_xl_2",
     ):
         load_denoiser("dit_xl_2", checkpoint=tmp_path / "0400000.pt", **SIZES)
 
@@ -322,7 +322,7 @@ def test_the_arguments_of_its_training_tell_a_sit(tmp_path, model):
 def test_a_published_file_name_of_the_other_family_is_refused(tmp_path, model, file, name, other):
     FORMS["bare.pt"](model, tmp_path / file)
     with pytest.raises(
-        ValueError, match=f"{file} is of {other}, another family than {name}.*name={other}"
+        ValueError, match=f"{file} holds a {other}, which is another family than {name}.*name={other}"
     ):
         load_denoiser(name, checkpoint=tmp_path / file, **SIZES)
 
@@ -351,7 +351,7 @@ def test_keys_of_another_family_are_told_as_such(tmp_path, model):
 @pytest.mark.golden
 @pytest.mark.parametrize("family", ["uvit", "udit", "mar", "sit"])
 def test_goldens_of_other_families_are_recognised(family):
-    from tinyfusion_pl.models.families import detect_family
+    from tinyfusion_pl.models.detection import detect_family
 
     files = [file.values[0] for file in golden_files(f"{family}*") if file.values[0]]
     for file in files:
@@ -367,7 +367,7 @@ def test_goldens_of_other_families_are_recognised(family):
 def test_a_foreign_state_dict_is_asked_for_its_name(tmp_path):
     save_tensors(tmp_path / "other.safetensors", torch.nn.Linear(2, 2).state_dict())
     with pytest.raises(
-        ValueError, match=r"cannot be told from .*other\.safetensors which model.*name='dit_xl_2'"
+        ValueError, match=r"Cannot recognize the model of .*other\.safetensors.*name='dit_xl_2'"
     ):
         load_pretrained(tmp_path / "other.safetensors")
 
@@ -400,7 +400,7 @@ def test_what_is_missing_is_told_with_what_could_be_meant(tmp_path):
     ):
         load_pretrained(tmp_path / "DiT-XL-256.pt")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ArtifactError, match=r"empty holds no model: record\.json .*config\.json"):
+    with pytest.raises(ArtifactError, match=r"empty does not hold a model: expected record\.json .*config\.json"):
         load_pretrained(tmp_path / "empty")
 
 

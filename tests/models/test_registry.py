@@ -41,7 +41,7 @@ def test_a_registered_model_is_made_by_its_name_and_alias(monkeypatch):
     ("name", "near"), [("dit_xl2", "dit_xl_2"), ("DiT-XL-2", "dit_xl_2"), ("digits", "dit_digits")]
 )
 def test_an_unknown_name_is_told_the_near_ones(name, near):
-    with pytest.raises(ValueError, match=f"no model '{name}'.*Did you mean .*{near}"):
+    with pytest.raises(ValueError, match=f"Unknown model '{name}'.*Did you mean .*{near}"):
         create_model(name)
 
 

@@ -112,10 +112,10 @@ def _passed_on(
             each for each in target.__mro__[1:] if "__init__" in vars(each) and each is not object
         ]
     if name == "tinyfusion_pl.models.pretrained.load_denoiser":
-        from tinyfusion_pl.models.registry import model_family
+        from tinyfusion_pl.models.registry import model_class
 
         try:
-            return [model_family(given.get("name"))]
+            return [model_class(given.get("name"))]
         except Exception:  # said where the name itself is looked at
             return []
     return []

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyfusion_pl.artifacts import ArtifactError
-from tinyfusion_pl.models.families import detect_family
+from tinyfusion_pl.models.detection import detect_family
 from tinyfusion_pl.models.fitting import fit_weights, fitting_state
 from tinyfusion_pl.models.notices import first_line
 from tinyfusion_pl.models.registry import create_model, model_arguments

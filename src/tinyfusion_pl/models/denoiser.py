@@ -1,4 +1,4 @@
-"""What every family of denoisers shares."""
+"""Base class of all families of denoisers."""
 
 from __future__ import annotations
 
@@ -9,26 +9,30 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from tinyfusion_pl.models.hub import HubMixin
 
-class Denoiser(nn.Module):
-    """A network called ``denoiser(x, t, y)``.
 
-    A family states:
+class Denoiser(HubMixin, nn.Module):
+    """A network called as ``denoiser(x, t, y)``.
+
+    A family defines:
 
     - ``STACKS``: path of each stack of blocks -> the constructor argument that holds its depth;
-    - ``config``: the constructor's arguments, from which the same model is built again;
-    - ``units(stack)``: the blocks of a stack that only go together, where there are such;
-    - ``out_channels``: channels of its prediction, where that is an image of the size of the latents;
-    - ``num_classes``: labels are 0 .. num_classes - 1, and num_classes is the null label of classifier-free guidance.
+    - ``config``: the constructor's arguments, from which an equal model can be built;
+    - ``units(stack)``: blocks of a stack that must be kept or dropped together, if any;
+    - ``out_channels``: channels of its prediction, if that has the size of the latents;
+    - ``num_classes``: labels are 0 .. num_classes - 1; num_classes is the null label of
+      classifier-free guidance.
 
     Args:
         config: See above.
-        activation_checkpointing: In training, recompute each block's activations in the backward pass instead of keeping them: less memory,
-            about a third more time; a share in (0, 1) does so for that share of the blocks, evenly spaced. Not part of `config`: it changes
-            no number.
+        activation_checkpointing: In training, recompute each block's activations in the backward
+            pass instead of keeping them: less memory, about a third more time. A fraction in (0, 1)
+            does so for that share of the blocks, evenly spaced. Not part of `config`: results do
+            not depend on it.
 
     Raises:
-        ValueError: for a share that is none.
+        ValueError: Invalid fraction.
     """
 
     STACKS: ClassVar[dict[str, str]] = {}
@@ -42,26 +46,30 @@ class Denoiser(nn.Module):
         self.num_classes: int = config["num_classes"]
         if not 0 <= activation_checkpointing <= 1:
             raise ValueError(
-                f"activation_checkpointing is {activation_checkpointing}; give true, false, or a share of the blocks."
+                f"activation_checkpointing is {activation_checkpointing}; give true, false, or "
+                "a share of the blocks."
             )
         self.activation_checkpointing, self._due = activation_checkpointing, 0.0
 
     @property
     def has_null_label(self) -> bool:
-        """Whether there is a null label, which label dropout and guidance need: where the table of labels has its row."""
+        """Whether the label table has a row for the null label, as dropout and guidance require."""
         return self.config.get("class_dropout_prob", 1.0) > 0
 
     @property
     def width(self) -> int | None:
-        """Channels of its hidden states; None where they are not as many in all blocks."""
+        """Channels of the hidden states; None if they differ between blocks."""
         return self.config.get("hidden_size")
 
     def units(self, stack: str) -> tuple[tuple[int, ...], ...] | None:
-        """The units of a stack (a key of ``STACKS``) that must stay or go whole, as indices of blocks; None: each block on its own."""
+        """Blocks of `stack` (a key of ``STACKS``) that must be kept or dropped together.
+
+        None: each block on its own.
+        """
         return None
 
     def run(self, block: Callable[..., Any], *args: Any) -> Any:
-        """``block(*args)``, its activations recomputed in the backward pass where `activation_checkpointing` says so."""
+        """``block(*args)``, recomputing activations as `activation_checkpointing` states."""
         if (
             self.activation_checkpointing
             and self.training
@@ -72,7 +80,7 @@ class Denoiser(nn.Module):
         return block(*args)
 
     def _is_due(self) -> bool:
-        """Whether the next block is of the share that is recomputed."""
+        """Whether the next block is one of those whose activations are recomputed."""
         if self.activation_checkpointing == 1:
             return True
         self._due += self.activation_checkpointing

@@ -35,7 +35,7 @@ def without_download() -> Iterator[None]:
         _waits.reset(token)
 
 
-class NotOnServer(ArtifactError):
+class NotOnServerError(ArtifactError):
     """The server answers, and does not have the file."""
 
 
@@ -58,7 +58,7 @@ def fetch(
 
     Raises:
         ArtifactError: the server cannot be reached or what arrives is not the file; names the URL and the place to put the file.
-        NotOnServer: the server has no such file.
+        NotOnServerError: the server has no such file.
     """
     path = Path(path)
     if path.exists():
@@ -107,7 +107,7 @@ def _chunks(url: str, name: str, by_hand: str) -> Iterator[tuple[bytes, int | No
                     yield chunk, total
                     bar.update(len(chunk))
     except urllib.error.HTTPError as error:
-        kind = NotOnServer if error.code in (404, 410) else ArtifactError
+        kind = NotOnServerError if error.code in (404, 410) else ArtifactError
         raise kind(
             f"{name} cannot be fetched: {url} answers {error.code} {error.reason}. {by_hand}"
         ) from error

@@ -1,8 +1,8 @@
-"""How many classes a label table has: all of its rows, or all but the last, which is then the null label's."""
+"""Number of classes in a label table: all rows, or all but the last, which is the null label's."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,43 +11,47 @@ from torch import Tensor
 from tinyfusion_pl.artifacts import ArtifactError
 from tinyfusion_pl.models.notices import warn
 
-# DiT and SiT, U-DiT, U-ViT. MAR keeps its null label apart.
-TABLES = (
-    "y_embedder.embedding_table.weight",
-    "y_embedder_1.embedding_table.weight",
-    "label_emb.weight",
-)
-
 
 def label_arguments(
-    state: Mapping[str, Tensor], given: Mapping[str, Any], where: str | Path, *, named: bool = False
+    state: Mapping[str, Tensor],
+    given: Mapping[str, Any],
+    where: str | Path,
+    *,
+    tables: Sequence[str],
+    named: bool = False,
 ) -> dict[str, Any]:
-    """``num_classes`` and, without a null row, ``class_dropout_prob`` 0, as the label table of `state` shows them; empty without a table.
+    """``num_classes``, and ``class_dropout_prob`` 0 where the table has no null row.
 
-    A table of n rows is one of n classes, trained without label dropout, or of n - 1 and the null label. What is stated decides: `given`
-    has ``class_dropout_prob``, or the ``num_classes`` of the caller or of the registered model. Where none of it does, the null
-    label, which guidance needs, is assumed, and both readings are said.
+    A table of n rows has n classes, trained without label dropout, or n - 1 classes and the null
+    label. The statement in `given` decides: ``class_dropout_prob``, or ``num_classes`` of the
+    caller or of the registered model. Without one, the null label, which guidance requires, is
+    assumed, with a warning that names both readings.
 
     Args:
-        named: The caller said which model it is: what does not fit its number of classes is left to be refused.
+        state: State dict in the published layout.
+        given: Arguments that the caller or the registered name states.
+        where: Origin of `state`, for messages.
+        tables: Keys of label tables; the first that exists is read.
+        named: The caller named the model: a mismatch is left for the weights' check to report.
+
+    Returns:
+        The arguments; empty without a table.
     """
-    table = next((key for key in TABLES if key in state), None)
+    table = next((key for key in tables if key in state), None)
     if table is None:
         return {}
     if state[table].ndim != 2 or not len(state[table]):
         raise ArtifactError(
-            f"{where} holds {table} of shape {tuple(state[table].shape)}; (number of labels, width) was expected. It is "
-            "damaged, or of another model."
+            f"{where} holds {table} with shape {tuple(state[table].shape)}; expected (number of "
+            "labels, width). The file is damaged or belongs to another model."
         )
     rows, num_classes = len(state[table]), given.get("num_classes")
-    without_null, with_null = (
-        {"num_classes": rows, "class_dropout_prob": 0.0},
-        {"num_classes": rows - 1},
-    )
+    without_null: dict[str, Any] = {"num_classes": rows, "class_dropout_prob": 0.0}
+    with_null: dict[str, Any] = {"num_classes": rows - 1}
     if "class_dropout_prob" in given:
-        return (
-            {} if named else {"num_classes": rows if given["class_dropout_prob"] == 0 else rows - 1}
-        )
+        if named:
+            return {}
+        return {"num_classes": rows if given["class_dropout_prob"] == 0 else rows - 1}
     if rows == num_classes:
         return without_null
     if rows - 1 == num_classes:
@@ -57,8 +61,9 @@ def label_arguments(
     if rows == 1:
         return without_null
     warn(
-        f"{where} has {rows} labels, which may be {rows - 1} classes and the null label of classifier-free guidance, or {rows} classes "
-        f"trained without it (class_dropout_prob=0). It is read as {rows - 1} classes and the null label: give "
-        f"num_classes={rows} if it is the other, num_classes={rows - 1} to confirm."
+        f"{where} has {rows} labels: either {rows - 1} classes and the null label of "
+        f"classifier-free guidance, or {rows} classes trained without it (class_dropout_prob=0). "
+        f"Assuming {rows - 1} classes and the null label: give num_classes={rows} for the other, "
+        f"num_classes={rows - 1} to confirm."
     )
     return with_null

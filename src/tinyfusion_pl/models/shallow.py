@@ -27,6 +27,7 @@ from tinyfusion_pl.models.library_models import (
     save_library_model,
 )
 from tinyfusion_pl.models.records import RECORD, check_depths, get_decision, maps_in, read_record
+from tinyfusion_pl.models.sources import set_record
 from tinyfusion_pl.pruning import Decision, remove_blocks
 from tinyfusion_pl.pruning.blocks import unwrap, without_compiling
 from tinyfusion_pl.pruning.compiled import uncompiled
@@ -182,9 +183,10 @@ def _built(
         return shallow
     if model is None and stated is not None:
         check_arguments(stated["name"], stated["kwargs"], f"{folder / RECORD}: model.kwargs")
-        return build_model(
+        built = build_model(
             stated["name"], {**stated["kwargs"], **overrides}, state, weights, prepare=prepare
         )
+        return set_record(built, record, folder)
     if model is not None:
         shallow = prepare(remove_blocks(uncompiled(copy.deepcopy(model)), kept))
     elif record.get("model_factory"):

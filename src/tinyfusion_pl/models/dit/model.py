@@ -17,7 +17,6 @@ from tinyfusion_pl.models.layers import (
     initialize_linears,
     unpatchify,
 )
-from tinyfusion_pl.models.registry import register_model
 
 
 def sincos_position_embedding(hidden_size: int, grid_size: int) -> Tensor:
@@ -204,59 +203,3 @@ class DiT(Denoiser):
         for block in self.blocks:
             x = self.run(block, x, c)  # (N, T, D)
         return unpatchify(self.final_layer(x, c), self.patch_size).to(dtype)  # (N, C_out, H, W)
-
-
-SIZES = {
-    "s": (384, 12, 6),
-    "b": (768, 12, 12),
-    "l": (1024, 24, 16),
-    "xl": (1152, 28, 16),
-    "h": (1280, 32, 16),
-}
-
-for _size, (_hidden_size, _depth, _num_heads) in SIZES.items():
-    for _patch_size in (2, 4, 8):
-        register_model(
-            f"dit_{_size}_{_patch_size}",
-            DiT,
-            alias=f"DiT-{_size.upper()}/{_patch_size}",
-            hidden_size=_hidden_size,
-            depth=_depth,
-            num_heads=_num_heads,
-            patch_size=_patch_size,
-        )
-
-register_model("dit", DiT)  # of sizes that have no name
-register_model(
-    "dit_digits",
-    DiT,
-    input_size=8,
-    patch_size=2,
-    in_channels=1,
-    hidden_size=64,
-    depth=12,
-    num_heads=4,
-    num_classes=10,
-)
-register_model(
-    "dit_cifar10",
-    DiT,
-    input_size=32,
-    patch_size=2,
-    in_channels=3,
-    hidden_size=256,
-    depth=28,
-    num_heads=4,
-    num_classes=10,
-)
-register_model(
-    "dit_digits_deep",
-    DiT,
-    input_size=8,
-    patch_size=2,
-    in_channels=1,
-    hidden_size=48,
-    depth=24,
-    num_heads=4,
-    num_classes=10,
-)

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from tinyfusion_pl.models.denoiser import Denoiser
 from tinyfusion_pl.models.layers import sinusoidal_features, unpatchify
-from tinyfusion_pl.models.registry import register_model
 
 STACK = "in_blocks+out_blocks"
 NUM_EXTRA_TOKENS = 2
@@ -183,22 +182,3 @@ class UViT(Denoiser):
             x = self.run(block, x, skips.pop())  # (N, T, D)
         x = self.decoder_pred(self.norm(x))[:, NUM_EXTRA_TOKENS:]  # (N, T - 2, P*P*C)
         return self.final_layer(unpatchify(x, self.patch_size)).to(dtype)  # (N, C, H, W)
-
-
-SIZES = {"s": (512, 12, 8), "m": (768, 16, 12), "l": (1024, 20, 16), "h": (1152, 28, 16)}
-# Patch 4 where it was published: of 64x64 pixels (S on CelebA, M on ImageNet) and of the 64x64 latents of 512x512 images (L, H).
-PIXELS = {"input_size": 64, "in_channels": 3, "final_conv": True}
-PATCH_4 = {"s": PIXELS, "m": PIXELS, "l": {"input_size": 64}, "h": {"input_size": 64}}
-
-for _size, (_hidden_size, _depth, _num_heads) in SIZES.items():
-    for _patch_size, _input in ((2, {}), (4, PATCH_4[_size])):
-        register_model(
-            f"uvit_{_size}_{_patch_size}",
-            UViT,
-            alias=f"U-ViT-{_size.upper()}/{_patch_size}",
-            hidden_size=_hidden_size,
-            depth=_depth,
-            num_heads=_num_heads,
-            patch_size=_patch_size,
-            **_input,
-        )

@@ -10,8 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tinyfusion_pl.models.dit import SIZES, DiT
-from tinyfusion_pl.models.registry import register_model
+from tinyfusion_pl.models.dit import DiT
 
 
 class SiT(DiT):
@@ -27,17 +26,3 @@ class SiT(DiT):
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Predict for latents `x` (N, C, H, W) at times `t` (N,) in [0, 1] with labels `y` (N,): (N, C, H, W), in the dtype of `x`."""
         return super().forward(x, t, y)[:, : self.out_channels]  # (N, C, H, W)
-
-
-for _size in ("s", "b", "l", "xl"):
-    _hidden_size, _depth, _num_heads = SIZES[_size]
-    for _patch_size in (2, 4, 8):
-        register_model(
-            f"sit_{_size}_{_patch_size}",
-            SiT,
-            alias=f"SiT-{_size.upper()}/{_patch_size}",
-            hidden_size=_hidden_size,
-            depth=_depth,
-            num_heads=_num_heads,
-            patch_size=_patch_size,
-        )

@@ -1,7 +1,7 @@
 """MAR: masked autoregressive image generation with a diffusion head (Li et al., arXiv 2406.11838).
 
 Own code; parameter names and layout are those of the published checkpoints (LTH14/mar). An encoder sees the known tokens, a decoder gives
-each token a vector, and a small diffusion head (`tinyfusion_pl.models.mar_head`) turns a token's vector into its distribution. Depth is
+each token a vector, and a small diffusion head (`tinyfusion_pl.models.mar.head`) turns a token's vector into its distribution. Depth is
 pruned in encoder and decoder; the head is left alone.
 """
 
@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from tinyfusion_pl.models.denoiser import Denoiser
 from tinyfusion_pl.models.layers import initialize_linears
-from tinyfusion_pl.models.mar_head import DiffusionHead
-from tinyfusion_pl.models.registry import register_model
+from tinyfusion_pl.models.mar.head import DiffusionHead
 
 
 class MaskedTokens(NamedTuple):
@@ -233,23 +232,3 @@ class MAR(Denoiser):
         hidden = self.encode(x.tokens, x.visible, y)  # (N, B + V, D)
         z = take(self.decode(hidden, x.visible), x.masked)  # (N, K, D)
         return self.head(x.noised, t, z[:, None]).to(x.tokens.dtype)  # (N, M, K, 2C)
-
-
-SIZES = {
-    "base": (768, 12, 12, 1024, 6),
-    "large": (1024, 16, 16, 1280, 8),
-    "huge": (1280, 20, 16, 1536, 12),
-}
-
-for _size, (_hidden_size, _depth, _num_heads, _head_width, _head_depth) in SIZES.items():
-    register_model(
-        f"mar_{_size}",
-        MAR,
-        alias=f"MAR-{_size[0].upper()}",
-        hidden_size=_hidden_size,
-        encoder_depth=_depth,
-        decoder_depth=_depth,
-        num_heads=_num_heads,
-        head_width=_head_width,
-        head_depth=_head_depth,
-    )

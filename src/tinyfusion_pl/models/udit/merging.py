@@ -1,0 +1,38 @@
+"""U-DiT with each group of feed-forward convolutions folded into one."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+
+from tinyfusion_pl.models.udit.layers import FeedForward
+from tinyfusion_pl.models.udit.model import UDiT
+
+
+@torch.no_grad()
+def merged(model: UDiT) -> UDiT:
+    """A copy of `model` with each group of the feed-forward's convolutions folded into one: equal outputs, an eighth fewer parameters.
+
+    The copy's ``config`` says so, and it saves and loads like any other. A merged model is returned as a copy. Train the unmerged one.
+    """
+    if model.config["merged"]:
+        return copy.deepcopy(model)
+    state = model.state_dict()
+    for name, module in model.named_modules():
+        if isinstance(module, FeedForward):
+            for key in [key for key in state if key.startswith(f"{name}.")]:
+                del state[key]
+            state.update(
+                {f"{name}.{key}": value for key, value in module.merged_convolutions().items()}
+            )
+    with torch.device("meta"):
+        new = UDiT(
+            **{**model.config, "merged": True},
+            activation_checkpointing=model.activation_checkpointing,
+        )
+    new.load_state_dict({key: value.clone() for key, value in state.items()}, assign=True)
+    for name in ("model_name", "source"):
+        if hasattr(model, name):
+            setattr(new, name, getattr(model, name))
+    return new.train(model.training)
