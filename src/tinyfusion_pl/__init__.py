@@ -1,4 +1,7 @@
-"""Making trained diffusion transformers shallow (TinyFusion, arXiv 2412.01199) as a PyTorch Lightning plugin."""
+"""Depth pruning of trained diffusion transformers as a PyTorch Lightning plugin.
+
+TinyFusion, arXiv 2412.01199.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -17,7 +20,7 @@ __all__ = [
     "load_shallow",
 ]
 
-# Imported when asked for: torch and Lightning take seconds, which `tinyfusion --help` need not wait for.
+# Imported on first use: torch and Lightning take seconds, which `tinyfusion --help` does not need.
 _HOMES = {
     "DepthPruningCallback": "callbacks",
     "DistillationCallback": "callbacks",

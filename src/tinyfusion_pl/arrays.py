@@ -1,4 +1,4 @@
-"""Arrays of npy and npz files that others made: headers are checked before any memory is taken, and no code in a file is run."""
+"""Reading untrusted npy and npz files: headers are checked first, and no code in a file is run."""
 
 from __future__ import annotations
 
@@ -7,24 +7,26 @@ import os
 import stat
 import zipfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
 from tinyfusion_pl.artifacts import ArtifactError
 
-MAX_RATIO = 100  # of unpacked to packed bytes: arrays compress less, zip bombs 1000 times
-MIN_BYTES = 256 << 20  # that any npz may unpack to, however small it is
+MAX_RATIO = 100  # unpacked to packed bytes: arrays compress less, zip bombs 1000 times
+MIN_BYTES = 256 << 20  # that an npz file of any size may unpack to
 
 
 def read_npz(
     path: str | os.PathLike, *, only: Sequence[str]
 ) -> tuple[dict[str, np.ndarray], list[str]]:
-    """The arrays named `only` of an npz file, as far as it holds them, and the names of all its entries.
+    """The arrays named `only` that an npz file has, and the names of its entries.
 
     Raises:
-        ArtifactError: when it is missing, not a regular file, truncated, holds something else than plain arrays under these names, or
-            unpacks to more than `MAX_RATIO` times its size (and more than `MIN_BYTES`).
+        ArtifactError: The file is missing, not a regular file or truncated, has something other
+            than plain arrays under these names, or unpacks to more than `MAX_RATIO` times its size
+            and more than `MIN_BYTES`.
     """
     size = check_regular(path).st_size
     limit, taken, arrays = max(MIN_BYTES, MAX_RATIO * size), 0, {}
@@ -40,24 +42,26 @@ def read_npz(
                 taken += entries[name].file_size
                 if taken > limit:
                     raise ValueError(
-                        f"its arrays unpack to {taken} bytes or more, its {size} bytes may unpack to {limit}"
+                        f"its arrays unpack to {taken} bytes or more; {limit} are allowed for its "
+                        f"{size} bytes"
                     )
                 with archive.open(entries[name]) as file:
                     arrays[name] = _read_array(
                         file, num_bytes=entries[name].file_size, what=f"{name!r}: "
                     )
             return arrays, list(entries)
-    except Exception as error:  # what zipfile, zlib and numpy raise for foreign bytes is of a dozen kinds, MemoryError among them
+    except Exception as error:  # zipfile, zlib and numpy raise many types, MemoryError included
         raise ArtifactError(
-            f"{path} is not a whole npz file of plain arrays ({_said(error)}). Make or download it again."
+            f"{path} is not a whole npz file of plain arrays ({_said(error)}). Create or download "
+            "it again."
         ) from error
 
 
 def read_npy(path: str | os.PathLike) -> np.ndarray:
-    """The array of an npy file. `ArtifactError` as for `read_npz`."""
+    """The array of an npy file; raises as `read_npz`."""
     size = check_regular(path).st_size
     try:
-        with open(path, "rb") as file:
+        with Path(path).open("rb") as file:
             return _read_array(file, num_bytes=size)
     except Exception as error:
         raise ArtifactError(
@@ -66,13 +70,13 @@ def read_npy(path: str | os.PathLike) -> np.ndarray:
 
 
 def check_regular(path: str | os.PathLike) -> os.stat_result:
-    """The state of a regular file, or of what a link to one leads to: pipes, sockets and devices are never opened.
+    """The status of a regular file or a link to one; pipes, sockets and devices are not opened.
 
     Raises:
-        ArtifactError: when there is none, or it is something else.
+        ArtifactError: There is no such file, or it is not a regular one.
     """
     try:
-        state = os.stat(path)
+        state = Path(path).stat()
     except FileNotFoundError as error:
         raise ArtifactError(f"There is no file {path}. Check the path.") from error
     except (OSError, ValueError) as error:
@@ -87,7 +91,7 @@ def check_regular(path: str | os.PathLike) -> os.stat_result:
 
 
 def get_kind(mode: int) -> str:
-    """What a file that is not a regular one is, in words."""
+    """The kind of a file that is not a regular one, in words."""
     kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
     return kinds.get(stat.S_IFMT(mode), "a device")
 
@@ -95,16 +99,17 @@ def get_kind(mode: int) -> str:
 def as_floats(
     array: np.ndarray, *, num_dimensions: int, name: str, path: str | os.PathLike
 ) -> np.ndarray:
-    """An array of real numbers as float64 in this machine's byte order; `ArtifactError` for another kind or rank."""
+    """An array of real numbers as native float64; `ArtifactError` for another kind or rank."""
     if array.dtype.kind not in "fiu" or array.ndim != num_dimensions:
         raise ArtifactError(
-            f"{name!r} of {path} is {array.dtype} {array.shape}; expected real numbers of {num_dimensions} dimension(s)."
+            f"{name!r} of {path} is {array.dtype} {array.shape}; expected real numbers of "
+            f"{num_dimensions} dimension(s)."
         )
     return array.astype(np.float64)
 
 
 def _read_array(file: IO[bytes], *, num_bytes: int, what: str = "") -> np.ndarray:
-    """The array in `file`, after its header was held against the `num_bytes` that there are."""
+    """The array in `file`, whose header must match the `num_bytes` there are."""
     counting = _Counting(file)
     try:
         version = np.lib.format.read_magic(counting)
@@ -116,7 +121,7 @@ def _read_array(file: IO[bytes], *, num_bytes: int, what: str = "") -> np.ndarra
             raise ValueError(f"npy version {version} is not supported")
         shape, fortran_order, dtype = read(counting)
     except Exception as error:
-        raise ValueError(f"{what}it is no array: {_said(error)}") from error
+        raise ValueError(f"{what}it is not an array: {_said(error)}") from error
     if dtype.hasobject:
         raise ValueError(f"{what}it holds Python objects, which are never loaded")
     if (
@@ -128,27 +133,29 @@ def _read_array(file: IO[bytes], *, num_bytes: int, what: str = "") -> np.ndarra
     expected = math.prod(shape) * dtype.itemsize  # a Python integer: it does not overflow
     if expected != num_bytes - counting.num_read:
         raise ValueError(
-            f"{what}its header says {shape} {dtype}, {expected} bytes, and {num_bytes - counting.num_read} follow"
+            f"{what}its header states {shape} {dtype}, {expected} bytes, but "
+            f"{num_bytes - counting.num_read} follow"
         )
     buffer = bytearray(expected)
     rest = memoryview(buffer)
     while len(rest):
         if not (num := file.readinto(rest[: 16 << 20])):
-            raise ValueError(f"{what}it is cut")
+            raise ValueError(f"{what}it is truncated")
         rest = rest[num:]
-    if file.read(1):  # at the end a zip entry's checksum is compared
-        raise ValueError(f"{what}more follows than its header says")
+    if file.read(1):  # a zip entry's checksum is verified at its end
+        raise ValueError(f"{what}more follows than its header states")
     array = np.frombuffer(buffer, dtype) if expected else np.empty(math.prod(shape), dtype)
     return array.reshape(shape, order="F" if fortran_order else "C")
 
 
 class _Counting:
-    """A file of which is known how much was read."""
+    """A file that counts the bytes read."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.num_read = file, 0
 
     def read(self, size: int) -> bytes:
+        """Read up to `size` bytes."""
         content = self.file.read(size)
         self.num_read += len(content)
         return content

@@ -1,7 +1,8 @@
-"""What a result belongs to: checksums of models, files and configurations, and files that carry a checksum of their own.
+"""Checksums of models, files and configurations, and files that contain their own checksum.
 
-An `Origin` says what something was made from, name -> checksum: the weights as they were loaded (not the path that they came
-from), the data, the reference, the configuration. It is kept with every result, and compared before the result is used again.
+An `Origin` states what something was computed from, name -> checksum: the weights as loaded (not
+their path), the data, the reference, the configuration. It is stored with every result and compared
+before the result is reused.
 """
 
 from __future__ import annotations
@@ -27,12 +28,15 @@ from tinyfusion_pl.artifacts import (
 )
 
 Origin = dict[str, str]
-SEAL = "sha256"  # the entry of a sealed file that holds the checksum of all others
+SEAL = "sha256"  # entry of a sealed file: checksum of all others
 NUM_DIGITS = 12  # of checksums in messages
 
 
-class Damaged(ArtifactError):
-    """A file whose content does not match the checksum in it."""
+class DamagedError(ArtifactError):
+    """The content of a file does not match its checksum."""
+
+
+Damaged = DamagedError  # former name
 
 
 # -- checksums
@@ -48,7 +52,7 @@ def state_sha256(tensors: Mapping[str, Tensor], *, preface: str = "") -> str:
 
 
 def model_sha256(model: nn.Module) -> str:
-    """The SHA-256 of a model as it was loaded: weights and buffers, class, and the arguments that it was built with."""
+    """The SHA-256 of a model as loaded: weights and buffers, class and arguments."""
     built = [
         type(model).__name__,
         getattr(model, "model_name", None),
@@ -58,7 +62,7 @@ def model_sha256(model: nn.Module) -> str:
 
 
 def files_sha256(root: Path, names: Sequence[str]) -> dict[str, str]:
-    """Checksums of files below `root`: of those named, as far as they exist, and of all in folders that are named."""
+    """Checksums of the files `names` below `root` that exist, and of all files in such folders."""
     found: dict[str, str] = {}
     for name in names:
         path = root / name
@@ -67,15 +71,14 @@ def files_sha256(root: Path, names: Sequence[str]) -> dict[str, str]:
             if path.is_dir()
             else [path] * path.is_file()
         )
-        whole = (
-            file for file in files if not file.name.startswith(".")
-        )  # what a killed process left is hidden
+        # hidden files are temporary ones of killed processes
+        whole = (file for file in files if not file.name.startswith("."))
         found |= {file.relative_to(root).as_posix(): sha256(file) for file in whole}
     return found
 
 
 def short(checksum: str | None) -> str:
-    """The beginning of a checksum, for a message."""
+    """The first digits of a checksum, for messages."""
     return (
         "unknown"
         if checksum is None
@@ -88,7 +91,10 @@ def short(checksum: str | None) -> str:
 def differences(
     kept: Mapping[str, str] | None, now: Mapping[str, str], *, of: Sequence[str] | None = None
 ) -> str:
-    """What of `now` (or of the parts `of` alone) is not as in `kept`, each with both checksums; empty where all is equal."""
+    """Entries of `now` (or those in `of`) that differ from `kept`, with both checksums.
+
+    Empty where all are equal.
+    """
     kept = kept or {}
     parts = [name for name in now if of is None or name in of]
     return ", ".join(
@@ -98,59 +104,60 @@ def differences(
     )
 
 
-# -- files that carry their checksum
+# -- files that contain their checksum
 def write_sealed(path: str | os.PathLike, content: Mapping[str, Any]) -> None:
-    """Write `content` as JSON with the checksum of all of it."""
+    """Write `content` as JSON with its checksum."""
     write_json(path, {**content, SEAL: content_sha256(content)})
 
 
 def read_sealed(path: str | os.PathLike) -> dict[str, Any]:
-    """What `write_sealed` wrote, without the checksum.
+    """Read a file of `write_sealed`, without the checksum.
 
     Raises:
-        Damaged: when it is not that.
+        DamagedError: The file is damaged, or something else.
     """
     try:
         content = read_json(path)
     except ArtifactError as error:
         reason = (
-            "it is truncated or no JSON"
+            "it is truncated or not JSON"
             if isinstance(error.__cause__, ValueError)
             else str(error).rstrip(".")
         )
-        raise Damaged(f"{path} is damaged: {reason}.") from error
+        raise DamagedError(f"{path} is damaged: {reason}.") from error
     if not isinstance(content, dict) or SEAL not in content:
-        raise Damaged(f"{path} has no checksum: it is damaged, or an earlier version wrote it.")
+        raise DamagedError(
+            f"{path} has no checksum: it is damaged, or an earlier version wrote it."
+        )
     seal = content.pop(SEAL)
     if seal != content_sha256(content):
-        raise Damaged(f"{path} is damaged: its content does not match its checksum.")
+        raise DamagedError(f"{path} is damaged: its content does not match its checksum.")
     return content
 
 
 def save_sealed_tensors(
     path: str | os.PathLike, tensors: Mapping[str, Tensor], *, made_from: Origin
 ) -> None:
-    """Write tensors as safetensors, with what they were `made_from` and the checksum of both."""
+    """Write tensors as safetensors, with their origin `made_from` and the checksum of both."""
     seal = {"made_from": made_from, SEAL: state_sha256(tensors, preface=_canonical(made_from))}
-    save_tensors(
-        path, dict(tensors), metadata={"seal": json.dumps(seal)}
-    )  # one entry: the order of several is random
+    # one entry: the order of several is random
+    save_tensors(path, dict(tensors), metadata={"seal": json.dumps(seal)})
 
 
 def load_sealed_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], Origin]:
-    """The tensors that `save_sealed_tensors` wrote, and what they were made from.
+    """Read a file of `save_sealed_tensors`: its tensors and their origin.
 
     Raises:
-        Damaged: when they are not that.
+        DamagedError: The file is damaged, or something else.
     """
     try:
         tensors, seal = load_tensors(path), json.loads(read_metadata(path)["seal"])
         made_from, expected = seal["made_from"], seal[SEAL]
         found = state_sha256(tensors, preface=_canonical(made_from))
     except Exception as error:  # damaged headers show as errors of many types
-        raise Damaged(f"{path} is damaged ({error}).") from error
+        raise DamagedError(f"{path} is damaged ({error}).") from error
     if found != expected or not isinstance(made_from, dict):
-        raise Damaged(f"{path} is damaged: its content does not match its checksum.")
+        raise DamagedError(f"{path} is damaged: its content does not match its checksum.")
     return tensors, made_from
 
 

@@ -1,4 +1,4 @@
-"""Folders and files that one process at a time writes, and the removal of what killed ones left half written."""
+"""Locks for folders and files with one writer, and removal of what killed writers left behind."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from typing import Any
 from tinyfusion_pl.artifacts import TEMPORARY, ArtifactError, host_hash
 
 LOCK = ".lock"
-# No place for files: whoever writes there is told.
+# Nothing can be written there, so that a lock is unnecessary; writing reports the error.
 NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
-ABANDONED_AFTER = (
-    3600.0  # seconds without a change of a temporary file, where its process cannot be looked at
-)
+# Seconds without a change after which a temporary file counts as abandoned, where its process
+# cannot be checked.
+ABANDONED_AFTER = 3600.0
 
 _held: set[Path] = set()  # by this process
 
@@ -31,20 +31,21 @@ _held: set[Path] = set()  # by this process
 def sole_writer(
     target: str | os.PathLike, *, setting: str, is_folder: bool = True
 ) -> Iterator[None]:
-    """Hold `target` inside the block: no other process that asks for it, on any machine, gets it.
+    """Hold the lock of `target` inside the block, against other processes on any machine.
 
     Temporary files of killed processes are removed first. The lock is the operating system's (POSIX
-    record locks: forked workers do not hold it, and it ends with the process); the lock file tells
-    others who has it and is removed at the end, as are folders that were made for it and stayed empty.
-    In a folder that cannot be written to there is nothing to protect, and no lock.
+    record locks: forked workers do not hold it, and it ends with the process). The lock file names
+    its holder and is removed at the end, as are folders that were created for it and stayed empty.
+    A read-only folder needs no lock and gets none.
 
     Args:
-        target: A folder (made if missing), whose lock file is `LOCK` in it; or a file, whose lock file lies beside it.
-        setting: Where `target` was given: what the error asks for another value of.
+        target: A folder (created if missing), with the lock file `LOCK` inside; or a file, with the
+            lock file beside it.
+        setting: Setting that gave `target`; the error asks for another value of it.
         is_folder: Whether `target` is a folder.
 
     Raises:
-        ArtifactError: when another process holds it; names that process.
+        ArtifactError: Another process holds the lock; the message names it.
     """
     target = Path(target).absolute()
     lock = target / LOCK if is_folder else target.with_name(f".{target.name}{LOCK}")
@@ -62,7 +63,7 @@ def sole_writer(
     finally:
         if descriptor is not None:
             with suppress(OSError):
-                lock.unlink()  # while it is held: who opened it meanwhile finds that it is gone, see `_acquire`
+                lock.unlink()  # while held: `_acquire` of other processes notices
             os.close(descriptor)
             _held.discard(lock)
         for folder in made:
@@ -71,7 +72,7 @@ def sole_writer(
 
 
 def _acquire(lock: Path, target: Path, setting: str) -> int | None:
-    """The descriptor that holds `lock`; None where there can be none."""
+    """The descriptor that holds `lock`; None where none is possible."""
     left = 100  # attempts
     while True:
         left -= 1
@@ -91,18 +92,19 @@ def _acquire(lock: Path, target: Path, setting: str) -> int | None:
             os.close(descriptor)
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 raise ArtifactError(
-                    f"{target} is in use by {_describe(holder)}. Wait until that has finished, or stop it; or give "
-                    f"another {setting}."
+                    f"{target} is in use by {_describe(holder)}. Wait until it finishes, stop it, "
+                    f"or give another {setting}."
                 ) from None
             with suppress(OSError):
                 lock.unlink()
             warnings.warn(
-                f"{target} cannot be locked ({error.strerror}): take care that no two processes write there at once.",
+                f"{target} cannot be locked ({error.strerror}): make sure that only one process "
+                "writes there.",
                 stacklevel=4,
             )
             return None
         with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(descriptor), os.stat(lock)):
+            if os.path.samestat(os.fstat(descriptor), lock.stat()):
                 _write(descriptor)
                 return descriptor
         os.close(descriptor)  # its holder has just removed it
@@ -120,7 +122,7 @@ def _write(descriptor: int) -> None:
         "host": socket.gethostname(),
         "since": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
-    with suppress(OSError):  # a full disk; the lock holds all the same
+    with suppress(OSError):  # a full disk; the lock holds anyway
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(holder).encode(), 0)
 
@@ -128,7 +130,7 @@ def _write(descriptor: int) -> None:
 def _read(descriptor: int) -> dict[str, Any]:
     try:
         return dict(json.loads(os.pread(descriptor, 4096, 0)))
-    except (OSError, ValueError, TypeError):  # it has only just been locked
+    except (OSError, ValueError, TypeError):  # it was locked a moment ago
         return {}
 
 
@@ -139,10 +141,14 @@ def _describe(holder: dict[str, Any]) -> str:
 
 
 def remove_strays(folder: Path, *, of: Path | None = None) -> None:
-    """Remove temporary files and folders of processes that are gone: under `folder`, or only those of the file `of` in it.
+    """Remove temporary files and folders of dead processes under `folder`.
 
-    Only names that `temporary_path` gives are looked at. Those of other machines, and of numbers that
-    a living process has, are removed when they have not changed for an hour.
+    Only names of `temporary_path` are considered. Those of other machines, and of process numbers
+    that are in use, are removed when they have not changed for an hour.
+
+    Args:
+        folder: Searched recursively.
+        of: Remove only temporary files of this file in `folder`.
     """
     for parent, folders, files in os.walk(folder):
         for name in [*folders, *files]:
@@ -171,9 +177,7 @@ def _is_of(name: str, path: Path) -> bool:
 def _is_gone(host: str, pid: int) -> bool:
     if host != host_hash():
         return False
-    if (
-        pid == os.getpid()
-    ):  # of an earlier process that had this number, as in a container that was restarted
+    if pid == os.getpid():  # an earlier process with this number, as in a restarted container
         return True
     try:
         os.kill(pid, 0)

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1, which schedulers and spot machines send some time before they take a machine away."""
+"""SIGTERM and SIGUSR1, which schedulers and spot instances send before they stop a machine."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 EXIT_CODE = 75
-"""Of a preempted command: EX_TEMPFAIL of sysexits.h, "try again later".
+"""Exit code of a preempted command: EX_TEMPFAIL of sysexits.h, "try again later".
 
-One code for every signal, and not the 143 or 138 of a shell: those are also what a process leaves
-that a signal killed before it saved anything.
+One code for all signals, unlike the 143 or 138 of a shell, which a process also returns when a
+signal kills it before it saved anything.
 """
 
 
 class Preempted(KeyboardInterrupt):
-    """The process was asked to end; what Ctrl-C leaves whole, this leaves whole too.
+    """The process was asked to stop; handled like Ctrl-C.
 
     Args:
-        signum: The signal that asked; None: another process of the run got it.
+        signum: The signal; None if another process of the run received it.
     """
 
     def __init__(self, signum: int | None = None) -> None:
@@ -32,13 +32,13 @@ class Preempted(KeyboardInterrupt):
 
 
 class _Handler:
-    """Leaves at once, or inside `deferred` notes the signal."""
+    """Stops immediately or, inside `deferred`, records the signal."""
 
     def __init__(self) -> None:
         self.process, self.requested, self.depth, self.leave = os.getpid(), None, 0, _raise
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
-        if os.getpid() != self.process:  # a data worker that was forked off
+        if os.getpid() != self.process:  # a forked data worker
             if signum == signal.SIGTERM:
                 os._exit(EXIT_CODE)
             return
@@ -56,9 +56,10 @@ _handler: _Handler | None = None
 
 @contextmanager
 def preemptible(*more: int, leave: Callable[[int], None] | None = None) -> Iterator[None]:
-    """Inside, `SIGNALS` and `more` raise `Preempted`, or call `leave`; afterwards they do what they did before.
+    """Make `SIGNALS` and `more` raise `Preempted`, or call `leave`, inside the block.
 
-    May be nested. Outside the main thread, which alone gets signals, it does nothing.
+    The previous handlers are restored afterwards. Blocks may be nested. Has no effect outside the
+    main thread, the only one that receives signals.
     """
     global _handler
     if threading.current_thread() is not threading.main_thread():
@@ -77,10 +78,10 @@ def preemptible(*more: int, leave: Callable[[int], None] | None = None) -> Itera
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Inside `preemptible`: a signal is noted, for the block to ask for (`requested`) where it can stop.
+    """Record signals inside `preemptible`; the block checks `requested` where it can stop.
 
-    Further ones change nothing: a scheduler and its launcher often send one each. Where a block has
-    ended without having asked, the signal does then what it does outside.
+    Further signals have no effect: a scheduler and its launcher often send one each. If the block
+    ends without stopping, the signal is handled then.
     """
     handler = _handler
     if handler is None:
@@ -96,5 +97,5 @@ def deferred() -> Iterator[None]:
 
 
 def requested() -> int | None:
-    """The signal that asked this process to end, if one did."""
+    """The signal that asked this process to stop, or None."""
     return None if _handler is None else _handler.requested

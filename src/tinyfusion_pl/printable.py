@@ -1,16 +1,17 @@
-"""Texts from outside, which files hold, made harmless for a terminal: names of files, keys of checkpoints, names of models."""
+"""Text from files, escaped for a terminal: file names, checkpoint keys, model names."""
 
 from __future__ import annotations
 
 import unicodedata
 from typing import Any
 
-# Control characters (terminal escapes), invisible ones that reorder or hide text, halves of characters, line separators.
+# Unicode categories: control characters (terminal escapes), invisible characters that reorder or
+# hide text, surrogates, private and unassigned characters, line separators.
 HARMFUL = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 
 
 def printable(text: object) -> str:
-    r"""One line in which whatever a terminal or browser would act on stands as its escape, ``\x1b``."""
+    r"""`text` on one line, with everything that a terminal interprets escaped, e.g. ``\x1b``."""
     written = str(text)
     if written.isprintable():
         return written
@@ -25,12 +26,12 @@ def printable_lines(text: str) -> str:
 
 
 def for_terminal(text: str) -> str:
-    """`text` as it is printed: lines and tabs stay, all else is `printable`."""
+    """`text` for printing: keeps lines and tabs, otherwise `printable`."""
     return "\t".join(map(printable_lines, text.split("\t")))
 
 
 def printable_content(content: Any) -> Any:
-    """What a JSON file holds, with all its texts `printable`, names too."""
+    """The content of a JSON file with all strings and keys `printable`."""
     if isinstance(content, dict):
         return {printable(name): printable_content(each) for name, each in content.items()}
     if isinstance(content, list):

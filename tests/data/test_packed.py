@@ -145,6 +145,6 @@ def test_a_pipe_or_an_archive_of_something_else_is_named(tmp_path):
             archive.writestr(name, io.BytesIO(b"no array").read())
     with pytest.raises(
         ArtifactError,
-        match="x.npz is not a whole npz file of plain arrays .*'blob': it is no array",
+        match="x.npz is not a whole npz file of plain arrays .*'blob': it is not an array",
     ):
         open_images(tmp_path / "x.npz", image_size=4)

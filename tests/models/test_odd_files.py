@@ -227,7 +227,7 @@ def test_a_block_of_a_huge_number_builds_nothing(tmp_path, key, name):
     options = {**model.config, "name": name} if name else OPTIONS
     options.pop("depth", None)
     with pytest.raises(
-        (ValueError, ArtifactError), match=r"file\.pt.*(without gaps|unexpected|does not go with)"
+        (ValueError, ArtifactError), match=r"file\.pt.*(without gaps|unexpected|does not match)"
     ):
         load_pretrained(tmp_path / "file.pt", **options)
 

@@ -265,7 +265,9 @@ def test_lists_that_are_one_stack_count_together():
 
 def test_a_mar_of_an_unknown_width_is_asked_for_its_name(tmp_path):
     save_tensors(tmp_path / "m.safetensors", MAR(width=16).state_dict())
-    with pytest.raises(ValueError, match="MAR of width 16; published widths are 768, 1024, 1280.*name="):
+    with pytest.raises(
+        ValueError, match="MAR of width 16; published widths are 768, 1024, 1280.*name="
+    ):
         load_pretrained(tmp_path / "m.safetensors")
 
 
@@ -288,11 +290,15 @@ def test_the_half_of_the_last_layer_that_a_sit_does_not_train_tells_which_of_bot
     optimizer.step()
     torch.save(sit.state_dict(), tmp_path / "sit.pt")
     for name in (None, "dit_s_2"):
-        with pytest.raises(ValueError, match=r"sit.pt looks like a SiT checkpoint.*all zeros.*name=sit_xl_2"):
+        with pytest.raises(
+            ValueError, match=r"sit.pt looks like a SiT checkpoint.*all zeros.*name=sit_xl_2"
+        ):
             load_pretrained(tmp_path / "sit.pt", name=name, **SIZES)
     assert same(load_pretrained(tmp_path / "sit.pt", name="sit_s_2", **SIZES), sit.state_dict())
     FORMS["bare.pt"](model, tmp_path / "dit.pt")
-    with pytest.warns(UserWarning, match="dit.pt is loaded as sit_s_2, but looks like a DiT checkpoint"):
+    with pytest.warns(
+        UserWarning, match="dit.pt is loaded as sit_s_2, but looks like a DiT checkpoint"
+    ):
         load_pretrained(tmp_path / "dit.pt", name="sit_s_2", **SIZES)
 
 
@@ -322,7 +328,8 @@ def test_the_arguments_of_its_training_tell_a_sit(tmp_path, model):
 def test_a_published_file_name_of_the_other_family_is_refused(tmp_path, model, file, name, other):
     FORMS["bare.pt"](model, tmp_path / file)
     with pytest.raises(
-        ValueError, match=f"{file} holds a {other}, which is another family than {name}.*name={other}"
+        ValueError,
+        match=f"{file} holds a {other}, which is another family than {name}.*name={other}",
     ):
         load_denoiser(name, checkpoint=tmp_path / file, **SIZES)
 
@@ -400,7 +407,9 @@ def test_what_is_missing_is_told_with_what_could_be_meant(tmp_path):
     ):
         load_pretrained(tmp_path / "DiT-XL-256.pt")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ArtifactError, match=r"empty does not hold a model: expected record\.json .*config\.json"):
+    with pytest.raises(
+        ArtifactError, match=r"empty does not hold a model: expected record\.json .*config\.json"
+    ):
         load_pretrained(tmp_path / "empty")
 
 

@@ -191,7 +191,7 @@ def test_activation_checkpointing_gives_the_same_gradients():
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"input_size": 12}, "input_size 12 is no multiple of 8"),
+        ({"input_size": 12}, "input_size 12 is not a multiple of 8"),
         ({"depth_latent": 0}, "depth_latent=0"),
         ({"num_heads": 4}, r"hidden_size 8 .* 4 times num_heads \(4\)"),
         ({"class_dropout_prob": 2}, "class_dropout_prob is 2"),
@@ -203,7 +203,7 @@ def test_sizes_that_do_not_fit_are_named(wrong, said):
 
 
 def test_latents_of_another_size_are_refused():
-    with pytest.raises(ValueError, match=r"\(16, 16\); this U-DiT was built for input_size 8"):
+    with pytest.raises(ValueError, match=r"\(16, 16\); this U-DiT has input_size 8"):
         small()(*batch(size=16))
 
 

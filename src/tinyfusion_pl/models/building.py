@@ -1,4 +1,4 @@
-"""Models from what files state: counts and types are held against the tensors that are there before any memory is taken."""
+"""Building models from files: counts and types are checked before memory is allocated."""
 
 from __future__ import annotations
 
@@ -35,14 +35,15 @@ def build_model(
     *,
     prepare: Callable[[nn.Module], nn.Module] | None = None,
 ) -> nn.Module:
-    """The model `name` of `arguments`, with the weights `state` that came from `where`, in evaluation mode.
+    """Build the model `name` with the weights `state` from `where`, in evaluation mode.
 
-    `prepare` gives the model, before its weights, what its arguments do not say (linear maps). It is built without memory first: a depth
-    or a width that the weights do not have is refused before it takes any.
+    The model is built on the meta device first, so that wrong sizes raise before memory is
+    allocated. `prepare` adds to the model, before the weights are loaded, what its arguments do not
+    cover (linear maps).
 
     Raises:
-        ValueError: the weights do not fit, or are another family's, or the arguments are none.
-        ArtifactError: there are more blocks stated than tensors, or the weights are all zero or not finite.
+        ValueError: The weights do not fit or belong to another family, or an argument is invalid.
+        ArtifactError: More blocks than tensors, or the weights are all zero or not finite.
     """
     check_depths(arguments, state, where)
     prepare = prepare or (lambda model: model)
@@ -52,8 +53,8 @@ def build_model(
         found, expected = detect_family(state), detect_family(outline.state_dict())
         if found != expected and None not in (found, expected):
             raise ValueError(
-                f"{where} holds weights of another family ({found}) than {name}'s ({expected}). Give that family's model as "
-                "name= (model.name=), or another checkpoint."
+                f"{where} holds weights of another family ({found}) than {name}'s ({expected}). "
+                "Give a model of that family as name= (model.name=), or another checkpoint."
             )
         state = fitting_state(outline, state, where)
     return fit_weights(prepare(create_model(name, **arguments)), state, where, fresh=True).eval()
@@ -62,17 +63,17 @@ def build_model(
 def check_depths(
     arguments: Mapping[str, Any], state: Mapping[str, Tensor], where: str | Path
 ) -> None:
-    """Refuse more blocks than there are tensors: each takes time and memory, even without weights."""
+    """Raise for more blocks than tensors: blocks take time and memory, even without weights."""
     for argument, value in arguments.items():
         if "depth" in argument and isinstance(value, (int, float)) and value > len(state):
             raise ArtifactError(
-                f"{where} does not go with {argument}={value}: it holds {len(state)} tensors, fewer than blocks. "
-                "Give the depth that the weights have, or copy the file again."
+                f"{where} does not match {argument}={value}: it has {len(state)} tensors, "
+                "fewer than blocks. Give the depth of the weights, or copy the file again."
             )
 
 
 def _outline(name: str, arguments: Mapping[str, Any], where: str | Path) -> nn.Module | None:
-    """The model on the meta device; None for one that cannot be built there."""
+    """The model on the meta device; None if it cannot be built there."""
     try:
         with torch.device("meta"):
             return create_model(name, **arguments)
@@ -85,18 +86,21 @@ def _outline(name: str, arguments: Mapping[str, Any], where: str | Path) -> nn.M
             return None
         said = ", ".join(f"{key}={value!r:.80}" for key, value in arguments.items())
         raise ArtifactError(
-            f"{where}: no {name} can be built of {said} ({type(error).__name__}: {first_line(error)})."
+            f"{where}: cannot build {name} with {said} ({type(error).__name__}: "
+            f"{first_line(error)})."
         ) from error
 
 
 def check_arguments(name: str, arguments: Mapping[str, Any], where: str) -> None:
-    """Hold the arguments that a file states against the types that the constructor of the model `name` takes.
+    """Check arguments from a file against the constructor of the model `name`.
 
     Args:
+        name: Registered name.
+        arguments: Arguments by name.
         where: File and field, e.g. ``"x/record.json: model.kwargs"``.
 
     Raises:
-        ArtifactError: names the argument.
+        ArtifactError: An argument is unknown or has the wrong type.
     """
     known = {
         key: _type_name(parameter.annotation) for key, parameter in model_arguments(name).items()
@@ -104,9 +108,8 @@ def check_arguments(name: str, arguments: Mapping[str, Any], where: str) -> None
     for argument, value in arguments.items():
         if argument not in known:
             raise ArtifactError(
-                f"{where}.{argument} is no argument of {name}; it has {', '.join(known)}. Install the "
-                "version that the file "
-                "was written with, or copy it again."
+                f"{where}.{argument} is not an argument of {name}; arguments: {', '.join(known)}. "
+                "Install the version that wrote the file, or copy it again."
             )
         expected = known[argument]
         fits = {
@@ -116,7 +119,7 @@ def check_arguments(name: str, arguments: Mapping[str, Any], where: str) -> None
         }.get(expected, True)
         if not fits:
             raise ArtifactError(
-                f"{where}.{argument} is {value!r:.80}; {expected} was expected. Copy the file again."
+                f"{where}.{argument} is {value!r:.80}; expected {expected}. Copy the file again."
             )
 
 

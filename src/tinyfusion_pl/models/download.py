@@ -1,4 +1,4 @@
-"""Fetching a file once: into a partial file that gets its name when whole and right."""
+"""Downloading a file once: into a partial file, renamed when complete and verified."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _waits: ContextVar[bool] = ContextVar("download_waits", default=False)
 
 @contextmanager
 def without_download() -> Iterator[None]:
-    """Inside, what is not there yet is told as missing instead of fetched: for looking at what else is missing."""
+    """Report files as missing inside the block instead of downloading them."""
     token = _waits.set(True)
     try:
         yield
@@ -36,41 +36,44 @@ def without_download() -> Iterator[None]:
 
 
 class NotOnServerError(ArtifactError):
-    """The server answers, and does not have the file."""
+    """The server responds, but does not have the file."""
 
 
 def cache_folder() -> Path:
-    """Where downloaded weights lie: ``torch.hub.get_dir()/checkpoints``, which TORCH_HOME moves."""
+    """Folder of downloaded weights: ``torch.hub.get_dir()/checkpoints``, below TORCH_HOME."""
     return Path(torch.hub.get_dir()) / "checkpoints"
 
 
 def fetch(
     url: str, path: str | os.PathLike, *, size: int | None = None, sha256: str | None = None
 ) -> Path:
-    """`path`, fetched from `url` unless it is there, in which case nothing is asked of the network.
+    """Download `url` to `path` unless it exists, and return `path`.
 
-    A progress bar is shown on a terminal. The length that the server states is always held against what arrives.
+    Shows a progress bar on a terminal. The length that the server states is always checked.
 
     Args:
-        url: http(s).
-        path: Where the file goes, whole or not at all.
-        size, sha256: Of the whole file, in bytes and as 64 hexadecimal digits, where known.
+        url: An http or https URL.
+        path: Destination, written atomically.
+        size: Expected size in bytes, where known.
+        sha256: Expected SHA-256 as 64 hexadecimal digits, where known.
 
     Raises:
-        ArtifactError: the server cannot be reached or what arrives is not the file; names the URL and the place to put the file.
-        NotOnServerError: the server has no such file.
+        ArtifactError: The download failed, or the result is not the expected file; the message
+            names the URL and where to put the file.
+        NotOnServerError: The server has no such file.
     """
     path = Path(path)
     if path.exists():
         return path
     if _waits.get():
         raise ArtifactError(
-            f"{path.name} is not there yet. It is downloaded from {url} when nothing else is missing, or put it at {path}."
+            f"{path.name} is not there yet. It is downloaded from {url} when nothing else is missing; "
+            f"otherwise put it at {path}."
         )
     by_hand = f"Download that file elsewhere and put it at {path}."
-    remove_strays(path.parent, of=path)  # what a killed download left
+    remove_strays(path.parent, of=path)  # of a killed download
     digest = hashlib.sha256()
-    with atomic_path(path) as partial, open(partial, "wb") as file:
+    with atomic_path(path) as partial, partial.open("wb") as file:
         received, stated = 0, None
         for chunk, length in _chunks(url, path.name, by_hand):
             stated = length
@@ -80,18 +83,19 @@ def fetch(
         for expected in (stated, size):
             if expected is not None and received != expected:
                 raise ArtifactError(
-                    f"{path.name} did not come whole from {url}: {received} of {expected} bytes. Run again. {by_hand}"
+                    f"{path.name} did not come whole from {url}: {received} of {expected} bytes. Run "
+                    f"again. {by_hand}"
                 )
         if sha256 is not None and digest.hexdigest() != sha256:
             raise ArtifactError(
-                f"What {url} gave is not {path.name}: its checksum is {digest.hexdigest()[:12]}..., that of the published "
-                f"file {sha256[:12]}.... {by_hand}"
+                f"The download of {url} is not {path.name}: its checksum is "
+                f"{digest.hexdigest()[:12]}..., that of the published file {sha256[:12]}.... {by_hand}"
             )
     return path
 
 
 def _chunks(url: str, name: str, by_hand: str) -> Iterator[tuple[bytes, int | None]]:
-    """What the server sends, and beside each piece how much it will be in all; errors of the network, and only these, are told here."""
+    """Yield chunks of the response with its total length; reports network errors only."""
     request = urllib.request.Request(url, headers={"User-Agent": "tinyfusion_pl"})
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:

@@ -11,9 +11,9 @@ FREQUENCY_CHANNELS = 256
 
 
 def sinusoidal_features(t: Tensor, num_channels: int, *, frequency_shift: int = 0) -> Tensor:
-    """Cosines, then sines of `t` (N,) at num_channels / 2 frequencies from 1 down to 1/10000: float32 (N, num_channels).
+    """Cosines, then sines of `t` (N,) at num_channels / 2 frequencies: float32 (N, num_channels).
 
-    With a `frequency_shift` of 0 the last frequency stays just above 1/10000, with 1 it is that.
+    Frequencies fall from 1 to 1/10000: exactly with `frequency_shift` 1, just above it with 0.
     """
     half = num_channels // 2
     frequencies = torch.exp(
@@ -26,7 +26,7 @@ def sinusoidal_features(t: Tensor, num_channels: int, *, frequency_shift: int = 
 
 
 class TimestepEmbedder(nn.Module):
-    """Sinusoidal timestep features through a two-layer perceptron; for `frequency_shift` see `DiT`."""
+    """Sinusoidal timestep features and a two-layer perceptron; see `DiT` for `frequency_shift`."""
 
     def __init__(self, hidden_size: int, *, frequency_shift: int = 0) -> None:
         super().__init__()
@@ -38,6 +38,7 @@ class TimestepEmbedder(nn.Module):
         )
 
     def forward(self, t: Tensor) -> Tensor:
+        """Embed timesteps `t` (N,)."""
         features = sinusoidal_features(
             t, FREQUENCY_CHANNELS, frequency_shift=self.frequency_shift
         )  # (N, 256)
@@ -45,13 +46,14 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """Class embeddings; with label dropout in training the table has a last row for the null label."""
+    """Class embeddings; with `has_null`, the last row of the table is the null label's."""
 
     def __init__(self, num_classes: int, hidden_size: int, *, has_null: bool) -> None:
         super().__init__()
         self.embedding_table = nn.Embedding(num_classes + has_null, hidden_size)
 
     def forward(self, y: Tensor) -> Tensor:
+        """Embed labels `y` (N,)."""
         return self.embedding_table(y)  # (N, D)
 
 

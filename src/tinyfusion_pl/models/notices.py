@@ -1,4 +1,4 @@
-"""Warnings that point at the caller's own line, once for all processes."""
+"""Warnings that point to the caller's line, on the first process only."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PACKAGE = __name__.partition(".")[0]
 
 
 def warn(message: str) -> None:
-    """Warn on the first process only; the line that the warning names is the one that called into this package."""
+    """Warn on the first process; the warning names the line that called into this package."""
     if _rank():
         return
     level, frame = 1, sys._getframe()
@@ -22,7 +22,7 @@ def warn(message: str) -> None:
 
 
 def first_line(error: BaseException, length: int = 300) -> str:
-    """What an error of another library says, without the lines on where in its code."""
+    """The first line of the message of another library's error, shortened."""
     said = str(error).strip().split("\n")[0]
     return said if len(said) <= length else f"{said[:length]}..."
 

@@ -1,4 +1,4 @@
-"""What training codes and wrappers put before the names of weights, taken off where every key fits then, and in one way only."""
+"""Prefixes that training code and wrappers add to weight names, removed where unambiguous."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ NUM_NAMED = 5
 
 
 def plain_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`state` without the parts that wrappers put into names (``_orig_mod.``); as it is where two names would become one."""
+    """`state` without wrappers' parts of names (``_orig_mod.``), unless names would collide."""
     plain = {without_wrappers(key): value for key, value in state.items()}
     return plain if len(plain) == len(state) else dict(state)
 
 
 def prefixes_with(keys: Collection[str], expected: Iterable[str]) -> list[str]:
-    """The prefixes, "" among them, under which all the names that are `expected` are there."""
+    """All prefixes, including "", under which every name in `expected` exists."""
     expected = list(expected)
     if not expected:
         return []
@@ -34,27 +34,28 @@ def prefixes_with(keys: Collection[str], expected: Iterable[str]) -> list[str]:
 def under_prefix(
     state: Mapping[str, Tensor], expected: Iterable[str], where: str | Path
 ) -> dict[str, Tensor]:
-    """The part of `state` that has the names `expected`, without what is before them; `state` with plain names where nothing has.
+    """The part of `state` with the names `expected`, without their prefix; else `state`.
 
-    Says so where something was taken off, and what was left out.
+    Warns about a removed prefix and ignored keys.
 
     Raises:
-        ValueError: when it fits under two prefixes.
+        ValueError: Two prefixes are possible.
     """
     plain = plain_names(state)
     found = prefixes_with(plain, expected)
     if len(found) > 1:
         named = " and ".join(repr(prefix) if prefix else "no prefix" for prefix in found)
         raise ValueError(
-            f"{where} holds weights that fit under each of {named}. Give the one that is meant: prefix={found[-1]!r} "
-            "(model.prefix)."
+            f"{where} holds weights that fit under each of {named}. Select one: "
+            f"prefix={found[-1]!r} (model.prefix)."
         )
     if not found or (not found[0] and plain.keys() == state.keys()):
         return dict(state)
     prefix = found[0]
     rest = [key for key in plain if not key.startswith(prefix) and plain[key].ndim]
     left = (
-        f" {len(rest)} other keys are left out: {', '.join(rest[:NUM_NAMED])}{', ...' if len(rest) > NUM_NAMED else ''}."
+        f" {len(rest)} other keys are left out: {', '.join(rest[:NUM_NAMED])}"
+        f"{', ...' if len(rest) > NUM_NAMED else ''}."
         if rest
         else ""
     )
@@ -68,7 +69,7 @@ def under_prefix(
 
 
 def nearest_prefix(keys: Collection[str], expected: Collection[str]) -> str:
-    """The prefix under which most of the names that are `expected` are there: for saying what is wrong."""
+    """The prefix under which most names in `expected` exist, for error messages."""
     counts: dict[str, int] = {}
     expected = set(expected)
     for key in keys:

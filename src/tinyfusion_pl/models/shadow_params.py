@@ -1,4 +1,4 @@
-"""Averaged weights that are kept as a list, in the order of the model's parameters: torch_ema's and diffusers' ``shadow_params``."""
+"""Averaged weights stored as a list in parameter order, as torch_ema and diffusers do."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ MAX_PRODUCT = 10_000_000  # of the two lengths
 def name_shadow_params(
     values: Sequence[Tensor], state: Mapping[str, Tensor]
 ) -> dict[str, Tensor] | None:
-    """The list `values` under the names of `state`, whose order it has; what it leaves out (buffers, frozen parameters) is that of `state`.
+    """The list `values` under the names of `state`, which has the same order.
+
+    Tensors that the list lacks (buffers, frozen parameters) are taken from `state`.
 
     Returns:
-        None where the shapes do not fit, or fit in more than one way.
+        None if the shapes do not fit, or fit in several ways.
     """
     keys = list(state)
     shapes, own = (
@@ -27,7 +29,7 @@ def name_shadow_params(
     if len(own) == len(keys):
         return dict(zip(keys, values)) if own == shapes else None
     spare = len(keys) - len(own)
-    # ways[i][s]: in how many ways (2: several) the values from i on fit the keys from i + s on.
+    # ways[i][s]: number of ways (2: several) in which values[i:] fit keys[i + s:]
     ways = [[0] * (spare + 1) for _ in range(len(own))] + [[1] * (spare + 1)]
     for i in reversed(range(len(own))):
         for s in reversed(range(spare + 1)):

@@ -37,8 +37,8 @@ def read_sizes(
 ) -> tuple[str, dict[str, Any]]:
     """Registered name and sizes of a DiT or SiT.
 
-    Everything but the number of heads is visible in the shapes; it is that of the registered model
-    of equal width.
+    The shapes show everything but the number of heads, which is that of the registered model of
+    equal width.
 
     Raises:
         ValueError: No registered model has this width and ``num_heads`` is not in `given`.
@@ -46,8 +46,8 @@ def read_sizes(
     """
     if missing := [key for key in SIZED if key not in state]:
         raise ArtifactError(
-            f"{where} has the keys of a DiT or SiT, but lacks {', '.join(missing)}, which its sizes "
-            "are read from. Give a complete checkpoint."
+            f"{where} has the keys of a DiT or SiT, but lacks {', '.join(missing)}, which its "
+            "sizes are read from. Give a complete checkpoint."
         )
     shapes = {key: get_shape(state, key, num, where) for key, num in SIZED.items()}
     hidden_size, in_channels, patch_size, _ = shapes["x_embedder.proj.weight"]
@@ -86,7 +86,7 @@ def dit_of_width(sizes: Mapping[str, Any]) -> str:
 
 
 def predicts_variance(state: Mapping[str, Tensor]) -> bool | None:
-    """Whether DiT or SiT weights were trained to predict a variance; None where this is not visible.
+    """Whether DiT or SiT weights were trained to predict a variance; None where this is unknown.
 
     Only DiT is. With ``learn_sigma``, SiT drops the second half of the output channels: that half
     of the final layer is initialized to zero and stays zero.

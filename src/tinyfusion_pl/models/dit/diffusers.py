@@ -193,9 +193,10 @@ def convert(
                 thirds = [state.pop(f"transformer_blocks.{i}.{part}.{kind}") for part in QKV]
                 if len({(each.shape, each.dtype) for each in thirds}) > 1 or not thirds[0].ndim:
                     raise ArtifactError(
-                        f"{where} holds queries, keys and values of block {i} ({kind}) in different "
-                        f"shapes: {', '.join(str(tuple(each.shape)) for each in thirds)}. Copy the "
-                        "folder again."
+                        f"{where} holds queries, keys and values of block {i} ({kind}) in "
+                        "different shapes: "
+                        f"{', '.join(str(tuple(each.shape)) for each in thirds)}. Copy the folder "
+                        "again."
                     )
                 found[f"blocks.{i}.attn.qkv.{kind}"] = torch.cat(thirds)
     except KeyError as error:

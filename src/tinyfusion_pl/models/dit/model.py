@@ -1,6 +1,7 @@
 """DiT: diffusion transformers with adaLN-Zero conditioning (Peebles & Xie, arXiv 2212.09748).
 
-Own code; parameter names and layout are those of the published checkpoints (facebookresearch/DiT).
+Parameter names and layout are those of the published checkpoints (facebookresearch/DiT); the code
+is our own.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ from tinyfusion_pl.models.layers import (
 
 
 def sincos_position_embedding(hidden_size: int, grid_size: int) -> Tensor:
-    """Fixed 2-D sine-cosine embedding, float32 (grid_size**2, hidden_size): half of the channels for the column, half for the row."""
+    """Fixed 2-D sine-cosine embedding, float32 (grid_size**2, hidden_size).
+
+    The first half of the channels encodes the column, the second half the row.
+    """
     frequencies = 10000.0 ** -(
         torch.arange(hidden_size // 4, dtype=torch.float64) / (hidden_size / 4)
     )
@@ -31,6 +35,7 @@ def sincos_position_embedding(hidden_size: int, grid_size: int) -> Tensor:
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Scale and shift tokens `x` (N, T, D) by (N, D)."""
     return x * (1 + scale[:, None]) + shift[:, None]  # (N, T, D)
 
 
@@ -50,15 +55,15 @@ class DiTBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(
-            6, 1
-        )  # each (N, D)
+        """Apply the block to tokens `x` (N, T, D) under conditioning `c` (N, D)."""
+        modulation = self.adaLN_modulation(c).chunk(6, 1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation  # each (N, D)
         x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1))  # (N, T, D)
         return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))  # (N, T, D)
 
 
 class FinalLayer(nn.Module):
-    """Modulated normalisation and projection to patches."""
+    """Modulated normalization and projection to patches."""
 
     def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
         super().__init__()
@@ -67,6 +72,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """Project tokens `x` (N, T, D) under conditioning `c` (N, D)."""
         shift, scale = self.adaLN_modulation(c).chunk(2, 1)  # each (N, D)
         return self.linear(modulate(self.norm_final(x), shift, scale))  # (N, T, P*P*C_out)
 
@@ -82,15 +88,19 @@ class DiT(Denoiser):
         depth: Number of blocks.
         num_heads: Attention heads.
         mlp_ratio: Hidden width of the MLP over `hidden_size`.
-        num_classes: Labels are 0 .. num_classes - 1; num_classes is the null label of classifier-free guidance.
-        class_dropout_prob: Above 0 the label table has the null row. Dropping labels is the training module's part.
-        learn_sigma: Predict the variance too: twice the channels come out.
-        frequency_shift: 0, as published: the timestep's frequencies are 10000**(-i/128); 1, as in diffusers: 10000**(-i/127).
-        norm2_eps: Added to the variance before the MLP; 1e-6 as published, 1e-5 by diffusers' default.
+        num_classes: Labels are 0 .. num_classes - 1; num_classes is the null label of
+            classifier-free guidance.
+        class_dropout_prob: Above 0, the label table has a row for the null label. The training
+            module drops the labels.
+        learn_sigma: Predict the variance too, in twice as many output channels.
+        frequency_shift: 0, as published, for timestep frequencies 10000**(-i/128); 1, as in
+            diffusers, for 10000**(-i/127).
+        norm2_eps: Epsilon of the normalization before the MLP: 1e-6 as published, 1e-5 is
+            diffusers' default.
         activation_checkpointing: See `Denoiser`.
 
     Raises:
-        ValueError: for sizes that do not fit together.
+        ValueError: Sizes are invalid or do not fit together.
     """
 
     STACKS = {"blocks": "depth"}
@@ -123,22 +133,27 @@ class DiT(Denoiser):
         }
         if wrong := {name: size for name, size in sizes.items() if size < 1}:
             raise ValueError(
-                f"A {type(self).__name__}'s sizes must be at least 1, got {', '.join(f'{k}={v}' for k, v in wrong.items())}."
+                f"A {type(self).__name__}'s sizes must be at least 1, got "
+                f"{', '.join(f'{k}={v}' for k, v in wrong.items())}."
             )
         if not 0 <= class_dropout_prob <= 1:
             raise ValueError(
-                f"class_dropout_prob is {class_dropout_prob}; give a probability in [0, 1] (published: 0.1)."
+                f"class_dropout_prob is {class_dropout_prob}; give a probability in [0, 1] "
+                "(published: 0.1)."
             )
         if frequency_shift not in (0, 1):
             raise ValueError(
-                f"frequency_shift is {frequency_shift}; give 0 (published weights) or 1 (weights from diffusers)."
+                f"frequency_shift is {frequency_shift}; give 0 (published weights) or 1 (weights "
+                "from diffusers)."
             )
         if not norm2_eps > 0:
             raise ValueError(
                 f"norm2_eps is {norm2_eps}; give a small positive number (published: 1e-6)."
             )
         if input_size % patch_size:
-            raise ValueError(f"input_size {input_size} is no multiple of patch_size {patch_size}.")
+            raise ValueError(
+                f"input_size {input_size} is not a multiple of patch_size {patch_size}."
+            )
         if hidden_size % num_heads or hidden_size % 4:
             raise ValueError(
                 f"hidden_size {hidden_size} must be a multiple of num_heads ({num_heads}) and of 4."
@@ -196,7 +211,16 @@ class DiT(Denoiser):
             nn.init.zeros_(zero.weight)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Predict for latents `x` (N, C, H, W) at timesteps `t` (N,) with labels `y` (N,): (N, C or 2C, H, W), in the dtype of `x`."""
+        """Predict noise, and the variance with `learn_sigma`.
+
+        Args:
+            x: Latents (N, C, H, W).
+            t: Timesteps (N,).
+            y: Labels (N,).
+
+        Returns:
+            (N, C or 2C, H, W), in the dtype of `x`.
+        """
         dtype = x.dtype
         x = self.x_embedder(x.to(self.pos_embed.dtype)) + self.pos_embed  # (N, T, D)
         c = self.t_embedder(t) + self.y_embedder(y)  # (N, D)

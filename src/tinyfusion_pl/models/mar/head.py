@@ -1,4 +1,7 @@
-"""MAR's diffusion head: a small residual MLP that denoises each token on its own (Li et al., arXiv 2406.11838, sections 3.2 and 4.1)."""
+"""MAR's diffusion head: a small residual MLP that denoises each token independently.
+
+Li et al., arXiv 2406.11838, sections 3.2 and 4.1.
+"""
 
 from __future__ import annotations
 
@@ -25,12 +28,13 @@ class ResidualBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 3 * width))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """Apply the block to `x` (..., W) under conditioning `c` (..., W)."""
         shift, scale, gate = self.adaLN_modulation(c).chunk(3, -1)  # each (..., W)
         return x + gate * self.mlp(_modulate(self.in_ln(x), shift, scale))  # (..., W)
 
 
 class OutputLayer(nn.Module):
-    """Modulated normalisation and projection to the prediction."""
+    """Modulated normalization and projection to the prediction."""
 
     def __init__(self, width: int, out_channels: int) -> None:
         super().__init__()
@@ -39,6 +43,7 @@ class OutputLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """Project `x` (..., W) under conditioning `c` (..., W)."""
         shift, scale = self.adaLN_modulation(c).chunk(2, -1)  # each (..., W)
         return self.linear(_modulate(self.norm_final(x), shift, scale))  # (..., C_out)
 
@@ -48,12 +53,13 @@ def _call(block: Callable[..., Any], *args: Any) -> Any:
 
 
 class DiffusionHead(nn.Module):
-    """Predicts noise and variance of noised tokens, each from its timestep and the vector that the transformer gave for it.
+    """Predicts noise and variance of each noised token from its timestep and conditioning vector.
 
     Args:
-        in_channels: Channels of a token, >= 1; twice as many come out.
+        in_channels: Channels of a token, >= 1; the output has twice as many.
         cond_channels: Width of the conditioning vectors, >= 1.
-        width, depth: Width and number of the residual blocks, >= 1 (published: 1024 and 6 in MAR-B, 1280 and 8 in L, 1536 and 12 in H).
+        width: Width of the residual blocks, >= 1 (published: 1024 in MAR-B, 1280 in L, 1536 in H).
+        depth: Number of residual blocks, >= 1 (published: 6 in MAR-B, 8 in L, 12 in H).
     """
 
     def __init__(self, *, in_channels: int, cond_channels: int, width: int, depth: int) -> None:
@@ -81,9 +87,16 @@ class DiffusionHead(nn.Module):
     def forward(
         self, x: Tensor, t: Tensor, z: Tensor, *, run: Callable[..., Any] = _call
     ) -> Tensor:
-        """Predict for noised tokens `x` (..., C) at timesteps `t` (...) conditioned on `z` (..., Z): (..., 2C).
+        """Predict noise and variance; leading dimensions broadcast.
 
-        The leading axes broadcast: several noised versions of a token share its `z`. `run` calls the blocks (see `Denoiser.run`).
+        Args:
+            x: Noised tokens (..., C).
+            t: Timesteps (...).
+            z: Conditioning vectors (..., Z), shared by the noised versions of a token.
+            run: Calls the blocks, see `Denoiser.run`.
+
+        Returns:
+            (..., 2C).
         """
         times = self.time_embed(t.flatten()).view(*t.shape, -1)  # (..., W)
         c = times + self.cond_embed(z)  # (..., W)

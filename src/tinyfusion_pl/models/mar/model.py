@@ -1,8 +1,9 @@
 """MAR: masked autoregressive image generation with a diffusion head (Li et al., arXiv 2406.11838).
 
-Own code; parameter names and layout are those of the published checkpoints (LTH14/mar). An encoder sees the known tokens, a decoder gives
-each token a vector, and a small diffusion head (`tinyfusion_pl.models.mar.head`) turns a token's vector into its distribution. Depth is
-pruned in encoder and decoder; the head is left alone.
+Parameter names and layout are those of the published checkpoints (LTH14/mar); the code is our own.
+An encoder sees the known tokens, a decoder gives each token a vector, and a small diffusion head
+(`tinyfusion_pl.models.mar.head`) turns a token's vector into its distribution. Depth is pruned in
+encoder and decoder, not in the head.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ from tinyfusion_pl.models.mar.head import DiffusionHead
 
 
 class MaskedTokens(NamedTuple):
-    """What a `MAR` predicts from: clean tokens, which of them it sees, and noised versions of those that it does not see.
+    """Input of `MAR`: clean tokens, the visible ones among them, and noised masked ones.
 
-    Known and masked tokens are given by position, as many in each sample: the shapes carry the counts, so that nothing waits for a device.
+    Visible and masked tokens are given by position, the same number in each sample: the shapes
+    carry the counts, so that nothing synchronizes with the device.
     """
 
-    tokens: Tensor  # (N, L, C), the masked ones are not looked at
+    tokens: Tensor  # (N, L, C); masked ones are ignored
     visible: Tensor  # (N, V) int64, positions of the known tokens
     masked: Tensor  # (N, K) int64, positions of the tokens to predict
     noised: Tensor  # (N, M, K, C), M noised versions of each of them
@@ -38,7 +40,7 @@ def take(x: Tensor, positions: Tensor) -> Tensor:
 
 
 def put(x: Tensor, positions: Tensor, values: Tensor) -> Tensor:
-    """`x` (N, L, D) with `values` (N, K, D) at `positions` (N, K) of each sample, as a new tensor."""
+    """A copy of `x` (N, L, D) with `values` (N, K, D) at `positions` (N, K) of each sample."""
     return x.scatter(1, _wide(positions, x), values)
 
 
@@ -53,17 +55,21 @@ class MAR(Denoiser):
         input_size: Height and width of the latents; each of their positions is a token.
         in_channels: Channels of the latents.
         hidden_size: Width of encoder and decoder, a multiple of `num_heads`.
-        encoder_depth, decoder_depth: Numbers of blocks.
+        encoder_depth: Number of encoder blocks.
+        decoder_depth: Number of decoder blocks.
         num_heads: Attention heads.
         mlp_ratio: Hidden width of the MLP over `hidden_size`.
-        num_classes: Labels are 0 .. num_classes - 1; num_classes is the null label of classifier-free guidance.
-        buffer_size: Tokens put before the others, which carry the label (published: 64).
-        attn_dropout, proj_dropout: Dropout in training, of attention weights and of the outputs of attention and MLP (published: 0.1).
-        head_width, head_depth: Of the diffusion head.
-        activation_checkpointing: See `Denoiser`; the head's blocks are recomputed too.
+        num_classes: Labels are 0 .. num_classes - 1; num_classes is the null label of
+            classifier-free guidance.
+        buffer_size: Tokens in front of the others, which carry the label (published: 64).
+        attn_dropout: Dropout of attention weights (published: 0.1).
+        proj_dropout: Dropout of the outputs of attention and MLP (published: 0.1).
+        head_width: Width of the diffusion head.
+        head_depth: Number of blocks of the diffusion head.
+        activation_checkpointing: See `Denoiser`; it applies to the head's blocks too.
 
     Raises:
-        ValueError: for sizes that do not fit together.
+        ValueError: Sizes are invalid or do not fit together.
     """
 
     STACKS = {"encoder_blocks": "encoder_depth", "decoder_blocks": "decoder_depth"}
@@ -100,12 +106,14 @@ class MAR(Denoiser):
         }
         if wrong := {name: size for name, size in sizes.items() if size < 1}:
             raise ValueError(
-                f"A MAR's sizes must be at least 1, got {', '.join(f'{k}={v}' for k, v in wrong.items())}."
+                "A MAR's sizes must be at least 1, got "
+                f"{', '.join(f'{k}={v}' for k, v in wrong.items())}."
             )
         rates = {"attn_dropout": attn_dropout, "proj_dropout": proj_dropout}
         if wrong := {name: rate for name, rate in rates.items() if not 0 <= rate < 1}:
             raise ValueError(
-                f"Dropout must be in [0, 1), got {', '.join(f'{k}={v}' for k, v in wrong.items())} (published: 0.1)."
+                "Dropout must be in [0, 1), got "
+                f"{', '.join(f'{k}={v}' for k, v in wrong.items())} (published: 0.1)."
             )
         if hidden_size % num_heads:
             raise ValueError(
@@ -150,7 +158,7 @@ class MAR(Denoiser):
             torch.empty(1, self.num_tokens, hidden_size)
         )
         self.initialize_weights()
-        # Its published name is diffloss.net. After the initialisation: it has one of its own.
+        # Published name: diffloss.net. Last, because the head initializes itself.
         head = DiffusionHead(
             in_channels=in_channels, cond_channels=hidden_size, width=head_width, depth=head_depth
         )
@@ -158,6 +166,7 @@ class MAR(Denoiser):
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
+        """Xavier-uniform linear layers; embeddings and tokens normal with deviation 0.02."""
         initialize_linears(self)
         for weight in (
             self.class_emb.weight,
@@ -170,20 +179,21 @@ class MAR(Denoiser):
             nn.init.normal_(weight, std=0.02)
 
     def encode(self, tokens: Tensor, visible: Tensor, y: Tensor) -> Tensor:
-        """Hidden states (N, B + V, D) of the buffer and of the known tokens, in the order of `visible`.
+        """Hidden states (N, B + V, D) of the buffer and the known tokens, ordered as `visible`.
 
         Args:
-            tokens: (N, L, C); those that are not known are not looked at.
-            visible: (N, V), positions of the known tokens, V from 0 to L.
+            tokens: (N, L, C); only known ones are used.
+            visible: Positions (N, V) of the known tokens, 0 <= V <= L.
             y: Labels (N,); num_classes is the null label.
 
         Raises:
-            ValueError: for another number of tokens or channels than the model's.
+            ValueError: The number of tokens or channels is not the model's.
         """
         if tokens.shape[1:] != (expected := (self.num_tokens, self.in_channels)):
             raise ValueError(
-                f"The tokens have shape {tuple(tokens.shape)}; this MAR takes (N, {expected[0]}, {expected[1]}): latents of "
-                f"{self.in_channels} channels and {self.config['input_size']} x {self.config['input_size']} positions."
+                f"The tokens have shape {tuple(tokens.shape)}; this MAR takes (N, {expected[0]}, "
+                f"{expected[1]}): latents of {self.in_channels} channels and "
+                f"{self.config['input_size']} x {self.config['input_size']} positions."
             )
         b, positions = self.buffer_size, self.encoder_pos_embed_learned
         label = F.embedding(y, torch.cat([self.class_emb.weight, self.fake_latent]))  # (N, D)
@@ -196,7 +206,12 @@ class MAR(Denoiser):
         return self.encoder_norm(x)  # (N, B + V, D)
 
     def decode(self, hidden: Tensor, visible: Tensor) -> Tensor:
-        """A conditioning vector for every token, (N, L, D), from the encoder's `hidden` (N, B + V, D) and the same `visible` (N, V)."""
+        """Conditioning vectors (N, L, D) of all tokens.
+
+        Args:
+            hidden: The encoder's output (N, B + V, D).
+            visible: Positions (N, V) that the encoder was given.
+        """
         x = self.decoder_embed(hidden.to(self.mask_token.dtype))  # (N, B + V, D)
         buffer, known = x[:, : self.buffer_size], x[:, self.buffer_size :]  # (N, B, D), (N, V, D)
         x = put(
@@ -210,7 +225,7 @@ class MAR(Denoiser):
         )  # (N, L, D)
 
     def head(self, noised: Tensor, t: Tensor, z: Tensor) -> Tensor:
-        """The diffusion head's noise and variance, (..., 2C), for tokens `noised` (..., C) at timesteps `t` (...) given `z` (..., D)."""
+        """Noise and variance (..., 2C) of tokens `noised` (..., C), see `DiffusionHead`."""
         dtype = self.mask_token.dtype
         return self.diffloss["net"](noised.to(dtype), t, z.to(dtype), run=self.run)  # (..., 2C)
 
@@ -227,7 +242,7 @@ class MAR(Denoiser):
         """
         if not isinstance(x, MaskedTokens):
             raise ValueError(
-                f"A MAR takes MaskedTokens, which objective=mar draws, not a {type(x).__name__}."
+                f"A MAR takes MaskedTokens, as objective=mar draws them, not a {type(x).__name__}."
             )
         hidden = self.encode(x.tokens, x.visible, y)  # (N, B + V, D)
         z = take(self.decode(hidden, x.visible), x.masked)  # (N, K, D)

@@ -18,7 +18,7 @@ MAX_LOG_SCALE = 4.605170185988092
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Normalise `x` (N, C, H, W) over its channels, then scale and shift it by (N, C)."""
+    """Normalize `x` (N, C, H, W) over its channels, then scale and shift it by (N, C)."""
     normal = functional.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], eps=1e-6).permute(
         0, 3, 1, 2
     )
@@ -26,13 +26,14 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class TokenDownsampler(nn.Module):
-    """A depthwise convolution with shortcut, then the image's four interleaved subsamples, each a sequence of its own."""
+    """A depthwise convolution with shortcut, then four interleaved subsamples as sequences."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.layer = nn.Conv2d(channels, channels, 5, padding=2, groups=channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Tokens (4N, T, C) of the subsamples of `x` (N, C, H, W)."""
         x = x + self.layer(x)
         n, c, h, w = x.shape
         x = x.view(n, c, h // FACTOR, FACTOR, w // FACTOR, FACTOR).permute(
@@ -42,7 +43,7 @@ class TokenDownsampler(nn.Module):
 
 
 class DownsampledAttention(nn.Module):
-    """Cosine attention with rotary positions within each of the four subsamples, which are put back in their places."""
+    """Cosine attention with rotary positions within each of the four subsamples."""
 
     def __init__(self, channels: int, num_heads: int) -> None:
         super().__init__()
@@ -53,6 +54,7 @@ class DownsampledAttention(nn.Module):
         self.to_out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Attend within subsamples of `x` (N, C, H, W); `positions` as `rotation` returns them."""
         n, c, h, w = x.shape
         qkv = self.to_qkv(self.downsampler(x)).unflatten(
             -1, (3, self.num_heads, -1)
@@ -68,9 +70,10 @@ class DownsampledAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Pointwise, depthwise, pointwise; in training form each is several convolutions that make up one (`merged_convolutions`).
+    """Pointwise, depthwise and pointwise convolution, re-parameterized in training.
 
-    The pointwise ones are two in a row; the depthwise ones (5x5, 3x3, 1x1) and the identity are added up.
+    Each pointwise convolution is then two in sequence; the depthwise one is the sum of 5x5, 3x3 and
+    1x1 convolutions and the identity. `merged_convolutions` folds them.
     """
 
     KERNELS = (5, 3, 1)
@@ -107,6 +110,7 @@ class FeedForward(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the network to features `x` (N, C, H, W)."""
         x = functional.gelu(self.project_in(x))  # (N, R*C, H, W)
         x = (
             self.dwconv(x) if self.merged else x + sum(conv(x) for conv in self.dwconv)
@@ -149,6 +153,7 @@ class UDiTBlock(nn.Module):
             )
 
     def forward(self, x: Tensor, c: Tensor, positions: Tensor) -> Tensor:
+        """Apply the block to features `x` (N, C, H, W) under conditioning `c` (N, C)."""
         for attn, mlp, modulation in (
             (self.attn1, self.mlp1, self.adaLN_modulation1),
             (self.attn2, self.mlp2, self.adaLN_modulation2),
@@ -171,6 +176,7 @@ class Downsample(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Downsample features `x` (N, C, H, W)."""
         return self.body(x)  # (N, 2C, H/2, W/2)
 
 
@@ -184,6 +190,7 @@ class Upsample(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Upsample features `x` (N, C, H, W)."""
         return self.body(x)  # (N, C/2, 2H, 2W)
 
 
@@ -195,11 +202,12 @@ class ConvEmbedder(nn.Module):
         self.proj = nn.Conv2d(in_channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Embed latents `x` (N, C_in, H, W)."""
         return self.proj(x)  # (N, C, H, W)
 
 
 class FinalLayer(nn.Module):
-    """Modulated normalisation and a 3x3 convolution to the prediction."""
+    """Modulated normalization and a 3x3 convolution to the prediction."""
 
     def __init__(self, channels: int, out_channels: int) -> None:
         super().__init__()
@@ -207,5 +215,6 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(channels, 2 * channels))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """Predict from features `x` (N, C, H, W) under conditioning `c` (N, C)."""
         shift, scale = self.adaLN_modulation(c).chunk(2, 1)  # each (N, C)
         return self.out_proj(modulate(x, shift, scale))  # (N, C_out, H, W)

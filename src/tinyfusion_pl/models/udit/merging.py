@@ -12,9 +12,10 @@ from tinyfusion_pl.models.udit.model import UDiT
 
 @torch.no_grad()
 def merged(model: UDiT) -> UDiT:
-    """A copy of `model` with each group of the feed-forward's convolutions folded into one: equal outputs, an eighth fewer parameters.
+    """A copy of `model` with each group of feed-forward convolutions folded into one.
 
-    The copy's ``config`` says so, and it saves and loads like any other. A merged model is returned as a copy. Train the unmerged one.
+    Outputs are equal, with an eighth fewer parameters. The copy's ``config`` has ``merged=True``,
+    and it is saved and loaded like any other. Train the unmerged model.
     """
     if model.config["merged"]:
         return copy.deepcopy(model)

@@ -23,26 +23,35 @@ from tinyfusion_pl.models.udit.positions import rotation
 
 
 class UDiT(Denoiser):
-    """U-shaped diffusion transformer. Its stacks are its five stages; each keeps at least one block.
+    """U-shaped diffusion transformer. Its stacks are its five stages, none of which gets empty.
 
-    Level 1 has the full resolution and `hidden_size` channels, level 2 half of it and twice the channels, the latent stage a quarter and
-    four times the channels. The last stage (decoder, level 1) keeps the encoder's features beside the decoder's: twice the channels.
+    Level 1 has the full resolution and `hidden_size` channels, level 2 half the resolution and
+    twice the channels, the latent stage a quarter and four times. The last stage (decoder, level 1)
+    has the encoder's features beside the decoder's: twice the channels.
 
     Args:
-        input_size: Height and width of the latents, a multiple of 8: two stages down, and subsampled tokens in the innermost.
+        input_size: Height and width of the latents, a multiple of 8: two stages downsample, and the
+            innermost attention subsamples.
         in_channels: Channels of the latents.
         hidden_size: Channels at level 1, a multiple of 4 times `num_heads`.
-        depth_encoder_1, depth_encoder_2, depth_latent, depth_decoder_2, depth_decoder_1: Blocks of each stage (published: 2, 5, 8, 5, 2).
+        depth_encoder_1: Blocks of the encoder at level 1.
+        depth_encoder_2: Blocks of the encoder at level 2.
+        depth_latent: Blocks of the latent stage.
+        depth_decoder_2: Blocks of the decoder at level 2.
+        depth_decoder_1: Blocks of the decoder at level 1.
         num_heads: Attention heads, the same in every stage.
         mlp_ratio: Hidden channels of the feed-forward over its channels.
-        num_classes: Labels are 0 .. num_classes - 1; num_classes is the null label of classifier-free guidance.
-        class_dropout_prob: Above 0 the label tables have the null row. Dropping labels is the training module's part.
-        learn_sigma: Predict the variance too: twice the channels come out.
-        merged: Each convolution of the feed-forward is a single one (see `merged`): for sampling; published weights are not.
+        num_classes: Labels are 0 .. num_classes - 1; num_classes is the null label of
+            classifier-free guidance.
+        class_dropout_prob: Above 0, the label tables have a row for the null label. The training
+            module drops the labels.
+        learn_sigma: Predict the variance too, in twice as many output channels.
+        merged: Use the folded feed-forward convolutions (see `merging.merged`), for sampling;
+            published weights are not folded.
         activation_checkpointing: See `Denoiser`.
 
     Raises:
-        ValueError: for sizes that do not fit together.
+        ValueError: Sizes are invalid or do not fit together.
     """
 
     STACKS = {
@@ -89,19 +98,23 @@ class UDiT(Denoiser):
         }
         if wrong := {name: size for name, size in sizes.items() if size < 1}:
             raise ValueError(
-                f"A U-DiT's sizes must be at least 1, got {', '.join(f'{k}={v}' for k, v in wrong.items())}."
+                "A U-DiT's sizes must be at least 1, got "
+                f"{', '.join(f'{k}={v}' for k, v in wrong.items())}."
             )
         if not 0 <= class_dropout_prob <= 1:
             raise ValueError(
-                f"class_dropout_prob is {class_dropout_prob}; give a probability in [0, 1] (published: 0.1)."
+                f"class_dropout_prob is {class_dropout_prob}; give a probability in [0, 1] "
+                "(published: 0.1)."
             )
         if input_size % FACTOR**3:
             raise ValueError(
-                f"input_size {input_size} is no multiple of {FACTOR**3}, which two stages down and subsampled tokens need."
+                f"input_size {input_size} is not a multiple of {FACTOR**3}, as two downsampling "
+                "stages and subsampled tokens require."
             )
         if hidden_size % (4 * num_heads):
             raise ValueError(
-                f"hidden_size {hidden_size} must be a multiple of 4 times num_heads ({num_heads}), for 2-D rotary positions."
+                f"hidden_size {hidden_size} must be a multiple of 4 times num_heads ({num_heads}), "
+                "for 2-D rotary positions."
             )
         super().__init__(
             dict(
@@ -151,7 +164,7 @@ class UDiT(Denoiser):
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
-        """adaLN-Zero: every block starts as the identity, the output as zero, as in DiT; convolutions as torch has them."""
+        """adaLN-Zero as in DiT; convolutions keep torch's initialization."""
         initialize_linears(self)
         for module in self.modules():
             if isinstance(module, TimestepEmbedder):
@@ -176,10 +189,20 @@ class UDiT(Denoiser):
         return x
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Predict for latents `x` (N, C, H, W) at timesteps `t` (N,) with labels `y` (N,): (N, C or 2C, H, W), in the dtype of `x`."""
+        """Predict noise, and the variance with `learn_sigma`.
+
+        Args:
+            x: Latents (N, C, H, W).
+            t: Timesteps (N,).
+            y: Labels (N,).
+
+        Returns:
+            (N, C or 2C, H, W), in the dtype of `x`.
+        """
         if tuple(x.shape[2:]) != (self.input_size, self.input_size):
             raise ValueError(
-                f"The latents are {tuple(x.shape[2:])}; this U-DiT was built for input_size {self.input_size}."
+                f"The latents are {tuple(x.shape[2:])}; this U-DiT has input_size "
+                f"{self.input_size}."
             )
         dtype = x.dtype
         c1 = self.t_embedder_1(t) + self.y_embedder_1(y)  # (N, D)

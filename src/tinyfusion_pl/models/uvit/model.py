@@ -1,7 +1,8 @@
 """U-ViT: all tokens in one transformer with long skips (Bao et al., arXiv 2209.12152).
 
-Own code; parameter names and layout are those of the published checkpoints (baofff/U-ViT). It predicts noise alone, so its objective is
-`GaussianDiffusion(learn_sigma=False)`; the published latent models were trained with Stable Diffusion's betas (``"scaled_linear"``).
+Parameter names and layout are those of the published checkpoints (baofff/U-ViT); the code is our
+own. It predicts noise only, so its objective is `GaussianDiffusion(learn_sigma=False)`; the
+published latent models were trained with Stable Diffusion's betas (``"scaled_linear"``).
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from tinyfusion_pl.models.layers import sinusoidal_features, unpatchify
 
 STACK = "in_blocks+out_blocks"
 NUM_EXTRA_TOKENS = 2
-"""Label and time stand before the patches, in this order."""
+"""Label and time, in this order, before the patches."""
 
 
 class UViTBlock(nn.Module):
-    """A transformer block; with a skip, a linear layer first joins the tokens with those of the mirrored block."""
+    """A transformer block; with a skip, a linear layer first adds the mirrored block's tokens."""
 
     def __init__(
         self, hidden_size: int, num_heads: int, mlp_ratio: float, *, skip: bool = False
@@ -34,6 +35,7 @@ class UViTBlock(nn.Module):
             self.skip_linear = nn.Linear(2 * hidden_size, hidden_size)
 
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        """Apply the block to tokens `x` (N, T, D), with those of the mirrored block in `skip`."""
         if skip is not None:
             x = self.skip_linear(torch.cat([x, skip], -1))  # (N, T, D)
         x = x + self.attn(self.norm1(x))  # (N, T, D)
@@ -41,25 +43,28 @@ class UViTBlock(nn.Module):
 
 
 class UViT(Denoiser):
-    """U-ViT. Its stack is that of the in and out blocks; a pattern counts mirrored pairs of them, and the middle block always stays.
+    """U-ViT: one stack of in and out blocks, pruned in mirrored pairs; the middle block stays.
 
     Args:
         input_size: Height and width of the latents, a multiple of `patch_size`.
         patch_size: Height and width of a patch.
         in_channels: Channels of the latents.
         hidden_size: Width, even and a multiple of `num_heads`.
-        depth: Number of in and out blocks together, even; the middle block comes on top (the paper counts it: 29 layers in U-ViT-H).
+        depth: Number of in and out blocks, even. The middle block is not included (it is in the
+            paper: 29 layers in U-ViT-H).
         num_heads: Attention heads.
         mlp_ratio: Hidden width of the MLP over `hidden_size`.
-        num_classes: Labels are 0 .. num_classes - 1; num_classes is the null label of classifier-free guidance.
-        class_dropout_prob: Above 0 the label table has the null row (published: 1001 rows). Dropping labels is the training module's part.
-        final_conv: End with a 3x3 convolution (the published models of pixels do, those of latents do without).
-        timestep_offset: Added to t before it is embedded. The published latent models count timesteps from 1, `GaussianDiffusion` from 0:
-            give 1 with their weights.
+        num_classes: Labels are 0 .. num_classes - 1; num_classes is the null label of
+            classifier-free guidance.
+        class_dropout_prob: Above 0, the label table has a row for the null label (published: 1001
+            rows). The training module drops the labels.
+        final_conv: End with a 3x3 convolution, as the published pixel models do.
+        timestep_offset: Added to t before the embedding. Give 1 with the published latent models,
+            which count timesteps from 1; `GaussianDiffusion` counts from 0.
         activation_checkpointing: See `Denoiser`.
 
     Raises:
-        ValueError: for sizes that do not fit together.
+        ValueError: Sizes are invalid or do not fit together.
     """
 
     STACKS = {STACK: "depth"}
@@ -91,19 +96,22 @@ class UViT(Denoiser):
         }
         if wrong := {name: size for name, size in sizes.items() if size < 1}:
             raise ValueError(
-                f"A U-ViT's sizes must be at least 1, got {', '.join(f'{k}={v}' for k, v in wrong.items())}."
+                "A U-ViT's sizes must be at least 1, got "
+                f"{', '.join(f'{k}={v}' for k, v in wrong.items())}."
             )
         if depth % 2:
             raise ValueError(
-                f"depth is {depth}; give an even number: in and out blocks are mirrored, the middle block comes on top "
-                "(published: 28 in U-ViT-H)."
+                f"depth is {depth}; give an even number: in and out blocks are mirrored, and the "
+                "middle block is not counted (published: 28 in U-ViT-H)."
             )
         if not 0 <= class_dropout_prob <= 1:
             raise ValueError(
                 f"class_dropout_prob is {class_dropout_prob}; give a probability in [0, 1]."
             )
         if input_size % patch_size:
-            raise ValueError(f"input_size {input_size} is no multiple of patch_size {patch_size}.")
+            raise ValueError(
+                f"input_size {input_size} is not a multiple of patch_size {patch_size}."
+            )
         if hidden_size % num_heads or hidden_size % 2:
             raise ValueError(
                 f"hidden_size {hidden_size} must be even and a multiple of num_heads ({num_heads})."
@@ -150,7 +158,7 @@ class UViT(Denoiser):
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
-        """Truncated normal of deviation 0.02 in linear layers and positions, biases zero."""
+        """Truncated normal with deviation 0.02 for linear layers and positions; zero biases."""
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -164,15 +172,20 @@ class UViT(Denoiser):
         return tuple((i, num_blocks - 1 - i) for i in range(num_blocks // 2))
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Predict the noise in latents `x` (N, C, H, W) at timesteps `t` (N,) with labels `y` (N,): (N, C, H, W), in the dtype of `x`."""
+        """Predict the noise.
+
+        Args:
+            x: Latents (N, C, H, W).
+            t: Timesteps (N,).
+            y: Labels (N,).
+
+        Returns:
+            (N, C, H, W), in the dtype of `x`.
+        """
         dtype, own = x.dtype, self.pos_embed.dtype
-        time = sinusoidal_features(t + self.timestep_offset, self.pos_embed.shape[-1]).to(
-            own
-        )  # (N, D)
-        x = (
-            torch.cat([self.label_emb(y)[:, None], time[:, None], self.patch_embed(x.to(own))], 1)
-            + self.pos_embed
-        )  # (N, T, D)
+        time = sinusoidal_features(t + self.timestep_offset, self.pos_embed.shape[-1])  # (N, D)
+        extra = [self.label_emb(y)[:, None], time.to(own)[:, None]]  # each (N, 1, D)
+        x = torch.cat([*extra, self.patch_embed(x.to(own))], 1) + self.pos_embed  # (N, T, D)
         skips = []
         for block in self.in_blocks:
             x = self.run(block, x)  # (N, T, D)
