@@ -67,8 +67,8 @@ def fetch(
         return path
     if _waits.get():
         raise ArtifactError(
-            f"{path.name} is not there yet. It is downloaded from {url} when nothing else is missing; "
-            f"otherwise put it at {path}."
+            f"{path.name} is not there yet. It is downloaded from {url} when nothing else is "
+            f"missing; otherwise put it at {path}."
         )
     by_hand = f"Download that file elsewhere and put it at {path}."
     remove_strays(path.parent, of=path)  # of a killed download
@@ -83,13 +83,14 @@ def fetch(
         for expected in (stated, size):
             if expected is not None and received != expected:
                 raise ArtifactError(
-                    f"{path.name} did not come whole from {url}: {received} of {expected} bytes. Run "
-                    f"again. {by_hand}"
+                    f"{path.name} did not come whole from {url}: {received} of {expected} bytes. "
+                    f"Run again. {by_hand}"
                 )
         if sha256 is not None and digest.hexdigest() != sha256:
             raise ArtifactError(
                 f"The download of {url} is not {path.name}: its checksum is "
-                f"{digest.hexdigest()[:12]}..., that of the published file {sha256[:12]}.... {by_hand}"
+                f"{digest.hexdigest()[:12]}..., that of the published file "
+                f"{sha256[:12]}.... {by_hand}"
             )
     return path
 
