@@ -155,7 +155,7 @@ def test_activation_checkpointing_is_a_flag_of_every_published_model(name):
         "main", [f"model={name}", "model.activation_checkpointing=true", "model.checkpoint=random"]
     ).model
     sizes = {"hidden_size": 64, "num_heads": 4, "num_classes": 10}
-    with pytest.warns(UserWarning, match="randomly initialised"):
+    with pytest.warns(UserWarning, match="randomly initiali"):
         assert instantiate(model, **sizes).activation_checkpointing is True
 
 

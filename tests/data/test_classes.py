@@ -111,7 +111,7 @@ def test_packed_wnids_get_imagenets_labels(made, tmp_path):
 def test_a_model_of_ten_classes_is_told_of_the_order(made):
     with pytest.raises(
         ValueError,
-        match="labels 0 to 701, but the model knows the classes 0 to 9.*data.class_to_idx=order",
+        match="labels 0 to 701, but the model has classes 0 to 9.*data.class_to_idx=order",
     ):
         data(made / "latents").check_fits(model(10))
     module = data(made / "latents", class_to_idx="order")

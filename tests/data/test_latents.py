@@ -170,8 +170,15 @@ def test_decode_undoes_encode_through_the_vae_that_made_them(made):
     module.check_decode()
 
 
+def test_the_old_argument_pictures_means_images(made):
+    with pytest.warns(DeprecationWarning, match="use images="):
+        assert data(made / "moments", pictures="folder").images == "folder"
+    with pytest.raises(ValueError, match="Give images only"):
+        data(made / "moments", pictures="folder", images="other")
+
+
 @pytest.mark.parametrize("packed", [False, True])
-def test_reference_images_are_centre_crops_of_the_size_that_decode_gives(made, tmp_path, packed):
+def test_reference_images_are_center_crops_of_the_size_that_decode_gives(made, tmp_path, packed):
     images = pack(tmp_path / "images.npz") if packed else made / "images"
     images, labels = data(made / "moments", vae=vae_in(made), images=images).reference_images()
     assert images.shape == (NUM_IMAGES, 3, 8, 8) and images.dtype == torch.uint8
@@ -205,7 +212,7 @@ def test_the_published_layout_is_read_by_number_and_not_scaled_again(folders):
 
 def test_the_published_layout_is_checked(folders, tmp_path):
     features = folders / "imagenet256_features"
-    with pytest.raises(ValueError, match="labels 0 to 11, but the model knows the classes 0 to 9"):
+    with pytest.raises(ValueError, match="labels 0 to 11, but the model has classes 0 to 9"):
         data(folders).check_fits(model(num_classes=10, input_size=2))
     np.save(
         features / "7.npy", np.random.default_rng(0).normal(size=(1, 4, 4, 4)).astype(np.float32)
@@ -316,7 +323,7 @@ def test_labels_by_order_warn_for_a_model_of_more_classes(made):
         ({"in_channels": 16}, r"\(4, 4, 4\), the model takes \(16, 4, 4\)"),
         (
             {"num_classes": 2},
-            r"labels 0 to 2, but the model knows the classes 0 to 1\. Give a model with num_classes > 2",
+            r"labels 0 to 2, but the model has classes 0 to 1\. Give a model with num_classes > 2",
         ),
     ],
 )
@@ -328,7 +335,7 @@ def test_latents_that_do_not_fit_the_model_are_refused(made, settings, said):
 def test_latents_of_another_scale_are_refused(made):
     with pytest.raises(
         ValueError,
-        match=r"scaled by 0.18215, but data.scaling_factor is 0.2325.*data=imagenet_latents_mar",
+        match=r"scaled by 0.18215, but the model was trained with data.scaling_factor=0.2325.*data=imagenet_latents_mar",
     ):
         data(made / "moments", scaling_factor=0.2325)
 
@@ -342,17 +349,17 @@ def test_a_vae_that_does_not_match_is_refused(made):
     for vae, said in (
         (
             VAE(autoencoder(seed=4), source="other"),
-            "is not the one that made the latents .* encoders differ",
+            "did not encode the latents .* encoder differs",
         ),
         (
             VAE(autoencoder(latent_channels=16), source="other"),
-            "latents of 16 channels, those in .* have 4",
+            "have 16 channels, but those in .* have 4",
         ),
         (
             VAE(autoencoder(), source="other", scaling_factor=0.5),
-            "VAE of other are scaled by 0.5, but data.scaling_factor",
+            "VAE other are scaled by 0.5, but the model was trained with",
         ),
-        (VAE(autoencoder(**flat), source="other"), "4 pixels from latents of 4; .* of 8 pixels"),
+        (VAE(autoencoder(**flat), source="other"), "size 4 to 4 pixels, but .* from 8 pixels"),
     ):
         with pytest.raises(ValueError, match=said):
             data(made / "moments", vae=lambda vae=vae: vae).check_decode()
@@ -363,7 +370,7 @@ def test_a_missing_vae_or_reference_says_what_to_give(made):
         data(made / "moments").decode(torch.zeros(1, 4, 4, 4))
     with pytest.raises(ValueError, match="Give evaluate.reference=FILE.npz .* or data.images=PATH"):
         data(made / "moments", vae=vae_in(made)).reference_images()
-    with pytest.raises(ValueError, match=r"are \(N, 4, 4, 4\); these are \(1, 4, 8, 8\)"):
+    with pytest.raises(ValueError, match=r"are \(N, 4, 4, 4\), got \(1, 4, 8, 8\)"):
         data(made / "moments", vae=vae_in(made)).decode(torch.zeros(1, 4, 8, 8))
 
 
@@ -374,7 +381,7 @@ def test_missing_latents_say_how_to_get_them(tmp_path):
         data(None)
     with pytest.raises(
         ValueError,
-        match="There is no .*imagenet256_features and no .*imagenet256_labels.*task=extract_latents",
+        match="imagenet256_features and .*imagenet256_labels not found.*task=extract_latents",
     ):
         data(tmp_path)
     with pytest.raises(
@@ -546,8 +553,8 @@ def rescaled(made, tmp_path, request):
 @pytest.mark.parametrize(
     ("rescaled", "said"),
     [
-        (0.1, "standard deviation of 0.1.*, where about 1 is usual: they were scaled before"),
-        (5.5, "standard deviation of 5.*where about 1 is usual"),
+        (0.1, "standard deviation of 0.1.* instead of about 1: they were scaled before"),
+        (5.5, "standard deviation of 5.*instead of about 1"),
     ],
     indirect=["rescaled"],
 )
@@ -560,7 +567,7 @@ def test_shards_of_an_unusual_scale_are_reported(rescaled, said):
 def test_shards_of_an_impossible_scale_are_refused(rescaled):
     with pytest.raises(
         ArtifactError,
-        match="where about 1 is usual: they are damaged|samples looked at hold values up to",
+        match="instead of about 1: they are damaged|samples checked hold values up to",
     ):
         data(rescaled)
 

@@ -125,7 +125,7 @@ def test_a_wrong_setting(tell, setting, expected):
         ),
     ],
 )
-@pytest.mark.filterwarnings("ignore:.*randomly initialised")
+@pytest.mark.filterwarnings("ignore:.*randomly initiali")
 def test_an_objective_of_another_family(tell, settings, expected, monkeypatch):
     monkeypatch.setattr("warnings.showwarning", lambda *_, **__: None)
     said = tell(

@@ -76,7 +76,7 @@ ALSO = ("sit-ode", "dit-dpm_solver")  # whose samplers tests/integration/test_si
     ],
     ids=FAMILIES,
 )
-@pytest.mark.filterwarnings("ignore:.*randomly initialised")
+@pytest.mark.filterwarnings("ignore:.*randomly initiali")
 def test_a_family_is_pruned_recovered_measured_and_reported(words, kept, tmp_path, capfd):
     assert main([*SMALL, "pruning=learned", *words, f"run_dir={tmp_path}"]) == 0, (
         capfd.readouterr().err

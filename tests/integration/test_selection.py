@@ -114,7 +114,7 @@ def test_depth_and_width_end_in_one_record_and_report(tmp_path, capfd):
 
 
 @pytest.mark.parametrize("name", ["sit-ode", "mar", "uvit", "udit"])
-@pytest.mark.filterwarnings("ignore:.*randomly initialised")
+@pytest.mark.filterwarnings("ignore:.*randomly initiali")
 def test_every_family_is_chosen_from(name, tmp_path, capfd):
     words, kept = FAMILIES[name]
     code, said = run(
