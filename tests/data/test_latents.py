@@ -308,7 +308,7 @@ def test_a_model_that_fits_is_accepted(made):
 def test_labels_by_order_warn_for_a_model_of_more_classes(made):
     with pytest.warns(
         UserWarning,
-        match="3 classes, labelled 0 to 2 in the order of their names, and the model has 1000.*class_to_idx",
+        match="3 classes, labeled 0 to 2 in the order of their names, but the model has 1000.*class_to_idx",
     ):
         data(made / "moments").check_fits(model(num_classes=1000))
     data(made / "moments", class_to_idx="order").check_fits(

@@ -300,7 +300,7 @@ def test_the_command_extracts_and_training_data_read_it(made, tmp_path, monkeypa
         (["extract.max_pixels=0"], "extract.max_pixels is 0"),
         (
             ["extract.class_to_idx=imagenet"],
-            "are no wnids of ImageNet's 1000 classes (n01, n02, n10)",
+            "are not wnids of ImageNet's 1000 classes (n01, n02, n10)",
         ),
         (["extract.class_to_idx=nowhere.json"], "There is no file nowhere.json"),
         (["extract.images=nowhere"], "nowhere is no folder of class folders"),

@@ -54,8 +54,8 @@ class LabelAccuracy(FeatureMetric):
         if num and not 0 <= labels.min() <= labels.max() < self.num_features:
             raise ValueError(
                 f"Labels range from {labels.min()} to {labels.max()}, but the feature network has "
-                f"classes 0 to {self.num_features - 1}. Leave the labels out if its classes are not "
-                "the classes of the data."
+                f"classes 0 to {self.num_features - 1}. Leave the labels out if its classes are "
+                "not the classes of the data."
             )
 
     def compute(self) -> dict[str, Tensor]:

@@ -127,7 +127,7 @@ class TimmFeatures(ModuleFeatures):
         if image_size is not None and "vit" in model_name:
             kwargs["img_size"] = image_size  # size of the position embeddings
         try:
-            model = timm.create_model(
+            model: Any = timm.create_model(
                 model_name, pretrained=pretrained and checkpoint_path is None, **kwargs
             )
             if checkpoint_path is not None:
