@@ -385,7 +385,7 @@ def test_missing_latents_say_how_to_get_them(tmp_path):
     ):
         data(tmp_path)
     with pytest.raises(
-        ArtifactError, match="holds no latents.json: task=extract_latents makes such a folder"
+        ArtifactError, match="holds no latents.json: create such a folder with task=extract_latents"
     ):
         LatentShards(tmp_path)
 
@@ -428,12 +428,12 @@ def resave(change):
         (lambda path: path.write_bytes(path.read_bytes() + b"more"), "bytes instead of"),
         (
             lambda path: path.write_bytes(path.read_bytes()[:20]),
-            "it is cut, or no safetensors file",
+            "it is truncated, or not a safetensors file",
         ),
-        (lambda path: path.write_bytes(b""), "it is cut, or no safetensors file"),
+        (lambda path: path.write_bytes(b""), "it is truncated, or not a safetensors file"),
         (
             lambda path: path.write_bytes((20).to_bytes(8, "little") + b"\xff" * 100),
-            "it is no safetensors file",
+            "it is not a safetensors file",
         ),
         (
             lambda path: shutil.copy(path.parent / "shard-00000.safetensors", path),
@@ -492,7 +492,7 @@ def test_a_shard_that_is_cut_in_training_names_itself_and_ends_no_process(root):
         file.truncate(2000)
     with pytest.raises(
         ArtifactError,
-        match="Sample 3 .*shard-00000.safetensors was whole when training began and is cut now",
+        match="Sample 3 .*shard-00000.safetensors was truncated since training began",
     ):
         shards.read(3, 1)
 

@@ -200,5 +200,5 @@ def test_odd_names_are_listed_and_printed(tmp_path):
     assert len(find_images(tmp_path)[0]) == len(find_class_folders(tmp_path)[0]["b"]) == 5
     images = open_images(tmp_path, image_size=4)
     assert len(images.listing()) == 16 and all(images.place(i).isprintable() for i in range(5))
-    with pytest.raises(ValueError, match=r"udcff.png is no readable image"):
+    with pytest.raises(ValueError, match=r"udcff.png is not a readable image"):
         np.stack([images[i][0] for i in range(5)])

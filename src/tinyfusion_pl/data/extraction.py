@@ -233,7 +233,7 @@ def finished_samples(root: Path, info: LatentsInfo) -> dict[int, tuple[Path, int
         first, _, last = path.stem.partition("-")
         if first.isdecimal() and last.isdecimal() and _is_part(path, info):
             files.append((path, range(int(first), min(int(last) + 1, info.num_samples))))
-    done = {}
+    done: dict[int, tuple[Path, int | None]] = {}
     for path, numbers in files:
         known = DIGESTS in read_header(path)[0]
         digests = (

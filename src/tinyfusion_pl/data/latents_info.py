@@ -19,7 +19,7 @@ CONTENTS = {
     "moments": 2,
     "sample": 1,
 }  # what is kept -> channels of it for each channel of a latent
-DTYPES = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2")}
+DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2")}
 
 
 @dataclass(frozen=True, kw_only=True)

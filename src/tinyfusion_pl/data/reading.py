@@ -267,7 +267,7 @@ def _is_animated(image: Any) -> bool:
 
 
 def _bits_per_sample(image: Any) -> int | None:
-    bits = getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE)
+    bits: Any = getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE)
     return bits[0] if isinstance(bits, tuple) and bits else bits
 
 
