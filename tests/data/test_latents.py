@@ -224,7 +224,7 @@ def test_the_published_layout_is_checked(folders, tmp_path):
         data(folders)
     (features / "7.npy").unlink()
     with pytest.raises(
-        ValueError, match="holds 11 latents, .* 12 labels; each N.npy must be in both"
+        ValueError, match="holds 11 latents and .* 12 labels; each N.npy must be in both"
     ):
         data(folders)
     for i in range(12):
@@ -234,7 +234,7 @@ def test_the_published_layout_is_checked(folders, tmp_path):
         )
     with pytest.raises(
         ValueError,
-        match="standard deviation of 5.* not been multiplied by the VAE's scaling factor",
+        match="standard deviation of 5.* not to be multiplied by the scaling factor",
     ):
         data(folders)
 
@@ -245,7 +245,7 @@ def test_the_published_layout_is_checked(folders, tmp_path):
         (
             "labels",
             np.array([1000]),
-            "labels/500.npy has the label 1000, but the model knows the classes 0 to 999",
+            "labels/500.npy has the label 1000, but the model has classes 0 to 999",
         ),
         ("labels", np.array([-1]), "labels/500.npy has the label -1"),
         (
@@ -393,7 +393,7 @@ def test_missing_latents_say_how_to_get_them(tmp_path):
 def test_an_unfinished_extraction_is_refused(root):
     (root / "latents.json").rename(root / "extraction.json")
     with pytest.raises(
-        ArtifactError, match="not finished: run the same task=extract_latents command again"
+        ArtifactError, match="unfinished extraction: rerun the same task=extract_latents command"
     ):
         data(root)
 
@@ -437,7 +437,7 @@ def resave(change):
         ),
         (
             lambda path: shutil.copy(path.parent / "shard-00000.safetensors", path),
-            "another place in this one",
+            "another shard of this one",
         ),
         (lambda path: save_file({"a": torch.zeros(1)}, path), "another extraction"),
         (

@@ -195,9 +195,9 @@ def test_half_precision_that_overflows_falls_back_on_float32():
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"reference": rows(3, 3)}, "need 4 or more reference images and have 3"),
-        ({"samples": rows(2, 3)}, "need 4 or more generated images and have 2"),
-        ({"samples": rows(9, 4)}, r"same D; given are \(9, 3\) and \(9, 4\)"),
+        ({"reference": rows(3, 3)}, "need 4 or more reference images, got 3"),
+        ({"samples": rows(2, 3)}, "need 4 or more generated images, got 2"),
+        ({"samples": rows(9, 4)}, r"same D, got \(9, 3\) and \(9, 4\)"),
         ({"samples": rows(9, 3) / 0}, "9 generated images are not finite"),
         ({"k": 0}, "k is 0"),
         ({"precision": "float16"}, "precision is 'float16'; give one of 'float32'"),

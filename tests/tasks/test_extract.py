@@ -166,7 +166,7 @@ def test_an_interrupted_extraction_goes_on_and_ends_with_the_same_bytes(made, tm
     ]  # two batches a shard, and no half shard
     for name in there:
         assert files(made / "whole")[name] == files(tmp_path / "out")[name]
-    with pytest.raises(ArtifactError, match="not finished"):
+    with pytest.raises(ArtifactError, match="unfinished extraction"):
         LatentShards(tmp_path / "out")
     counting = fragile(made, at=5 - at)()  # one batch more than what is left would raise
     extract(made, made / "images", tmp_path / "out", vae=lambda: counting)

@@ -16,7 +16,7 @@ from tinyfusion_pl.data.images import LabelledImages
 from tinyfusion_pl.data.listing import find_images
 from tinyfusion_pl.data.reading import (
     SUFFIXES,
-    BrokenImage,
+    BrokenImageError,
     ImageReader,
     Note,
     center_crop,
@@ -71,7 +71,7 @@ class UnlabelledImageFolder(Dataset):
         path = self.paths[index]
         try:
             return *self.reader.read(path), ""
-        except BrokenImage as error:
+        except BrokenImageError as error:
             if self.skip_broken:
                 return None, Note(0), f"{printable(str(path))}: {error}"
             raise ValueError(
@@ -135,7 +135,7 @@ class ImageDataset(Dataset):
         if isinstance(image, Image.Image):
             try:
                 return *self.reader.convert(image), ""
-            except BrokenImage as error:
+            except BrokenImageError as error:
                 where = f"sample {index} of {type(self.dataset).__name__}"
                 if self.skip_broken:
                     return None, Note(0), f"{where}: {error}"

@@ -18,7 +18,7 @@ from tinyfusion_pl.arrays import check_regular, read_npz
 from tinyfusion_pl.artifacts import ArtifactError
 from tinyfusion_pl.data.classes import label_classes, relabel
 from tinyfusion_pl.data.listing import SPLITS, find_class_folders, named
-from tinyfusion_pl.data.reading import BrokenImage, ImageReader, Note
+from tinyfusion_pl.data.reading import BrokenImageError, ImageReader, Note
 from tinyfusion_pl.printable import printable
 
 PACKED = ("blob", "offsets", "labels", "wnids", "classes", "names")
@@ -91,7 +91,7 @@ class LabelledImages(Dataset, ABC):
         """
         try:
             return *self.reader.read(self.file(index)), ""
-        except BrokenImage as error:
+        except BrokenImageError as error:
             if self.skip_broken:
                 return None, Note(0), f"{self.place(index)}: {error}"
             raise ValueError(
