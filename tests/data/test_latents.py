@@ -217,7 +217,9 @@ def test_the_published_layout_is_checked(folders, tmp_path):
     np.save(
         features / "7.npy", np.random.default_rng(0).normal(size=(1, 4, 4, 4)).astype(np.float32)
     )
-    with pytest.raises(ArtifactError, match=r"7.npy is \(4, 4, 4\), the others are \(4, 2, 2\)"):
+    with pytest.raises(
+        ArtifactError, match=r"7.npy has shape \(4, 4, 4\), but the others have \(4, 2, 2\)"
+    ):
         data(folders)
     (features / "7.npy").write_bytes(b"cut")
     with pytest.raises(ArtifactError, match=r"7.npy or its label .* cannot be read"):
@@ -264,7 +266,7 @@ def test_a_published_file_that_was_not_looked_at_before_training_is_checked_when
     np.save(folders / f"imagenet256_{kind}" / "500.npy", content)
     module = data(folders)
     module.check_fits(model(num_classes=1000, input_size=2))
-    assert 500 not in module._checked()
+    assert 500 not in module.train_set().checked()
     with pytest.raises(ArtifactError, match=said):
         for _ in module.train_dataloader():
             pass
@@ -273,7 +275,7 @@ def test_a_published_file_that_was_not_looked_at_before_training_is_checked_when
 def test_a_file_of_the_published_layout_that_is_no_number_is_named(folders):
     for kind in ("features", "labels"):
         (folders / f"imagenet256_{kind}" / "mean.npy").write_bytes(b"")
-    with pytest.raises(ArtifactError, match="mean.npy is no N.npy with a number"):
+    with pytest.raises(ArtifactError, match="mean.npy is not named N.npy with a number"):
         ImageNetLatents(folders)
 
 
@@ -319,8 +321,11 @@ def test_labels_by_order_warn_for_a_model_of_more_classes(made):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"input_size": 8}, r"latents are \(C, H, W\) = \(4, 4, 4\), the model takes \(4, 8, 8\)"),
-        ({"in_channels": 16}, r"\(4, 4, 4\), the model takes \(16, 4, 4\)"),
+        (
+            {"input_size": 8},
+            r"latents are \(C, H, W\) = \(4, 4, 4\), but the model expects \(4, 8, 8\)",
+        ),
+        ({"in_channels": 16}, r"\(4, 4, 4\), but the model expects \(16, 4, 4\)"),
         (
             {"num_classes": 2},
             r"labels 0 to 2, but the model has classes 0 to 1\. Give a model with num_classes > 2",

@@ -450,7 +450,7 @@ def test_removing_a_broken_image_resumes(made, stopped, capsys):
     extract(made, images, out, vae=lambda: counting)
     assert counting.at == 0
     assert (
-        "1 of the 10 images that this extraction began with were removed since (n10/5.png)"
+        "1 of the 10 images of this extraction were removed since it began (n10/5.png)"
         in capsys.readouterr().out
     )
     assert all(
@@ -487,7 +487,7 @@ def test_added_and_changed_images_are_told_by_name(made, stopped):
     Image.new("RGB", (9, 9)).save(images / "n01" / "0.png")
     with pytest.raises(
         ArtifactError,
-        match=r"1 images .* are others than those whose latents .* \(n01/0.png\).*delete shard-00000",
+        match=r"1 images .* differ from those whose latents .* \(n01/0.png\).*delete shard-00000",
     ):
         extract(made, images, out)
     (out / "shard-00000.safetensors").unlink()
@@ -503,7 +503,7 @@ def test_an_image_replaced_by_one_of_its_size_is_told(made, stopped):
     place.write_bytes(content[:-1] + b"x")
     with pytest.raises(
         ArtifactError,
-        match=r"1 images .* are others than those whose latents .* \(n01/0.png\).*delete shard-00000",
+        match=r"1 images .* differ from those whose latents .* \(n01/0.png\).*delete shard-00000",
     ):
         extract(made, images, out)
     place.write_bytes(content)
@@ -531,7 +531,7 @@ def test_an_image_replaced_in_an_npz_file_is_told(made, tmp_path):
     arrays["blob"][arrays["offsets"][4] - 20] ^= 1
     np.savez(tmp_path / "images.npz", **arrays)
     with pytest.raises(
-        ArtifactError, match=r"1 images .* are others than those whose latents are in .* \(3\)"
+        ArtifactError, match=r"1 images .* differ from those whose latents are in .* \(3\)"
     ):
         extract(made, tmp_path / "images.npz", tmp_path / "out")
 
