@@ -111,7 +111,7 @@ def test_packed_wnids_get_imagenets_labels(made, tmp_path):
 def test_a_model_of_ten_classes_is_told_of_the_order(made):
     with pytest.raises(
         ValueError,
-        match="labels 0 to 701, but the model knows the classes 0 to 9.*data.class_to_idx=order",
+        match="labels 0 to 701, but the model has classes 0 to 9.*data.class_to_idx=order",
     ):
         data(made / "latents").check_fits(model(10))
     module = data(made / "latents", class_to_idx="order")
@@ -128,7 +128,7 @@ def test_wnids_labelled_by_order_are_refused_and_mended(made):
     (made / "by_order" / "latents.json").write_text(json.dumps(content))
     with pytest.raises(
         ValueError,
-        match="ImageNet's wnids, but their labels are 0 to 9 instead of 0, 217, 482.*data.class_to_idx",
+        match="wnids of ImageNet, but their labels are 0 to 9 instead of 0, 217, 482.*data.class_to_idx",
     ):
         data(made / "by_order").check_fits(model(1000))
     mended = data(made / "by_order", class_to_idx="imagenet")
@@ -142,7 +142,7 @@ def test_wnids_labelled_by_order_are_refused_and_mended(made):
 def test_other_names_warn_for_a_model_of_more_classes(made):
     with pytest.warns(
         UserWarning,
-        match="2 classes, labelled 0, 1 in the order of their names, and the model has 1000.*class_to_idx=FILE",
+        match="2 classes, labeled 0, 1 in the order of their names, but the model has 1000.*class_to_idx=FILE",
     ):
         data(made / "pets_latents").check_fits(model(1000))
     data(made / "pets_latents").check_fits(model(2))
@@ -161,14 +161,14 @@ def test_a_mapping_file_gives_the_labels(made, tmp_path):
     ("content", "said"),
     [
         ('{"cat": 1}', r"has no label for 1 of the 2 classes of .* \(dog\)"),
-        ("[1, 2]", "is no mapping. Give a JSON object"),
-        ("{}", "is no mapping"),
-        ('{"cat": "1", "dog": 2}', "gives 'cat' the label '1'; labels are whole numbers"),
-        ('{"cat": 1.0, "dog": 2}', "gives 'cat' the label"),
-        ('{"cat": true, "dog": 2}', "gives 'cat' the label"),
-        ('{"cat": -1, "dog": 2}', "gives 'cat' the label"),
-        ('{"cat": 1e99, "dog": 2}', "gives 'cat' the label"),
-        ('{"cat": 99999999999, "dog": 2}', "gives 'cat' the label"),
+        ("[1, 2]", "is not a mapping. Give a JSON object"),
+        ("{}", "is not a mapping"),
+        ('{"cat": "1", "dog": 2}', "maps 'cat' to '1'; labels are integers"),
+        ('{"cat": 1.0, "dog": 2}', "maps 'cat' to"),
+        ('{"cat": true, "dog": 2}', "maps 'cat' to"),
+        ('{"cat": -1, "dog": 2}', "maps 'cat' to"),
+        ('{"cat": 1e99, "dog": 2}', "maps 'cat' to"),
+        ('{"cat": 99999999999, "dog": 2}', "maps 'cat' to"),
         ("cut", "is not a JSON file"),
     ],
 )
@@ -183,7 +183,7 @@ def test_a_missing_mapping_and_names_that_are_no_wnids_are_named(made, tmp_path)
         open_images(made / "pets", image_size=8, class_to_idx=tmp_path / "lost.json")
     with pytest.raises(
         ValueError,
-        match=r"2 of the 2 classes of .* are no wnids of ImageNet's 1000 classes \(cat, dog\)",
+        match=r"2 of the 2 classes of .* are not wnids of ImageNet's 1000 classes \(cat, dog\)",
     ):
         open_images(made / "pets", image_size=8, class_to_idx="imagenet")
 
@@ -201,13 +201,13 @@ def test_another_choice_of_labels_names_those_there_are(made, given):
 )
 def test_names_that_begin_with_wnids_are_said(names):
     labels, kind, (said,) = label_classes(names, class_to_idx=None, where="here")
-    assert labels == [0, 1] and kind == "order" and "begin with ImageNet's wnids" in said
+    assert labels == [0, 1] and kind == "order" and "begin with wnids of ImageNet" in said
 
 
 def test_some_wnids_and_some_other_names_are_refused():
     with pytest.raises(
         ValueError,
-        match=r"1 of the 2 classes of here are ImageNet's wnids, others are not \(cat\).*class_to_idx=order",
+        match=r"1 of the 2 classes of here are wnids of ImageNet, but others are not \(cat\).*class_to_idx=order",
     ):
         label_classes(["cat", "n01440764"], class_to_idx=None, where="here")
     assert label_classes(["cat", "n01440764"], class_to_idx="order", where="here")[0] == [0, 1]
@@ -215,9 +215,9 @@ def test_some_wnids_and_some_other_names_are_refused():
 
 def test_classes_that_share_a_label_cannot_be_told_apart():
     assert relabel(np.array([1, 5, 1]), [1, 5], [7, 2], where="here").tolist() == [7, 2, 7]
-    with pytest.raises(ArtifactError, match="gives two classes the label 1"):
+    with pytest.raises(ArtifactError, match="has two classes with the label 1"):
         relabel(np.array([1]), [1, 1], [7, 2], where="here")
-    with pytest.raises(ArtifactError, match="has the label 3, which is none of its 2 classes"):
+    with pytest.raises(ArtifactError, match="has the label 3, which is not one of its 2 classes"):
         relabel(np.array([3]), [0, 1], [7, 2], where="here")
 
 
@@ -266,7 +266,7 @@ def test_published_latents_state_their_classes(tmp_path):
     module = data(published(tmp_path / "b", [i % 10 for i in range(80)]))
     with pytest.warns(
         UserWarning,
-        match="labels 0 to 9 alone, and the model has 1000 classes: they may be its first ones, or",
+        match="has only the labels 0 to 9, but the model has 1000 classes. They may be the first",
     ):
         module.check_fits(model(1000))
     module.check_fits(model(10))

@@ -57,7 +57,7 @@ def test_decode_of_half_precision_latents_is_that_of_their_values():
 
 
 def test_decode_refuses_other_shapes_and_values_that_are_not_finite():
-    with pytest.raises(ValueError, match=r"\(N, 1, 8, 8\); these are \(2, 4, 8, 8\)"):
+    with pytest.raises(ValueError, match=r"\(N, 1, 8, 8\), got \(2, 4, 8, 8\)"):
         DigitsDataModule().decode(torch.zeros(2, 4, 8, 8))
     with pytest.raises(ValueError, match="not finite"):
         DigitsDataModule().decode(torch.full((1, 1, 8, 8), float("nan")))
@@ -68,5 +68,26 @@ def test_decode_refuses_other_shapes_and_values_that_are_not_finite():
 )
 def test_wrong_arguments_are_named(wrong):
     (name, value), *_ = wrong.items()
-    with pytest.raises(ValueError, match=f"{name} is {value!r}. Give a whole number"):
+    with pytest.raises(ValueError, match=f"{name} is {value!r}. Give an integer"):
         DigitsDataModule(**wrong)
+
+
+def test_a_subclass_with_the_old_reference_pictures_still_works():
+    with pytest.warns(DeprecationWarning, match="Old defines reference_pictures.*reference_images"):
+
+        class Old(DigitsDataModule):
+            def reference_pictures(self):
+                images, labels = super().reference_pictures()
+                return images[:3], labels[:3]
+
+    with pytest.warns(DeprecationWarning, match="call reference_images"):
+        images, labels = Old().reference_images()
+    expected = DigitsDataModule().reference_images()
+    assert torch.equal(images, expected[0][:3]) and torch.equal(labels, expected[1][:3])
+    assert Old().reference_classes(num_classes=10) == sorted(set(labels.tolist()))
+
+
+def test_reference_pictures_is_a_deprecated_name():
+    with pytest.warns(DeprecationWarning, match="call reference_images"):
+        images, _ = DigitsDataModule().reference_pictures()
+    assert torch.equal(images, DigitsDataModule().reference_images()[0])

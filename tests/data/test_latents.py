@@ -170,8 +170,15 @@ def test_decode_undoes_encode_through_the_vae_that_made_them(made):
     module.check_decode()
 
 
+def test_the_old_argument_pictures_means_images(made):
+    with pytest.warns(DeprecationWarning, match="use images="):
+        assert data(made / "moments", pictures="folder").images == "folder"
+    with pytest.raises(ValueError, match="Give images only"):
+        data(made / "moments", pictures="folder", images="other")
+
+
 @pytest.mark.parametrize("packed", [False, True])
-def test_reference_images_are_centre_crops_of_the_size_that_decode_gives(made, tmp_path, packed):
+def test_reference_images_are_center_crops_of_the_size_that_decode_gives(made, tmp_path, packed):
     images = pack(tmp_path / "images.npz") if packed else made / "images"
     images, labels = data(made / "moments", vae=vae_in(made), images=images).reference_images()
     assert images.shape == (NUM_IMAGES, 3, 8, 8) and images.dtype == torch.uint8
@@ -205,19 +212,21 @@ def test_the_published_layout_is_read_by_number_and_not_scaled_again(folders):
 
 def test_the_published_layout_is_checked(folders, tmp_path):
     features = folders / "imagenet256_features"
-    with pytest.raises(ValueError, match="labels 0 to 11, but the model knows the classes 0 to 9"):
+    with pytest.raises(ValueError, match="labels 0 to 11, but the model has classes 0 to 9"):
         data(folders).check_fits(model(num_classes=10, input_size=2))
     np.save(
         features / "7.npy", np.random.default_rng(0).normal(size=(1, 4, 4, 4)).astype(np.float32)
     )
-    with pytest.raises(ArtifactError, match=r"7.npy is \(4, 4, 4\), the others are \(4, 2, 2\)"):
+    with pytest.raises(
+        ArtifactError, match=r"7.npy has shape \(4, 4, 4\), but the others have \(4, 2, 2\)"
+    ):
         data(folders)
     (features / "7.npy").write_bytes(b"cut")
     with pytest.raises(ArtifactError, match=r"7.npy or its label .* cannot be read"):
         data(folders)
     (features / "7.npy").unlink()
     with pytest.raises(
-        ValueError, match="holds 11 latents, .* 12 labels; each N.npy must be in both"
+        ValueError, match="holds 11 latents and .* 12 labels; each N.npy must be in both"
     ):
         data(folders)
     for i in range(12):
@@ -227,7 +236,7 @@ def test_the_published_layout_is_checked(folders, tmp_path):
         )
     with pytest.raises(
         ValueError,
-        match="standard deviation of 5.* not been multiplied by the VAE's scaling factor",
+        match="standard deviation of 5.* not to be multiplied by the scaling factor",
     ):
         data(folders)
 
@@ -238,7 +247,7 @@ def test_the_published_layout_is_checked(folders, tmp_path):
         (
             "labels",
             np.array([1000]),
-            "labels/500.npy has the label 1000, but the model knows the classes 0 to 999",
+            "labels/500.npy has the label 1000, but the model has classes 0 to 999",
         ),
         ("labels", np.array([-1]), "labels/500.npy has the label -1"),
         (
@@ -257,7 +266,7 @@ def test_a_published_file_that_was_not_looked_at_before_training_is_checked_when
     np.save(folders / f"imagenet256_{kind}" / "500.npy", content)
     module = data(folders)
     module.check_fits(model(num_classes=1000, input_size=2))
-    assert 500 not in module._checked()
+    assert 500 not in module.train_set().checked()
     with pytest.raises(ArtifactError, match=said):
         for _ in module.train_dataloader():
             pass
@@ -266,7 +275,7 @@ def test_a_published_file_that_was_not_looked_at_before_training_is_checked_when
 def test_a_file_of_the_published_layout_that_is_no_number_is_named(folders):
     for kind in ("features", "labels"):
         (folders / f"imagenet256_{kind}" / "mean.npy").write_bytes(b"")
-    with pytest.raises(ArtifactError, match="mean.npy is no N.npy with a number"):
+    with pytest.raises(ArtifactError, match="mean.npy is not named N.npy with a number"):
         ImageNetLatents(folders)
 
 
@@ -301,7 +310,7 @@ def test_a_model_that_fits_is_accepted(made):
 def test_labels_by_order_warn_for_a_model_of_more_classes(made):
     with pytest.warns(
         UserWarning,
-        match="3 classes, labelled 0 to 2 in the order of their names, and the model has 1000.*class_to_idx",
+        match="3 classes, labeled 0 to 2 in the order of their names, but the model has 1000.*class_to_idx",
     ):
         data(made / "moments").check_fits(model(num_classes=1000))
     data(made / "moments", class_to_idx="order").check_fits(
@@ -312,11 +321,14 @@ def test_labels_by_order_warn_for_a_model_of_more_classes(made):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"input_size": 8}, r"latents are \(C, H, W\) = \(4, 4, 4\), the model takes \(4, 8, 8\)"),
-        ({"in_channels": 16}, r"\(4, 4, 4\), the model takes \(16, 4, 4\)"),
+        (
+            {"input_size": 8},
+            r"latents are \(C, H, W\) = \(4, 4, 4\), but the model expects \(4, 8, 8\)",
+        ),
+        ({"in_channels": 16}, r"\(4, 4, 4\), but the model expects \(16, 4, 4\)"),
         (
             {"num_classes": 2},
-            r"labels 0 to 2, but the model knows the classes 0 to 1\. Give a model with num_classes > 2",
+            r"labels 0 to 2, but the model has classes 0 to 1\. Give a model with num_classes > 2",
         ),
     ],
 )
@@ -328,7 +340,7 @@ def test_latents_that_do_not_fit_the_model_are_refused(made, settings, said):
 def test_latents_of_another_scale_are_refused(made):
     with pytest.raises(
         ValueError,
-        match=r"scaled by 0.18215, but data.scaling_factor is 0.2325.*data=imagenet_latents_mar",
+        match=r"scaled by 0.18215, but the model was trained with data.scaling_factor=0.2325.*data=imagenet_latents_mar",
     ):
         data(made / "moments", scaling_factor=0.2325)
 
@@ -342,17 +354,17 @@ def test_a_vae_that_does_not_match_is_refused(made):
     for vae, said in (
         (
             VAE(autoencoder(seed=4), source="other"),
-            "is not the one that made the latents .* encoders differ",
+            "did not encode the latents .* encoder differs",
         ),
         (
             VAE(autoencoder(latent_channels=16), source="other"),
-            "latents of 16 channels, those in .* have 4",
+            "have 16 channels, but those in .* have 4",
         ),
         (
             VAE(autoencoder(), source="other", scaling_factor=0.5),
-            "VAE of other are scaled by 0.5, but data.scaling_factor",
+            "VAE other are scaled by 0.5, but the model was trained with",
         ),
-        (VAE(autoencoder(**flat), source="other"), "4 pixels from latents of 4; .* of 8 pixels"),
+        (VAE(autoencoder(**flat), source="other"), "size 4 to 4 pixels, but .* from 8 pixels"),
     ):
         with pytest.raises(ValueError, match=said):
             data(made / "moments", vae=lambda vae=vae: vae).check_decode()
@@ -363,7 +375,7 @@ def test_a_missing_vae_or_reference_says_what_to_give(made):
         data(made / "moments").decode(torch.zeros(1, 4, 4, 4))
     with pytest.raises(ValueError, match="Give evaluate.reference=FILE.npz .* or data.images=PATH"):
         data(made / "moments", vae=vae_in(made)).reference_images()
-    with pytest.raises(ValueError, match=r"are \(N, 4, 4, 4\); these are \(1, 4, 8, 8\)"):
+    with pytest.raises(ValueError, match=r"are \(N, 4, 4, 4\), got \(1, 4, 8, 8\)"):
         data(made / "moments", vae=vae_in(made)).decode(torch.zeros(1, 4, 8, 8))
 
 
@@ -374,11 +386,11 @@ def test_missing_latents_say_how_to_get_them(tmp_path):
         data(None)
     with pytest.raises(
         ValueError,
-        match="There is no .*imagenet256_features and no .*imagenet256_labels.*task=extract_latents",
+        match="imagenet256_features and .*imagenet256_labels not found.*task=extract_latents",
     ):
         data(tmp_path)
     with pytest.raises(
-        ArtifactError, match="holds no latents.json: task=extract_latents makes such a folder"
+        ArtifactError, match="holds no latents.json: create such a folder with task=extract_latents"
     ):
         LatentShards(tmp_path)
 
@@ -386,7 +398,7 @@ def test_missing_latents_say_how_to_get_them(tmp_path):
 def test_an_unfinished_extraction_is_refused(root):
     (root / "latents.json").rename(root / "extraction.json")
     with pytest.raises(
-        ArtifactError, match="not finished: run the same task=extract_latents command again"
+        ArtifactError, match="unfinished extraction: rerun the same task=extract_latents command"
     ):
         data(root)
 
@@ -421,16 +433,16 @@ def resave(change):
         (lambda path: path.write_bytes(path.read_bytes() + b"more"), "bytes instead of"),
         (
             lambda path: path.write_bytes(path.read_bytes()[:20]),
-            "it is cut, or no safetensors file",
+            "it is truncated, or not a safetensors file",
         ),
-        (lambda path: path.write_bytes(b""), "it is cut, or no safetensors file"),
+        (lambda path: path.write_bytes(b""), "it is truncated, or not a safetensors file"),
         (
             lambda path: path.write_bytes((20).to_bytes(8, "little") + b"\xff" * 100),
-            "it is no safetensors file",
+            "it is not a safetensors file",
         ),
         (
             lambda path: shutil.copy(path.parent / "shard-00000.safetensors", path),
-            "another place in this one",
+            "another shard of this one",
         ),
         (lambda path: save_file({"a": torch.zeros(1)}, path), "another extraction"),
         (
@@ -485,7 +497,7 @@ def test_a_shard_that_is_cut_in_training_names_itself_and_ends_no_process(root):
         file.truncate(2000)
     with pytest.raises(
         ArtifactError,
-        match="Sample 3 .*shard-00000.safetensors was whole when training began and is cut now",
+        match="Sample 3 .*shard-00000.safetensors was truncated since training began",
     ):
         shards.read(3, 1)
 
@@ -546,8 +558,8 @@ def rescaled(made, tmp_path, request):
 @pytest.mark.parametrize(
     ("rescaled", "said"),
     [
-        (0.1, "standard deviation of 0.1.*, where about 1 is usual: they were scaled before"),
-        (5.5, "standard deviation of 5.*where about 1 is usual"),
+        (0.1, "standard deviation of 0.1.* instead of about 1: they were scaled before"),
+        (5.5, "standard deviation of 5.*instead of about 1"),
     ],
     indirect=["rescaled"],
 )
@@ -560,7 +572,7 @@ def test_shards_of_an_unusual_scale_are_reported(rescaled, said):
 def test_shards_of_an_impossible_scale_are_refused(rescaled):
     with pytest.raises(
         ArtifactError,
-        match="where about 1 is usual: they are damaged|samples looked at hold values up to",
+        match="instead of about 1: they are damaged|samples checked hold values up to",
     ):
         data(rescaled)
 

@@ -63,11 +63,11 @@ def test_folders_named_by_number_are_sorted_by_number(tmp_path):
     [
         (
             ("1", "2", "10"),
-            "are numbers, but not 0 to 2: 1 gets the label 0, 10 gets 2.*class_to_idx=FILE",
+            "are numbers, but not 0 to 2: 1 has the label 0, 10 has 2.*class_to_idx=FILE",
         ),
         (
             ("class_2", "class_10", "class_1"),
-            "as text, as torchvision does: class_10 comes before class_2.*class_to_idx=FILE",
+            "text order of their names, as in torchvision: class_10 comes before class_2.*class_to_idx=FILE",
         ),
     ],
 )
@@ -102,7 +102,7 @@ def test_links_in_a_loop_end_and_are_said(tmp_path):
     (tmp_path / "b" / "self").symlink_to(tmp_path / "b" / "self")
     found, images = labels(tmp_path)
     assert found == {"b/1.png": 0} and any(
-        "1 links to a folder that they are in (b/up)" in said for said in images.said
+        "1 links to a folder that contains them (b/up)" in said for said in images.said
     )
     assert len(UnlabelledImageFolder(tmp_path)) == 1
 
@@ -133,8 +133,7 @@ def test_endings_are_the_same_for_all_readers_in_any_case(tmp_path):
     assert len(found) == len(UnlabelledImageFolder(tmp_path)) == len(endings)
     assert all(images[i][0].shape == (3, 4, 4) for i in range(len(images)))
     assert any(
-        "3 files that are no images by their ending" in said and "1 .txt" in said
-        for said in images.said
+        "3 files without an image suffix" in said and "1 .txt" in said for said in images.said
     )
 
 
@@ -201,5 +200,5 @@ def test_odd_names_are_listed_and_printed(tmp_path):
     assert len(find_images(tmp_path)[0]) == len(find_class_folders(tmp_path)[0]["b"]) == 5
     images = open_images(tmp_path, image_size=4)
     assert len(images.listing()) == 16 and all(images.place(i).isprintable() for i in range(5))
-    with pytest.raises(ValueError, match=r"udcff.png is no readable image"):
+    with pytest.raises(ValueError, match=r"udcff.png is not a readable image"):
         np.stack([images[i][0] for i in range(5)])

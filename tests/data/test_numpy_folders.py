@@ -49,13 +49,13 @@ def test_latents_scaled_twice_are_refused(tmp_path, scaling_factor, std):
 
 
 def test_latents_that_were_not_scaled_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="standard deviation of 5.*had not been multiplied"):
+    with pytest.raises(ValueError, match="standard deviation of 5.*not to be multiplied"):
         data(write(tmp_path, latents(std=5.5)))
 
 
 @pytest.mark.parametrize(
     ("value", "said"),
-    [(0.0, "0.npy holds the number 0 alone"), (1.0, "0.npy holds the number 1 alone")],
+    [(0.0, "0.npy holds only the value 0"), (1.0, "0.npy holds only the value 1")],
 )
 def test_constant_latents_are_refused(tmp_path, value, said):
     with pytest.raises(ArtifactError, match=said):
@@ -66,9 +66,9 @@ def test_constant_latents_are_refused(tmp_path, value, said):
 def test_a_file_of_zeros_among_others_is_refused(tmp_path, place):
     mixed = latents(200 if place == 5 else 40)
     mixed[place] = np.zeros_like(mixed[0])
-    with pytest.raises(ArtifactError, match=f"features/{place}.npy holds the number 0 alone"):
+    with pytest.raises(ArtifactError, match=f"features/{place}.npy holds only the value 0"):
         module = data(write(tmp_path, mixed))
-        assert place not in module._checked()
+        assert place not in module.train_set().checked()
         module.train_set()[place]
 
 
@@ -96,7 +96,7 @@ def test_values_that_no_latent_has_are_refused(tmp_path, place, value, said):
     found[place][0, 1, 2, 3] = value
     with pytest.raises(ArtifactError, match=f"features/{place}.npy .*{said}"):
         module = data(write(tmp_path, found))
-        assert place not in module._checked()
+        assert place not in module.train_set().checked()
         module.train_set()[place]
 
 

@@ -23,16 +23,16 @@ def change(name, make):
     [
         (
             change("labels", lambda x: x.astype(float)),
-            "'labels' of .* is float64 .*; expected whole numbers of one dimension",
+            "'labels' of .* is float64 .*; expected integers of one dimension",
         ),
         (
             change("labels", lambda x: x.astype(str)),
-            "'labels' of .* is <U.*; expected whole numbers",
+            "'labels' of .* is <U.*; expected integers",
         ),
         (change("labels", lambda x: x > 0), "'labels' of .* is bool"),
         (
             change("labels", lambda x: x[None]),
-            r"'labels' of .* \(1, 10\); expected whole numbers of one dimension",
+            r"'labels' of .* \(1, 10\); expected integers of one dimension",
         ),
         (change("labels", lambda x: x[0]), r"'labels' of .* \(\); expected"),
         (change("labels", lambda x: x[:0]), "is inconsistent: 11 offsets .* for 0 labels"),
@@ -40,7 +40,7 @@ def change(name, make):
         (change("labels", lambda x: x - 1), "has labels -1 to 1"),
         (
             change("labels", lambda x: x.astype(np.uint64) + np.uint64(2**63)),
-            "'labels' of .* go up to",
+            "'labels' of .* has values up to",
         ),
         (change("offsets", lambda x: x / 1.0), "'offsets' of .* is float64"),
         (change("offsets", lambda x: x[:, None]), r"'offsets' of .* \(11, 1\)"),
@@ -64,7 +64,7 @@ def change(name, make):
         (change("wnids", lambda x: np.arange(3)), "'wnids or classes' of .* is int64"),
         (
             change("wnids", lambda x: x[0]),
-            "'wnids or classes' of .*; expected one text for each class",
+            "'wnids or classes' of .*; expected one string per class",
         ),
         (change("wnids", lambda x: x[[0, 0, 1]]), "names a class twice"),
         (change("wnids", lambda x: x[:2]), "labels 0 to 2 and names 2 classes"),
@@ -105,7 +105,7 @@ def test_a_broken_image_in_a_packed_file_is_named_or_skipped(tmp_path):
     )
     images = open_images(tmp_path / "x.npz", image_size=4)
     for number in (1, 2):
-        with pytest.raises(ValueError, match=f"image {number} of .*x.npz is no readable image"):
+        with pytest.raises(ValueError, match=f"image {number} of .*x.npz is not a readable image"):
             images[number]
     skipping = open_images(tmp_path / "x.npz", image_size=4, skip_broken=True)
     assert [skipping[i][0] is None for i in range(4)] == [False, True, True, False]

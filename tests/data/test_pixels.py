@@ -66,7 +66,7 @@ def test_classes_are_those_of_the_images(tmp_path):
     [
         ((0, 1, 2, 5), {}, "label"),
         ((0, 1, 2, 1), {"image_size": 0}, "image_size is 0"),
-        ((0, 1, 2, 1), {"file": "other.npz"}, "no images at"),
+        ((0, 1, 2, 1), {"file": "other.npz"}, "No images found at"),
     ],
 )
 def test_images_that_do_not_fit_are_refused(tmp_path, labels, settings, message):

@@ -11,7 +11,7 @@ from image_toys import GRAY, broken_images, gray16, png_of_size, saved
 from latents_toys import vae_in
 from tinyfusion_pl.data import ImageNetLatents, open_images
 from tinyfusion_pl.data.image_batches import ImageDataset, UnlabelledImageFolder
-from tinyfusion_pl.data.reading import MAX_PIXELS, BrokenImage, ImageReader, Note
+from tinyfusion_pl.data.reading import MAX_PIXELS, BrokenImageError, ImageReader, Note
 from tinyfusion_pl.tasks import ImageFiles
 
 COLORS = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
@@ -68,7 +68,7 @@ def test_12_bit_files_are_scaled_by_their_own_range():
     ],
 )
 def test_numbers_that_mean_two_things_are_refused(image, said):
-    with pytest.raises(BrokenImage, match=said):
+    with pytest.raises(BrokenImageError, match=said):
         read(saved(image, "tiff"))
 
 
@@ -148,12 +148,14 @@ def test_the_first_frame_of_an_animation_is_taken_and_noted():
 
 # -- bounds
 def test_pixels_are_bounded_before_decoding():
-    with pytest.raises(BrokenImage, match=f"169000000 pixels, more than max_pixels={MAX_PIXELS}"):
+    with pytest.raises(
+        BrokenImageError, match=f"169000000 pixels, more than max_pixels={MAX_PIXELS}"
+    ):
         read(png_of_size(13_000, 13_000))
-    with pytest.raises(BrokenImage, match="400000000 pixels, more than max_pixels"):
+    with pytest.raises(BrokenImageError, match="400000000 pixels, more than max_pixels"):
         read(png_of_size(20_000, 20_000))
     content = saved(Image.new("1", (300, 300)))
-    with pytest.raises(BrokenImage, match="it has 90000 pixels, more than max_pixels=89999"):
+    with pytest.raises(BrokenImageError, match="it has 90000 pixels, more than max_pixels=89999"):
         read(content, max_pixels=89_999)
     assert read(content, max_pixels=90_000)[0].shape == (3, 300, 300)
 
@@ -168,7 +170,7 @@ def test_every_broken_image_is_one_sentence(tmp_path):
     paths = broken_images(tmp_path)
     assert len(paths) == 22
     for path in paths:
-        with pytest.raises(BrokenImage) as error:
+        with pytest.raises(BrokenImageError) as error:
             ImageReader().read(path)
         assert str(error.value) and "\n" not in str(error.value)
     for name, kind in (
@@ -176,7 +178,7 @@ def test_every_broken_image_is_one_sentence(tmp_path):
         ("device.png", "a device"),
         ("empty.png", "the file is empty"),
     ):
-        with pytest.raises(BrokenImage, match=kind):
+        with pytest.raises(BrokenImageError, match=kind):
             ImageReader().read(tmp_path / name)
 
 
@@ -206,7 +208,7 @@ def test_corrupt_bytes_never_raise_anything_else():
                     broken[: generator.integers(1, len(broken)) if i % 3 else None].tobytes(),
                     max_pixels=100_000,
                 )
-            except BrokenImage as error:
+            except BrokenImageError as error:
                 assert str(error)
             else:
                 assert pixels.dtype == torch.uint8 and pixels[0].numel() <= 100_000

@@ -34,7 +34,7 @@ def test_a_dry_run_goes_from_mask_learning_to_the_report(name, depths, tmp_path)
     said = done.stdout + done.stderr
     model = {"sit_d14": "sit_xl_2", "mar_d16": "mar_large"}.get(name, "dit_xl_2")
     assert all(f"{what} is randomly initiali" in said for what in ("VAE", "InceptionV3", model))
-    assert "The latents are random" in said and "held against are noise" in said
+    assert "The latents are random" in said and "real images are noise" in said
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert [metrics[role]["depth"] for role in ("teacher", "pruned", "recovered")] == [
         depths[0],

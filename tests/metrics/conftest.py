@@ -10,6 +10,6 @@ from tinyfusion_pl.metrics import InceptionFeatures
 def weights_path(tmp_path_factory):
     """A file with the keys and shapes of the published one: read off the architecture, its values random."""
     path = tmp_path_factory.mktemp("weights") / "inception.pth"
-    with pytest.warns(UserWarning, match="randomly initialised"):
+    with pytest.warns(UserWarning, match="randomly initialized"):
         torch.save(InceptionFeatures("random").network.state_dict(), path)
     return path

@@ -64,10 +64,13 @@ def test_logits_do_not_depend_on_the_rest_of_the_batch():
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "sees grey images .* these are colour ones"),
-        (torch.zeros(2, 1, 8, 8), "uint8 tensors with values 0..255; these are torch.float32"),
-        (torch.zeros(2, 8, 8, dtype=torch.uint8), r"\(N, C, H, W\); these are \(2, 8, 8\)"),
-        (torch.zeros(2, 1, 32, 32, dtype=torch.uint8), "8x8; these are 32x32"),
+        (
+            torch.zeros(2, 3, 8, 8, dtype=torch.uint8),
+            "expects grayscale images .* got color images",
+        ),
+        (torch.zeros(2, 1, 8, 8), "uint8 tensors with values in 0..255, got torch.float32"),
+        (torch.zeros(2, 8, 8, dtype=torch.uint8), r"\(N, C, H, W\), got \(2, 8, 8\)"),
+        (torch.zeros(2, 1, 32, 32, dtype=torch.uint8), "8x8, got 32x32"),
     ],
 )
 def test_other_images_are_refused_with_a_reason(images, message):

@@ -195,9 +195,9 @@ def test_half_precision_that_overflows_falls_back_on_float32():
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"reference": rows(3, 3)}, "need 4 or more reference images and have 3"),
-        ({"samples": rows(2, 3)}, "need 4 or more generated images and have 2"),
-        ({"samples": rows(9, 4)}, r"same D; given are \(9, 3\) and \(9, 4\)"),
+        ({"reference": rows(3, 3)}, "need 4 or more reference images, got 3"),
+        ({"samples": rows(2, 3)}, "need 4 or more generated images, got 2"),
+        ({"samples": rows(9, 4)}, r"same D, got \(9, 3\) and \(9, 4\)"),
         ({"samples": rows(9, 3) / 0}, "9 generated images are not finite"),
         ({"k": 0}, "k is 0"),
         ({"precision": "float16"}, "precision is 'float16'; give one of 'float32'"),
@@ -233,9 +233,7 @@ def test_kernel_distance_depends_on_its_seed_alone():
     torch.manual_seed(2)
     assert kernel_inception_distance(x, y, num_subsets=5, subset_size=10) == first
     assert kernel_inception_distance(x, y, num_subsets=5, subset_size=10, seed=1) != first
-    with pytest.raises(
-        ValueError, match="Subsets of 31 need as many reference images; there are 30"
-    ):
+    with pytest.raises(ValueError, match="Subsets of 31 need 31 or more reference images, got 30"):
         kernel_inception_distance(x, y, subset_size=31)
 
 

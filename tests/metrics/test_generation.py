@@ -217,7 +217,7 @@ def test_features_that_are_not_finite_are_counted_refused_and_not_added(metrics)
     features = metrics.features(MADE)
     features.features[[2, 5]] = float("nan")
     with pytest.raises(
-        ValueError, match=r"2 of 30 images have features that are not finite \(places \[2, 5\]"
+        ValueError, match=r"2 of 30 images have features that are not finite \(positions \[2, 5\]"
     ):
         metrics.update_features(features, labels(30))
     metrics.reset()
@@ -260,15 +260,15 @@ def test_statistics_alone_are_enough_for_distances_and_for_nothing_else(tmp_path
     metrics.set_reference(reference)
     metrics.update(MADE)
     assert metrics.compute() == pytest.approx({"fid": expected(MADE, labels(30))["fid"]}, rel=1e-9)
-    with pytest.raises(
-        ValueError, match="statistics of features: not enough for '.*', which needs images"
-    ):
+    with pytest.raises(ValueError, match="statistics of features, but '.*' needs images"):
         GenerationMetrics(Toy()).set_reference(reference)
 
 
 def test_a_reference_of_other_weights_is_refused(tmp_path):
     reference = read_reference(reference_files(tmp_path) / "own.npz")
-    with pytest.raises(ValueError, match="made with the feature network Toy-.*; this is Toy-"):
+    with pytest.raises(
+        ValueError, match="made with the feature network Toy-.*but this one is Toy-"
+    ):
         GenerationMetrics(Toy(seed=1)).set_reference(reference)
 
 
@@ -290,12 +290,12 @@ def test_settings_hold_what_decides_a_number_and_memory_only_where_it_does():
 
 def test_a_metric_of_another_width_is_refused_at_once():
     for metric, said in (
-        (FrechetDistance(6), "looks at 6 features, but the feature network has 5"),
-        (FrechetDistance(4, of="spatial"), "looks at 4 spatial, but the feature network has 2"),
+        (FrechetDistance(6), "expects 6 features, but the feature network returns 5"),
+        (FrechetDistance(4, of="spatial"), "expects 4 spatial, but the feature network returns 2"),
     ):
         with pytest.raises(ValueError, match=said):
             GenerationMetrics(Toy(), metrics={"x": metric})
-    with pytest.raises(ValueError, match="metrics.x is a int"):
+    with pytest.raises(ValueError, match="metrics.x is of type int"):
         GenerationMetrics(Toy(), metrics={"x": 3})
 
 
@@ -305,7 +305,7 @@ def test_each_metric_takes_plain_tensors_too():
     metric.update(network(REAL).features, real=True)
     metric.update(network(MADE).features)
     assert metric.compute().item() == pytest.approx(expected(MADE, labels(30))["fid"], rel=1e-9)
-    with pytest.raises(ValueError, match=r"takes features \(N, 5\); these are \(2, 4\)"):
+    with pytest.raises(ValueError, match=r"expects features \(N, 5\), got \(2, 4\)"):
         metric.update(torch.zeros(2, 4))
 
 
@@ -347,7 +347,7 @@ def test_too_few_images_are_named(num_real, num_made, message):
 def test_wrong_images_are_refused_and_nothing_counted(metrics):
     for wrong, message in (
         (MADE.float() / 255, "uint8 tensors .* torch.float32"),
-        (MADE[0], r"\(N, C, H, W\); these are \(1, 2, 2\)"),
+        (MADE[0], r"\(N, C, H, W\), got \(1, 2, 2\)"),
     ):
         with pytest.raises(ValueError, match=message):
             metrics.update(wrong, labels(30))
@@ -358,12 +358,10 @@ def test_wrong_images_are_refused_and_nothing_counted(metrics):
 
 
 def test_wrong_labels_are_refused_and_nothing_counted(metrics):
-    with pytest.raises(
-        ValueError, match=r"30 images need labels of shape \(30,\); these are \(29,\)"
-    ):
+    with pytest.raises(ValueError, match=r"30 images need labels of shape \(30,\), got \(29,\)"):
         metrics.update(MADE, labels(29))
     with pytest.raises(
-        ValueError, match="go from 0 to 29, but the feature network names classes 0 to 2"
+        ValueError, match="range from 0 to 29, but the feature network has classes 0 to 2"
     ):
         metrics.update(MADE, torch.arange(30))
     metrics.update(MADE[:20], labels(20))
@@ -414,5 +412,10 @@ def test_processes_give_the_numbers_of_one(tmp_path, sizes):
     for rank in range(len(sizes)):
         results = torch.load(tmp_path / f"{rank}.pt")
         assert "generated images and has 0" in results.pop("empty")
-        assert "give their numbers" in results.pop("unnumbered")
+        assert "numbers are required" in results.pop("unnumbered")
         assert results == pytest.approx(whole.compute(), rel=1e-9)
+
+
+def test_a_reference_with_the_old_num_pictures_is_read(tmp_path):
+    np.savez(tmp_path / "old.npz", mu=np.zeros(2), sigma=np.eye(2), num_pictures=np.array(7))
+    assert read_reference(tmp_path / "old.npz").num_images == 7

@@ -39,7 +39,7 @@ def test_weights_file_gives_features_and_logits_of_colour_images(weights_path):
         and spatial.shape == (2, 2023)
     )
     torch.testing.assert_close(logits, features @ network.network.fc.weight.T)  # without bias
-    with pytest.raises(ValueError, match="sees colour images .* these are grey ones"):
+    with pytest.raises(ValueError, match="expects color images .* got grayscale images"):
         network(torch.zeros(2, 1, 32, 32, dtype=torch.uint8))
 
 
@@ -61,7 +61,7 @@ def test_offline_error_names_url_place_and_option(empty_hub):
 
 def test_random_weights_are_the_same_each_time_and_say_so():
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
-    with pytest.warns(UserWarning, match="InceptionV3 is randomly initialised.*means nothing"):
+    with pytest.warns(UserWarning, match="InceptionV3 is randomly initialized.*meaningless"):
         one, two = InceptionFeatures("random"), InceptionFeatures("random")
     assert (
         torch.equal(one(images).features, two(images).features) and one(images).features.std() > 0
@@ -78,14 +78,16 @@ def test_pickle_with_code_in_it_is_refused_and_not_run(tmp_path):
     code.path = str(tmp_path / "ran")
     torch.save({"fc.weight": code}, tmp_path / "x.pth")
     with pytest.raises(
-        ArtifactError, match="x.pth does not hold torch-fidelity's InceptionV3 weights"
+        ArtifactError, match="x.pth does not hold the InceptionV3 weights of torch-fidelity"
     ):
         InceptionFeatures(tmp_path / "x.pth")
     assert not (tmp_path / "ran").exists()
 
 
 def test_missing_truncated_and_foreign_files_are_named(tmp_path, weights_path):
-    with pytest.raises(ArtifactError, match=f"There is no file {tmp_path / 'missing'}"):
+    with pytest.raises(
+        ArtifactError, match=f"File {tmp_path / 'missing'} with the InceptionV3 weights not found"
+    ):
         InceptionFeatures(tmp_path / "missing")
     (tmp_path / "cut").write_bytes(weights_path.read_bytes()[:1_000_000])
     (tmp_path / "page").write_text("404: not found")
@@ -94,7 +96,7 @@ def test_missing_truncated_and_foreign_files_are_named(tmp_path, weights_path):
     for name in ("cut", "page", "other", "list"):
         with pytest.raises(
             ArtifactError,
-            match=f"{name} does not hold torch-fidelity's InceptionV3 weights .*again",
+            match=f"{name} does not hold the InceptionV3 weights of torch-fidelity .*again",
         ):
             InceptionFeatures(tmp_path / name)
 

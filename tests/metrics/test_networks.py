@@ -49,7 +49,7 @@ def test_any_module_sees_resized_and_normalised_images():
     torch.testing.assert_close(
         plain(IMAGES).features, ((IMAGES.float() / 255 - 0.5) / 0.25).mean((2, 3))
     )
-    with pytest.raises(ValueError, match="sees colour images"):
+    with pytest.raises(ValueError, match="expects color images"):
         network(IMAGES[:, :1])
 
 
@@ -110,10 +110,10 @@ def test_a_reference_made_with_another_preprocessing_of_the_same_weights_is_refu
 
 
 def test_unknown_names_and_weights_that_cannot_be_had_are_told(tmp_path):
-    with pytest.raises(ValueError, match="timm knows no model 'vit_nothing'"):
+    with pytest.raises(ValueError, match="timm has no model 'vit_nothing'"):
         TimmFeatures("vit_nothing")
     with pytest.raises(
         ArtifactError,
-        match="weights of vit_tiny_patch16_224 cannot be had from .*missing.pth.*checkpoint_path",
+        match="weights of vit_tiny_patch16_224 could not be loaded from .*missing.pth.*checkpoint_path",
     ):
         TimmFeatures("vit_tiny_patch16_224", checkpoint_path=tmp_path / "missing.pth")

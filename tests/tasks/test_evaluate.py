@@ -299,7 +299,7 @@ def test_a_model_for_other_latents_is_refused_before_anything_is_sampled(tmp_pat
         tmp_path / "other", create_model("dit_digits", input_size=16, depth=1), {"stacks": {}}
     )
     with pytest.raises(
-        ValueError, match=r"latents are \(C, H, W\) = \(1, 8, 8\), the model takes \(1, 16, 16\)"
+        ValueError, match=r"latents are \(C, H, W\) = \(1, 8, 8\), but the model expects \(1, 16, 16\)"
     ):
         evaluate(models={"mine": str(tmp_path / "other")}).check(inputs())
 
@@ -392,7 +392,7 @@ def test_random_labels_are_those_of_the_seed_however_many_samples_there_are(tmp_
     [
         (
             {"num_samples": 3, "num_shown": 1},
-            "'precision_recall' needs 4 or more samples; there are 3",
+            "'precision_recall' needs 4 or more samples; got 3",
         ),
         ({"labels": "sorted"}, "labels is 'sorted'; give one of 'balanced', 'random'"),
         ({"precision": "int8"}, "precision is 'int8'; give one of 'float32'"),
@@ -421,7 +421,7 @@ def test_a_reference_of_another_network_or_with_too_little_is_refused_before_any
     for name, metrics, said in (
         ("other", fid, r"shapes \(5,\).*64 values.*another feature network"),
         ("named", fid, "made with the feature network SomeNet-0123"),
-        ("other", {"pr": PrecisionRecall(64)}, "not enough for 'pr', which needs images"),
+        ("other", {"pr": PrecisionRecall(64)}, "but 'pr' needs images"),
     ):
         task = evaluate(
             metrics=GenerationMetrics(load_digits_classifier(), metrics=metrics),

@@ -102,7 +102,7 @@ def test_a_model_of_fewer_classes_is_refused():
     ):
         evaluate().check(inputs(num_classes=10))
     with pytest.raises(
-        ValueError, match="has labels 3 to 701, but the model knows the classes 0 to 9"
+        ValueError, match="has labels 3 to 701, but the model has classes 0 to 9"
     ):
         FewDigits().check_fits(denoiser(10))
 

@@ -166,7 +166,7 @@ def test_an_interrupted_extraction_goes_on_and_ends_with_the_same_bytes(made, tm
     ]  # two batches a shard, and no half shard
     for name in there:
         assert files(made / "whole")[name] == files(tmp_path / "out")[name]
-    with pytest.raises(ArtifactError, match="not finished"):
+    with pytest.raises(ArtifactError, match="unfinished extraction"):
         LatentShards(tmp_path / "out")
     counting = fragile(made, at=5 - at)()  # one batch more than what is left would raise
     extract(made, made / "images", tmp_path / "out", vae=lambda: counting)
@@ -300,10 +300,10 @@ def test_the_command_extracts_and_training_data_read_it(made, tmp_path, monkeypa
         (["extract.max_pixels=0"], "extract.max_pixels is 0"),
         (
             ["extract.class_to_idx=imagenet"],
-            "are no wnids of ImageNet's 1000 classes (n01, n02, n10)",
+            "are not wnids of ImageNet's 1000 classes (n01, n02, n10)",
         ),
         (["extract.class_to_idx=nowhere.json"], "There is no file nowhere.json"),
-        (["extract.images=nowhere"], "nowhere is no folder of class folders"),
+        (["extract.images=nowhere"], "nowhere is not a folder of class folders"),
         (["extract.images=nowhere.npz"], "There is no file nowhere.npz"),
         (["extract.vae.source=nowhere"], "There is no VAE at nowhere"),
         (["extract.vae.precision=float16"], "'float32', 'bfloat16'"),
@@ -338,7 +338,7 @@ def test_an_output_that_holds_another_extraction_is_left_as_it_is(made):
 def test_a_broken_image_is_named(made, tmp_path, num_workers):
     images = write_images(tmp_path / "images")
     (images / "n02" / "4.png").write_bytes((images / "n02" / "4.png").read_bytes()[:60])
-    with pytest.raises(ValueError, match="n02/4.png is no readable image .* Replace or remove it"):
+    with pytest.raises(ValueError, match="n02/4.png is not a readable image .* Replace or remove it"):
         extract(made, images, tmp_path / "out", num_workers=num_workers)
 
 
@@ -351,7 +351,7 @@ def test_a_broken_image_that_a_worker_finds_is_told_in_one_sentence(
     assert cli.main([*overrides(made, "out"), f"extract.images={images}"]) == 1
     (told,) = (line for line in capfd.readouterr().err.splitlines() if line.startswith("error: "))
     assert (
-        "n01/3.png is no readable image" in told
+        "n01/3.png is not a readable image" in told
         and "Replace or remove it" in told
         and "worker" not in told
     )
@@ -409,7 +409,7 @@ def stopped(made, tmp_path):
     path = break_image(images)
     with pytest.raises(
         ValueError,
-        match="n10/5.png is no readable image .*run the same command again; or .* skip_broken=true",
+        match="n10/5.png is not a readable image .*rerun the same command; or .* skip_broken=true",
     ):
         extract(made, images, tmp_path / "out")
     assert (tmp_path / "out" / "shard-00001.safetensors").exists()
@@ -450,7 +450,7 @@ def test_removing_a_broken_image_resumes(made, stopped, capsys):
     extract(made, images, out, vae=lambda: counting)
     assert counting.at == 0
     assert (
-        "1 of the 10 images that this extraction began with were removed since (n10/5.png)"
+        "1 of the 10 images of this extraction were removed since it began (n10/5.png)"
         in capsys.readouterr().out
     )
     assert all(
@@ -487,7 +487,7 @@ def test_added_and_changed_images_are_told_by_name(made, stopped):
     Image.new("RGB", (9, 9)).save(images / "n01" / "0.png")
     with pytest.raises(
         ArtifactError,
-        match=r"1 images .* are others than those whose latents .* \(n01/0.png\).*delete shard-00000",
+        match=r"1 images .* differ from those whose latents .* \(n01/0.png\).*delete shard-00000",
     ):
         extract(made, images, out)
     (out / "shard-00000.safetensors").unlink()
@@ -503,7 +503,7 @@ def test_an_image_replaced_by_one_of_its_size_is_told(made, stopped):
     place.write_bytes(content[:-1] + b"x")
     with pytest.raises(
         ArtifactError,
-        match=r"1 images .* are others than those whose latents .* \(n01/0.png\).*delete shard-00000",
+        match=r"1 images .* differ from those whose latents .* \(n01/0.png\).*delete shard-00000",
     ):
         extract(made, images, out)
     place.write_bytes(content)
@@ -531,7 +531,7 @@ def test_an_image_replaced_in_an_npz_file_is_told(made, tmp_path):
     arrays["blob"][arrays["offsets"][4] - 20] ^= 1
     np.savez(tmp_path / "images.npz", **arrays)
     with pytest.raises(
-        ArtifactError, match=r"1 images .* are others than those whose latents are in .* \(3\)"
+        ArtifactError, match=r"1 images .* differ from those whose latents are in .* \(3\)"
     ):
         extract(made, tmp_path / "images.npz", tmp_path / "out")
 
@@ -579,7 +579,7 @@ def test_a_removed_image_of_the_first_few_resumes(made, tmp_path):
     path = images / "n01" / "6.png"
     content = path.read_bytes()
     path.write_bytes(b"broken")
-    with pytest.raises(ValueError, match="6.png is no readable image"):
+    with pytest.raises(ValueError, match="6.png is not a readable image"):
         extract(made, images, tmp_path / "out", num_images=6)
     path.unlink()
     extract(made, images, tmp_path / "out", num_images=6)

@@ -1,4 +1,4 @@
-"""Data sets as LightningDataModules of latents and labels, in an order that survives an interruption; the VAE behind latents."""
+"""Data modules of latents and labels whose order is resumable, and the VAE of the latents."""
 
 from tinyfusion_pl.data.base import GenerationDataModule
 from tinyfusion_pl.data.digits import DigitsDataModule

@@ -1,4 +1,4 @@
-"""Writing shards of latents so that an interruption costs little: finished parts are files, a shard is made of all of its parts."""
+"""Writes shards of latents, resumably: finished parts are files, assembled into shards."""
 
 from __future__ import annotations
 
@@ -42,14 +42,17 @@ from tinyfusion_pl.printable import printable
 
 
 class ShardWriter:
-    """The share of process `rank` of `world_size` in an extraction: every world_size-th of the shards that are not there yet.
+    """Writes the share of one process in an extraction: every world_size-th missing shard.
 
-    What is in a file depends neither on the number of processes nor on interruptions. All processes are made before any of them writes.
+    The content of a file depends neither on the number of processes nor on interruptions. All
+    processes create their writer before any of them writes.
 
     Args:
         root: The folder; see `tinyfusion_pl.data.shards`.
-        info: What is extracted.
-        save_every: Images between two savings, within a shard: the most that an interruption costs each process.
+        info: Description of the extraction.
+        save_every: Images per part of a shard: the most that an interruption costs each process.
+        rank: Rank of this process.
+        world_size: Number of processes.
     """
 
     def __init__(
@@ -62,10 +65,10 @@ class ShardWriter:
             ]
             for shard in missing_shards(root, info)[rank::world_size]
         }
-        self._batches: list[dict[str, Tensor]] = []  # of the part that is being made
+        self._batches: list[dict[str, Tensor]] = []  # of the current part
 
     def batches(self, batch_size: int) -> list[list[int]]:
-        """Numbers of the samples to extract, in the order and the batches in which `add` wants them."""
+        """Return the numbers of the samples to extract, in the batches that `add` expects."""
         return [
             list(part[i : i + batch_size])
             for parts in self.parts.values()
@@ -74,7 +77,7 @@ class ShardWriter:
         ]
 
     def start(self) -> None:
-        """Make the shards whose parts are all there: the extraction was interrupted just then."""
+        """Assemble the shards whose parts all exist, after an interruption at that point."""
         for shard, parts in self.parts.items():
             if not parts:
                 self._assemble(shard)
@@ -82,8 +85,13 @@ class ShardWriter:
     def add(
         self, numbers: Tensor, moments: Tensor, labels: Tensor, *, digests: Tensor | None = None
     ) -> None:
-        """Take one batch of `batches`: numbers (n,), moments (n, 2, 2C, h, w), labels (n,), -1 where there is no image, and checksums of
-        the image files (n,), where there are any; write what is complete.
+        """Add one batch of `batches`, and write the part and the shard that it completes.
+
+        Args:
+            numbers: (n,).
+            moments: (n, 2, 2C, h, w).
+            labels: (n,), -1 if there is no image.
+            digests: Checksums (n,) of the image files, if known.
         """
         moments = moments.float().cpu()  # (n, 2, 2C, h, w)
         moments[labels.cpu() < 0] = 0
@@ -105,15 +113,15 @@ class ShardWriter:
             self._assemble(shard)
 
     def _kept(self, numbers: Tensor, moments: Tensor) -> Tensor:
-        if not (highest := float(moments.abs().max())) <= MAX_STORED:  # so that NaN is found, too
+        if not (highest := float(moments.abs().max())) <= MAX_STORED:  # detects NaN, too
             what = (
                 f"values up to {highest:.3g}"
                 if math.isfinite(highest)
                 else "values that are not finite"
             )
             raise ValueError(
-                f"The VAE gives {what} for images {int(numbers[0])} to {int(numbers[-1])}. With "
-                "extract.vae.precision=float32 it should not; otherwise its weights are damaged."
+                f"The VAE returned {what} for images {int(numbers[0])} to {int(numbers[-1])}. Use "
+                "extract.vae.precision=float32; if that does not help, its weights are damaged."
             )
         if self.info.content == "sample":
             samples = [
@@ -136,7 +144,7 @@ class ShardWriter:
         )
         for path in paths:
             path.unlink(missing_ok=True)
-        with suppress(OSError):  # where other shards' parts are still there
+        with suppress(OSError):  # parts of other shards remain
             paths[0].parent.rmdir()
 
     def _parts(self, shard: int) -> Iterator[range]:
@@ -145,12 +153,12 @@ class ShardWriter:
             yield samples[i : i + self.save_every]
 
     def _part_path(self, part: range) -> Path:
-        # Both ends are in the name: with another save_every a part is another one.
+        # The name has both ends, because parts differ with `save_every`.
         return self.root / "parts" / f"{part[0]:09d}-{part[-1]:09d}.safetensors"
 
 
 def missing_shards(root: Path, info: LatentsInfo) -> list[int]:
-    """Numbers of the shards that are not there, or not whole."""
+    """Return the numbers of the shards that are missing or incomplete."""
     missing = []
     for shard in range(info.num_shards):
         try:
@@ -163,12 +171,18 @@ def missing_shards(root: Path, info: LatentsInfo) -> list[int]:
 def resume(
     root: Path, info: LatentsInfo, images: LabelledImages, *, num_images: int | None
 ) -> tuple[LatentsInfo, Inventory, list[str]]:
-    """What to extract into `root`: `info` and the images of its samples, as they were when the extraction there began.
+    """Return what to extract into `root`: the extraction begun there, its images, and messages.
 
-    Images that were removed since then are left out. Returns also sentences on what differs.
+    Images that were removed since then are skipped; the messages describe the differences.
+
+    Args:
+        root: The folder.
+        info: The requested extraction.
+        images: The current images.
+        num_images: The requested number of images; None: all.
 
     Raises:
-        ArtifactError: when images were added, or others changed whose latents are there.
+        ArtifactError: if images were added, or images with existing latents changed.
     """
     now = Inventory.of(images, num_samples=info.num_samples)
     before = Inventory.read(root)
@@ -179,19 +193,16 @@ def resume(
     if num_images not in (None, then.num_samples) or _without(
         then.identity(), of_images
     ) != _without(info.identity(), of_images):
-        return (
-            info,
-            now,
-            [],
-        )  # another extraction, which `is_finished` refuses unless its marks were deleted
+        # Another extraction, which `is_finished` refuses unless its marks were deleted.
+        return info, now, []
     found = stored.compared(images, now, all_images=num_images is None)
     if found.added or found.relabelled:
         what = "were added" if found.added else "have another label"
         names = named(found.added) if found.added else found.named(found.relabelled)
         raise ArtifactError(
-            f"{root} holds the latents of {then.num_samples} images of {then.images}, and since then "
-            f"{len(found.added or found.relabelled)} images {what} ({names}). Give another extract.output, or put the "
-            "images back as they were: removed ones alone are left out."
+            f"{root} holds the latents of {then.num_samples} images of {then.images}, and since "
+            f"then {len(found.added or found.relabelled)} images {what} ({names}). Give another "
+            "extract.output, or restore the images: only removed images can be skipped."
         )
     done = finished_samples(root, then) if found.changed else {}
     places = found.inventory.places
@@ -202,15 +213,16 @@ def resume(
     ]:
         files = sorted({str(done[slot][0].relative_to(root)) for slot in changed})
         raise ArtifactError(
-            f"{len(changed)} images of {info.images} are others than those whose latents are in {root} "
-            f"({found.named(changed)}). Put them back, or delete {', '.join(files[:3])}{' ...' if len(files) > 3 else ''} "
-            f"and {FINISHED} there and extract again: only what is missing is made."
+            f"{len(changed)} images of {info.images} differ from those whose latents are in {root} "
+            f"({found.named(changed)}). Restore them, or delete {', '.join(files[:3])}"
+            f"{' ...' if len(files) > 3 else ''} and {FINISHED} there and extract again: only what "
+            "is missing is extracted."
         )
     gone = found.inventory.gone
     said = (
         [
-            f"{len(gone)} of the {then.num_samples} images that this extraction began with were removed since "
-            f"({found.named(gone)}): they are left out."
+            f"{len(gone)} of the {then.num_samples} images of this extraction were removed since "
+            f"it began ({found.named(gone)}): they are skipped."
         ]
         if gone
         else []
@@ -220,8 +232,9 @@ def resume(
 
 
 def finished_samples(root: Path, info: LatentsInfo) -> dict[int, tuple[Path, int | None]]:
-    """Number -> file of the samples whose latents are there, those of whole shards, and of parts of others; and the checksum of the image
-    file that they were made of, where it is known.
+    """Return sample -> (file with its latents, checksum of its image file or None).
+
+    Includes complete shards and the parts of others.
     """
     missing = set(missing_shards(root, info))
     files = [
@@ -233,7 +246,7 @@ def finished_samples(root: Path, info: LatentsInfo) -> dict[int, tuple[Path, int
         first, _, last = path.stem.partition("-")
         if first.isdecimal() and last.isdecimal() and _is_part(path, info):
             files.append((path, range(int(first), min(int(last) + 1, info.num_samples))))
-    done = {}
+    done: dict[int, tuple[Path, int | None]] = {}
     for path, numbers in files:
         known = DIGESTS in read_header(path)[0]
         digests = (
@@ -244,15 +257,15 @@ def finished_samples(root: Path, info: LatentsInfo) -> dict[int, tuple[Path, int
 
 
 def _is_of(images: LabelledImages, place: int, digest: int | None) -> bool:
-    """Whether an image is the one of that checksum."""
+    """Return whether an image has that checksum."""
     return digest is not None and images.digest(place) == digest
 
 
 def is_finished(root: Path, info: LatentsInfo) -> bool:
-    """Whether `root` holds all of this extraction.
+    """Return whether `root` holds all of this extraction.
 
     Raises:
-        ArtifactError: when it holds another one.
+        ArtifactError: if it holds another one.
     """
     if root.exists() and not root.is_dir():
         raise ArtifactError(f"extract.output is {root}, which is a file. Give a folder.")
@@ -267,13 +280,14 @@ def is_finished(root: Path, info: LatentsInfo) -> bool:
             for key in differing
         )
         raise ArtifactError(
-            f"{root} holds another extraction ({said}). Give another extract.output, or the settings of that one."
+            f"{root} holds another extraction ({said}). Give another extract.output, or the "
+            "settings of that one."
         )
     return held.name == FINISHED
 
 
 def begin(root: Path, info: LatentsInfo, inventory: Inventory | None = None) -> None:
-    """Mark `root` as the place of this extraction, of the images in `inventory`."""
+    """Mark `root` as the folder of this extraction of the images in `inventory`."""
     if inventory is not None:
         inventory.write(root, info)
     if not (root / UNFINISHED).exists():
@@ -281,19 +295,19 @@ def begin(root: Path, info: LatentsInfo, inventory: Inventory | None = None) -> 
 
 
 def finish(root: Path, info: LatentsInfo, inventory: Inventory | None = None) -> dict[str, int]:
-    """Mark `root` finished; all shards are there. Parts that another `save_every` left go.
+    """Mark `root`, with all shards, as finished; remove remaining parts.
 
     Returns:
-        Name -> number of the samples that are left out: their images were broken, or removed.
+        Name -> number of the samples that were skipped: their images were broken or removed.
 
     Raises:
-        ValueError: when that is all of them.
+        ValueError: if all samples were skipped.
     """
     skipped = {} if inventory is None else left_out(root, info, inventory)
     if len(skipped) == info.num_samples:
         raise ValueError(
-            f"None of the {info.num_samples} images of {info.images} could be read ({named(list(skipped))}). Nothing is left "
-            "to train on."
+            f"None of the {info.num_samples} images of {info.images} could be read "
+            f"({named(list(skipped))}): there is nothing to train on."
         )
     shutil.rmtree(root / "parts", ignore_errors=True)
     write_json(root / FINISHED, replace(info, skipped=skipped).as_dict())
@@ -302,7 +316,7 @@ def finish(root: Path, info: LatentsInfo, inventory: Inventory | None = None) ->
 
 
 def left_out(root: Path, info: LatentsInfo, inventory: Inventory) -> dict[str, int]:
-    """Name -> number of the samples without an image: the labels in the shards say which were broken."""
+    """Return name -> number of the samples without an image, by places and labels in the shards."""
     labels = np.concatenate([check_shard(root, info, shard)[1] for shard in range(info.num_shards)])
     return {
         printable(inventory.names[slot]): slot
@@ -311,7 +325,7 @@ def left_out(root: Path, info: LatentsInfo, inventory: Inventory) -> dict[str, i
 
 
 def _is_part(path: Path, info: LatentsInfo) -> bool:
-    """Whether a part is there, whole, and of this extraction."""
+    """Return whether a part exists, is complete, and belongs to this extraction."""
     try:
         fingerprint, _, digest = read_header(path)[0]["__metadata__"]["part"].partition(" ")
         return fingerprint == info.fingerprint() and tensors_sha256(load_tensors(path)) == digest

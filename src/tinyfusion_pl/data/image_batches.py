@@ -1,4 +1,4 @@
-"""Images in a folder, an npz file or a dataset: what is measured, or what samples are held against."""
+"""Batches of unlabeled images from a folder, an npz file or a dataset."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tinyfusion_pl.data.images import LabelledImages
 from tinyfusion_pl.data.listing import find_images
 from tinyfusion_pl.data.reading import (
     SUFFIXES,
-    BrokenImage,
+    BrokenImageError,
     ImageReader,
     Note,
     center_crop,
@@ -25,22 +25,22 @@ from tinyfusion_pl.data.reading import (
 from tinyfusion_pl.printable import printable
 
 __all__ = ["ImageArray", "ImageBatches", "ImageDataset", "UnlabelledImageFolder", "center_crop"]
-REMEDY = "Remove it, or skip such ones with skip_broken=true."
+REMEDY = "Remove it, or skip broken images with skip_broken=true."
 NUM_REASONS = 5
 
 
 class UnlabelledImageFolder(Dataset):
-    """The images below a folder, by name, as uint8 (C, H, W); numbers in names count (2 before 10).
+    """The images below a folder, uint8 (C, H, W), sorted by name with numbers by value.
+
+    ``said`` are messages about ignored files.
 
     Args:
-        root: Folder; subfolders count.
-        skip_broken: Leave out what cannot be read, and count it, instead of an error.
+        root: Folder, searched with its subfolders.
+        skip_broken: Skip and count images that cannot be read, rather than raise.
         reading: ``image_size``, ``num_channels``, ``max_pixels`` of `ImageReader`.
 
-    ``said`` are sentences on what was ignored.
-
     Raises:
-        ValueError: when the folder has no images; on reading, for an image that is broken or can be read in two ways (its path is named).
+        ValueError: if the folder has no images; on reading, for a broken or ambiguous image.
     """
 
     def __init__(
@@ -49,7 +49,8 @@ class UnlabelledImageFolder(Dataset):
         self.root, self.reader, self.skip_broken = Path(root), ImageReader(**reading), skip_broken
         if not self.root.is_dir():
             raise ValueError(
-                f"There is no folder {root}. Give a folder of images ({', '.join(SUFFIXES)}) or an npz file."
+                f"Folder {root} not found. Give a folder of images ({', '.join(SUFFIXES)}) or an "
+                "npz file."
             )
         names, ignored = find_images(root)
         self.said = [f"Ignored in {root}: {sentence}." for sentence in ignored.sentences()]
@@ -62,24 +63,24 @@ class UnlabelledImageFolder(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Tensor | None:
-        """uint8 (C, H, W), or None for a broken image that is skipped."""
+        """Return uint8 (C, H, W), or None for a skipped image."""
         return self.read(index)[0]
 
     def read(self, index: int) -> tuple[Tensor | None, Note, str]:
-        """As `LabelledImages.read`."""
+        """Read an image; see `LabelledImages.read`."""
         path = self.paths[index]
         try:
             return *self.reader.read(path), ""
-        except BrokenImage as error:
+        except BrokenImageError as error:
             if self.skip_broken:
                 return None, Note(0), f"{printable(str(path))}: {error}"
             raise ValueError(
-                f"{printable(str(path))} is no readable image ({error}). {REMEDY}"
+                f"{printable(str(path))} is not a readable image ({error}). {REMEDY}"
             ) from error
 
 
 class UnlabelledPackedImages(Dataset):
-    """Image files in an npz file, see `PackedImages`, without their labels."""
+    """The image files in an npz file (see `PackedImages`), without labels."""
 
     def __init__(self, images: LabelledImages) -> None:
         self.read, self.said, self.num = images.read, images.said, len(images)
@@ -89,7 +90,7 @@ class UnlabelledPackedImages(Dataset):
 
 
 class ImageArray(Dataset):
-    """``arr_0`` (N, H, W, C), uint8, as images (C, H, W)."""
+    """Images, uint8 (C, H, W), from a tensor (N, C, H, W)."""
 
     def __init__(self, images: Tensor) -> None:
         self.images = images
@@ -102,15 +103,16 @@ class ImageArray(Dataset):
 
 
 class ImageDataset(Dataset):
-    """Any map-style dataset as images, uint8 (C, H, W): its samples, or their first parts, are PIL images or such tensors.
+    """The images, uint8 (C, H, W), of a map-style dataset.
 
     Args:
-        dataset: For instance one of torchvision's, without a transform.
-        skip_broken: Leave out PIL images that cannot be read in one way.
-        reading: Of PIL images: ``image_size``, ``num_channels``, ``max_pixels`` of `ImageReader`.
+        dataset: Its samples, or their first elements, are PIL images or uint8 tensors (C, H, W);
+            for example a dataset of torchvision without a transform.
+        skip_broken: Skip PIL images that are broken or ambiguous.
+        reading: ``image_size``, ``num_channels``, ``max_pixels`` of `ImageReader`, for PIL images.
 
     Raises:
-        ValueError: on reading, for a sample that is neither (its number is named).
+        ValueError: on reading, for a sample of another type.
     """
 
     def __init__(self, dataset: Any, *, skip_broken: bool = False, **reading: Any) -> None:
@@ -125,7 +127,7 @@ class ImageDataset(Dataset):
         return self.read(index)[0]
 
     def read(self, index: int) -> tuple[Tensor | None, Note, str]:
-        """As `LabelledImages.read`."""
+        """Read an image; see `LabelledImages.read`."""
         from PIL import Image
 
         image = self.dataset[index]
@@ -133,11 +135,11 @@ class ImageDataset(Dataset):
         if isinstance(image, Image.Image):
             try:
                 return *self.reader.convert(image), ""
-            except BrokenImage as error:
+            except BrokenImageError as error:
                 where = f"sample {index} of {type(self.dataset).__name__}"
                 if self.skip_broken:
                     return None, Note(0), f"{where}: {error}"
-                raise ValueError(f"{where} is no readable image ({error}). {REMEDY}") from error
+                raise ValueError(f"{where} is not a readable image ({error}). {REMEDY}") from error
         if not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.ndim != 3:
             found = (
                 f"{image.dtype} {tuple(image.shape)}"
@@ -145,21 +147,21 @@ class ImageDataset(Dataset):
                 else type(image).__name__
             )
             raise ValueError(
-                f"Sample {index} of {type(self.dataset).__name__} is {found}; images are PIL images or uint8 tensors "
-                "(C, H, W). Leave out the dataset's own transform."
+                f"Sample {index} of {type(self.dataset).__name__} is {found}; expected PIL images "
+                "or uint8 tensors (C, H, W). Leave out the transform of the dataset."
             )
         return image, Note(0), ""
 
 
 class ImageBatches:
-    """Batches (numbers (n,), images (n, C, H, W)) of the images that process `rank` of `world_size` has to look at.
+    """Batches (numbers (n,), images (n, C, H, W)) of the share of process `rank` of `world_size`.
 
-    ``num_skipped`` counts broken images that were left out so far, ``reasons`` are why, of the first few.
+    ``num_skipped`` counts the broken images skipped so far; ``reasons`` explains the first few.
     """
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: Any,
         *,
         batch_size: int = 64,
         num_workers: int = 0,
@@ -168,7 +170,9 @@ class ImageBatches:
     ) -> None:
         self.dataset, self.batch_size, self.num_workers = dataset, batch_size, num_workers
         self.numbers = range(rank, len(dataset), world_size)
-        self.num_skipped, self.reasons, self.notes = 0, [], Counter()
+        self.num_skipped = 0
+        self.reasons: list[str] = []
+        self.notes: Counter[Note] = Counter()
 
     def __len__(self) -> int:
         return -(-len(self.numbers) // self.batch_size)
@@ -186,12 +190,12 @@ class ImageBatches:
             found = [(number, image) for number, image, _, _ in batch if image is not None]
             self.num_skipped += len(batch) - len(found)
             self.notes.update(note for _, _, notes, _ in batch for note in Note if note in notes)
-            self.reasons += [reason for *_, reason in batch if reason][
-                : NUM_REASONS - len(self.reasons)
-            ]
+            reasons = [reason for *_, reason in batch if reason]
+            self.reasons += reasons[: NUM_REASONS - len(self.reasons)]
             if len(sizes := {tuple(image.shape[1:]) for _, image in found}) > 1:
                 raise ValueError(
-                    f"The images have different sizes, {sorted(sizes)[:4]}. Give image_size to crop them to one."
+                    f"The images have different sizes ({sorted(sizes)[:4]}). Give image_size to "
+                    "crop them to one size."
                 )
             num_found += len(found)
             if found:
@@ -205,7 +209,7 @@ class ImageBatches:
             )
 
     def sentences(self) -> list[str]:
-        """What is worth saying of the images: what was ignored when they were listed, and what was seen when they were read."""
+        """Return messages about files ignored by the listing and notes from reading."""
         skipped = f"{self.num_skipped} broken images were skipped: {'; '.join(self.reasons)}"
         more = "; ..." if self.num_skipped > len(self.reasons) else ""
         return [
@@ -216,7 +220,7 @@ class ImageBatches:
 
 
 class _Numbered(Dataset):
-    """Sample by number: number, pixels or None, notes, and why there are none."""
+    """Samples as (number, pixels or None, notes, reason for None)."""
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset

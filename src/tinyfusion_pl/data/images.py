@@ -1,4 +1,4 @@
-"""Labelled images before they become latents: class folders as ImageNet has them, or image files packed into an npz file."""
+"""Labeled images: class folders, as of ImageNet, or image files packed into an npz file."""
 
 from __future__ import annotations
 
@@ -18,23 +18,26 @@ from tinyfusion_pl.arrays import check_regular, read_npz
 from tinyfusion_pl.artifacts import ArtifactError
 from tinyfusion_pl.data.classes import label_classes, relabel
 from tinyfusion_pl.data.listing import SPLITS, find_class_folders, named
-from tinyfusion_pl.data.reading import BrokenImage, ImageReader, Note
+from tinyfusion_pl.data.reading import BrokenImageError, ImageReader, Note
 from tinyfusion_pl.printable import printable
 
 PACKED = ("blob", "offsets", "labels", "wnids", "classes", "names")
-REMEDY = "Replace or remove it, and run the same command again; or leave such images out with skip_broken=true."
+REMEDY = (
+    "Replace or remove it and rerun the same command; or skip broken images with skip_broken=true."
+)
 
 
 class LabelledImages(Dataset, ABC):
-    """Image i as uint8 (3, size, size), ADM center crop, and its label.
+    """Images, uint8 (3, size, size), with labels.
+
+    ``classes`` are the names of the classes, ``indices`` their labels, ``labelled_by`` the source
+    of the labels (see `label_classes`), and ``class_names`` descriptions of the classes, if known.
+    ``said`` are messages about ignored files and ambiguous labels.
 
     Args:
-        reader: Reads an image.
-        skip_broken: `read` gives the reason for an image that cannot be read, instead of an error.
-        remedy: What the error for a broken image says should be done.
-
-    ``classes`` names the classes, ``indices`` are their labels, ``labelled_by`` says how these came about (`label_classes`),
-    ``class_names`` says what the classes are where that is known. ``said`` are sentences on what was ignored or may be meant otherwise.
+        reader: Reads an image file.
+        skip_broken: `read` returns the reason for an image that cannot be read, rather than raise.
+        remedy: What to do, for the error about a broken image.
     """
 
     classes: list[str]
@@ -54,37 +57,45 @@ class LabelledImages(Dataset, ABC):
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """The name of image `index` among these."""
+        """Return the name of image `index`, unique among these."""
 
     @abstractmethod
     def place(self, index: int) -> str:
-        """Where image `index` is, for people."""
+        """Return the location of image `index`, for messages."""
 
     @abstractmethod
     def file(self, index: int) -> Any:
-        """What PIL opens."""
+        """Return what PIL opens."""
 
     @abstractmethod
     def listing(self) -> str:
-        """16 hexadecimal digits over what there is, in its order: names or sizes of the image files, and labels."""
+        """Return a digest (16 hex digits) of the files (names or sizes) and labels, in order."""
 
     @abstractmethod
     def stamps(self, num: int) -> list[tuple[int, int]]:
-        """Of the first `num` images: bytes of the file, and a number that changes when it is written anew; -1 where that is not known."""
+        """Return (bytes, modification stamp) of the first `num` image files; -1 if unknown."""
 
     @abstractmethod
     def digest(self, index: int) -> int:
-        """64 bits of the SHA-256 of image file `index`; 0 where it cannot be read."""
+        """Return 64 bits of the SHA-256 of image file `index`; 0 if it cannot be read."""
 
     def read(self, index: int) -> tuple[Tensor | None, Note, str]:
-        """Pixels (3, size, size), what is worth saying of them, and "". With `skip_broken`: None and the reason, for a broken image."""
+        """Read an image.
+
+        Returns:
+            Pixels (3, size, size), notes about them, and an empty string. With `skip_broken`, for a
+            broken image: None, no notes, and the reason.
+
+        Raises:
+            ValueError: for a broken or ambiguous image, without `skip_broken`.
+        """
         try:
             return *self.reader.read(self.file(index)), ""
-        except BrokenImage as error:
+        except BrokenImageError as error:
             if self.skip_broken:
                 return None, Note(0), f"{self.place(index)}: {error}"
             raise ValueError(
-                f"{self.place(index)} is no readable image ({error}). {self.remedy}"
+                f"{self.place(index)} is not a readable image ({error}). {self.remedy}"
             ) from error
 
     def __getitem__(self, index: int) -> tuple[Tensor | None, int]:
@@ -92,7 +103,7 @@ class LabelledImages(Dataset, ABC):
 
 
 class ClassFolders(LabelledImages):
-    """``root/CLASS/*.JPEG``, with labels as `label_classes` says."""
+    """Images ``root/CLASS/*.JPEG``, labeled by `label_classes`."""
 
     def __init__(
         self, root: str | os.PathLike, *, class_to_idx: str | None = None, **reading: Any
@@ -101,8 +112,8 @@ class ClassFolders(LabelledImages):
         self.root = Path(root)
         if not self.root.is_dir():
             raise ValueError(
-                f"{root} is no folder of class folders with images. Give ImageNet's train/ (train/n01440764/*.JPEG, ...) or "
-                "an npz file."
+                f"{root} is not a folder of class folders with images. Give ImageNet's train/ "
+                "(train/n01440764/*.JPEG, ...) or an npz file."
             )
         found, ignored = find_class_folders(root)
         self.said = [f"Ignored in {root}: {sentence}." for sentence in ignored.sentences()]
@@ -115,49 +126,55 @@ class ClassFolders(LabelledImages):
             )
             beside = f" (it holds {'; '.join(ignored.sentences())})" if ignored.sentences() else ""
             raise ValueError(
-                f"{root} is no folder of class folders with images: {what}{beside}. Give ImageNet's train/ "
-                "(train/n01440764/*.JPEG, ...) or an npz file."
+                f"{root} is not a folder of class folders with images: {what}{beside}. Give "
+                "ImageNet's train/ (train/n01440764/*.JPEG, ...) or an npz file."
             )
         self.indices, self.labelled_by, said = label_classes(
             list(found), class_to_idx=class_to_idx, where=str(root)
         )
         if empty and self.labelled_by == "order":
             raise ValueError(
-                f"{len(empty)} of the {len(found)} class folders of {root} hold no images ({named(empty)}), and labels are "
-                "the order of the folders. Remove the empty ones, or give class_to_idx=order to count them."
+                f"{len(empty)} of the {len(found)} class folders of {root} hold no images "
+                f"({named(empty)}), and labels are the order of the folders. Remove the empty "
+                "folders, or give class_to_idx=order to count them."
             )
         self.said += [f"Class folders of {root} without images: {named(empty)}."] if empty else []
         self.said += said + _split_folders(root, found)
         self.classes, self.class_names = list(found), None
         nums = [len(names) for names in found.values()]
-        self.paths = np.array(
-            [name for names in found.values() for name in names]
-        )  # a list would be copied into each worker process
+        # An array, because each worker process would copy a list.
+        self.paths = np.array([name for names in found.values() for name in names])
         self.labels = np.repeat(np.array(self.indices, dtype=np.int64), nums)
 
     def name(self, index: int) -> str:
+        """Return the name of image `index`, unique among these."""
         return str(self.paths[index])
 
     def place(self, index: int) -> str:
+        """Return the location of image `index`, for messages."""
         return printable(str(self.root / self.name(index)))
 
     def file(self, index: int) -> Any:
-        return os.path.join(self.root, self.name(index))
+        """Return what PIL opens."""
+        return str(self.root / self.name(index))
 
     def listing(self) -> str:
+        """Return a digest of names or sizes, and labels, in order."""
         names = "\n".join(self.paths.tolist())
         return _digest(os.fsencode(names), self.labels.tobytes())
 
     def stamps(self, num: int) -> list[tuple[int, int]]:
-        return [_stamp(os.path.join(self.root, name)) for name in self.paths[:num].tolist()]
+        """Return (bytes, stamp) of the first `num` image files."""
+        return [_stamp(self.root / name) for name in self.paths[:num].tolist()]
 
     def digest(self, index: int) -> int:
+        """Return 64 bits of the SHA-256 of image file `index`."""
         try:
             path = self.file(index)
             if check_regular(path).st_size > self.reader.max_bytes:  # refused unread
                 return 0
             digest = hashlib.sha256()
-            with open(path, "rb") as file:
+            with Path(path).open("rb") as file:
                 while chunk := file.read(1 << 20):
                     digest.update(chunk)
             return _as_integer(digest)
@@ -166,8 +183,10 @@ class ClassFolders(LabelledImages):
 
 
 class PackedImages(LabelledImages):
-    """An npz file with ``blob``, the bytes of all image files, ``offsets`` (N + 1) into it, ``labels`` (N,), and optionally ``wnids`` (or
-    ``classes``) and ``names`` of the classes.
+    """Image files in an npz file.
+
+    Keys: ``blob``, the bytes of all image files; ``offsets`` (N + 1) into it; ``labels`` (N,); and
+    optionally ``wnids`` (or ``classes``) and ``names`` of the classes.
     """
 
     def __init__(
@@ -178,15 +197,15 @@ class PackedImages(LabelledImages):
         held, _ = read_npz(path, only=PACKED)
         if lacking := [name for name in ("blob", "offsets", "labels") if name not in held]:
             raise ArtifactError(
-                f"{path} has no {', '.join(lacking)}; an npz file of images holds blob (bytes of the image files), offsets "
-                "(N + 1) into it and labels (N,)."
+                f"{path} has no {', '.join(lacking)}; an npz file of images holds blob (bytes of "
+                "the image files), offsets (N + 1) into it and labels (N,)."
             )
-        self.blob, self.offsets = held["blob"], _whole_numbers(held["offsets"], "offsets", path)
-        labels = _whole_numbers(held["labels"], "labels", path)
+        self.blob, self.offsets = held["blob"], _as_int64(held["offsets"], "offsets", path)
+        labels = _as_int64(held["labels"], "labels", path)
         if self.blob.dtype != np.uint8 or self.blob.ndim != 1:
             raise ArtifactError(
-                f"'blob' of {path} is {self.blob.dtype} {self.blob.shape}; expected the bytes of all image files, uint8 of "
-                "one dimension."
+                f"'blob' of {path} is {self.blob.dtype} {self.blob.shape}; expected the bytes of "
+                "all image files, uint8 of one dimension."
             )
         offsets = self.offsets
         if (
@@ -195,8 +214,9 @@ class PackedImages(LabelledImages):
             or int(offsets[-1]) != self.blob.nbytes
         ):
             raise ArtifactError(
-                f"{path} is inconsistent: {len(offsets)} offsets up to {int(offsets[-1]) if len(offsets) else 0} for "
-                f"{len(labels)} labels and {self.blob.nbytes} bytes."
+                f"{path} is inconsistent: {len(offsets)} offsets up to "
+                f"{int(offsets[-1]) if len(offsets) else 0} for {len(labels)} labels and "
+                f"{self.blob.nbytes} bytes."
             )
         if offsets[0] != 0 or (np.diff(offsets) < 0).any():
             raise ArtifactError(
@@ -206,7 +226,8 @@ class PackedImages(LabelledImages):
         for key, given in (("wnids or classes", names), ("names", held.get("names"))):
             if given is not None and (given.ndim != 1 or given.dtype.kind not in "US"):
                 raise ArtifactError(
-                    f"{key!r} of {path} is {given.dtype} {given.shape}; expected one text for each class."
+                    f"{key!r} of {path} is {given.dtype} {given.shape}; expected one string per "
+                    "class."
                 )
         highest, lowest = int(labels.max()), int(labels.min())
         present = (
@@ -233,38 +254,49 @@ class PackedImages(LabelledImages):
         self.labels = relabel(labels, own, self.indices, where=str(path))
 
     def name(self, index: int) -> str:
+        """Return the name of image `index`, unique among these."""
         return str(index)
 
     def place(self, index: int) -> str:
+        """Return the location of image `index`, for messages."""
         return f"image {index} of {self.path}"
 
     def file(self, index: int) -> Any:
-        return io.BytesIO(self.blob[self.offsets[index] : self.offsets[index + 1]].tobytes())
+        """Return what PIL opens."""
+        return io.BytesIO(self._bytes(index))
 
     def listing(self) -> str:
+        """Return a digest of names or sizes, and labels, in order."""
         return _digest(self.offsets.tobytes(), self.labels.tobytes())
 
     def stamps(self, num: int) -> list[tuple[int, int]]:
+        """Return (bytes, stamp) of the first `num` image files."""
         return [
             (int(size), self.digest(i)) for i, size in enumerate(np.diff(self.offsets[: num + 1]))
         ]
 
     def digest(self, index: int) -> int:
-        return _as_integer(hashlib.sha256(self.blob[self.offsets[index] : self.offsets[index + 1]]))
+        """Return 64 bits of the SHA-256 of image file `index`."""
+        return _as_integer(hashlib.sha256(self._bytes(index)))
+
+    def _bytes(self, index: int) -> bytes:
+        return self.blob[self.offsets[index] : self.offsets[index + 1]].tobytes()
 
 
 def open_images(
     path: str | os.PathLike, *, image_size: int | None, **settings: Any
 ) -> LabelledImages:
-    """The images of a folder of class folders, or of an npz file.
+    """Open the images of a folder of class folders, or of an npz file.
 
     Args:
-        image_size: Of the ADM center crop; None: as they are.
-        settings: ``class_to_idx``, see `label_classes`; ``num_channels`` and ``max_pixels``, see `ImageReader`; ``skip_broken`` and
-            ``remedy``, see `LabelledImages`.
+        path: The folder or npz file.
+        image_size: Side of the ADM center crop, in pixels; None: no crop.
+        settings: ``class_to_idx`` (see `label_classes`), ``num_channels`` and ``max_pixels`` (see
+            `ImageReader`), ``skip_broken`` and ``remedy`` (see `LabelledImages`).
 
     Raises:
-        ValueError, ArtifactError: when they cannot be read; says what was expected.
+        ValueError: if there are no images or their labels are ambiguous.
+        ArtifactError: if the npz file is invalid.
     """
     of_reader = {
         name: settings.pop(name) for name in ("num_channels", "max_pixels") if name in settings
@@ -276,21 +308,25 @@ def open_images(
 
 
 def as_batch_item(images: LabelledImages, index: int) -> tuple[Tensor, int, int, str]:
-    """What a DataLoader collates: pixels, label, notes and reason; a broken image is black, and its label is -1."""
+    """Return pixels, label, notes and reason; a broken image is black with label -1."""
     pixels, notes, reason = images.read(index)
     if pixels is None:
         size = images.reader.image_size
+        assert size is not None  # images without a size cannot be collated
         return torch.zeros(images.reader.num_channels, size, size, dtype=torch.uint8), -1, 0, reason
     return pixels, int(images.labels[index]), int(notes), ""
 
 
-def _whole_numbers(array: np.ndarray, name: str, path: str | os.PathLike) -> np.ndarray:
+def _as_int64(array: np.ndarray, name: str, path: str | os.PathLike) -> np.ndarray:
     if array.dtype.kind not in "iu" or array.ndim != 1:
         raise ArtifactError(
-            f"{name!r} of {path} is {array.dtype} {array.shape}; expected whole numbers of one dimension."
+            f"{name!r} of {path} is {array.dtype} {array.shape}; expected integers of one "
+            "dimension."
         )
     if len(array) and int(array.max()) > np.iinfo(np.int64).max:
-        raise ArtifactError(f"{name!r} of {path} go up to {int(array.max())}.")
+        raise ArtifactError(
+            f"{name!r} of {path} has values up to {int(array.max())}; the limit is int64."
+        )
     return array.astype(np.int64)
 
 
@@ -302,19 +338,19 @@ def _texts(array: np.ndarray) -> list[str]:
 
 
 def _split_folders(root: str | os.PathLike, found: dict[str, list[str]]) -> list[str]:
-    """A sentence where class folders look like the parts of a data set, each with class folders of its own."""
+    """Return a warning if class folders look like the splits of a data set."""
     nested = all(name.count(os.sep) >= 2 for names in found.values() for name in names)
     if found and nested and all(name.lower() in SPLITS for name in found):
         return [
-            f"The class folders of {root} are {named(list(found))}, and their images are in folders of their own: if those are the "
-            f"classes, give {Path(root) / next(iter(found))}."
+            f"The class folders of {root} are {named(list(found))}, and their images are in "
+            f"subfolders: if those are the classes, give {Path(root) / next(iter(found))}."
         ]
     return []
 
 
-def _stamp(path: str) -> tuple[int, int]:
+def _stamp(path: Path) -> tuple[int, int]:
     try:
-        state = os.stat(path)
+        state = path.stat()
         return state.st_size, state.st_mtime_ns
     except OSError:
         return -1, -1

@@ -1,7 +1,8 @@
-"""Which image each sample of an extraction is of, so that it resumes after images were removed, and notices others that changed.
+"""The image of each sample of an extraction, to resume after removals and detect changes.
 
-``images.jsonl`` in the folder of latents: the extraction it belongs to, then one line a sample, ``[label, bytes of the file, time it was
-written, name]``. What is compared first are size and time; where those differ, the file's checksum with that in the shard.
+``images.jsonl`` in the folder of latents holds the extraction it belongs to, then one line per
+sample: ``[label, size of the file, modification time, name]``. Size and time are compared first;
+where they differ, the checksum of the file with that in the shard.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ GONE = -1
 
 @dataclass(kw_only=True)
 class Inventory:
-    """The images of an extraction's samples.
+    """The images of the samples of an extraction.
 
     Args:
         labels: (N,) int64.
-        stamps: Size and time of each image file, see `LabelledImages.stamps`.
-        names: Of the images.
-        places: (N,) of each among the images that are there now; `GONE` for one that was removed.
+        stamps: Size and time of each image file; see `LabelledImages.stamps`.
+        names: Names of the images.
+        places: (N,) index of each among the current images; `GONE` for a removed image.
     """
 
     labels: np.ndarray
@@ -43,7 +44,7 @@ class Inventory:
 
     @classmethod
     def of(cls, images: LabelledImages, *, num_samples: int) -> Inventory:
-        """Of the first `num_samples` images."""
+        """Build the inventory of the first `num_samples` images."""
         return cls(
             labels=images.labels[:num_samples],
             stamps=images.stamps(num_samples),
@@ -53,27 +54,27 @@ class Inventory:
 
     @property
     def gone(self) -> list[int]:
-        """Numbers of the samples whose images were removed."""
+        """Return the numbers of the samples whose images were removed."""
         return np.flatnonzero(self.places == GONE).tolist()
 
     def write(self, root: Path, info: LatentsInfo) -> None:
+        """Write ``images.jsonl`` to `root`, unless it is up to date."""
         lines = [json.dumps(info.as_dict())]
         lines += [
             json.dumps([label, *stamp, name])
             for label, stamp, name in zip(self.labels.tolist(), self.stamps, self.names)
         ]
         text, path = "\n".join(lines) + "\n", root / INVENTORY
-        if not (
-            path.is_file() and path.read_text(encoding="utf-8", errors="replace") == text
-        ):  # the folder may be read-only by now
+        # Compare first: the folder may be read-only.
+        if not path.is_file() or path.read_text(encoding="utf-8", errors="replace") != text:
             write_text(path, text)
 
     @classmethod
     def read(cls, root: Path) -> tuple[LatentsInfo, Inventory] | None:
-        """The extraction in `root` and its images; None where that is not known.
+        """Read the extraction in `root` and its images; None if there is no inventory.
 
         Raises:
-            ArtifactError: when the file is damaged.
+            ArtifactError: if the file is damaged.
         """
         path = root / INVENTORY
         if not path.exists():
@@ -100,16 +101,16 @@ class Inventory:
             )
         except (OSError, ValueError, TypeError, OverflowError, RecursionError) as error:
             raise ArtifactError(
-                f"{path} is damaged ({error}). Delete it to extract into {root} from the beginning."
+                f"{path} is damaged ({error}). Delete it to restart the extraction into {root}."
             ) from error
 
     def compared(self, images: LabelledImages, now: Inventory, *, all_images: bool) -> Comparison:
-        """What became of the images of these samples.
+        """Compare these images with the current ones.
 
         Args:
-            images: That are there now.
-            now: Of the first of them.
-            all_images: Whether images that are no sample of this inventory count as added, wherever they are.
+            images: The current images.
+            now: Inventory of the first of them.
+            all_images: Count every image outside this inventory as added, wherever it is.
         """
         current = [images.name(i) for i in range(len(images))]
         place_of = {name: place for place, name in enumerate(current)}
@@ -137,8 +138,13 @@ class Inventory:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What differs between the images of an extraction and those that are there now: numbers of samples, and names of other images.
-    Those in `changed` have another size or time.
+    """Differences between the images of an extraction and the current ones.
+
+    Args:
+        inventory: The images of the extraction, with their current places.
+        added: Names of new images.
+        relabelled: Numbers of the samples whose label changed.
+        changed: Numbers of the samples whose file has another size or time.
     """
 
     inventory: Inventory
@@ -147,12 +153,14 @@ class Comparison:
     changed: list[int]
 
     def named(self, slots: list[int]) -> str:
+        """Return the names of the images of samples, for messages."""
         return named([self.inventory.names[slot] for slot in slots])
 
 
 class Slots(Dataset):
-    """Sample by number: number, image, label, notes, why there is no image, and the checksum of its file; a sample without an image is
-    black, with the label -1.
+    """Samples as (number, image, label, notes, reason for no image, checksum of the file).
+
+    A sample without an image is black with label -1.
     """
 
     def __init__(self, images: LabelledImages, places: np.ndarray) -> None:
@@ -164,6 +172,7 @@ class Slots(Dataset):
     def __getitem__(self, number: int) -> tuple[int, Tensor, int, int, str, int]:
         if self.places[number] == GONE:
             size = self.images.reader.image_size
+            assert size is not None  # an extraction crops its images
             return number, torch.zeros(3, size, size, dtype=torch.uint8), -1, 0, "", 0
         place = int(self.places[number])
         return number, *as_batch_item(self.images, place), self.images.digest(place)

@@ -1,4 +1,4 @@
-"""What a folder of latents holds: the content of its ``latents.json``."""
+"""The description of a folder of latents, ``latents.json``."""
 
 from __future__ import annotations
 
@@ -15,32 +15,30 @@ from tinyfusion_pl.artifacts import ArtifactError
 
 FINISHED, UNFINISHED = "latents.json", "extraction.json"
 LABELLED_BY = ("order", "imagenet", "file", "class_to_idx")  # see `label_classes`
-CONTENTS = {
-    "moments": 2,
-    "sample": 1,
-}  # what is kept -> channels of it for each channel of a latent
-DTYPES = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2")}
+CONTENTS = {"moments": 2, "sample": 1}  # content -> stored channels per channel of a latent
+DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2")}
 
 
 @dataclass(frozen=True, kw_only=True)
 class LatentsInfo:
-    """What a folder of latents holds: the content of ``latents.json``.
+    """The content of ``latents.json``.
 
     Args:
         content: ``"moments"`` (mean and log-variance) or ``"sample"``.
         dtype: ``"float32"`` or ``"float16"``.
         latent_shape: (C, h, w) as a denoiser sees it.
-        num_samples, shard_size: Of all shards together, those of `skipped` included, and of each but the last.
+        num_samples: Samples in all shards, including `skipped`.
+        shard_size: Samples per shard, except the last.
         image_size: Height and width of the images.
         vae: `VAE.record`: source, num_channels, downsampling, scaling_factor, encoder.
-        images: Where the images were from.
-        listing: Of their names and labels, see `LabelledImages.listing`.
-        seed: Of kept samples' noise.
+        images: Source of the images.
+        listing: Digest of their names and labels; see `LabelledImages.listing`.
+        seed: Seed of the noise of stored samples.
         classes: Names of the classes.
-        class_names: What they are, where known.
-        indices: The label of each class; None: 0, 1, ...
-        labelled_by: How the labels came about, see `label_classes`.
-        skipped: Name -> number of the samples that are left out: their images were broken, or were removed.
+        class_names: Their descriptions, if known.
+        indices: Label of each class; None: 0, 1, ...
+        labelled_by: Source of the labels; see `label_classes`.
+        skipped: Name -> number of the samples whose images were broken or removed.
     """
 
     content: str
@@ -61,28 +59,31 @@ class LatentsInfo:
 
     @property
     def labels_per_class(self) -> list[int]:
-        """The label of each of `classes`."""
+        """Label of each of `classes`."""
         return list(range(len(self.classes))) if self.indices is None else self.indices
 
     @property
     def num_shards(self) -> int:
+        """Number of shards."""
         return math.ceil(self.num_samples / self.shard_size)
 
     @property
     def stored_shape(self) -> tuple[int, int, int]:
-        """(C', h, w)."""
+        """Shape (C', h, w) of a stored sample."""
         channels, height, width = self.latent_shape
         return channels * CONTENTS[self.content], height, width
 
     def samples(self, shard: int) -> range:
-        """Numbers of the samples in a shard."""
+        """Return the numbers of the samples in a shard."""
         return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.num_samples))
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the content for JSON."""
         return {**asdict(self), "latent_shape": list(self.latent_shape)}
 
     @classmethod
     def from_dict(cls, content: Any, path: Path) -> LatentsInfo:
+        """Check and convert the content of `path`; `ArtifactError` if it is invalid."""
         try:
             info = cls(**{**content, "latent_shape": tuple(content["latent_shape"])})
             _check_types(info)
@@ -93,17 +94,15 @@ class LatentsInfo:
         return info
 
     def fingerprint(self) -> str:
-        """16 hexadecimal digits over what decides the numbers, wherever images and VAE are: a shard says which extraction it is of."""
+        """Return a digest (16 hex digits) of `identity`, which each shard records."""
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:16]
 
     def identity(self) -> dict[str, Any]:
-        """What two extractions share that give the same numbers."""
+        """Return what determines the values, independent of where images and VAE are."""
         content = self.as_dict()
         content["vae"] = {key: value for key, value in self.vae.items() if key != "source"}
         if self.indices is None:
-            del content[
-                "indices"
-            ]  # what was extracted before there were such keeps its fingerprint
+            del content["indices"]  # keeps the fingerprints of older extractions
         return {
             key: value
             for key, value in content.items()
@@ -112,7 +111,7 @@ class LatentsInfo:
 
 
 def _check_types(info: LatentsInfo) -> None:
-    """ValueError, TypeError, KeyError or AttributeError for a description that cannot be one."""
+    """Raise ValueError, TypeError, KeyError or AttributeError for an invalid description."""
     numbers = {name: getattr(info, name) for name in ("num_samples", "shard_size", "image_size")}
     for name, value in {
         **numbers,
@@ -122,7 +121,8 @@ def _check_types(info: LatentsInfo) -> None:
             raise ValueError(f"{name} is {value!r:.80}")
     if info.content not in CONTENTS or info.dtype not in DTYPES or len(info.latent_shape) != 3:
         raise ValueError(
-            f"content is {info.content!r:.80}, dtype {info.dtype!r:.80}, latent_shape {info.latent_shape!r:.80}"
+            f"content is {info.content!r:.80}, dtype {info.dtype!r:.80}, latent_shape "
+            f"{info.latent_shape!r:.80}"
         )
     factor = info.vae["scaling_factor"]
     if (
@@ -140,7 +140,8 @@ def _check_types(info: LatentsInfo) -> None:
         or not isinstance(info.listing, str)
     ):
         raise ValueError(
-            f"labelled_by is {info.labelled_by!r:.80}, images {info.images!r:.80}, listing {info.listing!r:.80}"
+            f"labelled_by is {info.labelled_by!r:.80}, images {info.images!r:.80}, listing "
+            f"{info.listing!r:.80}"
         )
     if (
         not isinstance(info.classes, list)

@@ -1,4 +1,4 @@
-"""The one listing of image folders: what is found, in which order, and what is left out and why."""
+"""The listing of image folders: files, their order, and what is ignored and why."""
 
 from __future__ import annotations
 
@@ -28,54 +28,61 @@ NUM_NAMED = 3
 
 @dataclass
 class Ignored:
-    """What a listing left out: names by reason, and how often each ending of other files occurs."""
+    """What a listing ignored.
+
+    Args:
+        names: Reason -> names.
+        endings: Suffix of other files -> number of files.
+    """
 
     names: dict[str, list[str]] = field(default_factory=dict)
     endings: Counter[str] = field(default_factory=Counter)
 
     def add(self, reason: str, name: str) -> None:
+        """Add a name."""
         self.names.setdefault(reason, []).append(name)
 
     def sentences(self) -> list[str]:
-        """What was ignored, counted, with the first names."""
+        """Return what was ignored, with counts and the first names."""
         said = [f"{len(names)} {reason} ({named(names)})" for reason, names in self.names.items()]
         if self.endings:
             kinds = ", ".join(
-                f"{num} {ending or 'without an ending'}"
+                f"{num} {ending or 'without a suffix'}"
                 for ending, num in self.endings.most_common(4)
             )
-            said.append(
-                f"{sum(self.endings.values())} files that are no images by their ending ({kinds})"
-            )
+            said.append(f"{sum(self.endings.values())} files without an image suffix ({kinds})")
         return said
 
 
 def named(names: list[str]) -> str:
-    """The first names, and how many more there are."""
+    """Return the first names, and how many more there are."""
     more = f", and {len(names) - NUM_NAMED} more" if len(names) > NUM_NAMED else ""
     return ", ".join(printable(name) for name in names[:NUM_NAMED]) + more
 
 
 def is_clutter(name: str) -> bool:
-    """Whether a file or folder is of the operating system or a tool: hidden, ``__MACOSX``, ``Thumbs.db``, ..."""
+    """Return whether a name belongs to the system or a tool: hidden, ``__MACOSX``, ..."""
     return name.startswith(".") or name.lower() in CLUTTER
 
 
 def is_image(name: str) -> bool:
+    """Return whether a file name has an image suffix."""
     return name.lower().endswith(SUFFIXES)
 
 
 def find_images(root: str | os.PathLike) -> tuple[list[str], Ignored]:
-    """Names below `root` of all files with an image's ending, and what was ignored; linked folders count, numbers in names count (2
-    before 10).
+    """Return the names below `root` of all image files, and what was ignored.
+
+    Linked folders are followed, and numbers in names sort by value (2 before 10).
     """
     ignored = Ignored()
     return sorted(_walk(root, "", ignored), key=by_number), ignored
 
 
 def find_class_folders(root: str | os.PathLike) -> tuple[dict[str, list[str]], Ignored]:
-    """Class folder -> names below `root` of its images, in the order of torchvision's ``ImageFolder``, and what was ignored. Folders
-    whose names are numbers come by number.
+    """Return class folder -> names below `root` of its images, and what was ignored.
+
+    The order is that of torchvision's ``ImageFolder``, except that numeric names sort by value.
     """
     ignored, folders = Ignored(), []
     for name, is_folder in _entries(root, "", ignored):
@@ -93,16 +100,17 @@ def find_class_folders(root: str | os.PathLike) -> tuple[dict[str, list[str]], I
 
 
 def class_order(names: list[str]) -> list[str]:
-    """Names of class folders in the order of their labels: by number where all are numbers, else as text."""
+    """Sort class folders in label order: by value if all are numbers, else as text."""
     return sorted(names, key=by_number if all(is_number(name) for name in names) else None)
 
 
 def is_number(name: str) -> bool:
+    """Return whether a name consists of ASCII digits."""
     return name.isascii() and name.isdecimal()
 
 
 def by_number(name: str) -> tuple:
-    """A key that sorts numbers inside names by their value."""
+    """Sort key that orders numbers within names by value."""
     parts = (part for part in re.split(r"([0-9]+)", name) if part)
     return tuple((0, int(part), part) if is_number(part) else (1, 0, part) for part in parts)
 
@@ -110,9 +118,9 @@ def by_number(name: str) -> tuple:
 def _walk(
     root: str | os.PathLike, below: str, ignored: Ignored, ancestors: tuple = ()
 ) -> Iterator[str]:
-    identity = _identity(os.path.join(root, below))
+    identity = _identity(Path(root, below))
     if identity in ancestors:
-        ignored.add("links to a folder that they are in", below)
+        ignored.add("links to a folder that contains them", below)
         return
     for name, is_folder in _entries(root, below, ignored):
         if is_folder:
@@ -124,15 +132,13 @@ def _walk(
 
 
 def _entries(root: str | os.PathLike, below: str, ignored: Ignored) -> Iterator[tuple[str, bool]]:
-    """Names below `root` of what is in folder `below`, and whether each is a folder."""
+    """Yield the names below `root` of the entries of `below`, and whether each is a folder."""
     try:
-        entries = sorted(os.scandir(os.path.join(root, below)), key=lambda entry: entry.name)
+        entries = sorted(os.scandir(Path(root, below)), key=lambda entry: entry.name)
     except OSError as error:
-        raise ValueError(
-            f"Cannot list the folder {os.path.join(root, below)}: {error.strerror}."
-        ) from error
+        raise ValueError(f"Cannot list folder {Path(root, below)}: {error.strerror}.") from error
     for entry in entries:
-        name = os.path.join(below, entry.name)
+        name = f"{below}{os.sep}{entry.name}" if below else entry.name
         if is_clutter(entry.name):
             ignored.add("hidden files or folders", name)
         else:
@@ -147,5 +153,5 @@ def _is_folder(entry: os.DirEntry) -> bool:
 
 
 def _identity(path: str | os.PathLike) -> tuple[int, int]:
-    state = os.stat(path)
+    state = Path(path).stat()
     return state.st_dev, state.st_ino

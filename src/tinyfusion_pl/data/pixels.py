@@ -1,4 +1,4 @@
-"""Labelled images as they are, without a VAE: their pixels are the latents."""
+"""Labeled images without a VAE: the pixels are the latents."""
 
 from __future__ import annotations
 
@@ -14,29 +14,30 @@ from tinyfusion_pl.data.base import GenerationDataModule
 from tinyfusion_pl.data.real_images import RealImages
 from tinyfusion_pl.data.shards import get_generator
 
-MAX_BYTES = 4 * 2**30  # of all images, which are held in memory
+MAX_BYTES = 4 * 2**30  # of all images, which are in memory
 
 
 def decode_pixels(
     latents: Tensor, latent_shape: tuple[int, int, int], *, name: str = "The"
 ) -> Tensor:
-    """Pixels in [-1, 1] as uint8 (N, C, H, W); values outside are clamped.
+    """Convert pixels in [-1, 1], clamped, to uint8 (N, C, H, W).
 
     Raises:
-        ValueError: for latents of another shape, or values that are not finite.
+        ValueError: for latents of another shape, or values that are not finite; `name` is the
+            start of the message.
     """
     if latents.ndim != 4 or tuple(latents.shape[1:]) != tuple(latent_shape):
         expected = ", ".join(map(str, latent_shape))
-        raise ValueError(f"{name} latents are (N, {expected}); these are {tuple(latents.shape)}.")
+        raise ValueError(f"{name} latents are (N, {expected}), got {tuple(latents.shape)}.")
     if not torch.isfinite(latents).all():
         raise ValueError(
-            "The latents hold values that are not finite: the model that made them has diverged."
+            "The latents hold values that are not finite: the model that generated them diverged."
         )
     return (latents.float().clamp(-1, 1) + 1).mul(127.5).round().to(torch.uint8)
 
 
 class PixelSet(Dataset):
-    """Image i as ``x`` (C, H, W) in [-1, 1] and its label; one half of the draws is mirrored, by (seed, draw)."""
+    """Images ``x`` (C, H, W) in [-1, 1] and labels; half of the draws are mirrored."""
 
     def __init__(self, images: Tensor, labels: Tensor, *, mirror: bool, seed: int) -> None:
         self.images, self.labels, self.seed = images, labels, seed
@@ -46,7 +47,7 @@ class PixelSet(Dataset):
         return len(self.images)
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, Tensor]:
-        draw, index = key if self.takes_draws else (None, key)
+        draw, index = key if isinstance(key, tuple) else (None, key)
         image = self.images[index]
         if draw is not None and get_generator(self.seed, draw).random() < 0.5:
             image = image.flip(-1)
@@ -54,15 +55,20 @@ class PixelSet(Dataset):
 
 
 class PixelImages(GenerationDataModule):
-    """Labelled images as latents: x (N, 3, image_size, image_size) in [-1, 1], y (N,). They are held in memory, as uint8.
+    """Labeled images as latents: x (N, 3, image_size, image_size) in [-1, 1], y (N,).
+
+    The images are kept in memory as uint8.
 
     Args:
         root: Class folders, or an npz file of image files (``blob``, ``offsets``, ``labels``).
         file: Name of such an npz file in the folder `root`; None: `root` itself.
-        image_size: Of the ADM center crop.
-        num_classes: Classes of the model that is trained on them.
-        mirror: One half of the draws is mirrored left to right.
-        class_to_idx: How class folders become labels, see `label_classes`.
+        image_size: Side of the ADM center crop, in pixels.
+        num_classes: Number of classes of the model.
+        mirror: Mirror half of the draws left to right.
+        class_to_idx: How class folders become labels; see `label_classes`.
+        batch_size: Samples per batch and process.
+        seed: Seed of the order of samples and of mirroring.
+        num_workers: Worker processes that load samples.
 
     Raises:
         ValueError: for images that cannot be read, labels outside 0..num_classes - 1, or more
@@ -90,7 +96,8 @@ class PixelImages(GenerationDataModule):
         path = Path(root) if file is None else Path(root) / file
         if not path.exists():
             raise ValueError(
-                f"There are no images at {path}. Give data.root, class folders or an npz file of image files."
+                f"No images found at {path}. Give data.root, class folders or an npz file of image "
+                "files."
             )
         self.num_classes, self.mirror = num_classes, mirror
         self.latent_shape = (3, image_size, image_size)
@@ -101,34 +108,39 @@ class PixelImages(GenerationDataModule):
         size = len(self._real.images) * 3 * self.latent_shape[1] ** 2
         if size > MAX_BYTES:
             raise ValueError(
-                f"{self._real.path} has {len(self._real.images):,} images, {size / 2**30:.1f} GiB in memory; up to "
-                f"{MAX_BYTES / 2**30:.0f} GiB are read. Extract latents (task=extract_latents) and train on those."
+                f"{self._real.path} has {len(self._real.images):,} images, {size / 2**30:.1f} GiB "
+                f"in memory; the limit is {MAX_BYTES / 2**30:.0f} GiB. Extract latents "
+                "(task=extract_latents) and train on those."
             )
         found = self._real.classes(num_classes=self.num_classes)
         if not 0 <= found[0] <= found[-1] < self.num_classes:
             raise ValueError(
-                f"{self._real.path} has labels {found[0]} to {found[-1]}, and data.num_classes is {self.num_classes}: 0 to "
-                f"{self.num_classes - 1} were expected. Give the number of classes, or images of these."
+                f"{self._real.path} has labels {found[0]} to {found[-1]}, but data.num_classes is "
+                f"{self.num_classes}; expected 0 to {self.num_classes - 1}. Give the number of "
+                "classes, or images of these classes."
             )
         return self._real.images_and_labels
 
     def train_set(self) -> Dataset:
+        """Return all images, scaled to [-1, 1]."""
         images, labels = self._images_and_labels
         return PixelSet(images, labels.long(), mirror=self.mirror, seed=self.seed)
 
     @property
     def classes(self) -> list[int] | None:
+        """Labels of the images, ascending; None: all `num_classes`."""
         found = self._real.classes(num_classes=self.num_classes)
         return None if found == list(range(self.num_classes)) else found
 
     def samples_sha256(self) -> str:
+        """Return a checksum of all images and labels."""
         return state_sha256(dict(zip("xy", self._images_and_labels)))
 
     def decode(self, latents: Tensor) -> Tensor:
-        """[-1, 1] to 0..255, (N, 3, image_size, image_size), values outside clamped."""
+        """Scale [-1, 1] to 0..255, (N, 3, image_size, image_size), clamped."""
         return decode_pixels(latents, self.latent_shape)
 
     def reference_images(self) -> tuple[Tensor, Tensor]:
-        """All images, uint8 (N, 3, image_size, image_size), and their labels."""
+        """Return all images, uint8 (N, 3, image_size, image_size), and their labels."""
         images, labels = self._images_and_labels
         return images, labels.long()

@@ -1,4 +1,4 @@
-"""Random latents in real shards: data to try a recipe with where there are none."""
+"""Random latents in shards, to try out a recipe without data."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ BATCH_SIZE = 32
 def write_random_latents(
     root: Path, vae: VAE, *, image_size: int = 256, num_samples: int = 64, num_classes: int = 1000
 ) -> None:
-    """Write what an extraction with `vae` of `num_samples` images would, its mean and log-variance random; the same each time."""
+    """Write a finished extraction to `root`, with random means and log-variances.
+
+    The latents have the shape and scale of those of `vae`, and are the same on each call.
+    """
     info = LatentsInfo(
         content="moments",
         dtype="float32",
@@ -37,23 +40,18 @@ def write_random_latents(
     writer = ShardWriter(root, info, save_every=BATCH_SIZE)
     generator = torch.Generator().manual_seed(0)
     for numbers in writer.batches(BATCH_SIZE):
-        mean = (
-            torch.randn(len(numbers), 2, *info.latent_shape, generator=generator)
-            / vae.scaling_factor
-        )  # scaled: about 1
+        mean = torch.randn(len(numbers), 2, *info.latent_shape, generator=generator)
+        mean = mean / vae.scaling_factor  # standard deviation 1 once scaled
         moments = torch.cat([mean, torch.full_like(mean, -4.0)], 2)  # (n, 2, 2C, h, w)
-        writer.add(
-            torch.tensor(numbers),
-            moments,
-            torch.randint(num_classes, (len(numbers),), generator=generator),
-        )
+        labels = torch.randint(num_classes, (len(numbers),), generator=generator)
+        writer.add(torch.tensor(numbers), moments, labels)
     finish(root, info)
 
 
 def random_images(
     image_size: int, *, num_samples: int = 16, num_classes: int = 1000
 ) -> tuple[Tensor, Tensor]:
-    """uint8 noise (num_samples, 3, image_size, image_size) and labels (num_samples,); the same each time."""
+    """Return uint8 noise (num_samples, 3, image_size, image_size) and labels, always the same."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(
         256, (num_samples, 3, image_size, image_size), dtype=torch.uint8, generator=generator

@@ -63,8 +63,11 @@ OF_THIS_FILE = (
 )
 
 
-class BrokenImage(ValueError):
-    """An image that cannot be read, or can be read in two ways; the text says why."""
+class BrokenImageError(ValueError):
+    """An image that is broken or ambiguous; the message is the reason."""
+
+
+BrokenImage = BrokenImageError  # old name
 
 
 class Note(IntFlag):
@@ -123,7 +126,7 @@ class ImageReader:
         """The pixels of an image file (a path, or an open file in memory), and what is worth saying of it.
 
         Raises:
-            BrokenImage: when it is no image that can be read in one way, or of more than `max_pixels`.
+            BrokenImageError: if it is broken, ambiguous, or larger than `max_pixels`.
             ArtifactError: when it may be whole, but the disk or the network it is on fails.
         """
         from PIL import Image, UnidentifiedImageError
@@ -133,16 +136,16 @@ class ImageReader:
                 self._check_file(file)
             with self._bounded(), Image.open(file, formats=_formats(file)) as image:
                 return self._convert(image)
-        except BrokenImage:
+        except BrokenImageError:
             raise
         except UnidentifiedImageError as error:
-            raise BrokenImage("its content is of no known image format") from error
+            raise BrokenImageError("its content is of no known image format") from error
         except OSError as error:
             if error.errno not in OF_THIS_FILE:
                 raise ArtifactError(f"Cannot read {file}: {error.strerror}.") from error
-            raise BrokenImage(_said(error)) from error
+            raise BrokenImageError(_said(error)) from error
         except Exception as error:  # for bytes that are no image PIL's decoders raise whatever they run into, MemoryError included
-            raise BrokenImage(
+            raise BrokenImageError(
                 self._too_large(error) if _is_bomb(error) else _said(error)
             ) from error
 
@@ -153,7 +156,7 @@ class ImageReader:
 
     def _convert(self, image: Any) -> tuple[Tensor, Note]:
         if image.width * image.height > self.max_pixels:
-            raise BrokenImage(
+            raise BrokenImageError(
                 f"it has {image.width * image.height} pixels, more than max_pixels={self.max_pixels}"
             )
         image.load()
@@ -175,11 +178,11 @@ class ImageReader:
             cause = error.__cause__
             if isinstance(cause, OSError) and cause.errno not in OF_THIS_FILE:
                 raise
-            raise BrokenImage(str(error).rstrip(".")) from error
+            raise BrokenImageError(str(error).rstrip(".")) from error
         if not size:
-            raise BrokenImage("the file is empty")
+            raise BrokenImageError("the file is empty")
         if size > self.max_bytes:
-            raise BrokenImage(
+            raise BrokenImageError(
                 f"{size} bytes are more than an image of max_pixels={self.max_pixels} takes"
             )
 
@@ -227,7 +230,7 @@ def _eight_bits(image: Any) -> tuple[Any, Note]:
         bits = 12 if _bits_per_sample(image) == 12 else 16
         highest, largest = int(values.max()), 2**bits - 1
         if 0 < highest <= 255:
-            raise BrokenImage(
+            raise BrokenImageError(
                 f"it has 16 bits, but no value above {highest}: 8-bit values in a 16-bit file, or an almost black image? "
                 "Save it with 8 bits"
             )
@@ -237,7 +240,7 @@ def _eight_bits(image: Any) -> tuple[Any, Note]:
     if mode in ("I", "F"):
         low, high = (f"{each:g}" for each in (np.asarray(image).min(), np.asarray(image).max()))
         kind, other = ("32-bit integers", "0..65535") if mode == "I" else ("floats", "0..1")
-        raise BrokenImage(
+        raise BrokenImageError(
             f"it is of mode {mode!r}: {kind} between {low} and {high}, which may mean {other} or 0..255. Save it with 8 or "
             "16 bits"
         )
@@ -267,7 +270,7 @@ def _is_animated(image: Any) -> bool:
 
 
 def _bits_per_sample(image: Any) -> int | None:
-    bits = getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE)
+    bits: Any = getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE)
     return bits[0] if isinstance(bits, tuple) and bits else bits
 
 

@@ -1,4 +1,4 @@
-"""Real images that samples are held against, and which of the model's classes they are of."""
+"""Real images to compare samples with, and their classes."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from tinyfusion_pl.data.images import LabelledImages, open_images
 from tinyfusion_pl.data.reading import Note, describe_notes
 
 REMEDY = (
-    "Remove it; or make a reference file, which may leave such images out: task=reference reference.files.skip_broken=true, then "
-    "evaluate.reference=FILE.npz."
+    "Remove it; or make a reference file without broken images (task=reference "
+    "reference.files.skip_broken=true) and give evaluate.reference=FILE.npz."
 )
 
 
 class RealImages:
-    """The images of class folders, or of an npz file of image files, all in memory once they were asked for.
+    """The images of class folders, or of an npz file of image files, loaded into memory on use.
 
     Args:
-        path: Of them.
-        image_size: Of the ADM center crop.
-        class_to_idx: See `label_classes`.
+        path: The folder or npz file.
+        image_size: Side of the ADM center crop, in pixels.
+        class_to_idx: How class folders become labels; see `label_classes`.
     """
 
     def __init__(
@@ -36,6 +36,7 @@ class RealImages:
 
     @cached_property
     def images(self) -> LabelledImages:
+        """The image files, opened once; warns about ignored files."""
         images = open_images(
             self.path, image_size=self.image_size, class_to_idx=self.class_to_idx, remedy=REMEDY
         )
@@ -45,10 +46,12 @@ class RealImages:
 
     @cached_property
     def images_and_labels(self) -> tuple[Tensor, Tensor]:
-        """uint8 (N, 3, size, size) and (N,)."""
-        read, counts = [], Counter()
+        """Images, uint8 (N, 3, size, size), and labels (N,)."""
+        read: list[Tensor] = []
+        counts: Counter[Note] = Counter()
         for i in range(len(self.images)):
             pixels, notes, _ = self.images.read(i)
+            assert pixels is not None  # a broken image is an error without skip_broken
             read.append(pixels)
             counts.update(note for note in Note if note in notes)
         for sentence in describe_notes(counts):
@@ -56,10 +59,10 @@ class RealImages:
         return torch.stack(read), torch.from_numpy(self.images.labels)
 
     def classes(self, *, num_classes: int) -> list[int]:
-        """Labels that the images have, ascending.
+        """Return the labels of the images, ascending.
 
         Raises:
-            ValueError: when they are not among the `num_classes` classes of a model, or may be others of them.
+            ValueError: if they are not, or may not be, the `num_classes` classes of a model.
         """
         found = disagreement(
             self.images.classes,
@@ -69,7 +72,8 @@ class RealImages:
         )
         if found is not None:
             raise ValueError(
-                f"data.images={self.path}: {found[0]}. Give data.class_to_idx=FILE, a JSON file {{name: label}}, "
-                "data.class_to_idx=imagenet where the names are wnids, or data.class_to_idx=order if 0, 1, ... is right."
+                f"data.images={self.path}: {found[0]}. Give data.class_to_idx=FILE, a JSON file "
+                "{name: label}; data.class_to_idx=imagenet if the names are wnids; or "
+                "data.class_to_idx=order if 0, 1, ... is right."
             )
         return sorted(set(self.images.labels.tolist()))

@@ -1,7 +1,8 @@
-"""The order of training: an endless stream of samples, a pure function of (seed, epoch), that can start anywhere."""
+"""The order of training samples: an endless stream, a pure function of seed and position."""
 
 from collections.abc import Callable, Iterator
 from functools import lru_cache
+from typing import Any, cast
 
 import numpy as np
 from torch.utils.data import DataLoader, DistributedSampler
@@ -9,21 +10,28 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 @lru_cache(maxsize=2)
 def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
-    """The permutation of 0..num_samples-1 in which epoch `epoch` is seen."""
+    """Return the permutation of 0..num_samples-1 of an epoch."""
     order = np.random.default_rng((seed, epoch)).permutation(num_samples)
-    order.flags.writeable = False  # the cache hands the same array to everyone
+    order.flags.writeable = False  # the cache shares the array
     return order
 
 
 class StreamSampler(DistributedSampler):
-    """One process's part of the stream of all epochs laid end to end, each epoch a fresh permutation of all samples.
+    """The share of one process in a stream of epochs, each a new permutation of all samples.
 
-    Draw i of the stream is sample ``epoch_order(i // num_samples)[i % num_samples]``; process `rank` of `num_replicas`
-    takes every num_replicas-th draw. Iterating begins at draw ``first_draw()``, asked anew each time (so that a resumed
-    or a second pass goes on where the last one ended), and gives `num_draws` draws, each as the sample's index or, `with_draws`, as
-    ``(draw, index)``.
+    Draw i of the stream is sample ``epoch_order(i // num_samples)[i % num_samples]``; process
+    `rank` of `num_replicas` takes every num_replicas-th draw. It subclasses `DistributedSampler` so
+    that Lightning does not replace it, whatever its `use_distributed_sampler`.
 
-    It is a `DistributedSampler` so that Lightning, whatever its `use_distributed_sampler`, leaves it in place.
+    Args:
+        num_samples: Number of samples in the dataset.
+        num_draws: Draws per iteration and process.
+        seed: Seed of the permutations.
+        rank: Rank of this process.
+        num_replicas: Number of processes.
+        first_draw: Returns the draw at which an iteration starts; called each time, so that a
+            resumed or second pass continues where the last one ended.
+        with_draws: Yield ``(draw, index)`` rather than the index of the sample.
     """
 
     def __init__(
@@ -37,7 +45,9 @@ class StreamSampler(DistributedSampler):
         first_draw: Callable[[], int] = lambda: 0,
         with_draws: bool = False,
     ) -> None:
-        super().__init__(range(num_samples), num_replicas=num_replicas, rank=rank, seed=seed)
+        samples = cast(Any, range(num_samples))  # only its length is used
+        super().__init__(samples, num_replicas=num_replicas, rank=rank, seed=seed)
+        self.num_samples_per_epoch = num_samples
         self.num_draws = num_draws
         self.first_draw = first_draw
         self.with_draws = with_draws
@@ -51,21 +61,28 @@ class StreamSampler(DistributedSampler):
         return self.num_draws
 
     def draw(self, i: int) -> int:
-        """The index of the sample that draw i of the whole stream sees."""
-        epoch, place = divmod(i, len(self.dataset))
-        return int(epoch_order(len(self.dataset), self.seed, epoch)[place])
+        """Return the sample index of draw i of the whole stream."""
+        num_samples = self.num_samples_per_epoch
+        epoch, position = divmod(i, num_samples)
+        return int(epoch_order(num_samples, self.seed, epoch)[position])
 
 
 class StreamLoader(DataLoader):
-    """A `DataLoader` over a `StreamSampler`. Having a state tells Lightning that it can be resumed in mid-epoch.
+    """A `DataLoader` over a `StreamSampler`; its state tells Lightning that it resumes mid-epoch.
 
-    The position itself is restored through the data module, which Lightning does earlier, before a loader can exist.
+    The data module restores the position, because Lightning restores it before the loader exists.
     """
 
     def state_dict(self) -> dict[str, int]:
-        return {"num_draws": self.sampler.first_draw()}
+        """Return the position in the stream."""
+        return {"num_draws": self._first_draw()}
+
+    def _first_draw(self) -> int:
+        assert isinstance(self.sampler, StreamSampler)
+        return self.sampler.first_draw()
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        assert state["num_draws"] == self.sampler.first_draw(), (
+        """Check that the data module restored the same position."""
+        assert state["num_draws"] == self._first_draw(), (
             "the data module and the loader disagree on the position"
         )

@@ -1,13 +1,16 @@
-"""Latents in a few large files: shard k holds the samples k * shard_size to (k + 1) * shard_size - 1, each as it is and mirrored.
+"""Latents in a few large files, each image as is and mirrored.
 
-A folder of latents is ``latents.json`` (what they are, written last: a folder without it is unfinished) and ``shard-00000.safetensors``,
-..., each with ``latents`` (n, 2, C', h, w), the second place being the image as it is or mirrored, ``labels`` (n,) int64, and, of an
-extraction, ``digests`` (n,) int64, the first 64 bits of the SHA-256 of each image's file (0 where there was none). C' is 2C where mean
-and log-variance are kept, C where a sample is. Values are those of the VAE: the scaling factor is in ``latents.json``, and is applied when
-they are read.
+Shard k holds the samples k * shard_size to (k + 1) * shard_size - 1. A folder of latents consists
+of ``latents.json``, the description, written last (a folder without it is unfinished), and
+``shard-00000.safetensors``, ..., each with ``latents`` (n, 2, C', h, w), whose second dimension is
+the image as is or mirrored; ``labels`` (n,) int64; and, if extracted here, ``digests`` (n,) int64,
+the first 64 bits of the SHA-256 of each image file (0 if there was none). C' is 2C for mean and
+log-variance and C for a sample. Values are unscaled; the scaling factor in ``latents.json`` is
+applied on reading.
 
-One sample's numbers lie together, so a training draw is one positional read. That was measured to be as quick as memory mapping, and it
-fails with an error that names the file, where a mapped file that was cut or lost ends the process by a signal (docs/latents.md).
+The values of one sample are contiguous, so a training draw is one positional read. This is as fast
+as memory mapping (measured), and fails with an error that names the file; a truncated or lost
+mapped file kills the process by a signal (docs/latents.md).
 """
 
 from __future__ import annotations
@@ -18,14 +21,14 @@ import os
 import stat
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from tinyfusion_pl.artifacts import ArtifactError, read_json
 from tinyfusion_pl.data.latents_info import DTYPES, FINISHED, UNFINISHED, LatentsInfo
 
-VIEWS = 2  # as it is, mirrored
+VIEWS = 2  # as is, mirrored
 DIGESTS = "digests"
 NUM_NAMED = 5
 MAX_BROKEN = 1000
@@ -44,29 +47,35 @@ MAX_OPEN = 128
 
 
 def shard_path(root: str | os.PathLike, number: int) -> Path:
+    """Return the path of a shard."""
     return Path(root) / f"shard-{number:05d}.safetensors"
 
 
 class LatentShards:
-    """The samples in a folder of shards, read one by one in any order, in any number of processes.
+    """The samples in a folder of shards, read in any order, in any number of processes.
 
-    ``info`` says what they are; ``labels`` (N,) are in memory. Samples that the extraction left out are not among the N.
+    ``info`` describes them; ``labels`` (N,) are in memory. The N samples exclude those that the
+    extraction skipped.
 
     Raises:
-        ArtifactError: when the folder is unfinished, or a shard is missing, truncated, or of another extraction; names each.
+        ArtifactError: if the folder is unfinished, or a shard is missing, truncated, or of another
+            extraction.
     """
 
     def __init__(self, root: str | os.PathLike) -> None:
         self.root = Path(root)
         if not (self.root / FINISHED).is_file():
             what = (
-                "holds an extraction that is not finished: run the same task=extract_latents command again, it goes on where it was"
+                "holds an unfinished extraction: rerun the same task=extract_latents command to "
+                "resume it"
                 if (self.root / UNFINISHED).exists()
-                else f"holds no {FINISHED}: task=extract_latents makes such a folder"
+                else f"holds no {FINISHED}: create such a folder with task=extract_latents"
             )
             raise ArtifactError(f"{self.root} {what}.")
         self.info = LatentsInfo.from_dict(read_json(self.root / FINISHED), self.root / FINISHED)
-        self.offsets, labels, broken = [], [], []
+        self.offsets: list[int] = []
+        labels: list[np.ndarray] = []
+        broken: list[str] = []
         for shard in range(self.info.num_shards):
             try:
                 offset, found = check_shard(self.root, self.info, shard)
@@ -75,13 +84,14 @@ class LatentShards:
             except UNUSABLE as error:
                 broken.append(f"{shard_path(self.root, shard)} ({_reason(error)})")
                 if len(broken) > MAX_BROKEN:
-                    break  # a damaged description may speak of any number
+                    break  # a damaged description may have any number of shards
         if broken:
             more = f", and {len(broken) - NUM_NAMED} more" if len(broken) > NUM_NAMED else ""
             named = ", ".join(broken[:NUM_NAMED]) + more
             raise ArtifactError(
-                f"{len(broken)} of {self.info.num_shards} shards cannot be used: {named}. Copy them again, or "
-                f"delete them and {FINISHED} and extract again: only what is missing is made."
+                f"{len(broken)} of {self.info.num_shards} shards cannot be used: {named}. Copy "
+                f"them again, or delete them and {FINISHED} and extract again: only what is "
+                "missing is extracted."
             )
         stored = np.concatenate(labels)
         kept = np.ones(len(stored), dtype=bool)
@@ -93,11 +103,11 @@ class LatentShards:
                 else "all samples are left out"
             )
             raise ArtifactError(
-                f"{self.root / FINISHED} and the labels in the shards disagree: {what}. Extract again."
+                f"{self.root / FINISHED} does not match the labels in the shards: {what}. Extract "
+                "again."
             )
-        self.slots = (
-            np.flatnonzero(kept) if self.info.skipped else None
-        )  # sample -> its place in the shards; None: the same
+        # Sample -> its index in the shards; None: the same.
+        self.slots = np.flatnonzero(kept) if self.info.skipped else None
         self.labels = stored[kept]
         self._files: dict[int, Any] = {}
 
@@ -108,28 +118,26 @@ class LatentShards:
         return {**self.__dict__, "_files": {}}  # another process opens its own
 
     def read(self, index: int, view: int) -> np.ndarray:
-        """What is kept of sample `index`, (C', h, w) float32, of its image as it is (`view` 0) or mirrored (1); see `read_many`."""
+        """Return sample `index`, (C', h, w) float32, as is (`view` 0) or mirrored (1)."""
         return self.read_many([index], [view])[0]
 
     def read_many(self, indices: Sequence[int], views: Sequence[int]) -> np.ndarray:
-        """What is kept of several samples, (n, C', h, w) float32.
+        """Return several samples, (n, C', h, w) float32.
 
         Raises:
-            ArtifactError: when a shard is gone, cut or unreadable by now, or holds values that are not finite, above `MAX_STORED`, or all
-                the same; names it.
+            ArtifactError: if a shard is now missing, truncated or unreadable, or holds values that
+                are not finite, above `MAX_STORED`, or constant.
         """
         if self.slots is not None:
             indices = self.slots[list(indices)].tolist()
-        stored = np.empty((len(indices), *self.info.stored_shape), DTYPES[self.info.dtype])
+        dtype: np.dtype[Any] = DTYPES[self.info.dtype]
+        stored = np.empty((len(indices), *self.info.stored_shape), dtype)
         for row, index, view in zip(stored, indices, views):
             self._read_into(row, index, view)
         values = stored.astype(np.float32, copy=False)
         for index, each in zip(indices, values):
-            highest, lowest, means = (
-                each.max(),
-                each.min(),
-                each[: self.info.latent_shape[0]],
-            )  # of a kept sample: all of it
+            highest, lowest = each.max(), each.min()
+            means = each[: self.info.latent_shape[0]]  # of a stored sample: all of it
             if max(highest, -lowest) <= MAX_STORED and (
                 means.size == 1 or means.max() > means.min()
             ):  # false for NaN, too
@@ -142,13 +150,14 @@ class LatentShards:
                 else "values that are not finite"
             )
             raise ArtifactError(
-                f"Sample {index} in shard {self._get_path(index)} holds {what}: the file is damaged. "
-                f"Delete it and {FINISHED} and extract again: only what is missing is made."
+                f"Sample {index} in shard {self._get_path(index)} holds {what}: the file is "
+                f"damaged. Delete it and {FINISHED} and extract again: only what is missing is "
+                "extracted."
             )
         return values
 
     def close(self) -> None:
-        """Close the files that are open; reading opens them again."""
+        """Close the open files; reading reopens them."""
         while self._files:
             self._files.popitem()[1].close()
 
@@ -156,18 +165,17 @@ class LatentShards:
         shard, place = divmod(index, self.info.shard_size)
         try:
             file = self._files.get(shard) or self._open(shard)
-            num_read = os.preadv(
-                file.fileno(), [row], self.offsets[shard] + (place * VIEWS + view) * row.nbytes
-            )
+            offset = self.offsets[shard] + (place * VIEWS + view) * row.nbytes
+            num_read = os.preadv(file.fileno(), [cast(Any, row)], offset)
         except OSError as error:
             raise ArtifactError(
-                f"Sample {index} cannot be read: shard {self._get_path(index)}: {error.strerror}. It was there when "
-                "training began; put it back, and the same command goes on."
+                f"Sample {index} cannot be read: shard {self._get_path(index)}: {error.strerror}. "
+                "It existed when training began; restore it and rerun the same command to resume."
             ) from error
         if num_read != row.nbytes:
             raise ArtifactError(
-                f"Sample {index} cannot be read: shard {self._get_path(index)} was whole when training began and is "
-                "cut now. Put it back, and the same command goes on."
+                f"Sample {index} cannot be read: shard {self._get_path(index)} was truncated since "
+                "training began. Restore it and rerun the same command to resume."
             )
 
     def _get_path(self, index: int) -> Path:
@@ -176,20 +184,20 @@ class LatentShards:
     def _open(self, shard: int) -> Any:
         if len(self._files) >= MAX_OPEN:
             self._files.pop(next(iter(self._files))).close()
-        self._files[shard] = open(shard_path(self.root, shard), "rb", buffering=0)
+        self._files[shard] = shard_path(self.root, shard).open("rb", buffering=0)
         return self._files[shard]
 
 
 def check_shard(root: Path, info: LatentsInfo, shard: int) -> tuple[int, np.ndarray]:
-    """Where a shard's latents begin in its file, and its labels, after header and size were held against what they must be.
+    """Check header and size of a shard; return the offset of its latents, and its labels.
 
     Raises:
-        UNUSABLE: when they are not that; see `_reason`.
+        UNUSABLE: if they are not as expected; see `_reason`.
     """
     path, num = shard_path(root, shard), len(info.samples(shard))
     header, begin, size = read_header(path)
     if header.get("__metadata__") != shard_metadata(info, shard):
-        raise ValueError("it is of another extraction, or of another place in this one")
+        raise ValueError("it belongs to another extraction, or is another shard of this one")
     expected = {"latents": [num, VIEWS, *info.stored_shape], "labels": [num]}
     expected |= {DIGESTS: [num]} if DIGESTS in header else {}
     if (shapes := {name: header[name]["shape"] for name in expected}) != expected:
@@ -202,7 +210,8 @@ def check_shard(root: Path, info: LatentsInfo, shard: int) -> tuple[int, np.ndar
     for name, dtype in ((name, dtypes[name]) for name in expected):
         if header[name]["dtype"] != dtype:
             raise ValueError(
-                f"it holds {header[name]['dtype']} instead of {info.dtype if name == 'latents' else 'int64'}"
+                f"it holds {header[name]['dtype']} instead of "
+                f"{info.dtype if name == 'latents' else 'int64'}"
             )
         first, last = header[name]["data_offsets"]
         num_bytes = math.prod(expected[name]) * (
@@ -210,34 +219,38 @@ def check_shard(root: Path, info: LatentsInfo, shard: int) -> tuple[int, np.ndar
         )
         if type(first) is not int or first < 0 or last - first != num_bytes:
             raise ValueError(
-                f"its header gives {name} the bytes {first} to {last} instead of {num_bytes} bytes"
+                f"in its header {name} has the bytes {first} to {last} instead of {num_bytes} bytes"
             )
     if size != (end := begin + max(header[name]["data_offsets"][1] for name in expected)):
         raise ValueError(f"it has {size} bytes instead of {end}")
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         file.seek(begin + header["labels"]["data_offsets"][0])
         labels = np.frombuffer(file.read(8 * num), "<i8")
     return begin + header["latents"]["data_offsets"][0], labels
 
 
 def shard_metadata(info: LatentsInfo, shard: int) -> dict[str, str]:
-    """What a shard's header says of its place. One entry: safetensors writes several in a random order."""
+    """Return the metadata of a shard: one entry, as safetensors writes several in random order."""
     return {"shard": f"{shard} of {info.fingerprint()}"}
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], int, int]:
-    """A safetensors file's header, where its data begin, and its size in bytes. ValueError for what is no such file."""
+    """Read the header of a safetensors file; return it, the offset of the data, and the file size.
+
+    Raises:
+        ValueError: for another file.
+    """
     state = path.stat()
     if not stat.S_ISREG(state.st_mode):
-        raise ValueError("it is no regular file")
+        raise ValueError("it is not a regular file")
     size = state.st_size
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= size - 8:
-            raise ValueError("it is cut, or no safetensors file")
+            raise ValueError("it is truncated, or not a safetensors file")
         header = json.loads(file.read(length))
     if not isinstance(header, dict):
-        raise ValueError("it is no safetensors file")
+        raise ValueError("it is not a safetensors file")
     return header, 8 + length, size
 
 
@@ -245,24 +258,25 @@ def _reason(error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
         return "it is missing"
     if isinstance(error, (json.JSONDecodeError, UnicodeDecodeError)):
-        return "it is no safetensors file"
+        return "it is not a safetensors file"
     return f"it has no {error}" if isinstance(error, KeyError) else str(error)
 
 
 def posterior_sample(moments: np.ndarray, noise: np.ndarray) -> np.ndarray:
-    """A sample (..., C, h, w) of the Gaussian with mean and log-variance `moments` (..., 2C, h, w), by standard normal `noise`.
+    """Return a sample (..., C, h, w) of the Gaussian with mean and log-variance `moments`.
 
-    The log-variance is clamped to [-30, 20], as diffusers' ``DiagonalGaussianDistribution`` does.
+    `moments` is (..., 2C, h, w) and `noise` standard normal (..., C, h, w). The log-variance is
+    clamped to [-30, 20], as in diffusers' ``DiagonalGaussianDistribution``.
     """
     mean, log_variance = np.split(moments, 2, axis=-3)
     return mean + np.exp(0.5 * np.clip(log_variance, -30, 20)) * noise  # (..., C, h, w)
 
 
 def get_generator(seed: int, number: int) -> np.random.Generator:
-    """Random numbers that are a function of (seed, number) alone: a counter-based generator (Philox) with that key."""
+    """Return a generator (Philox, counter-based) that depends on (seed, number) alone."""
     return np.random.Generator(np.random.Philox(key=[seed, number]))
 
 
 def normal(generator: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """Standard normal noise, float32."""
+    """Return standard normal noise, float32."""
     return generator.standard_normal(shape, dtype=np.float32)

@@ -1,4 +1,4 @@
-"""Quality of generated images: FID, sFID, Inception score, precision, recall, accuracy over a feature network of one's choice."""
+"""Metrics of generated images: FID, sFID, Inception score, precision, recall, accuracy, KID."""
 
 from tinyfusion_pl.metrics import functional
 from tinyfusion_pl.metrics.accuracy import LabelAccuracy

@@ -1,4 +1,4 @@
-"""How often a classifier names generated images as the classes they were asked to be."""
+"""Accuracy of a classifier on generated images, against the classes they were generated for."""
 
 from __future__ import annotations
 
@@ -12,52 +12,58 @@ from tinyfusion_pl.metrics.features import Features
 
 
 class LabelAccuracy(FeatureMetric):
-    """The share of images whose largest logit is their label; images without labels give no accuracy.
+    """The share of images whose largest logit is their label; no accuracy without labels.
 
     Args:
         num_classes: Width of the logits.
-        kwargs: See `FeatureMetric`.
+        of: Tensor of `Features` that holds the logits.
+        kwargs: Arguments of `FeatureMetric`.
     """
 
     higher_is_better = True
     needs_reference = False
+    num_correct: Tensor
+    num_labeled: Tensor
+    num_images: Tensor
 
     def __init__(self, num_classes: int, *, of: str = "logits", **kwargs: Any) -> None:
         super().__init__(of=of, num_features=num_classes, **kwargs)
-        for name in ("right", "labelled", "seen"):
+        for name in ("num_correct", "num_labeled", "num_images"):
             self.add_state(name, torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(
         self, logits: Features | Tensor, labels: Tensor | None = None, *, real: bool = False
     ) -> None:
-        """Add logits (N, classes) of images that should be `labels` (N,)."""
+        """Add logits (N, classes) of images that were generated for `labels` (N,)."""
         if real:
             return
-        x = self._rows(logits)
+        x = self._select_rows(logits)
         if labels is not None:
             labels = labels.to(x.device)
             self.check_labels(labels, len(x))
-            self.right = self.right + (x.argmax(1) == labels).sum()
-            self.labelled = self.labelled + len(x)
-        self.seen = self.seen + len(x)
+            self.num_correct = self.num_correct + (x.argmax(1) == labels).sum()
+            self.num_labeled = self.num_labeled + len(x)
+        self.num_images = self.num_images + len(x)
 
     def check_labels(self, labels: Tensor, num: int) -> None:
-        """`ValueError` unless `labels` are `num` classes of the network."""
+        """Raise `ValueError` unless `labels` are classes of the network, one for each image."""
         if labels.shape != (num,):
             raise ValueError(
-                f"{num} images need labels of shape ({num},); these are {tuple(labels.shape)}."
+                f"{num} images need labels of shape ({num},), got {tuple(labels.shape)}."
             )
         if num and not 0 <= labels.min() <= labels.max() < self.num_features:
             raise ValueError(
-                f"Labels go from {labels.min()} to {labels.max()}, but the feature network names classes 0 to {self.num_features - 1}. "
-                "Where its classes are not those of the data, leave the labels out."
+                f"Labels range from {labels.min()} to {labels.max()}, but the feature network has "
+                f"classes 0 to {self.num_features - 1}. Leave the labels out if its classes are "
+                "not the classes of the data."
             )
 
     def compute(self) -> dict[str, Tensor]:
-        """``accuracy``, float64, 0 to 1; nothing where no image had a label."""
-        right, labelled, seen = (int(x) for x in (self.right, self.labelled, self.seen))
-        if labelled not in (0, seen):
+        """Return ``accuracy``, float64, 0 to 1; an empty dictionary without labels."""
+        num_labeled, num_images = int(self.num_labeled), int(self.num_images)
+        if num_labeled not in (0, num_images):
             raise ValueError(
-                f"{labelled} of {seen} generated images have labels. Give labels with all or with none."
+                f"{num_labeled} of {num_images} generated images have labels. Give labels for all "
+                "images or for none."
             )
-        return {"accuracy": self.right.double() / labelled} if labelled else {}
+        return {"accuracy": self.num_correct.double() / num_labeled} if num_labeled else {}

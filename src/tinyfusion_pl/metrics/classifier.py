@@ -1,7 +1,8 @@
-"""The recipe of the shipped digit classifier: 4/5 of scikit-learn's digits, shifted at random by up to one pixel.
+"""Trains the shipped digit classifier on 4/5 of scikit-learn's digits, shifted by up to one pixel.
 
-``python -m tinyfusion_pl.metrics.classifier FOLDER`` trains it anew (half a minute on two cores) and writes
-FOLDER/model.safetensors and FOLDER/record.json; without FOLDER it writes over the shipped files.
+``python -m tinyfusion_pl.metrics.classifier FOLDER`` trains it (half a minute on two cores) and
+writes FOLDER/model.safetensors and FOLDER/record.json; without FOLDER it overwrites the shipped
+files.
 """
 
 import sys
@@ -28,14 +29,16 @@ SPLIT_SEED = 0
 
 
 def digits_split() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """(images, labels) to train on (1437) and held out (360), by label alike: uint8 (N, 1, 8, 8) and int64 (N,)."""
+    """Return (images, labels) for training (1437) and held out (360), stratified by label.
+
+    Images are uint8 (N, 1, 8, 8), labels int64 (N,).
+    """
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
     images, labels = load_digits(return_X_y=True)
-    pixels = (
-        torch.from_numpy(images).mul(255 / 16).round().to(torch.uint8).view(-1, 1, 8, 8)
-    )  # as the data module's
+    # The same values as those of DigitsDataModule.
+    pixels = torch.from_numpy(images).mul(255 / 16).round().to(torch.uint8).view(-1, 1, 8, 8)
     labels = torch.from_numpy(labels).long()
     train, test = train_test_split(
         range(len(labels)), test_size=HELD_OUT, random_state=SPLIT_SEED, stratify=labels
@@ -51,7 +54,10 @@ def train_digits_classifier(
     lr: float = 3e-3,
     weight_decay: float = 1e-2,
 ) -> DigitsClassifier:
-    """A classifier trained from `seed`: AdamW, one-cycle schedule. Global generators are left as they were."""
+    """Train a classifier from `seed` with AdamW and a one-cycle schedule.
+
+    The global random generators do not change.
+    """
     (pixels, labels), _ = digits_split()
     num_steps = num_epochs * (len(labels) // batch_size)
     with torch.random.fork_rng(devices=[]):
@@ -70,13 +76,13 @@ def train_digits_classifier(
 
 
 def held_out_accuracy(classifier: DigitsClassifier) -> float:
-    """The share of the 360 held-out digits that the classifier names correctly."""
+    """Return the accuracy on the 360 held-out digits, 0 to 1."""
     _, (pixels, labels) = digits_split()
     return (classifier(pixels).logits.argmax(1) == labels).double().mean().item()
 
 
 def write_digits_classifier(folder: Path, *, seed: int = 0) -> dict[str, Any]:
-    """Train, and write model.safetensors and its record.json into `folder`; returns the record."""
+    """Train, write model.safetensors and record.json to `folder`, and return the record."""
     import numpy
     import sklearn
 
@@ -104,20 +110,16 @@ def write_digits_classifier(folder: Path, *, seed: int = 0) -> dict[str, Any]:
 
 
 def _shifted(pixels: Tensor) -> Tensor:
-    """Each image moved by -1, 0 or 1 pixel along both axes, black coming in."""
+    """Shift each image by -1, 0 or 1 pixel along both axes, filling with black."""
     num, _, height, width = pixels.shape
     padded = F.pad(pixels, (1, 1, 1, 1))  # (N, 1, H + 2, W + 2)
     down, right = torch.randint(0, 3, (2, num, 1, 1))
-    rows, columns = (
-        torch.arange(height).view(1, -1, 1) + down,
-        torch.arange(width).view(1, 1, -1) + right,
-    )
+    rows = torch.arange(height).view(1, -1, 1) + down
+    columns = torch.arange(width).view(1, 1, -1) + right
     return padded[torch.arange(num).view(-1, 1, 1), 0, rows, columns].unsqueeze(1)  # (N, 1, H, W)
 
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else str(ASSETS))
     record = write_digits_classifier(folder)
-    print(
-        f"{folder / 'model.safetensors'}: {record['held_out_accuracy']:.2%} of the held-out digits named correctly"
-    )
+    print(f"{folder / 'model.safetensors'}: held-out accuracy {record['held_out_accuracy']:.2%}")

@@ -1,6 +1,6 @@
 """The feature network for digits: a small convolutional classifier, shipped with the package.
 
-Its recipe, and how to run it again, is in `tinyfusion_pl.metrics.classifier`.
+`tinyfusion_pl.metrics.classifier` trains it.
 """
 
 from importlib.resources import as_file, files
@@ -10,15 +10,16 @@ from torch import Tensor, nn
 from tinyfusion_pl.artifacts import load_tensors
 from tinyfusion_pl.metrics.features import Features, check_images, spatial_features
 
-ASSETS = (
-    files("tinyfusion_pl") / "assets" / "digits_classifier"
-)  # model.safetensors and record.json
+# Holds model.safetensors and record.json.
+ASSETS = files("tinyfusion_pl") / "assets" / "digits_classifier"
 
 
 class DigitsClassifier(nn.Module):
-    """Grey 8x8 images, uint8 (N, 1, 8, 8), to features (N, 64), logits (N, 10) of the digits 0..9 and spatial features (N, 112).
+    """Classifier of grayscale 8x8 images, uint8 (N, 1, 8, 8).
 
-    The spatial ones are the first 7 channels of its last convolution, flattened in height, width, channel order, as sFID's of Inception.
+    It returns features (N, 64), logits (N, 10) of the digits 0..9, and spatial features (N, 112):
+    the first 7 channels of its last convolution, flattened channels last, as sFID does for
+    Inception.
     """
 
     num_features, num_classes, num_spatial = 64, 10, 112
@@ -32,17 +33,17 @@ class DigitsClassifier(nn.Module):
         self.head = nn.Linear(self.num_features, self.num_classes)
 
     def forward(self, images: Tensor) -> Features:
+        """Return the `Features` of images, uint8 (N, 1, 8, 8)."""
         check_images(images, num_channels=1, size=(8, 8))
         x = images.to(self.head.weight.dtype) / 127.5 - 1  # (N, 1, 8, 8)
         maps = self.body[:4](x)  # (N, 64, 4, 4)
         features = self.neck(self.body[4:](maps))  # (N, 64)
-        return Features(
-            features, self.head(features), spatial_features(maps)
-        )  # (N, 64), (N, 10), (N, 112)
+        logits, spatial = self.head(features), spatial_features(maps)  # (N, 10), (N, 112)
+        return Features(features, logits, spatial)
 
 
 def load_digits_classifier() -> DigitsClassifier:
-    """The shipped classifier, frozen and in evaluation mode."""
+    """Load the shipped classifier, frozen and in evaluation mode."""
     classifier = DigitsClassifier()
     with as_file(ASSETS / "model.safetensors") as path:
         classifier.load_state_dict(load_tensors(path))

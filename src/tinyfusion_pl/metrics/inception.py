@@ -1,6 +1,7 @@
-"""The feature network for images: the InceptionV3 of 2015 that published FID and IS are measured with.
+"""InceptionV3 of 2015, the feature network of published FID and Inception scores.
 
-Architecture, weights and TensorFlow-1 resizing are torch-fidelity's, which reproduces the reference implementation.
+Architecture, weights and TensorFlow 1 resizing come from torch-fidelity, which reproduces the
+reference implementation.
 """
 
 import os
@@ -20,17 +21,20 @@ RANDOM = "random"
 
 
 class InceptionFeatures(nn.Module):
-    """Colour images of any size, uint8 (N, 3, H, W), to features (N, 2048), bias-free logits (N, 1008), spatial features (N, 2023).
+    """InceptionV3 for color images of any size, uint8 (N, 3, H, W).
 
-    The spatial ones, for sFID, are the first 7 channels of the first 1x1 branch of ``Mixed_6d`` after batch norm and ReLU. The
-    logits are ImageNet's classes in an order of their own, so `GenerationMetrics` measures no accuracy with this network.
+    It returns features (N, 2048), logits (N, 1008) without bias, and spatial features (N, 2023) for
+    sFID: the first 7 channels of the first 1x1 branch of ``Mixed_6d`` after batch norm and ReLU.
+    The logits are not in the class order of ImageNet, so `GenerationMetrics` computes no accuracy
+    with this network.
 
     Args:
-        weights_path: torch-fidelity's weights file. None: its copy in torch's download folder, fetched when missing. ``"random"``: none,
-            to try a recipe with; the numbers mean nothing.
+        weights_path: Weights file of torch-fidelity. Default: the copy in torch's download folder,
+            downloaded if missing. ``"random"``: random weights, to try out a recipe; the results
+            are meaningless.
 
     Raises:
-        ArtifactError: The weights are not there and cannot be fetched, or the file is something else.
+        ArtifactError: if the weights cannot be downloaded, or the file holds something else.
     """
 
     num_features, num_classes, num_spatial = 2048, 1008, 7 * 17 * 17
@@ -40,31 +44,30 @@ class InceptionFeatures(nn.Module):
         super().__init__()
         if str(weights_path) == RANDOM:
             warnings.warn(
-                "InceptionV3 is randomly initialised: every number that is measured with it means nothing.",
+                "InceptionV3 is randomly initialized: metrics computed with it are meaningless.",
                 stacklevel=2,
             )
             self.network, self.name = _random(), "RandomInceptionFeatures"
             return
-        path = _downloaded() if weights_path is None else Path(weights_path)
-        _check_is_data(path)  # torch-fidelity would run code that a pickle holds
+        path = _download() if weights_path is None else Path(weights_path)
+        _check_is_data(path)  # torch-fidelity would run code in a pickle
         try:
             self.network = _network(path)
         except (RuntimeError, TypeError) as error:
             raise _not_weights(path, error) from error
 
     def forward(self, images: Tensor) -> Features:
+        """Return the `Features` of images, uint8 (N, 3, H, W)."""
         check_images(images, num_channels=3)
         maps: list[Tensor] = []
-        handle = self.network.Mixed_6d.branch1x1.register_forward_hook(
+        handle = self.network.get_submodule("Mixed_6d.branch1x1").register_forward_hook(
             lambda _, __, output: maps.append(output)
         )
         try:
             features, logits = self.network(images)
         finally:
             handle.remove()
-        return Features(
-            features, logits, spatial_features(maps[0])
-        )  # (N, 2048), (N, 1008), (N, 2023)
+        return Features(features, logits, spatial_features(maps[0]))  # 2048, 1008, 2023 wide
 
 
 def _network(path: Path) -> nn.Module:
@@ -72,9 +75,8 @@ def _network(path: Path) -> nn.Module:
 
     class Network(FeatureExtractorInceptionV3):
         def load_state_dict(self, state: dict[str, Tensor], *args: Any) -> Any:
-            return (
-                super().load_state_dict(state, *args) if state else None
-            )  # an empty file leaves it at random values
+            # An empty file keeps the random initialization.
+            return super().load_state_dict(state, *args) if state else None
 
     return Network(
         "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path)
@@ -83,38 +85,37 @@ def _network(path: Path) -> nn.Module:
 
 def _random() -> nn.Module:
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # the same one each time: an evaluation that goes on goes on with it
+        torch.manual_seed(0)  # the same network each time, so that an evaluation can resume
         torch.save({}, path := Path(folder) / "empty.pth")
         return _network(path)
 
 
-def _downloaded() -> Path:
+def _download() -> Path:
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3 as URL
 
     try:
-        return fetch(
-            URL, cache_folder() / URL.rsplit("/", 1)[1]
-        )  # where torch-fidelity itself keeps it
+        # The same place as torch-fidelity's own download.
+        return fetch(URL, cache_folder() / URL.rsplit("/", 1)[1])
     except ArtifactError as error:
         raise ArtifactError(
-            f"InceptionV3's weights: {error} Or give its place as weights_path."
+            f"InceptionV3 weights: {error} Or give the path of the file as weights_path."
         ) from error
 
 
 def _check_is_data(path: Path) -> None:
     if not path.is_file():
         raise ArtifactError(
-            f"There is no file {path}, where InceptionV3's weights were expected. Check weights_path."
+            f"File {path} with the InceptionV3 weights not found. Check weights_path."
         )
     try:
         torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a broken or foreign file makes torch.load raise
+    except Exception as error:  # torch.load raises many types
         raise _not_weights(path, error) from error
 
 
 def _not_weights(path: Path, error: Exception) -> ArtifactError:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return ArtifactError(
-        f"{path} does not hold torch-fidelity's InceptionV3 weights ({reason}). It may be truncated, or another "
-        "network's: remove it and download it again."
+        f"{path} does not hold the InceptionV3 weights of torch-fidelity ({reason}). It may be "
+        "truncated or belong to another network: remove it and download it again."
     )

@@ -1,4 +1,4 @@
-"""Kernel distances of features: KID, and CMMD's Gaussian one."""
+"""Kernel distances of features: KID, and the Gaussian kernel distance of CMMD."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tinyfusion_pl.metrics.functional import gaussian_mmd, kernel_inception_dist
 
 
 class _KernelDistance(RowsMetric):
-    """Keeps features and the samples' numbers, so that subsets do not depend on the order of arrival."""
+    """Keeps features and sample numbers, so that subsets do not depend on the order of arrival."""
 
     higher_is_better = False
 
@@ -27,28 +27,34 @@ class _KernelDistance(RowsMetric):
     def update(
         self, features: Features | Tensor, *, indices: Tensor | None = None, real: bool = False
     ) -> None:
-        """Add features (N, D) of generated images with numbers `indices` (N,), or of the reference (`real`)."""
-        x, side = self._rows(features).float(), "reference" if real else "samples"
+        """Add features (N, D) of generated images, or of the reference (`real`).
+
+        Args:
+            features: `Features`, or the tensor of them that this metric reads.
+            indices: Numbers (N,) of the images; default: in order of arrival.
+            real: Whether the images are reference images.
+        """
+        x, side = self._select_rows(features).float(), "reference" if real else "samples"
         if indices is None:
-            indices = torch.arange(len(x)) + sum(
-                len(rows) for rows in getattr(self, f"{side}_rows")
-            )
+            num_before = sum(len(rows) for rows in getattr(self, f"{side}_rows"))
+            indices = torch.arange(len(x)) + num_before
         getattr(self, f"{side}_rows").append(x)
         getattr(self, f"{side}_order").append(indices.to(x.device).long().unsqueeze(1))
 
     def _sorted(self, side: str) -> Tensor:
-        return self._joined(f"{side}_rows")[
-            self._joined(f"{side}_order")[:, 0].argsort(stable=True)
-        ]
+        order = self._join_rows(f"{side}_order")[:, 0].argsort(stable=True)
+        return self._join_rows(f"{side}_rows")[order]
 
 
 class KernelInceptionDistance(_KernelDistance):
-    """KID: see `kernel_inception_distance`; the mean over seeded subsets.
+    """KID, averaged over seeded subsets; see `kernel_inception_distance`.
 
     Args:
         num_features: Width of the features.
-        num_subsets, subset_size, seed: Published: 100 subsets of 1000.
-        kwargs: See `FeatureMetric`.
+        num_subsets: Number of subsets (published: 100).
+        subset_size: Images per subset and side (published: 1000).
+        seed: Seed of the subsets.
+        kwargs: Arguments of `FeatureMetric`.
     """
 
     SETTINGS = ("options",)
@@ -67,20 +73,22 @@ class KernelInceptionDistance(_KernelDistance):
         self.num_required = subset_size
 
     def compute(self) -> Tensor:
-        """The distance, float64, around 0 for equal distributions."""
+        """Return the distance, float64; around 0 for equal distributions."""
         return kernel_inception_distance(
             self._sorted("reference"), self._sorted("samples"), **self.options
         )
 
 
 class GaussianMMD(_KernelDistance):
-    """CMMD where the features are CLIP's: see `gaussian_mmd`.
+    """Gaussian kernel distance; CMMD if the features are CLIP embeddings. See `gaussian_mmd`.
 
     Args:
         num_features: Width of the features.
         normalize: Scale each row to unit length first, as CMMD does.
-        sigma, scale, max_block_mib: See `gaussian_mmd`.
-        kwargs: See `FeatureMetric`.
+        sigma: Width of the kernel.
+        scale: Factor of the distance.
+        max_block_mib: Memory for kernel values at a time, in MiB.
+        kwargs: Arguments of `FeatureMetric`.
     """
 
     SETTINGS = ("normalize", "options")
@@ -97,11 +105,15 @@ class GaussianMMD(_KernelDistance):
     ) -> None:
         super().__init__(num_features, **kwargs)
         self.normalize = normalize
-        self.options = {"sigma": sigma, "scale": scale, "max_block_mib": max_block_mib}
+        self.options: dict[str, Any] = {
+            "sigma": sigma,
+            "scale": scale,
+            "max_block_mib": max_block_mib,
+        }
 
     def compute(self) -> Tensor:
-        """The distance, float64, 0 for equal sets."""
-        sides = (self._sorted("reference"), self._sorted("samples"))
+        """Return the distance, float64; 0 for equal sets."""
+        reference, samples = self._sorted("reference"), self._sorted("samples")
         if self.normalize:
-            sides = tuple(F.normalize(side.double(), dim=1) for side in sides)
-        return gaussian_mmd(*sides, **self.options)
+            reference, samples = (F.normalize(x.double(), dim=1) for x in (reference, samples))
+        return gaussian_mmd(reference, samples, **self.options)

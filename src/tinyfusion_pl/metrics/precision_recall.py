@@ -14,21 +14,19 @@ from tinyfusion_pl.metrics.functional.precision_recall import check_options
 
 
 class PrecisionRecall(RowsMetric):
-    """Keeps the features of reference and samples in float32 and computes over all processes' when asked.
+    """Keeps the features of reference and samples in float32.
 
     Args:
         num_features: Width of the features.
-        k: Neighbours (published: 3).
-        precision: ``"float32"``, ``"float64"`` or ``"adm_float16"``: see `precision_recall`.
-        max_block_mib: Memory for distances at once.
-        kwargs: See `FeatureMetric`.
+        k: Number of neighbors (published: 3).
+        precision: ``"float32"``, ``"float64"`` or ``"adm_float16"``; see `precision_recall`.
+        max_block_mib: Memory for distances at a time, in MiB.
+        of: Tensor of `Features` that it reads.
+        kwargs: Arguments of `FeatureMetric`.
     """
 
     higher_is_better = True
-    SETTINGS = (
-        "k",
-        "precision",
-    )  # and in adm_float16 the blocks, since each falls back on float32 as a whole
+    SETTINGS = ("k", "precision")
 
     def __init__(
         self,
@@ -48,20 +46,20 @@ class PrecisionRecall(RowsMetric):
             self._add_rows(f"{side}_rows", num_features, torch.float32)
 
     def settings(self) -> dict[str, Any]:
+        """Return k and precision, and the block size where a block falls back to float32."""
         blocks = {"max_block_mib": self.max_block_mib} if self.precision == "adm_float16" else {}
         return {**super().settings(), **blocks}
 
     def update(self, features: Features | Tensor, *, real: bool = False) -> None:
         """Add features (N, D) of generated images, or of the reference (`real`)."""
-        getattr(self, "reference_rows" if real else "samples_rows").append(
-            self._rows(features).float()
-        )
+        rows = getattr(self, "reference_rows" if real else "samples_rows")
+        rows.append(self._select_rows(features).float())
 
     def compute(self) -> dict[str, Tensor]:
-        """``precision`` and ``recall``, float64, 0 to 1."""
+        """Return ``precision`` and ``recall``, float64, 0 to 1."""
         precision, recall = precision_recall(
-            self._joined("reference_rows"),
-            self._joined("samples_rows"),
+            self._join_rows("reference_rows"),
+            self._join_rows("samples_rows"),
             self.k,
             self.precision,
             max_block_mib=self.max_block_mib,

@@ -1,8 +1,9 @@
-"""Reference files: statistics, features or images of real images, in the ADM evaluator's npz layout.
+"""Reference files: real images, their statistics or features, in the npz layout of ADM's evaluator.
 
-Keys: ``arr_0``, uint8 images (N, H, W, C); ``mu``, ``sigma``, mean and covariance of features; ``mu_s``, ``sigma_s``, of spatial ones.
-A file may hold both, as the published ones do: distances then use the statistics, precision and recall the images. Files made here add
-``features`` (N, D) and ``network``, the feature network's name and checksum.
+Keys: ``arr_0``, images, uint8 (N, H, W, C); ``mu`` and ``sigma``, mean and covariance of features;
+``mu_s`` and ``sigma_s``, those of spatial features. A file may hold both, as the published ones do:
+distances then use the statistics, precision and recall the images. Files written here add
+``features`` (N, D), ``network``, the name and checksum of the feature network, and ``num_images``.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -22,20 +24,31 @@ from tinyfusion_pl.artifacts import ArtifactError, atomic_path
 from tinyfusion_pl.metrics.features import describe_values
 
 STATISTICS = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
-KEYS = ("arr_0", "mu", "sigma", "mu_s", "sigma_s", "features", "network", "num_images")
+OLD_NUM_IMAGES = "num_pictures"  # key of files written before version 0.2
+KEYS = (
+    "arr_0",
+    "mu",
+    "sigma",
+    "mu_s",
+    "sigma_s",
+    "features",
+    "network",
+    "num_images",
+    OLD_NUM_IMAGES,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """What a reference file holds.
+    """The contents of a reference file.
 
     Args:
-        path: The file, for error messages.
-        statistics: Of ``"features"`` and ``"spatial"``: mean (D,) and covariance (D, D), float64.
+        path: The file, for `write` and error messages.
+        statistics: ``"features"`` or ``"spatial"`` -> mean (D,) and covariance (D, D), float64.
         images: uint8 (N, C, H, W) or None.
         features: float32 (N, D) or None.
-        network: `GenerationMetrics.fingerprint` of the network that made it; empty where unknown.
-        num_images: Images it was made of, where known.
+        network: `GenerationMetrics.fingerprint` of the network that made it; empty if unknown.
+        num_images: Number of images behind it, if known.
     """
 
     path: Path
@@ -46,13 +59,13 @@ class Reference:
     num_images: int | None = None
 
     def contents(self) -> str:
-        """What it holds, in words."""
+        """Return a description of the contents for messages."""
         parts = [f"statistics of {of}" for of in self.statistics]
         parts += [name for name in ("images", "features") if getattr(self, name) is not None]
         return " and ".join(parts)
 
     def write(self) -> None:
-        """Write it to `path`, whole or not at all."""
+        """Write the file to `path` atomically."""
         arrays: dict[str, np.ndarray] = {}
         for of, (mu, sigma) in self.statistics.items():
             arrays |= {name: x.cpu().numpy() for name, x in zip(STATISTICS[of], (mu, sigma))}
@@ -68,25 +81,26 @@ class Reference:
 
 
 def read_reference(path: str | os.PathLike) -> Reference:
-    """A reference file, the published ones included.
+    """Read a reference file, written here or published.
 
     Raises:
-        ArtifactError: when it is missing, no npz, or has none of the keys.
+        ArtifactError: if it is missing, not an npz file, or has none of the keys.
     """
     arrays, names = read_npz(path, only=KEYS)
     statistics = {}
     for of, (mean, covariance) in STATISTICS.items():
         if (mean in arrays) != (covariance in arrays):
             raise ArtifactError(
-                f"{path} holds only one of {mean!r} and {covariance!r}. It may be truncated: make it again."
+                f"{path} holds only one of {mean!r} and {covariance!r}. It may be truncated: make "
+                "it again."
             )
         if mean in arrays:
             mu = as_floats(arrays[mean], num_dimensions=1, name=mean, path=path)
             sigma = as_floats(arrays[covariance], num_dimensions=2, name=covariance, path=path)
             if sigma.shape != (len(mu), len(mu)):
                 raise ArtifactError(
-                    f"{path} holds {mean!r} of shape {mu.shape} and {covariance!r} of shape {sigma.shape}; a covariance is "
-                    "of as many rows and columns as the mean has values. Make it again."
+                    f"{path} holds {mean!r} of shape {mu.shape} and {covariance!r} of shape "
+                    f"{sigma.shape}; expected ({len(mu)}, {len(mu)}). Make it again."
                 )
             statistics[of] = (torch.from_numpy(mu), torch.from_numpy(sigma))
     images = as_images(arrays["arr_0"], path) if "arr_0" in arrays else None
@@ -97,17 +111,20 @@ def read_reference(path: str | os.PathLike) -> Reference:
         ).float()
     if not statistics and images is None and features is None:
         raise ArtifactError(
-            f"{path} holds {', '.join(names) or 'nothing'}. A reference holds arr_0 (images), or mu and sigma, or both."
+            f"{path} holds {', '.join(names) or 'nothing'}. Expected arr_0 (images), or mu and "
+            "sigma, or both."
         )
-    given = arrays.get("num_images", np.array(-1))
+    given = arrays.get("num_images", arrays.get(OLD_NUM_IMAGES, np.array(-1)))
     if given.shape != () or given.dtype.kind not in "iu":
         raise ArtifactError(
-            f"'num_images' of {path} is {given.dtype} {given.shape}; expected one whole number. Make it again."
+            f"'num_images' of {path} is {given.dtype} {given.shape}; expected one integer. Make it "
+            "again."
         )
     network = arrays.get("network", np.array(""))
     if network.shape != () or network.dtype.kind != "U":
         raise ArtifactError(
-            f"'network' of {path} is {network.dtype} {network.shape}; expected a name. Make it again."
+            f"'network' of {path} is {network.dtype} {network.shape}; expected one string. Make it "
+            "again."
         )
     num = int(given) if given >= 0 else None if images is None else len(images)
     return Reference(
@@ -121,7 +138,11 @@ def read_reference(path: str | os.PathLike) -> Reference:
 
 
 def as_images(array: np.ndarray, path: str | os.PathLike) -> Tensor:
-    """``arr_0`` (N, H, W, C) uint8 as images (N, C, H, W)."""
+    """Return ``arr_0``, uint8 (N, H, W, C), as images (N, C, H, W).
+
+    Raises:
+        ArtifactError: for another type or shape; `path` is the file that it names.
+    """
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
     if (
         array.dtype != np.uint8
@@ -132,8 +153,8 @@ def as_images(array: np.ndarray, path: str | os.PathLike) -> Tensor:
         is_float = array.dtype in (np.float16, np.float32, np.float64) and array.ndim > 0
         values = describe_values(torch.from_numpy(array)) if is_float else ""
         raise ArtifactError(
-            f"arr_0 of {path} is {array.dtype} {array.shape}{values}; images are uint8 (N, H, W, C), 0..255, with 1 or 3 "
-            "channels."
+            f"arr_0 of {path} is {array.dtype} {array.shape}{values}; expected images, uint8 "
+            "(N, H, W, C) in 0..255, with 1 or 3 channels."
         )
     return torch.from_numpy(array).permute(0, 3, 1, 2)
 
@@ -141,27 +162,28 @@ def as_images(array: np.ndarray, path: str | os.PathLike) -> Tensor:
 def write_images(
     path: str | os.PathLike, batches: Iterable[tuple[Tensor, Tensor]], *, num_images: int
 ) -> None:
-    """Write numbered images as ``arr_0`` (N, H, W, C) of an npz, in the order of their numbers, without holding them all in memory.
+    """Write images to ``arr_0`` (N, H, W, C) of an npz file, one batch in memory at a time.
 
     Args:
-        batches: Numbers (n,) and uint8 images (n, C, H, W), in any order; every number from 0 to `num_images` - 1 once.
+        path: The file to write.
+        batches: Numbers (n,) and images, uint8 (n, C, H, W), in any order; each number from 0 to
+            `num_images` - 1 once.
+        num_images: N.
     """
-    rows = None
+    rows: np.memmap | None = None
     with atomic_path(Path(path).with_suffix(".npz")) as temporary:
         unpacked = temporary.with_suffix(".npy")
         try:
             for numbers, images in batches:
-                images = images.permute(0, 2, 3, 1).numpy()  # (n, H, W, C)
+                arrays = images.permute(0, 2, 3, 1).numpy()  # (n, H, W, C)
                 if rows is None:
+                    shape = (num_images, *arrays.shape[1:])
                     rows = np.lib.format.open_memmap(
-                        unpacked,
-                        mode="w+",
-                        dtype=np.uint8,
-                        shape=(num_images, *images.shape[1:]),
+                        unpacked, mode="w+", dtype=np.uint8, shape=shape
                     )
-                rows[numbers.numpy()] = images
+                rows[numbers.numpy()] = arrays
             if rows is None:
-                raise ValueError(f"There are no images to write to {path}.")
+                raise ValueError(f"No images to write to {path}.")
             rows.flush()
             with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
                 archive.write(unpacked, "arr_0.npy")
@@ -170,6 +192,6 @@ def write_images(
 
 
 def write_npz(path: str | os.PathLike, arrays: dict[str, np.ndarray]) -> None:
-    """Write arrays as npz, whole or not at all."""
+    """Write arrays to an npz file atomically."""
     with atomic_path(path) as temporary:
-        np.savez(temporary, **arrays)
+        np.savez(temporary, **cast(dict[str, Any], arrays))

@@ -36,7 +36,6 @@ from tinyfusion_pl.data.image_batches import (
 from tinyfusion_pl.data.reading import MAX_PIXELS
 from tinyfusion_pl.locks import sole_writer
 from tinyfusion_pl.metrics import GenerationMetrics, Reference, read_reference
-from tinyfusion_pl.metrics.base import RowsMetric
 from tinyfusion_pl.tasks.folder import say
 from tinyfusion_pl.tasks.trainer_checks import check_sampling_trainer
 
@@ -208,10 +207,7 @@ def _make_reference(
         begin()
     say(f"reference: {len(found.dataset)} images of {_name(images)}; the file is {path}")
     rows: list[torch.Tensor] = []
-    keep = any(
-        isinstance(metric, RowsMetric) and metric.needs_reference
-        for metric in metrics.collection.values()
-    )
+    keep = metrics.needs_reference_features
 
     def take(_: torch.Tensor, batch: torch.Tensor) -> None:
         features = metrics.features(batch)

@@ -1,4 +1,4 @@
-"""The numbers themselves, of features that are already there: what the metric classes compute once they have accumulated."""
+"""Metrics as functions of features: what the metric classes compute after accumulation."""
 
 from tinyfusion_pl.metrics.functional.frechet import frechet_distance
 from tinyfusion_pl.metrics.functional.inception_score import inception_score

@@ -1,8 +1,11 @@
-"""Fréchet distance of two normal distributions (Dowson and Landau 1982; FID: Heusel et al. 1706.08500, equation 6).
+"""Fréchet distance of two normal distributions.
 
-tr (A B)^1/2 is the sum of the square roots of the eigenvalues of L' B L, where A = L L': a symmetric matrix, so they are real and their
-computation is backward stable. A general square root of A B (scipy's ``sqrtm``, the published way) gives the same where it converges, and
-complex numbers or, for singular A B, garbage where it does not.
+Dowson and Landau 1982; FID: Heusel et al. 1706.08500, equation 6.
+
+tr (A B)^1/2 is the sum of the square roots of the eigenvalues of L' B L, where A = L L'. The
+matrix is symmetric, so the eigenvalues are real and their computation is backward stable. A
+general square root of A B (scipy's ``sqrtm``, as published) agrees where it converges; elsewhere
+it returns complex numbers or, for singular A B, garbage.
 """
 
 from __future__ import annotations
@@ -14,29 +17,33 @@ from torch import Tensor
 
 
 def frechet_distance(mu_a: Any, sigma_a: Any, mu_b: Any, sigma_b: Any) -> Tensor:
-    """|mu_a - mu_b|^2 + tr(sigma_a + sigma_b - 2 (sigma_a sigma_b)^1/2), float64, >= 0 but for rounding.
+    """Return |mu_a - mu_b|^2 + tr(sigma_a + sigma_b - 2 (sigma_a sigma_b)^1/2).
 
-    Singular covariances, as fewer samples than dimensions give, need no care: the published evaluator adds 1e-6 to the diagonals only
-    where its square root is not finite, and this one always is.
+    float64, >= 0 up to rounding. Singular covariances, from fewer samples than dimensions, need no
+    special treatment: the published evaluator adds 1e-6 to the diagonals only if its square root is
+    not finite, and this one is always finite.
 
     Args:
-        mu_a, mu_b: Means (D,), tensors or arrays.
-        sigma_a, sigma_b: Covariances (D, D), symmetric and positive semi-definite.
+        mu_a: Mean (D,), tensor or array.
+        sigma_a: Covariance (D, D), symmetric and positive semi-definite.
+        mu_b: Mean (D,).
+        sigma_b: Covariance (D, D).
 
     Raises:
-        ValueError: for shapes that do not fit each other, and for values that are not finite.
+        ValueError: for shapes that do not match, and for values that are not finite.
 
     Example:
         >>> import torch
         >>> from tinyfusion_pl.metrics.functional import frechet_distance
-        >>> frechet_distance(torch.zeros(2), torch.eye(2), torch.ones(2), 4 * torch.eye(2)).item()  # 2 + 2 (1 + 4 - 2 * 2)
+        >>> identity = torch.eye(2)  # the result is 2 + 2 (1 + 4 - 2 * 2)
+        >>> frechet_distance(torch.zeros(2), identity, torch.ones(2), 4 * identity).item()
         4.0
     """
     mu_a, sigma_a, mu_b, sigma_b = (
         torch.as_tensor(x).double() for x in (mu_a, sigma_a, mu_b, sigma_b)
     )
     _check(mu_a, sigma_a, mu_b, sigma_b)
-    # Symmetric up to rounding is all that sums over samples promise.
+    # Covariances from sums over samples are symmetric only up to rounding.
     sigma_a, sigma_b = (sigma_a + sigma_a.T) / 2, (sigma_b + sigma_b.T) / 2
     factor, other = _factor(sigma_a, sigma_b)  # (D, R), (D, D)
     eigenvalues = torch.linalg.eigvalsh(factor.T @ other @ factor)  # (R,)
@@ -45,8 +52,10 @@ def frechet_distance(mu_a: Any, sigma_a: Any, mu_b: Any, sigma_b: Any) -> Tensor
 
 
 def _factor(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """L (D, R) with L L' one of the covariances, and the other one: L by Cholesky of whichever is regular, and where neither is, by the
-    eigenvectors of the first one's rank, which takes several times as long.
+    """Return L (D, R) with L L' one of the covariances, and the other covariance (D, D).
+
+    L is the Cholesky factor of a regular one. If both are singular, it comes from the eigenvectors
+    of the first, which takes several times as long.
     """
     for sigma, other in ((a, b), (b, a)):
         lower, failed = torch.linalg.cholesky_ex(sigma)
@@ -63,10 +72,11 @@ def _check(mu_a: Tensor, sigma_a: Tensor, mu_b: Tensor, sigma_b: Tensor) -> None
     if [tuple(x.shape) for x in given.values()] != [(d,), (d, d)] * 2:
         shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in given.items())
         raise ValueError(
-            f"Two means (D,) and two covariances (D, D) of the same D are expected; given are {shapes}. Statistics of "
-            "different feature networks cannot be compared."
+            f"Expected two means (D,) and two covariances (D, D) of the same D, got {shapes}. "
+            "Statistics of different feature networks cannot be compared."
         )
     if wrong := [name for name, x in given.items() if not torch.isfinite(x).all()]:
         raise ValueError(
-            f"{', '.join(wrong)} holds values that are not finite; the features they were made of do, or there was only one."
+            f"{', '.join(wrong)} holds values that are not finite: so do the features behind it, "
+            "or there was only one image."
         )

@@ -1,4 +1,7 @@
-"""Inception score (Salimans et al. 1606.03498, section 4) as the ADM evaluator takes it: over consecutive blocks of samples."""
+"""Inception score (Salimans et al. 1606.03498, section 4) over blocks of consecutive samples.
+
+The blocks are those of the ADM evaluator.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,14 @@ from torch import Tensor
 
 
 def inception_score(logits: Any, block_size: int = 5000) -> Tensor:
-    """Exp E KL(p(y|x) || p(y)) of each block of `block_size` consecutive samples, averaged over the blocks (float64, 1 to num_classes).
+    """Return exp E KL(p(y|x) || p(y)), averaged over blocks of `block_size` consecutive samples.
 
-    The last block may be smaller. Published figures use bias-free logits of InceptionV3, 50,000 samples and blocks of 5000.
+    float64, 1 to the number of classes. The last block may be smaller. Published figures use the
+    logits of InceptionV3 without bias, 50,000 samples and blocks of 5000.
 
     Args:
         logits: (N, classes), N >= 1, in the order of the samples; tensor or array.
-        block_size: >= 1.
+        block_size: Samples per block, >= 1.
 
     Raises:
         ValueError: for another shape, and for logits that are not finite.
@@ -23,7 +27,7 @@ def inception_score(logits: Any, block_size: int = 5000) -> Tensor:
     logits = torch.as_tensor(logits)
     if logits.ndim != 2 or not len(logits):
         raise ValueError(
-            f"logits have shape {tuple(logits.shape)}; expected (N, classes) with N >= 1."
+            f"Expected logits of shape (N, classes) with N >= 1, got {tuple(logits.shape)}."
         )
     if num_wrong := int((~torch.isfinite(logits)).any(1).sum()):
         raise ValueError(f"The logits of {num_wrong} of {len(logits)} images are not finite.")
@@ -32,30 +36,35 @@ def inception_score(logits: Any, block_size: int = 5000) -> Tensor:
 
 
 def block_sums(logits: Tensor, indices: Tensor, block_size: int) -> Tensor:
-    """What the score needs of samples `indices` (N,): a row (block, number, sum of sum p log p, sum of p ...) for each block among them.
+    """Return a row (block, number, sum of sum p log p, sum of p ...) per block of the samples.
 
-    Rows (blocks, 3 + classes), float64; rows of the same block may be added up, whatever process or batch they come from.
+    Rows are (blocks, 3 + classes), float64. Rows of the same block may be added, also across
+    batches and processes.
+
+    Args:
+        logits: (N, classes).
+        indices: Numbers (N,) of the samples, which determine their blocks.
+        block_size: Samples per block.
     """
     if block_size < 1:
         raise ValueError(f"block_size is {block_size}; give at least 1 (published: 5000).")
     logits = logits.double()
     log_p = logits.log_softmax(1)  # (N, classes)
     p = log_p.exp()
-    values = torch.cat(
-        [torch.ones_like(p[:, :1]), torch.xlogy(p, p).sum(1, keepdim=True), p], 1
-    )  # (N, 2 + classes)
+    number, negative_entropy = torch.ones_like(p[:, :1]), torch.xlogy(p, p).sum(1, keepdim=True)
+    values = torch.cat([number, negative_entropy, p], 1)  # (N, 2 + classes)
     return add_blocks((indices // block_size).to(values.device), values)
 
 
 def add_blocks(blocks: Tensor, values: Tensor) -> Tensor:
-    """Rows (block, *values) with one row for each block: the sum of `values` (N, V) of the same number in `blocks` (N,)."""
+    """Return one row (block, *values) per block: the sum of `values` (N, V) by `blocks` (N,)."""
     kept, row = blocks.unique(return_inverse=True)
     sums = values.new_zeros(len(kept), values.shape[1]).index_add_(0, row, values)
     return torch.cat([kept.to(values.dtype).unsqueeze(1), sums], 1)
 
 
 def score_of_blocks(rows: Tensor) -> Tensor:
-    """The score of rows as `block_sums` gives them, one row for each block."""
+    """Return the score of `block_sums` rows, one row per block."""
     number, negative_entropy, p = rows[:, 1], rows[:, 2] / rows[:, 1], rows[:, 3:] / rows[:, 1:2]
     assert (number > 0).all()
     return (negative_entropy - torch.xlogy(p, p).sum(1)).exp().mean()

@@ -1,4 +1,7 @@
-"""Kernel distances of two sets of features: KID (Bińkowski et al. 1801.01401) and CMMD's (Jayasumana et al. 2401.09603)."""
+"""Kernel distances of two sets of features.
+
+KID: Bińkowski et al. 1801.01401. CMMD: Jayasumana et al. 2401.09603.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +14,20 @@ from torch import Tensor
 def kernel_inception_distance(
     reference: Any, samples: Any, *, num_subsets: int = 100, subset_size: int = 1000, seed: int = 0
 ) -> Tensor:
-    """Unbiased squared MMD with the kernel (x.y / D + 1)^3, averaged over random subsets (float64; around 0 for equal distributions).
+    """Return the unbiased squared MMD with kernel (x.y / D + 1)^3, averaged over random subsets.
 
-    torchmetrics' `poly_mmd`; the subsets are drawn from `seed` alone, so the same features in the same order give the same number.
+    float64, around 0 for equal distributions. Computed with `poly_mmd` of torchmetrics. The subsets
+    depend on `seed` alone, so the same features in the same order have the same distance.
 
     Args:
-        reference, samples: Features (N, D), (M, D), tensors or arrays.
-        num_subsets, subset_size: Published: 100 of 1000. `subset_size` at most N and M, at least 2.
+        reference: Features (N, D), tensor or array.
+        samples: Features (M, D), tensor or array.
+        num_subsets: Number of subsets (published: 100).
+        subset_size: Images per subset and side (published: 1000), from 2 to min(N, M).
+        seed: Seed of the subsets.
 
     Raises:
-        ValueError: for subsets that are larger than a set.
+        ValueError: for subsets larger than a set.
     """
     from torchmetrics.image.kid import poly_mmd
 
@@ -31,7 +38,8 @@ def kernel_inception_distance(
     for name, x in (("reference", reference), ("generated", samples)):
         if len(x) < subset_size:
             raise ValueError(
-                f"Subsets of {subset_size} need as many {name} images; there are {len(x)}. Give a smaller subset_size."
+                f"Subsets of {subset_size} need {subset_size} or more {name} images, got {len(x)}. "
+                "Give a smaller subset_size."
             )
     generator = torch.Generator().manual_seed(seed)
     reference, samples = (torch.as_tensor(x).double() for x in (reference, samples))
@@ -52,20 +60,27 @@ def gaussian_mmd(
     scale: float = 1000.0,
     max_block_mib: int = 256,
 ) -> Tensor:
-    """`scale` times the squared MMD with the kernel exp(-|x - y|^2 / (2 sigma^2)), all pairs counted (float64, >= 0 but for rounding).
+    """Return `scale` times the squared MMD with kernel exp(-|x - y|^2 / (2 sigma^2)), all pairs.
 
-    CMMD is this of unit-length CLIP embeddings, with the defaults.
+    float64, >= 0 up to rounding. CMMD applies it with these defaults to CLIP embeddings of unit
+    length.
 
     Args:
-        reference, samples: Features (N, D), (M, D), tensors or arrays, N and M at least 1.
-        sigma: > 0.
-        max_block_mib: Memory for kernel values at once, in MiB.
+        reference: Features (N, D), N >= 1, tensor or array.
+        samples: Features (M, D), M >= 1, tensor or array.
+        sigma: Width of the kernel, > 0.
+        scale: Factor of the distance.
+        max_block_mib: Memory for kernel values at a time, in MiB.
+
+    Raises:
+        ValueError: for an empty set.
     """
     if sigma <= 0:
         raise ValueError(f"sigma is {sigma}; give a number > 0 (published: 10).")
     if not len(reference) or not len(samples):
         raise ValueError(
-            f"A kernel distance needs images on both sides; there are {len(reference)} reference, {len(samples)} generated."
+            f"A kernel distance needs images on both sides, got {len(reference)} reference and "
+            f"{len(samples)} generated images."
         )
     x, y = (torch.as_tensor(x).double() for x in (reference, samples))
 
