@@ -232,6 +232,6 @@ def test_the_fewest_timesteps_give_finite_losses():
 def test_a_denoiser_with_other_channels_is_named(learn_sigma, channels, expected):
     objective = GaussianDiffusion(learn_sigma=learn_sigma)
     with pytest.raises(
-        ValueError, match=f"{channels} channels for latents of 2; .* expects {expected}"
+        ValueError, match=f"{channels} channels for 2-channel latents; .* expects {expected}"
     ):
         objective.losses(torch.zeros(4, channels, 4, 4), drawn(objective))

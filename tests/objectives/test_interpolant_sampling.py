@@ -297,7 +297,7 @@ def test_dopri5_says_that_it_cannot_go_on():
         ({"num_sampling_steps": 0, "sampler": "euler"}, "num_sampling_steps is 0; give at least 1"),
         (
             {"num_sampling_steps": 1},
-            "num_sampling_steps is 1; give at least 2, one of which is the last step",
+            "num_sampling_steps is 1; give at least 2, including the last step",
         ),
         ({"guidance_channels": 0}, "guidance_channels is 0"),
         ({"atol": 0}, "atol is 0"),

@@ -194,12 +194,15 @@ class DrawsOnItsOwn(diffusers.DDPMScheduler):
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"scheduler": None}, "there is no scheduler"),
+        ({"scheduler": None}, "but scheduler is None"),
         (
             {"scheduler": "DPMSolverMultistepScheduler"},
-            "scheduler is a str, which has no noise schedule",
+            "scheduler is a str, which has no discrete noise schedule",
         ),
-        ({"scheduler": diffusers.FlowMatchEulerDiscreteScheduler()}, "has no noise schedule"),
+        (
+            {"scheduler": diffusers.FlowMatchEulerDiscreteScheduler()},
+            "has no discrete noise schedule",
+        ),
         (
             {"scheduler": diffusers.DDIMScheduler(beta_schedule="scaled_linear")},
             "another noise schedule than the objective",
@@ -215,18 +218,18 @@ class DrawsOnItsOwn(diffusers.DDPMScheduler):
         ({"scheduler": diffusers.DDIMInverseScheduler()}, "from data to noise"),
         (
             {"scheduler": diffusers.DPMSolverMultistepScheduler(variance_type="learned")},
-            "cannot make 20 steps .*variance_type",
+            "failed to run 20 steps .*variance_type",
         ),
         (
             {"scheduler": DrawsOnItsOwn()},
-            "DrawsOnItsOwn draws noise that cannot be fixed for each sample",
+            "DrawsOnItsOwn draws noise from the global generator",
         ),
         ({"eta": 0.5}, "DPMSolverMultistepScheduler has no eta"),
         ({"eta": 2.0, "scheduler": diffusers.DDIMScheduler()}, "eta is 2.0"),
-        ({"clip_denoised": True}, "clipping is the scheduler's own part"),
+        ({"clip_denoised": True}, "the scheduler does its own clipping"),
         ({"num_sampling_steps": 1001}, "num_sampling_steps is 1001"),
         ({"guidance_channels": 0}, "guidance_channels is 0"),
-        ({"sampler": "ddim"}, "There is a scheduler, but sampler is 'ddim'"),
+        ({"sampler": "ddim"}, "A scheduler is given, but sampler 'ddim'"),
     ],
 )
 def test_settings_that_do_not_go_together_are_named_before_the_denoiser_runs(wrong, said):

@@ -1,7 +1,8 @@
 """One run, many depths: a student whose blocks stand for runs of the teacher's takes whole runs back, without training.
 
-After interval distillation (PPCL, arXiv 2511.16156) each kept block maps what goes into a run of the teacher's blocks to what comes out.
-So any of them can be exchanged for that run, and each number of exchanges is a model of a depth between the student's and the teacher's.
+After interval distillation (PPCL, arXiv 2511.16156) each kept block maps what goes into a run of
+the teacher's blocks to what comes out. So any of them can be exchanged for that run, and each
+number of exchanges is a model of a depth between the student's and the teacher's.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ class Depth:
         model: The student with `restored` runs, in evaluation mode.
         decision: Its kept blocks; `save_shallow` records ``decision.as_dict()`` as ``stacks``.
         depth: Blocks in all its stacks.
-        restored: The runs that it took back, by stack path and the student's block that stood for each.
+        restored: The runs that it took back, by stack path and the student's block that stood for
+            each.
         distance: Mean squared error of its output to the teacher's, averaged over the calls.
     """
 
@@ -93,7 +95,8 @@ def restore(
         place for place in places if not 0 <= place[1] < len(intervals.get(place[0], ()))
     ]:
         raise ValueError(
-            f"There is no kept block {unknown[0]}; the student has { ({p: len(each) for p, each in intervals.items()}) }."
+            f"There is no kept block {unknown[0]}; the student has "
+            f"{ ({p: len(each) for p, each in intervals.items()}) }."
         )
     decided = {
         resolve_path(path, student, "", None): stack for path, stack in decision.stacks.items()
@@ -127,7 +130,8 @@ def depths(
 ) -> Iterator[Depth]:
     """Models of growing depth: the student, then with one run more at a time, in the order of `interval_order`, to all of them.
 
-    The last one has all blocks of the teacher, with the student's weights where no run was ever removed.
+    The last one has all blocks of the teacher, with the student's weights where no run was ever
+    removed.
 
     Args:
         student: The shallow model.

@@ -1,7 +1,8 @@
 """Hidden states that some blocks of a model return, collected while it runs.
 
-A block may carry several streams (text and image), return None for one of them (the last block of SD3), or have its batch on
-axis 1 (``batch_first=False``). Where hidden states and batch are is found as for gates: by name, and by running the block once.
+A block may carry several streams (text and image), return None for one of them (the last block of
+SD3), or have its batch on axis 1 (``batch_first=False``). Where hidden states and batch are is
+found as for gates: by name, and by running the block once.
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ def _find_layout(
             tuple(key for key in get_items(output) if key in plan.streams.inputs), plan.axis
         )
     except ValueError:
-        # Not a block that could be dropped, because its hidden states change their shape; if there is one of them, that is it.
+        # Not a block that could be dropped, because its hidden states change their shape; if there
+        # is one of them, that is it.
         found = [
             key
             for key, item in get_items(output).items()
@@ -131,7 +133,8 @@ class BlockOutputs:
     """Context manager that collects what some blocks of a stack return while a model runs.
 
     Attributes:
-        found: Outputs by block; set it to an empty mapping before a further run. While it is None nothing is collected.
+        found: Outputs by block; set it to an empty mapping before a further run. While it is None
+            nothing is collected.
     """
 
     def __init__(self, model: nn.Module, path: str, blocks: Sequence[int]) -> None:
@@ -150,13 +153,13 @@ class BlockOutputs:
         ]
         return self.found
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, *exc: object) -> None:
         for handle in self.handles:
             handle.remove()
 
-    def _hook(self, index: int):
+    def _hook(self, index: int) -> Callable[..., Any]:
         @torch._dynamo.disable
-        def collect(block, args, kwargs, output):
+        def collect(block: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
             return self._collect(index, block, args, kwargs, output)
 
         return collect
@@ -171,7 +174,8 @@ class BlockOutputs:
 class HiddenStates(BlockOutputs):
     """Context manager that collects the hidden states that some blocks of a stack return while a model runs.
 
-    A tensor for each block, or a tuple of them where its blocks carry several streams, in the order in which it returns them.
+    A tensor for each block, or a tuple of them where its blocks carry several streams, in the order
+    in which it returns them.
 
     Args:
         model: The model.

@@ -23,7 +23,8 @@ class Runs:
     """What the teacher did in one call.
 
     Attributes:
-        calls: By stack path and block, how the first block of a run was called, and the versions of its tensors then.
+        calls: By stack path and block, how the first block of a run was called, and the versions of
+            its tensors then.
         hidden: By stack path and block, the hidden states that the last block of a run returned.
     """
 
@@ -108,7 +109,8 @@ def interval_losses(student: nn.Module, runs: Runs, intervals: Intervals) -> dic
         By stack path (number of intervals, N), averaged over the streams of a block.
 
     Raises:
-        ValueError: for a block that did not run in the teacher, writes into what it is given, or returns other hidden states.
+        ValueError: for a block that did not run in the teacher, writes into what it is given, or
+            returns other hidden states.
     """
     for path, each in intervals.items():
         for before, after in zip(each, each[1:]):
@@ -139,8 +141,9 @@ def _check_handed_on(runs: Runs, path: str, before: Interval, after: Interval) -
     ]:
         what = "what" if lost == [None] else f"output {lost[0]!r} that"
         raise ValueError(
-            f"{what.capitalize()} block {before.last} of the teacher's '{path}' returns is not what block {after.first} takes: "
-            "something is added between them, so that no block alone can stand for a run. Set weight_interval=0."
+            f"{what.capitalize()} block {before.last} of the teacher's '{path}' returns is not "
+            f"what block {after.first} takes: something is added between them, so that no block "
+            "alone can stand for a run. Set weight_interval=0."
         )
 
 
@@ -155,8 +158,9 @@ def _same(one: Tensor, other: Tensor) -> bool:
 def _loss(block: nn.Module, runs: Runs, path: str, interval: Interval) -> Tensor:
     if interval.first not in runs.calls[path] or interval.last not in runs.hidden[path]:
         raise ValueError(
-            f"Blocks {interval.first} and {interval.last} of the teacher's '{path}' did not both run, so that block "
-            f"{interval.block} of the student has nothing to learn from. Set weight_interval=0."
+            f"Blocks {interval.first} and {interval.last} of the teacher's '{path}' did not both "
+            f"run, so that block {interval.block} of the student has nothing to learn from. Set "
+            "weight_interval=0."
         )
     call, versions = runs.calls[path][interval.first]
     if changed := [
@@ -165,8 +169,8 @@ def _loss(block: nn.Module, runs: Runs, path: str, interval: Interval) -> Tensor
         if tensor._version != was
     ]:
         raise ValueError(
-            f"Block {interval.first} of the teacher's '{path}', or one behind it, writes into {changed[0]!r}, which it was given: "
-            "its input is lost. Set weight_interval=0."
+            f"Block {interval.first} of the teacher's '{path}', or one behind it, writes into "
+            f"{changed[0]!r}, which it was given: its input is lost. Set weight_interval=0."
         )
     layout, theirs = runs.hidden[path][interval.last]
     args, kwargs = _moved(call, block)
@@ -175,8 +179,9 @@ def _loss(block: nn.Module, runs: Runs, path: str, interval: Interval) -> Tensor
     if not common or any(ours[key].shape != theirs[key].shape for key in common):
         shapes = [{key: tuple(x.shape) for key, x in each.items()} for each in (ours, theirs)]
         raise ValueError(
-            f"Block {interval.block} of the student's '{path}' returns hidden states {shapes[0]}, block {interval.last} of the "
-            f"teacher {shapes[1]}; they must be alike. Set weight_interval=0."
+            f"Block {interval.block} of the student's '{path}' returns hidden states {shapes[0]}, "
+            f"block {interval.last} of the teacher {shapes[1]}; they must be alike. Set "
+            "weight_interval=0."
         )
     return torch.stack([_relative_error(ours[key], theirs[key]) for key in common]).mean(0)
 

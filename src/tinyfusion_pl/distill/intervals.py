@@ -1,8 +1,9 @@
 """Interval distillation: each kept block learns to stand for a run of the teacher's blocks (PPCL, arXiv 2511.16156).
 
-Kept block b_i stands for the teacher's blocks from b_i, or 0 for the first one, to b_{i+1} - 1, or the last block. It is called as the
-teacher called the first block of that run, with the teacher's own hidden states and conditioning, and compared with what the last block of
-the run returned. No block waits for another.
+Kept block b_i stands for the teacher's blocks from b_i, or 0 for the first one, to b_{i+1} - 1, or
+the last block. It is called as the teacher called the first block of that run, with the teacher's
+own hidden states and conditioning, and compared with what the last block of the run returned. No
+block waits for another.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ class Interval:
 
     @property
     def num_blocks(self) -> int:
+        """Number of the teacher's blocks in the run."""
         return self.last - self.first + 1
 
 
@@ -53,9 +55,10 @@ def check_single_blocks(
     whole = [unit for unit in (*(units or ()), *(stated_units(model, path) or ())) if len(unit) > 1]
     if whole:
         raise ValueError(
-            f"Interval distillation calls each block of '{path}' alone, but some only go together, as {list(whole[0])}: "
-            "what a long skip carries past a run cannot be given to one block. Use another one of distill=output, lift, "
-            "representation or masked (weight_interval=0)."
+            f"Interval distillation calls each block of '{path}' alone, but some only go "
+            f"together, as {list(whole[0])}: what a long skip carries past a run cannot be given "
+            "to one block. Use another one of distill=output, lift, representation or masked "
+            "(weight_interval=0)."
         )
 
 
@@ -70,8 +73,8 @@ def resolve_intervals(
     """The intervals of a decision by the paths of the stacks in `student`; see `resolve_pairs` for the arguments.
 
     Raises:
-        ValueError: when a path is none of the student's stacks, the depths are not those of the decision, or blocks only go
-            together.
+        ValueError: when a path is none of the student's stacks, the depths are not those of the
+            decision, or blocks only go together.
     """
     found = {}
     for path, stack in decision.stacks.items():

@@ -11,14 +11,16 @@ from torch import Tensor, nn
 
 from tinyfusion_pl.pruning.calls import Call, block_signature
 
-# Arguments that a pipeline in half precision gives in float32, where they would lose their meaning: timesteps, positions, angles.
+# Arguments that a pipeline in half precision gives in float32, where they would lose their meaning:
+# timesteps, positions, angles.
 _PRECISE = re.compile(r"time|sigma|ids|coord|rot|rope|freq|pos")
 
 
 class Teacher:
     """A frozen model in evaluation mode.
 
-    Holding it does not make it a submodule (checkpoints, DDP, optimizers), and a copy of its holder shares it (weight averaging).
+    Holding it does not make it a submodule (checkpoints, DDP, optimizers), and a copy of its holder
+    shares it (weight averaging).
 
     Args:
         model: The dense model.
@@ -33,7 +35,8 @@ class Teacher:
         tensors = list(model.parameters())
         if any(tensor.is_meta for tensor in tensors):
             raise ValueError(
-                "The teacher has parameters on the meta device, which hold no values. Load its weights first."
+                "The teacher has parameters on the meta device, which hold no values. Load its "
+                "weights first."
             )
         self.model = model.eval().requires_grad_(False)
         self.device, self.offload = None if device is None else torch.device(device), offload
@@ -43,7 +46,8 @@ class Teacher:
         )
         if self.placed and (device is not None or offload):
             raise ValueError(
-                "The teacher is spread over several devices, so it is not moved. Leave out device and offload."
+                "The teacher is spread over several devices, so it is not moved. Leave out "
+                "device and offload."
             )
         self._casts = any(map(_holds_values, tensors))
         self._writes: bool | None = (
@@ -80,8 +84,8 @@ class Teacher:
             name for name in call.remembering if "cache" in type(call.value(name)).__name__.lower()
         ]:
             raise ValueError(
-                f"The student is called with {caches[0]!r}, a cache that the teacher would write into too. Train without a "
-                "cache (use_cache=False)."
+                f"The student is called with {caches[0]!r}, a cache that the teacher would write "
+                "into too. Train without a cache (use_cache=False)."
             )
         like = next(t for t in self.model.parameters() if _holds_values(t))
         moved = {name: self._moved(name, tensor, like) for name, tensor in call.tensors.items()}

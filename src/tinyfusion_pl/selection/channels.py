@@ -1,7 +1,8 @@
 """Cutting a DiT's channels, in all layers that they go through: torch-pruning's dependency graph finds these.
 
-DepGraph: Fang et al., arXiv 2301.12900. A channel's importance is torch-pruning's group Taylor importance: the sum of |weight x gradient|
-over what goes with it, averaged over layers. Needs the extra ``width``.
+DepGraph: Fang et al., arXiv 2301.12900. A channel's importance is torch-pruning's group Taylor
+importance: the sum of |weight x gradient| over what goes with it, averaged over layers. Needs the
+extra ``width``.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class Channels:
     num_parts: int = 1
 
     def size(self, model: nn.Module) -> int:
+        """Number of channels in `model`."""
         return model.get_submodule(self.path).weight.shape[0 if self.outputs else 1]
 
     def kept(self, scores: Tensor, num_kept: int) -> list[int]:
@@ -59,12 +61,14 @@ def check_narrowable(model: nn.Module) -> None:
     """`ValueError` for a model whose channels cannot be cut; names those that can."""
     if not isinstance(model, DiT) or not hasattr(model, "model_name"):
         raise ValueError(
-            f"The width of a {type(model).__name__} cannot be pruned, only that of a DiT or a SiT that create_model or "
-            "load_pretrained made. Depth can be: pruning=learned, shortgpt or another one of docs/selection.md."
+            f"The width of a {type(model).__name__} cannot be pruned, only that of a DiT or a SiT "
+            "that create_model or load_pretrained made. Depth can be: pruning=learned, shortgpt "
+            "or another one of docs/selection.md."
         )
 
 
 def is_installed() -> bool:
+    """Whether torch-pruning is installed."""
     return importlib.util.find_spec("torch_pruning") is not None
 
 
@@ -87,11 +91,12 @@ def _count(name: str, *arguments: tuple[str, Any]) -> int:
 def width_for(model: DiT, num_params: float, *, depth: int) -> int:
     """The `hidden_size` below the model's that comes nearest to `num_params` parameters with `depth` blocks.
 
-    There are as many heads as before, and the MLP is as many times as wide: heads and MLPs get narrower alike. So the size is a multiple of
-    the number of heads, and of 4.
+    There are as many heads as before, and the MLP is as many times as wide: heads and MLPs get
+    narrower alike. So the size is a multiple of the number of heads, and of 4.
 
     Raises:
-        ValueError: the model has fewer parameters at its full width already, or more at the least one.
+        ValueError: the model has fewer parameters at its full width already, or more at the least
+            one.
     """
     step = math.lcm(model.config["num_heads"], 4)
     num_sizes = (model.config["hidden_size"] - 1) // step
@@ -102,7 +107,8 @@ def width_for(model: DiT, num_params: float, *, depth: int) -> int:
     most, least = count_params(model, depth=depth), count(step) if num_sizes else math.inf
     if not least <= num_params < most:
         raise ValueError(
-            f"removed asks for {num_params / 1e6:.4g}M parameters, but with {depth} blocks the model has {most / 1e6:.4g}M at its full "
+            f"removed asks for {num_params / 1e6:.4g}M parameters, but with {depth} blocks the "
+            f"model has {most / 1e6:.4g}M at its full "
             + (
                 f"width and {least / 1e6:.4g}M at the least ({step}). "
                 if num_sizes
@@ -120,8 +126,8 @@ def width_for(model: DiT, num_params: float, *, depth: int) -> int:
 def narrowed(model: DiT, hidden_size: int, example: tuple[Tensor, ...]) -> DiT:
     """A new model of that `hidden_size`, with the weights of the most important channels of `model`.
 
-    What attention computes from the channels that stay is as before: its scale, which follows the width of a head, is made up for in the
-    queries. Normalisation is over fewer channels.
+    What attention computes from the channels that stay is as before: its scale, which follows the
+    width of a head, is made up for in the queries. Normalisation is over fewer channels.
 
     Args:
         model: With gradients of all its weights. It is used up.

@@ -12,8 +12,9 @@ from tinyfusion_pl.selection.problem import Problem
 class Distilling:
     """A model in training towards the dense model's output.
 
-    The loss is 0.9 of the distance to the dense model's output and 0.1 of the data's loss, the distance alone where there is no loss;
-    AdamW at a constant rate. Its random numbers (dropout) are those of `which` and the step.
+    The loss is 0.9 of the distance to the dense model's output and 0.1 of the data's loss, the
+    distance alone where there is no loss; AdamW at a constant rate. Its random numbers (dropout)
+    are those of `which` and the step.
 
     Args:
         problem: Whose block runs the steps are counted in, a step as three forward passes.

@@ -26,7 +26,8 @@ class Problem:
 
     Args:
         structures: Runs the model, which is dense, trained, and left as it is.
-        draw: Makes samples: called with their number, it draws them with the global generator, which is seeded around the call.
+        draw: Makes samples: called with their number, it draws them with the global generator,
+            which is seeded around the call.
         num_samples: Samples of `fixed`.
         seed: Of all randomness: the same seed, the same choice.
         on_step: Called after each step of a search with its history so far, as `Choice.history`.
@@ -56,10 +57,12 @@ class Problem:
 
     @property
     def model(self) -> nn.Module:
+        """The dense model."""
         return self.structures.model
 
     @property
     def space(self) -> Space:
+        """The allowed structures."""
         return self.structures.space
 
     @property
@@ -102,10 +105,13 @@ class Choice:
 
     Attributes:
         structure: The units that stay (num_units,) bool.
-        scores: Its value of each unit, higher where the unit should stay (num_units,); None where it values structures only.
+        scores: Its value of each unit, higher where the unit should stay (num_units,); None where
+            it values structures only.
         theta: Log-odds of a learned distribution (num_units,); None where nothing was learned.
-        considered: Structures that it found good, best first, for trials; the choice itself need not be among them.
-        history: Of each step of a search: "step", mean "loss", the "structure" then, and its "theta".
+        considered: Structures that it found good, best first, for trials; the choice itself need
+            not be among them.
+        history: Of each step of a search: "step", mean "loss", the "structure" then, and its
+            "theta".
     """
 
     structure: Tensor
@@ -130,5 +136,6 @@ def compute_seed(*numbers: int) -> int:
 
 
 def get_devices(model: nn.Module) -> list[torch.device]:
+    """The CUDA device of `model`, if any, for `torch.random.fork_rng`."""
     tensor = next(iter(model.parameters()), None)
     return [tensor.device] if tensor is not None and tensor.device.type == "cuda" else []

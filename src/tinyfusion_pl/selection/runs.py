@@ -20,8 +20,9 @@ def sections(units: Units) -> list[tuple[tuple[int, ...], ...]]:
         return [(unit,) for unit in ordered]
     if len({len(unit) for unit in units}) > 1:
         raise ValueError(
-            f"The units {[list(unit) for unit in units]} hold unequal numbers of blocks that are no neighbors, so that there are no "
-            "runs of them to compare. Use another criterion, e.g. pruning=greedy."
+            f"The units {[list(unit) for unit in units]} hold unequal numbers of blocks that are "
+            "no neighbors, so that there are no runs of them to compare. Use another criterion, "
+            "e.g. pruning=greedy."
         )
     return [tuple((block,) for block in unit) for unit in units]
 
@@ -63,7 +64,8 @@ def best_runs(
 ) -> list[int]:
     """First members of the `num_runs` contiguous runs of n members whose values have the largest sum, ascending.
 
-    Dynamic programming over the members, O(n^2 k). Of equal divisions the one with the earlier starts.
+    Dynamic programming over the members, O(n^2 k). Of equal divisions the one with the earlier
+    starts.
 
     Args:
         values: (n, n), the value of the run from i to j at ``[i][j]``, i <= j.

@@ -44,11 +44,13 @@ class Selected:
 
     Attributes:
         decision: The units that stay, with scores and probabilities.
-        num_block_runs: What the choice cost: blocks times samples, a backward pass counted as two forward passes.
+        num_block_runs: What the choice cost: blocks times samples, a backward pass counted as two
+            forward passes.
         simple_rule: What ShortGPT would have kept, by stack path; None where it was not asked.
         history: Of each step of a search: step, mean loss, decision.
         rounds: Distances of the trials, by round.
-        shallow: The model that is left, where more than blocks goes; None: the dense one without the blocks that go.
+        shallow: The model that is left, where more than blocks goes; None: the dense one without
+            the blocks that go.
         width: What `WidthPruning` left of the width, for the record.
         intervals: Of its intervals of time: first and last time, mean loss, and whether it counted.
     """
@@ -69,10 +71,12 @@ class Selection:
     Args:
         criterion: A `Criterion`, or the name of one (`CRITERIA`).
         keep, pattern, stacks, units: The budget, see `Space`.
-        candidates: Structures that are kept for trials, proposed around the choice and scored by their distance to the dense model; 0: the
-            criterion's own choice stands.
-        num_drawn, num_scored: How many structures are drawn for that, and how many distinct ones of them are scored.
-        trial_steps: Steps of each round of trials (see `Trials`); empty: the nearest candidate is taken.
+        candidates: Structures that are kept for trials, proposed around the choice and scored by
+            their distance to the dense model; 0: the criterion's own choice stands.
+        num_drawn, num_scored: How many structures are drawn for that, and how many distinct ones of
+            them are scored.
+        trial_steps: Steps of each round of trials (see `Trials`); empty: the nearest candidate is
+            taken.
         trials: Further settings of the trials.
         num_samples: Samples on which structures are scored.
         max_rows: Bound of structures times samples in one forward pass.
@@ -90,7 +94,7 @@ class Selection:
         if isinstance(criterion, str):
             if criterion not in CRITERIA:
                 raise ValueError(
-                    f"There is no criterion {criterion!r}. There are: {', '.join(CRITERIA)}."
+                    f"criterion is {criterion!r}; give one of {', '.join(CRITERIA)}."
                 )
             criterion = CRITERIA[criterion]()
         for name, value, least in (("candidates", candidates, 0), ("num_drawn", num_drawn, 0), ("num_scored", num_scored, 1),
@@ -99,11 +103,13 @@ class Selection:
                 raise ValueError(f"{name} is {value!r}; give a whole number, {least} or more.")
         if trial_steps and candidates < 2:
             raise ValueError(
-                f"trial_steps is {list(trial_steps)}, but candidates is {candidates}: give 2 or more to try."
+                f"trial_steps is {list(trial_steps)}, but candidates is {candidates}: give 2 or "
+                "more to try."
             )
         if max_rows < num_samples:
             raise ValueError(
-                f"max_rows is {max_rows}, less than num_samples={num_samples}. Give more rows, or fewer samples."
+                f"max_rows is {max_rows}, less than num_samples={num_samples}. Give more rows, or "
+                "fewer samples."
             )
         if (keep is None) == (pattern is None):
             raise ValueError(both_or_neither(keep, pattern))
@@ -115,12 +121,14 @@ class Selection:
         )
         if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in trial_steps):
             raise ValueError(
-                f"trial_steps is {list(trial_steps)}; give the number of steps of each round, each 1 or more."
+                f"trial_steps is {list(trial_steps)}; give the number of steps of each round, "
+                "each 1 or more."
             )
         known = [field.name for field in fields(Trials) if field.init and field.name != "steps"]
         if unknown := [name for name in trials or {} if name not in known]:
             raise ValueError(
-                f"trials has the settings {unknown}, which there are not; available settings: {', '.join(known)}."
+                f"trials has the settings {unknown}, which there are not; available settings: "
+                f"{', '.join(known)}."
             )
         self.trials = Trials(steps=tuple(trial_steps), **(trials or {})) if trial_steps else None
         self.num_samples, self.max_rows, self.with_simple_rule = (
@@ -164,7 +172,8 @@ class Selection:
             draw: Makes a `Calibration` of so many samples.
             seed: Of all randomness.
             watch: Called at each step of a search with its entry of `Selected.history`.
-            progress: Keeps the steps of the global search and of trials: the same call resumes after the last one.
+            progress: Keeps the steps of the global search and of trials: the same call resumes
+                after the last one.
         """
         space, history = self.space(model), []
 
@@ -254,8 +263,10 @@ def select_blocks(
 
     Args:
         model: The dense, trained model; left as it is.
-        draw: Makes a `Calibration` of so many samples, e.g. ``lambda n: Calibration.of(objective, *batch(n))``.
-        criterion, options: See `Selection`.
+        draw: Makes a `Calibration` of so many samples, e.g. ``lambda n: Calibration.of(objective,
+            *batch(n))``.
+        criterion: See `Selection`.
+        **options: See `Selection`.
         seed: Of all randomness.
 
     Example::

@@ -30,13 +30,16 @@ class Space:
 
     Args:
         model: The model.
-        keep: Units that stay: a count, or a share in (0, 1), of all stacks together; or a mapping from stack path.
-        pattern: ``"N:M"`` in place of `keep`: N of every M consecutive units stay; or a mapping from stack path.
+        keep: Units that stay: a count, or a share in (0, 1), of all stacks together; or a mapping
+            from stack path.
+        pattern: ``"N:M"`` in place of `keep`: N of every M consecutive units stay; or a mapping
+            from stack path.
         stacks: Path or paths of the block lists; default: found.
         units: Blocks that only go together, see `DepthGates`.
 
     Raises:
-        ValueError: for neither or both of `keep` and `pattern`, and for a budget that cannot be met.
+        ValueError: for neither or both of `keep` and `pattern`, and for a budget that cannot be
+            met.
     """
 
     def __init__(
@@ -105,7 +108,8 @@ class Space:
         members = tuple(members)
         if (num_fixed := len(self.fixed & set(members))) > num_kept:
             raise ValueError(
-                f"{num_kept} of {len(members)} units are to stay, but {num_fixed} of them cannot go. Keep more of them."
+                f"{num_kept} of {len(members)} units are to stay, but {num_fixed} of them cannot "
+                "go. Keep more of them."
             )
         return Part(members, num_kept)
 
@@ -116,7 +120,7 @@ class Space:
             )
         return parts
 
-    # -- structures -----------------------------------------------------------------------------
+    # -- structures -----------------------------------------------------------
     def members(self, path: str) -> range:
         """Places of a stack's units."""
         return range(self._start[path], self._start[path] + len(self.units[path]))

@@ -91,7 +91,8 @@ class Structures:
         """Mean over the calibration's samples for each structure: (S,) float64.
 
         Args:
-            calibration: The samples; for ``"distance"`` the dense model's answers are asked for where they are missing.
+            calibration: The samples; for ``"distance"`` the dense model's answers are asked for
+                where they are missing.
             structures: (S, num_units) bool.
             measure: ``"distance"`` to the dense model's output, or ``"loss"``.
         """
@@ -119,8 +120,9 @@ class Structures:
         """Find out whether structures run side by side give what cutting the blocks out gives, one with early and one with late drops.
 
         Raises:
-            ValueError: when they do not: then samples cannot be told apart in the inputs or influence one another, or what is around the
-                blocks depends on their number or place.
+            ValueError: when they do not: then samples cannot be told apart in the inputs or
+                influence one another, or what is around the blocks depends on their number or
+                place.
         """
         self.ask(calibration)
         places = torch.arange(self.space.num_units)
@@ -155,10 +157,12 @@ class Structures:
             if not difference <= 1e-7 * max(scale, 1e-12):
                 kept = self.space.kept_blocks(structure)
                 raise ValueError(
-                    f"{type(self.model).__name__} gives other outputs for several structures in one batch (mean squared difference "
-                    f"{difference:.3g}, where outputs have {scale:.3g}) than "
+                    f"{type(self.model).__name__} gives other outputs for several structures in "
+                    f"one batch (mean squared difference {difference:.3g}, where outputs have "
+                    f"{scale:.3g}) than "
                     + (
-                        f"with all but {kept} cut out: an input or setting goes to blocks by their place. Leave it out or name other stacks."
+                        f"with all but {kept} cut out: an input or setting goes to blocks by "
+                        "their place. Leave it out or name other stacks."
                         if at
                         else f"for one alone. {BATCH_FIRST}"
                     )

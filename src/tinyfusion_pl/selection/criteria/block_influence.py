@@ -18,8 +18,8 @@ Change = Callable[[Tensor, Tensor], Tensor]
 class ShortGPT:
     """Keeps the blocks of the largest influence: 1 - mean cosine of a block's input and output.
 
-    The mean is over tokens, samples and timesteps, and over the streams of a block; one-shot, all blocks from one pass of the dense model.
-    (Men et al., ShortGPT, arXiv 2403.03853, equation 1.)
+    The mean is over tokens, samples and timesteps, and over the streams of a block; one-shot, all
+    blocks from one pass of the dense model. (Men et al., ShortGPT, arXiv 2403.03853, equation 1.)
 
     Args:
         keep_last: Keep the last unit of each stack whatever its score, as the published code does.
@@ -31,6 +31,7 @@ class ShortGPT:
         self.keep_last = keep_last
 
     def __call__(self, problem: Problem) -> Choice:
+        """Choose the units that stay."""
         scores = unit_changes(problem, _one_minus_cosine)
         ranked = scores.clone()
         if self.keep_last:
@@ -47,6 +48,7 @@ class FluxLite:
     name = "flux_lite"
 
     def __call__(self, problem: Problem) -> Choice:
+        """Choose the units that stay."""
         scores = unit_changes(problem, lambda x, y: (y - x).square().mean())
         return Choice(problem.space.top(scores), scores)
 

@@ -27,6 +27,7 @@ class CandidateLoss:
         self.name = f"{rank}_loss"
 
     def __call__(self, problem: Problem) -> Choice:
+        """Choose the units that stay."""
         structures = get_candidates(
             problem.space, self.num_candidates, problem.generator(CANDIDATES)
         )

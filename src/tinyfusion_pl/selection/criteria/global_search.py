@@ -13,16 +13,19 @@ from tinyfusion_pl.selection.candidates import (
     sample_structures,
 )
 from tinyfusion_pl.selection.problem import CANDIDATES, SEARCH, Choice, Problem
+from tinyfusion_pl.selection.space import Space
 
 
 class GlobalSearch:
     """Learns p(S) proportional to exp(sum of theta_i over S), |S| = k, so that its structures stay near the dense model's output.
 
-    Each step draws `num_subsets` structures for each of `num_samples` samples, runs each sample through its own kept blocks without a
-    graph, and takes l = log(distance to the dense model's output). With the other subsets of the same sample as baseline, the advantage is
-    a = (l - mean of the sample's l) * K / (K - 1), and the mean of a * (S - marginals) is an unbiased estimate of the gradient of E[l] in
-    theta (score function). Adam steps theta; the average of theta decides. There is no temperature and no backward pass, and nothing is
-    enumerated: 14 of 28 costs per step what its kept blocks cost.
+    Each step draws `num_subsets` structures for each of `num_samples` samples, runs each sample
+    through its own kept blocks without a graph, and takes l = log(distance to the dense model's
+    output). With the other subsets of the same sample as baseline, the advantage is a = (l - mean
+    of the sample's l) * K / (K - 1), and the mean of a * (S - marginals) is an unbiased estimate of
+    the gradient of E[l] in theta (score function). Adam steps theta; the average of theta decides.
+    There is no temperature and no backward pass, and nothing is enumerated: 14 of 28 costs per step
+    what its kept blocks cost.
 
     Args:
         num_steps: Steps of the search, >= 1.
@@ -62,6 +65,7 @@ class GlobalSearch:
         self.average_decay, self.num_considered = average_decay, num_considered
 
     def __call__(self, problem: Problem) -> Choice:
+        """Choose the units that stay."""
         space, generator = problem.space, problem.generator(CANDIDATES)
         theta = torch.zeros(space.num_units, dtype=torch.float64)
         average, optimizer = theta.clone(), torch.optim.Adam([theta], lr=self.lr, betas=(0.9, 0.99))
@@ -86,7 +90,8 @@ class GlobalSearch:
                 )
                 if not torch.isfinite(losses).all():
                     raise ValueError(
-                        f"At step {step + 1} of the search the model's output was not finite. Use higher precision (float32)."
+                        f"At step {step + 1} of the search the model's output was not finite. Use "
+                        "higher precision (float32)."
                     )
                 theta.grad = estimate_gradient(losses, structures, marginals(problem.space, theta))
                 optimizer.step()
@@ -121,7 +126,7 @@ def estimate_gradient(losses: Tensor, structures: Tensor, mu: Tensor) -> Tensor:
     return (advantages.reshape(-1, 1) * (structures.to(mu) - mu)).mean(0)
 
 
-def marginals(space, theta: Tensor) -> Tensor:
+def marginals(space: Space, theta: Tensor) -> Tensor:
     """Probability of each unit to stay at `theta` (num_units,)."""
     mu = torch.zeros(space.num_units, dtype=torch.float64)
     mu[list(space.fixed)] = 1.0

@@ -16,6 +16,7 @@ class Magnitude:
     name = "magnitude"
 
     def __call__(self, problem: Problem) -> Choice:
+        """Choose the units that stay."""
         scores = torch.tensor(
             [
                 sum(float(p.detach().abs().double().sum()) for p in each)
@@ -40,6 +41,7 @@ class Taylor:
         self.batch_size = batch_size
 
     def __call__(self, problem: Problem) -> Choice:
+        """Choose the units that stay."""
         calibration, units = problem.fixed, _parameters(problem)
         unique = list({id(p): p for each in units for p in each}.values())
         sums = {id(p): torch.zeros_like(p, dtype=torch.float32) for p in unique}
