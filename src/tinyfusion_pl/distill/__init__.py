@@ -21,11 +21,33 @@ from tinyfusion_pl.distill.pairs import check_pairs, resolve_pairs
 from tinyfusion_pl.distill.teacher import Teacher
 
 __all__ = [
-    "Depth", "Distillation", "HiddenStates", "Interval", "StudentOutputs", "Teacher", "TeacherRuns", "TeacherStates", "check_pairs",
-    "check_single_blocks", "depths", "feature_loss", "float_tensors", "in_backward", "interval_loss", "interval_losses", "interval_order",
-    "get_intervals", "lift_loss", "needs_grad", "output_loss", "predictions", "resolve_intervals", "resolve_pairs", "restore",
+    "Depth",
+    "Distillation",
+    "HiddenStates",
+    "Interval",
+    "StudentOutputs",
+    "Teacher",
+    "TeacherRuns",
+    "TeacherStates",
+    "check_pairs",
+    "check_single_blocks",
+    "depths",
+    "feature_loss",
+    "float_tensors",
+    "in_backward",
+    "interval_loss",
+    "interval_losses",
+    "interval_order",
+    "get_intervals",
+    "lift_loss",
+    "needs_grad",
+    "output_loss",
+    "predictions",
+    "resolve_intervals",
+    "resolve_pairs",
+    "restore",
     "within_sigma",
-]  # fmt: skip
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -40,7 +40,7 @@ class LeafGradients:
         return replaced
 
     def add(self, place: Any, output: Any) -> Any:
-        """`output` of a second run, whose tensors get the gradients of the leaves; None where nothing waits for it."""
+        """Pass the gradients of the leaves to `output` of a second run; None if there are none."""
         waiting = self._pending.get(place)
         if not waiting:
             return None

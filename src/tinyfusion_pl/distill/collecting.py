@@ -1,4 +1,4 @@
-"""What blocks of several stacks return while a model runs: the student's outputs, the teacher's hidden states."""
+"""Collectors of the student's block outputs and the teacher's hidden states."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One run, many depths: a student whose blocks stand for runs of the teacher's takes whole runs back, without training.
+"""One training, many depths: a student takes the teacher's runs back without training.
 
 After interval distillation (PPCL, arXiv 2511.16156) each kept block maps what goes into a run of
 the teacher's blocks to what comes out. So any of them can be exchanged for that run, and each
@@ -53,7 +53,9 @@ class Depth:
 def interval_order(
     student: nn.Module, teacher: nn.Module, decision: Decision, calls: Calls
 ) -> list[tuple[Place, float]]:
-    """The runs that hold removed blocks, by interval loss (see `interval_losses`, averaged over samples and calls), largest first.
+    """Runs with removed blocks, by interval loss, largest first.
+
+    See `interval_losses`; averaged over samples and calls.
 
     Args:
         student: The shallow model.
@@ -79,7 +81,9 @@ def interval_order(
 def restore(
     student: nn.Module, teacher: nn.Module, decision: Decision, places: Iterable[Place]
 ) -> tuple[nn.Module, Decision]:
-    """A new model: `student` with the teacher's whole runs in place of the blocks at `places`, and its decision.
+    """Copy `student` with the teacher's runs in place of the blocks at `places`.
+
+    Returns the model and its decision.
 
     Args:
         student: The shallow model, trained or not; it is copied, not changed.
@@ -128,7 +132,9 @@ def restore(
 def depths(
     student: nn.Module, teacher: nn.Module, decision: Decision, calls: Calls
 ) -> Iterator[Depth]:
-    """Models of growing depth: the student, then with one run more at a time, in the order of `interval_order`, to all of them.
+    """Models of growing depth, from the student to all blocks of the teacher.
+
+    Each takes back one more run, in the order of `interval_order`.
 
     The last one has all blocks of the teacher, with the student's weights where no run was ever
     removed.
@@ -182,5 +188,11 @@ def _copy_rest(student: nn.Module, model: nn.Module, paths: Iterable[str]) -> No
 def _with_blocks(stack: StackDecision, kept: list[int]) -> StackDecision:
     """The decision of a stack that took runs back."""
     group = GroupDecision(start=0, num_kept=len(kept), num_blocks=stack.num_blocks, kept=list(kept))
-    return StackDecision(pattern=f"{len(kept)}:{stack.num_blocks}", num_blocks=stack.num_blocks, kept_blocks=list(kept),
-                         block_probabilities=[], groups=[group], criterion=CRITERION)  # fmt: skip
+    return StackDecision(
+        pattern=f"{len(kept)}:{stack.num_blocks}",
+        num_blocks=stack.num_blocks,
+        kept_blocks=list(kept),
+        block_probabilities=[],
+        groups=[group],
+        criterion=CRITERION,
+    )

@@ -132,7 +132,7 @@ class Distillation:
         return bool(self.weight_kd or self.weight_feature or self.weight_interval)
 
     def feature_weight(self, step: int, num_steps: int) -> float:
-        """Weight of the feature loss at `step` of `num_steps`, `weight_feature` at the first and 0 at the last."""
+        """Weight of the feature loss at `step`: `weight_feature` at the first, 0 at the last."""
         return linear_anneal(step, num_steps, start=self.weight_feature, end=0.0)
 
     def interval_phase(self, step: int, num_steps: int) -> tuple[bool, bool]:

@@ -1,4 +1,6 @@
-"""Representation distillation and its mask (TinyFusion, section 3.4, "masked knowledge distillation").
+"""Representation distillation and its mask.
+
+TinyFusion, section 3.4, "masked knowledge distillation".
 
 Hidden states of trained diffusion transformers hold a few massive activations; matching them drowns
 the rest. The masked loss leaves out what lies k standard deviations or more from the mean.
@@ -23,7 +25,10 @@ def check_feature_mask(mask: str, num_sigma: float) -> None:
 
 
 def within_sigma(hidden: Tensor, num_sigma: float) -> Tensor:
-    """True where |x - mean| < num_sigma * sigma; mean and unbiased sigma of each sample over tokens and channels. (N, ...) -> bool."""
+    """True where |x - mean| < num_sigma * sigma: (N, ...) -> bool (N, ...).
+
+    Mean and unbiased sigma of each sample over tokens and channels.
+    """
     axes = tuple(range(1, hidden.ndim))
     sigma, mean = torch.std_mean(hidden.detach().float(), dim=axes, keepdim=True)
     return (hidden.detach() - mean).abs() < num_sigma * sigma

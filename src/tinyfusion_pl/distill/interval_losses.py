@@ -1,4 +1,4 @@
-"""What the teacher's runs took and returned in one call, and the losses of the student's blocks that stand for them."""
+"""Inputs and outputs of the teacher's runs, and the losses of the student's blocks on them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Runs:
 
 
 class TeacherRuns:
-    """Context manager that collects what goes into and comes out of the intervals' runs while the teacher runs.
+    """Context manager that collects inputs and outputs of the teacher's runs.
 
     `streams`: see `HiddenStates`, by stack path.
     """
@@ -98,7 +98,9 @@ class TeacherRuns:
 
 
 def interval_losses(student: nn.Module, runs: Runs, intervals: Intervals) -> dict[str, Tensor]:
-    """Of each interval, the student's squared error over the mean square of the teacher's output, per sample.
+    """Relative squared error of each interval, per sample.
+
+    The student's squared error over the mean square of the teacher's output.
 
     Args:
         student: The shallow model, whose blocks are called by themselves.
@@ -127,7 +129,7 @@ def interval_loss(student: nn.Module, runs: Runs, intervals: Intervals) -> Tenso
 
 
 def _check_handed_on(runs: Runs, path: str, before: Interval, after: Interval) -> None:
-    """A run maps what its first block takes to what its last returns only where each block takes what the one before it returned."""
+    """Raise ValueError unless the second run starts from the output of the first."""
     if before.last not in runs.hidden[path] or after.first not in runs.calls[path]:
         return  # told of either interval
     layout, returned = runs.hidden[path][before.last]
@@ -195,7 +197,7 @@ def _relative_error(ours: Tensor, theirs: Tensor) -> Tensor:
 
 
 def _moved(call: Call, block: nn.Module) -> tuple[tuple, dict[str, Any]]:
-    """The teacher's call for a block of the student, which may be on another device or in another precision."""
+    """The teacher's call on the device and in the precision of a student's block."""
     like = next((p for p in block.parameters() if p.is_floating_point()), None)
     if like is None:
         return call.args, call.kwargs

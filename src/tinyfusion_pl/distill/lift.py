@@ -1,4 +1,6 @@
-"""LIFT and PLACE: output distillation by lines through groups of equal difficulty (arXiv 2605.19729).
+"""LIFT and PLACE: output distillation by lines through groups of elements.
+
+arXiv 2605.19729.
 
 The elements of a sample's channel are sorted by their squared error to the teacher and cut into
 groups; of each group a least-squares line says how far the student is off as a whole (coarse), and
@@ -27,7 +29,9 @@ def check_group_size(group_size: int) -> None:
 def lift_loss(
     student: Tensor, teacher: Tensor, *, group_size: int = GROUP_SIZE, channel_axis: int = 1
 ) -> Tensor:
-    """Coarse and fine error of lines ``teacher ~ slope * student + intercept`` through groups of sorted elements, per sample.
+    """Coarse and fine error of lines through groups of sorted elements, per sample.
+
+    A line is ``teacher ~ slope * student + intercept``.
 
     Of each sample and channel, elements are sorted by squared error (ascending; the order has no
     gradient) and cut into groups. Then, in float32 or higher::
@@ -105,7 +109,7 @@ def lift_loss(
 
 
 def _lines(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of groups (N, C, G, E): slope - 1 and intercept (N, C, G), squared errors of the elements (N, C, G, E)."""
+    """Slope - 1 and intercept (N, C, G), and squared errors, of groups (N, C, G, E)."""
     residual = teacher - student
     mean, shift = student.mean(-1, keepdim=True), residual.mean(-1, keepdim=True)
     centered = student - mean

@@ -17,7 +17,9 @@ _BY_THE_WAY = ("loss", "hidden_states", "attentions", "cross_attentions", "past_
 def output_loss(
     output: Any, teacher_output: Any, *, distance: Callable[[Tensor, Tensor], Tensor] | None = None
 ) -> Tensor:
-    """Mean squared error of what two models return, in float32, averaged over its tensors; of tensors, tuples, lists, `ModelOutput`.
+    """Mean squared error of two models' outputs, in float32, averaged over tensors.
+
+    Outputs are tensors, tuples, lists or `ModelOutput`.
 
     With `distance`, the mean of that in place of the squared error: tensors must then be batch
     first. Losses that the models computed themselves (tensors without axes) and `ModelOutput`'s

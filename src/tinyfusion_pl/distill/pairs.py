@@ -13,7 +13,7 @@ Pairs = Mapping[str, Sequence[tuple[int, int]]]
 
 
 def check_pairs(pairs: Pairs, student: nn.Module, teacher: nn.Module) -> None:
-    """`ValueError` unless each (student block, teacher block) of `pairs` is in the stacks of its path."""
+    """Raise ValueError unless each (student block, teacher block) of `pairs` exists."""
     for path, of_path in pairs.items():
         sizes = len(get_stack(student, path)), len(get_stack(teacher, path))
         for pair in of_path:
@@ -32,7 +32,7 @@ def resolve_pairs(
     module: str = "",
     owner: nn.Module | None = None,
 ) -> dict[str, list[tuple[int, int]]]:
-    """The pairs by the paths of the stacks in `student`, whatever module the paths of `given` begin at.
+    """Pairs by stack path in `student`, whichever module the given paths start from.
 
     Args:
         given: Pairs by stack path, or the decision that the student came from.
@@ -67,7 +67,7 @@ def resolve_pairs(
 
 
 def check_decision(stack: StackDecision, path: str, student: nn.Module, teacher: nn.Module) -> None:
-    """`ValueError` unless the stack at `path` is as deep in `teacher` and `student` as the decision on it says."""
+    """Raise ValueError unless the depths of `teacher` and `student` match the decision."""
     depths = len(get_stack(student, path)), len(get_stack(teacher, path))
     if depths != (len(stack.kept_blocks), stack.num_blocks):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The teacher beside the student: frozen, without a graph, on a device and in a precision of its own."""
+"""The teacher: frozen, without a graph, with its own device and precision."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """What the model returns for these arguments, which it leaves as they are; so are random number generators.
+        """Run the model; arguments and random number generators stay unchanged.
 
         Raises:
             ValueError: for a key-value cache among the arguments, which two models cannot share.
@@ -104,19 +104,22 @@ class Teacher:
 
     @staticmethod
     def _moved(name: str, tensor: Tensor, like: Tensor) -> Tensor:
-        """`tensor` on the teacher's device; in its precision where a pipeline would give it in that."""
+        """`tensor` on the teacher's device, and in its precision unless that matters."""
         if not tensor.is_floating_point() or tensor.ndim < 2 or _PRECISE.search(name):
             return tensor.to(like.device)
         return tensor.to(like.device, like.dtype)
 
 
 def _holds_values(tensor: Tensor) -> bool:
-    """Whether its dtype is one to compute in: not an integer or 8-bit float that a library unpacks."""
+    """Whether the dtype supports computation: not an integer or a packed 8-bit float."""
     return tensor.is_floating_point() and tensor.element_size() > 1
 
 
 def reset_compiled(*models: nn.Module) -> bool:
-    """Have compiled parts of `models` compiled again at their next call, with the hooks that are on them then; whether there are any."""
+    """Recompile compiled parts of `models` at their next call, with the current hooks.
+
+    Returns whether there are compiled parts.
+    """
     modules = [module for model in models for module in model.modules()]
     compiled = any(
         hasattr(m, "_orig_mod") or m.__dict__.get("_compiled_call_impl") is not None

@@ -30,9 +30,15 @@ class Calibration:
     """
 
     def __init__(
-        self, args: tuple, kwargs: Mapping[str, Any] | None = None, *, num_samples: int, context: Any = None,
-        loss: Callable[[Any, Any], Tensor] | None = None, distance: Callable[[Any, Any, Any], Tensor] | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        args: tuple,
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        num_samples: int,
+        context: Any = None,
+        loss: Callable[[Any, Any], Tensor] | None = None,
+        distance: Callable[[Any, Any, Any], Tensor] | None = None,
+    ) -> None:
         self.args, self.kwargs, self.num_samples, self.context = (
             args,
             dict(kwargs or {}),
@@ -44,13 +50,17 @@ class Calibration:
 
     @classmethod
     def of(cls, objective: Objective, x: Tensor, y: Tensor) -> Calibration:
-        """Data `x` (N, ...) with labels `y` (N,), noised by `objective` with the global generator."""
+        """Data `x` (N, ...) with labels `y` (N,), noised by `objective`, global generator."""
         draw = objective.draw(x)
         return cls(
-            (draw.x_t, draw.t, y), num_samples=len(x), context=draw,
+            (draw.x_t, draw.t, y),
+            num_samples=len(x),
+            context=draw,
             loss=lambda output, draw: objective.losses(output, draw)["loss"],
-            distance=lambda output, target, draw: objective.distillation_losses(output, target, draw)["loss_kd"],
-        )  # fmt: skip
+            distance=lambda output, target, draw: objective.distillation_losses(
+                output, target, draw
+            )["loss_kd"],
+        )
 
     @property
     def has_loss(self) -> bool:

@@ -33,7 +33,7 @@ class Distilling:
         self.optimizer = torch.optim.AdamW(student.parameters(), lr=lr, weight_decay=0.0)
 
     def step(self, calibration: Calibration, *, num_blocks: int) -> None:
-        """One step on all of these samples, of which the dense model has been asked; `num_blocks` run."""
+        """One step on all samples, which need a target; `num_blocks` blocks run."""
         index = torch.arange(calibration.num_samples)
         self.optimizer.zero_grad()
         with self.problem.seeded(self.which, 0, self.num_steps), torch.enable_grad():

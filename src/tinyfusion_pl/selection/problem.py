@@ -77,19 +77,21 @@ class Problem:
         return self._fixed[num_samples]
 
     def stream(self, num_samples: int, which: int, step: int = 0) -> Iterator[Calibration]:
-        """Fresh samples without end, from those of `step` on; every stream of one number gives the same."""
+        """Endless fresh samples from `step` on; streams of one purpose and size are equal."""
         while True:
             with self.seeded(which, num_samples, step):
                 calibration = self._draw(num_samples)
             if calibration.num_samples != num_samples:
-                raise ValueError(f"{num_samples} samples were asked for, and draw gave {calibration.num_samples}. It must give as many as "
-                                 "it is called with.")  # fmt: skip
+                raise ValueError(
+                    f"{num_samples} samples were asked for, and draw gave "
+                    f"{calibration.num_samples}. It must give as many as it is called with."
+                )
             yield calibration
             step += 1
 
     @contextmanager
     def seeded(self, which: int, *numbers: int) -> Iterator[None]:
-        """Inside, the global generators give the random numbers of a purpose; afterwards they are as they were."""
+        """Seed the global generators for a purpose; restore them afterwards."""
         with torch.random.fork_rng(get_devices(self.model)):
             torch.manual_seed(compute_seed(self.seed, which, *numbers))
             yield
@@ -131,7 +133,7 @@ class Criterion(Protocol):
 
 
 def compute_seed(*numbers: int) -> int:
-    """A seed for `torch.manual_seed` of several numbers: another one where any of them is another."""
+    """A seed for `torch.manual_seed` that depends on each of `numbers`."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 

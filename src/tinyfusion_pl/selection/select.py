@@ -30,11 +30,22 @@ from tinyfusion_pl.selection.structures import MAX_ROWS, open_structures
 from tinyfusion_pl.selection.trials import Trials, propose
 
 CRITERIA: dict[str, Callable[[], Criterion]] = {
-    "global": GlobalSearch, "shortgpt": ShortGPT, "flux_lite": FluxLite, "sensitivity": Sensitivity, "taylor": Taylor,
-    "magnitude": Magnitude, "oracle": Oracle, "uniform": Uniform, "first": First, "random": Random, "greedy": Greedy,
+    "global": GlobalSearch,
+    "shortgpt": ShortGPT,
+    "flux_lite": FluxLite,
+    "sensitivity": Sensitivity,
+    "taylor": Taylor,
+    "magnitude": Magnitude,
+    "oracle": Oracle,
+    "uniform": Uniform,
+    "first": First,
+    "random": Random,
+    "greedy": Greedy,
     "cka": CKA,
-    "min_loss": CandidateLoss, "median_loss": lambda: CandidateLoss("median"), "max_loss": lambda: CandidateLoss("max"),
-}  # fmt: skip
+    "min_loss": CandidateLoss,
+    "median_loss": lambda: CandidateLoss("median"),
+    "max_loss": lambda: CandidateLoss("max"),
+}
 """Criteria that need no argument, by name."""
 
 
@@ -87,18 +98,33 @@ class Selection:
     """
 
     def __init__(
-        self, criterion: Criterion | str = "global", *, keep: Any = None, pattern: Any = None, stacks: str | Sequence[str] | None = None,
-        units: Any = None, candidates: int = 0, num_drawn: int = 800, num_scored: int = 200, trial_steps: Sequence[int] = (),
-        trials: Mapping[str, Any] | None = None, num_samples: int = 128, max_rows: int = MAX_ROWS, with_simple_rule: bool = True,
-    ) -> None:  # fmt: skip
+        self,
+        criterion: Criterion | str = "global",
+        *,
+        keep: Any = None,
+        pattern: Any = None,
+        stacks: str | Sequence[str] | None = None,
+        units: Any = None,
+        candidates: int = 0,
+        num_drawn: int = 800,
+        num_scored: int = 200,
+        trial_steps: Sequence[int] = (),
+        trials: Mapping[str, Any] | None = None,
+        num_samples: int = 128,
+        max_rows: int = MAX_ROWS,
+        with_simple_rule: bool = True,
+    ) -> None:
         if isinstance(criterion, str):
             if criterion not in CRITERIA:
-                raise ValueError(
-                    f"criterion is {criterion!r}; give one of {', '.join(CRITERIA)}."
-                )
+                raise ValueError(f"criterion is {criterion!r}; give one of {', '.join(CRITERIA)}.")
             criterion = CRITERIA[criterion]()
-        for name, value, least in (("candidates", candidates, 0), ("num_drawn", num_drawn, 0), ("num_scored", num_scored, 1),
-                                   ("num_samples", num_samples, 2), ("max_rows", max_rows, 1)):  # fmt: skip
+        for name, value, least in (
+            ("candidates", candidates, 0),
+            ("num_drawn", num_drawn, 0),
+            ("num_scored", num_scored, 1),
+            ("num_samples", num_samples, 2),
+            ("max_rows", max_rows, 1),
+        ):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} is {value!r}; give a whole number, {least} or more.")
         if trial_steps and candidates < 2:
@@ -162,9 +188,14 @@ class Selection:
             check(space)
 
     def __call__(
-        self, model: nn.Module, draw: Callable[[int], Calibration], *, seed: int = 0,
-        watch: Callable[[dict[str, Any]], None] = lambda entry: None, progress: Progress | None = None,
-    ) -> Selected:  # fmt: skip
+        self,
+        model: nn.Module,
+        draw: Callable[[int], Calibration],
+        *,
+        seed: int = 0,
+        watch: Callable[[dict[str, Any]], None] = lambda entry: None,
+        progress: Progress | None = None,
+    ) -> Selected:
         """Choose; `model` is left as it is.
 
         Args:
@@ -206,8 +237,14 @@ class Selection:
             on_step(choice.history)
             how, structure, rounds = self.criterion.name, choice.structure, []
             if self.candidates:
-                found = propose(problem, choice, num_drawn=self.num_drawn, num_scored=self.num_scored, keep=self.candidates,
-                                extra=self._cheap(problem))  # fmt: skip
+                found = propose(
+                    problem,
+                    choice,
+                    num_drawn=self.num_drawn,
+                    num_scored=self.num_scored,
+                    keep=self.candidates,
+                    extra=self._cheap(problem),
+                )
                 structure, how = found[0], f"{how}, nearest of the candidates"
                 if self.trials is not None and len(found) > 1:
                     structure, how = (
@@ -215,8 +252,11 @@ class Selection:
                         f"{self.criterion.name}, best of {len(found)} in trials",
                     )
                     rounds = self.trials.history
-            decision = (space.decision(structure, criterion=how, scores=choice.scores) if choice.theta is None
-                        else self._decision(space, structure, choice.theta, how, choice.scores))  # fmt: skip
+            decision = (
+                space.decision(structure, criterion=how, scores=choice.scores)
+                if choice.theta is None
+                else self._decision(space, structure, choice.theta, how, choice.scores)
+            )
             cost = structures.num_block_runs - before
         return Selected(
             decision, cost, None if simple is None else space.kept_blocks(simple), history, rounds
@@ -247,8 +287,14 @@ class Selection:
         """The decision where a distribution was learned: probabilities are its marginals."""
         each = distributions(space, theta)
         top = sum(float(d.log_prob(d.most_probable(1))) for d in each)
-        return space.decision(structure, criterion=how or self.criterion.name, scores=scores, probabilities=marginals(space, theta),
-                              confidence=math.exp(top), entropy=sum(d.entropy() for d in each))  # fmt: skip
+        return space.decision(
+            structure,
+            criterion=how or self.criterion.name,
+            scores=scores,
+            probabilities=marginals(space, theta),
+            confidence=math.exp(top),
+            entropy=sum(d.entropy() for d in each),
+        )
 
 
 def select_blocks(
@@ -259,7 +305,9 @@ def select_blocks(
     seed: int = 0,
     **options: Any,
 ) -> Decision:
-    """Choose which blocks of `model` stay; then ``remove_blocks(model, decision.kept_blocks)`` cuts it.
+    """Choose which blocks of `model` stay.
+
+    Then ``remove_blocks(model, decision.kept_blocks)`` cuts it.
 
     Args:
         model: The dense, trained model; left as it is.

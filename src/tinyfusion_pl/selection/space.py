@@ -19,14 +19,16 @@ from tinyfusion_pl.pruning.patterns import Pattern
 
 @dataclass(frozen=True)
 class Part:
-    """Units that share a budget: places in the order of all stacks' units, of which `num_kept` stay."""
+    """Units that share a budget, indexed through all stacks; `num_kept` of them stay."""
 
     members: tuple[int, ...]
     num_kept: int
 
 
 class Space:
-    """The structures that are allowed: of each `Part` exactly so many units stay. Units are counted through all stacks.
+    """The allowed structures: of each `Part`, exactly `num_kept` units stay.
+
+    Units are indexed through all stacks.
 
     Args:
         model: The model.
@@ -68,8 +70,12 @@ class Space:
             self._start[path] = self.num_units
             self.num_units += len(self.units[path])
         stays = {path: fixed_blocks(model, path) for path in self.paths}
-        self.fixed = frozenset(self._start[path] + i for path in self.paths for i, unit in enumerate(self.units[path])
-                               if set(unit) & set(stays[path]))  # fmt: skip
+        self.fixed = frozenset(
+            self._start[path] + i
+            for path in self.paths
+            for i, unit in enumerate(self.units[path])
+            if set(unit) & set(stays[path])
+        )
         patterns = by_path(pattern, self.paths, "pattern") if pattern else {}
         self.pattern = {
             path: str(Pattern.parse(each, enumerated=False)) for path, each in patterns.items()
@@ -134,7 +140,10 @@ class Space:
         return part.num_kept - len(self.fixed & set(part.members))
 
     def top(self, scores: Tensor) -> Tensor:
-        """The structure that keeps the units of the highest scores (num_units,), of equal ones the first; (num_units,) bool."""
+        """The structure that keeps the units with the highest scores: (num_units,) bool.
+
+        Ties keep the first.
+        """
         kept = torch.zeros(self.num_units, dtype=torch.bool)
         kept[list(self.fixed)] = True
         for part in self.parts:
@@ -143,7 +152,7 @@ class Space:
         return self._with_every_stack(kept, scores)
 
     def _with_every_stack(self, kept: Tensor, scores: Tensor) -> Tensor:
-        """`kept`, where a stack would lose all its blocks with the best of its units in place of the worst that another can spare."""
+        """Give each empty stack its best unit, in place of the worst unit that another can spare."""
         for path in self._empty(kept):
             best = max((i for i in self.members(path)), key=lambda i: (float(scores[i]), -i))
             part = next(part for part in self.parts if best in part.members)
@@ -153,8 +162,10 @@ class Space:
                 if kept[i] and int(kept[list(self._members_beside(i))].sum()) > 1
             ]
             if not spare:
-                raise ValueError(f"keep is {part.num_kept}, too few for a block in each of the stacks {', '.join(self.paths)}. Keep more, "
-                                 "or name the stacks to prune (stacks=).")  # fmt: skip
+                raise ValueError(
+                    f"keep is {part.num_kept}, too few for a block in each of the stacks "
+                    f"{', '.join(self.paths)}. Keep more, or name the stacks to prune (stacks=)."
+                )
             kept[min(spare, key=lambda i: (float(scores[i]), -i))] = False
             kept[best] = True
         return kept
@@ -184,11 +195,15 @@ class Space:
         structure[list(kept)] = True
         for part in self.parts:
             if (found := int(structure[list(part.members)].sum())) != part.num_kept:
-                raise ValueError(f"{what} keeps {found} of the units {part.members[0]} to {part.members[-1]}, but {part.num_kept} are to "
-                                 "stay.")  # fmt: skip
+                raise ValueError(
+                    f"{what} keeps {found} of the units {part.members[0]} to {part.members[-1]}, "
+                    f"but {part.num_kept} are to stay."
+                )
         if empty := self._empty(structure):
-            raise ValueError(f"{what} keeps no block of {', '.join(empty)}; each stack keeps one at least. Give a budget for each "
-                             "(keep={PATH: COUNT, ...}).")  # fmt: skip
+            raise ValueError(
+                f"{what} keeps no block of {', '.join(empty)}; each stack keeps one at least. Give a budget for each "
+                "(keep={PATH: COUNT, ...})."
+            )
         if missing := [i for i in self.fixed if not structure[i]]:
             raise ValueError(f"{what} drops the units {sorted(missing)}, which have to stay.")
         return structure
@@ -211,10 +226,16 @@ class Space:
         return kept
 
     def decision(
-        self, structure: Tensor, *, criterion: str, scores: Tensor | None = None, probabilities: Tensor | None = None,
-        confidence: float | None = None, entropy: float | None = None,
-    ) -> Decision:  # fmt: skip
-        """The record's form of a choice; `scores` and `probabilities` (num_units,) of all stacks' units."""
+        self,
+        structure: Tensor,
+        *,
+        criterion: str,
+        scores: Tensor | None = None,
+        probabilities: Tensor | None = None,
+        confidence: float | None = None,
+        entropy: float | None = None,
+    ) -> Decision:
+        """The decision for a structure; `scores` and `probabilities` are (num_units,)."""
         stacks, blocks = {}, self.kept_blocks(structure)
         for path in self.paths:
             keeps, members = (
@@ -243,9 +264,18 @@ class Space:
             )
             unit_of = {block: n for n, unit in enumerate(self.units[path]) for block in unit}
             stacks[path] = StackDecision(
-                self.pattern.get(path, f"{int(keeps.sum())}:{len(keeps)}"), self.num_blocks[path], blocks[path],
-                [float(chances[unit_of[b]]) if b in unit_of else 1.0 for b in range(self.num_blocks[path])], groups,
-                units=[list(unit) for unit in self.units[path]], criterion=criterion,
-                scores=None if scores is None else [float(s) for s in scores[members.start : members.stop]],
-            )  # fmt: skip
+                self.pattern.get(path, f"{int(keeps.sum())}:{len(keeps)}"),
+                self.num_blocks[path],
+                blocks[path],
+                [
+                    float(chances[unit_of[b]]) if b in unit_of else 1.0
+                    for b in range(self.num_blocks[path])
+                ],
+                groups,
+                units=[list(unit) for unit in self.units[path]],
+                criterion=criterion,
+                scores=None
+                if scores is None
+                else [float(s) for s in scores[members.start : members.stop]],
+            )
         return Decision(stacks)

@@ -19,10 +19,13 @@ from tinyfusion_pl.selection.candidates import distinct
 from tinyfusion_pl.selection.space import Space
 
 MAX_ROWS = 1024
-"""Rows of one forward pass: structures times samples. More rows share more, and take more memory."""
+"""Rows of one forward pass: structures times samples. More rows need more memory."""
 
-BATCH_FIRST = ("Every tensor of the call whose first axis is as long as the batch must be one value a sample, and samples must not "
-               "influence one another. Choose a number of samples that no other size equals.")  # fmt: skip
+BATCH_FIRST = (
+    "Every tensor of the call whose first axis is as long as the batch must be one value a "
+    "sample, and samples must not influence one another. Choose a number of samples that no "
+    "other size equals."
+)
 
 
 class Structures:
@@ -56,7 +59,10 @@ class Structures:
     def outputs(
         self, calibration: Calibration, structures: Tensor, index: Tensor, *, shared: bool
     ) -> Any:
-        """Output of every row: structure s for the samples at ``index``, or where not `shared` for its own part of it."""
+        """Outputs of structures for the samples at `index`.
+
+        If not `shared`, each structure runs on its own part of `index`.
+        """
         num_samples = len(index) if shared else len(index) // len(structures)
         rows = index.repeat(len(structures)) if shared else index
         args, kwargs = calibration.rows(rows)
@@ -74,7 +80,7 @@ class Structures:
     def per_sample(
         self, calibration: Calibration, structures: Tensor, index: Tensor, measure: str = "distance"
     ) -> Tensor:
-        """Measure of each row (R,): `structures` (R, num_units), row r for the sample ``index[r]``."""
+        """Measure of each row (R,): `structures` (R, num_units), samples ``index[r]``."""
         parts = zip(structures.split(self.max_rows), index.split(self.max_rows))
         return torch.cat(
             [
@@ -117,7 +123,9 @@ class Structures:
 
     @torch.no_grad()
     def check(self, calibration: Calibration) -> None:
-        """Find out whether structures run side by side give what cutting the blocks out gives, one with early and one with late drops.
+        """Check structures in one batch against really cut blocks.
+
+        Compares one with early and one with late drops.
 
         Raises:
             ValueError: when they do not: then samples cannot be told apart in the inputs or
@@ -192,7 +200,7 @@ class Structures:
 def open_structures(
     model: nn.Module, space: Space, *, max_rows: int = MAX_ROWS
 ) -> Iterator[Structures]:
-    """Gates on `model` that run any structure of `space`, taken off at the end; `model` is as it was then."""
+    """Install gates on `model` that run any structure of `space`; remove them at the end."""
     whole = {path: f"{len(units)}:{len(units)}" for path, units in space.units.items()}
     gates = DepthGates(model, whole, stacks=space.paths, units=space.units)
     try:

@@ -1,4 +1,4 @@
-"""From a choice to the best of several: proposals scored without training, then short recoveries that halve their number."""
+"""From one choice to the best of several: proposals without training, then short recoveries."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ def propose(
     keep: int,
     extra: Sequence[Tensor] = (),
 ) -> Tensor:
-    """The best structures (<= `keep`, num_units) by distance to the dense model, of those that `choice` makes likely, the best first.
+    """The structures closest to the dense model, among likely ones, best first.
+
+    At most `keep`: (<= keep, num_units).
 
     The best half of `keep` of `extra` always stays: before recovery the distance ranks simple rules
     too low (those that keep the first blocks above all), which trials then find out. Others are
@@ -61,7 +63,9 @@ def _theta(choice: Choice) -> Tensor | None:
 
 @dataclass
 class Trials:
-    """Successive halving by recovery: all candidates learn from the original weights on the same samples, the better half goes on.
+    """Successive halving by recovery.
+
+    All candidates train from the original weights on the same samples; the better half continues.
 
     Each is trained by output distillation (0.9) and data (0.1; by distillation alone where there is
     no loss), AdamW at a constant rate, and scored by the distance of its averaged weights to the
@@ -164,8 +168,13 @@ class _Recovery:
         )
 
     def state(self) -> dict[str, Any]:
-        return {"structure": self.structure, "num_steps": self.num_steps, "student": self.student.state_dict(),
-                "average": self.average.state_dict(), "optimizer": self.distilling.optimizer.state_dict()}  # fmt: skip
+        return {
+            "structure": self.structure,
+            "num_steps": self.num_steps,
+            "student": self.student.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.distilling.optimizer.state_dict(),
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.num_steps = self.distilling.num_steps = state["num_steps"]

@@ -14,7 +14,7 @@ from tinyfusion_pl.pruning.streams import Key
 from tinyfusion_pl.selection.problem import Problem
 
 Watch = Callable[[GatedForward, Mapping[Key, Tensor], Mapping[Key, Tensor]], None]
-"""Called with a block and the hidden states of each of its streams, as they go in and as they come out."""
+"""Called with a block and the inputs and outputs of each of its streams."""
 
 
 @torch.no_grad()

@@ -1,4 +1,6 @@
-"""Width in place of depth, or after it: Diff-Pruning (Fang et al., arXiv 2305.10924), through torch-pruning.
+"""Width pruning, alone or after depth: Diff-Pruning through torch-pruning.
+
+Fang et al., arXiv 2305.10924.
 
 Importance is Taylor's, |weight x gradient|, where the gradient is summed over the times whose loss
 is above a share of the largest one: L_t / L_max > threshold (published for CIFAR-10: 0.05). Times
@@ -32,7 +34,7 @@ from tinyfusion_pl.selection.select import Selected, Selection
 
 
 class WidthPruning:
-    """Makes a DiT or SiT narrower: hidden states, heads and MLPs by the same share, in all blocks alike.
+    """Makes a DiT or SiT narrower: hidden states, heads and MLPs alike, in all blocks.
 
     Args:
         removed: Share of all the model's parameters that goes, in (0, 1); met as nearly as whole
@@ -50,9 +52,15 @@ class WidthPruning:
     """
 
     def __init__(
-        self, *, removed: float = 0.5, threshold: float = 0.05, num_intervals: int = 32, num_samples: int = 1024, batch_size: int = 32,
+        self,
+        *,
+        removed: float = 0.5,
+        threshold: float = 0.05,
+        num_intervals: int = 32,
+        num_samples: int = 1024,
+        batch_size: int = 32,
         depth: Selection | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         if not is_installed():
             raise ValueError(MISSING)
         if not 0 < removed < 1:
@@ -97,10 +105,16 @@ class WidthPruning:
         )
 
     def __call__(
-        self, model: DiT, draw: Callable[[int], Calibration], *, seed: int = 0,
+        self,
+        model: DiT,
+        draw: Callable[[int], Calibration],
+        *,
+        seed: int = 0,
         watch: Callable[[dict[str, Any]], None] = lambda entry: None,
-    ) -> Selected:  # fmt: skip
-        """Choose blocks and channels; `model` is left as it is. What is left of it is the result's `shallow`.
+    ) -> Selected:
+        """Choose blocks and channels; the narrower model is the result's `shallow`.
+
+        `model` is not changed.
 
         Args:
             model: The dense, trained model.
@@ -140,7 +154,7 @@ class WidthPruning:
         return found
 
     def _accumulate(self, model: nn.Module, calibration: Calibration) -> list[dict[str, Any]]:
-        """Leave the gradient of the mean losses of the intervals that count, summed; returns what is known of each interval.
+        """Accumulate gradients of the mean losses of used intervals; describe each interval.
 
         Raises:
             ValueError: losses or gradients are not finite.

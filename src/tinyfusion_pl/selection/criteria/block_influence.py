@@ -1,4 +1,4 @@
-"""How much each block changes its hidden states: ShortGPT's block influence, and Flux.1-lite's mean squared change."""
+"""Change of hidden states by each block: ShortGPT and Flux.1-lite."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class ShortGPT:
 
 
 class FluxLite:
-    """Keeps the blocks that change their hidden states most: mean of the squared difference of output and input.
+    """Keeps the blocks with the largest mean squared change of their hidden states.
 
     (Flux.1-lite, Freepik 2024, ranks the blocks of FLUX so.)
     """
@@ -58,7 +58,10 @@ def _one_minus_cosine(x: Tensor, y: Tensor) -> Tensor:
 
 
 def unit_changes(problem: Problem, change: Change) -> Tensor:
-    """`change` of input and output of each unit on the fixed samples, averaged over its blocks and their streams. (num_units,)"""
+    """Mean change of each unit on the fixed samples: (num_units,).
+
+    Averaged over its blocks and their streams.
+    """
     found: dict[int, list[Tensor]] = {}
 
     def watch(

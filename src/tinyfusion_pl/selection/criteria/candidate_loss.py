@@ -1,4 +1,7 @@
-"""The structure of the smallest, the median or the largest calibration loss (TinyFusion, table 3 and figure 5)."""
+"""The structure of minimum, median or maximum calibration loss.
+
+TinyFusion, table 3 and figure 5.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Contiguous runs of blocks with similar hidden states, of which the first block stays for its run."""
+"""Contiguous runs of blocks with similar hidden states; the first block of each run stays."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ States = dict[
 
 
 class CKA:
-    """Divides the units into as many contiguous runs as are to stay, and keeps the first unit of each run.
+    """Divides the units into contiguous runs and keeps the first unit of each.
+
+    There are as many runs as units to keep.
 
     The value of a run is the linear CKA between the hidden states after its first and after its
     last unit: how well the unit that stays stands for the run (1 for a run of one unit). The
@@ -123,7 +125,10 @@ class CKA:
 
 
 def _similarity(states: States, path: str, blocks: Sequence[tuple[int, ...]], way: int) -> Tensor:
-    """CKA of the states after (`way` -1: before) the units at one place, averaged over the streams that all have. (n, n)"""
+    """CKA of the states after (`way` -1: before) the units at one place: (n, n).
+
+    Averaged over the streams that all units have.
+    """
     keys = [
         key
         for key in states[path, blocks[0][0]]
@@ -147,7 +152,9 @@ def _passed_on(states: States, path: str, section: tuple[int, ...]) -> float:
 
 
 def linear_cka(states: Sequence[Tensor]) -> Tensor:
-    """Linear CKA between any two of `states`, each (R, channels) with the same R >= 4 rows: (n, n) float64, the diagonal 1.
+    """Linear CKA between any two of `states`: (n, n) float64, the diagonal 1.
+
+    Each state is (R, channels) with the same R >= 4 rows.
 
     By the unbiased estimate of HSIC: the scalar product of the Gram matrices with their diagonals
     left out, centered so that every row sums to zero (U-centering). It may be slightly below 0 for

@@ -1,4 +1,7 @@
-"""A learned choice of k of all n units: a distribution over k-subsets, improved by forward passes of the dense weights alone."""
+"""A learned choice of k of all n units.
+
+A distribution over k-subsets, trained with forward passes of the dense weights only.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,9 @@ from tinyfusion_pl.selection.space import Space
 
 
 class GlobalSearch:
-    """Learns p(S) proportional to exp(sum of theta_i over S), |S| = k, so that its structures stay near the dense model's output.
+    """Learns a distribution over k-subsets whose outputs are close to the dense model's.
+
+    p(S) is proportional to exp(sum of theta_i over S), |S| = k.
 
     Each step draws `num_subsets` structures for each of `num_samples` samples, runs each sample
     through its own kept blocks without a graph, and takes l = log(distance to the dense model's
@@ -48,8 +53,12 @@ class GlobalSearch:
         average_decay: float = 0.95,
         num_considered: int = 4,
     ) -> None:
-        for name, value, least in (("num_steps", num_steps, 1), ("num_samples", num_samples, 1), ("num_subsets", num_subsets, 2),
-                                   ("num_considered", num_considered, 1)):  # fmt: skip
+        for name, value, least in (
+            ("num_steps", num_steps, 1),
+            ("num_samples", num_samples, 1),
+            ("num_subsets", num_subsets, 2),
+            ("num_considered", num_considered, 1),
+        ):
             if value < least:
                 raise ValueError(f"{name} is {value}; give {least} or more.")
         if not lr > 0 or not 0 <= average_decay < 1:
@@ -96,13 +105,25 @@ class GlobalSearch:
                 theta.grad = estimate_gradient(losses, structures, marginals(problem.space, theta))
                 optimizer.step()
                 average.lerp_(theta, 1 - self.average_decay)
-                history.append({"step": step + 1, "loss": float(losses.mean()), "structure": space.top(average),
-                                "theta": average.clone()})  # fmt: skip
+                history.append(
+                    {
+                        "step": step + 1,
+                        "loss": float(losses.mean()),
+                        "structure": space.top(average),
+                        "theta": average.clone(),
+                    }
+                )
                 problem.on_step(history)
-                problem.progress.step("search", lambda: {
-                    "theta": theta, "average": average, "optimizer": optimizer.state_dict(), "generator": generator.get_state(),
-                    "history": history,
-                })  # fmt: skip
+                problem.progress.step(
+                    "search",
+                    lambda: {
+                        "theta": theta,
+                        "average": average,
+                        "optimizer": optimizer.state_dict(),
+                        "generator": generator.get_state(),
+                        "history": history,
+                    },
+                )
         considered = most_probable_structures(space, average, self.num_considered)
         return Choice(
             space.top(average),

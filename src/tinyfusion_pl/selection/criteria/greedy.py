@@ -1,4 +1,4 @@
-"""Removes one unit at a time, each time the one whose removal costs least; with healing, of what is left after a short recovery."""
+"""Remove one unit at a time, each time the cheapest, optionally with healing in between."""
 
 from __future__ import annotations
 

@@ -57,7 +57,9 @@ class Uniform(_ByPlace):
 
 
 class Oracle(_ByPlace):
-    """BK-SDM's rule for half the depth: the first of each pair in the first half, the last of each pair in the second.
+    """BK-SDM's rule for half the depth.
+
+    It keeps the first of each pair in the first half, the last of each pair in the second.
 
     With an odd count of pairs the middle one keeps its first: of 28 units 0, 2, ..., 12, 15, ...,
     27; of 14 units 0, 2, 4, 6, 9, 11, 13. (Kim et al., BK-SDM, arXiv 2305.15798; the "oracle" of

@@ -27,7 +27,9 @@ class Magnitude:
 
 
 class Taylor:
-    """Keeps the units with the largest sum of |w * dloss/dw| (first-order Taylor expansion), over the fixed samples.
+    """Keeps the units with the largest sum of |w * dloss/dw| over the fixed samples.
+
+    First-order Taylor expansion.
 
     Args:
         batch_size: Samples of one backward pass.
@@ -78,5 +80,8 @@ class Taylor:
 def _parameters(problem: Problem) -> list[list[Tensor]]:
     """The weights of each unit."""
     space = problem.space
-    return [[p for block in unit for p in unwrap(get_stack(problem.model, path)[block]).parameters()]
-            for path in space.paths for unit in space.units[path]]  # fmt: skip
+    return [
+        [p for block in unit for p in unwrap(get_stack(problem.model, path)[block]).parameters()]
+        for path in space.paths
+        for unit in space.units[path]
+    ]
