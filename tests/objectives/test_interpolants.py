@@ -92,7 +92,8 @@ def test_the_likelihood_weighting_is_the_scores_error_times_the_diffusion(path, 
     draw, output = objective.draw(x0, t=T, noise=noise), torch.randn(4, 2, 3, 3)
     alpha, sigma, d_alpha, d_sigma = path_at(path, T)
     score = output.double() if prediction == "score" else -output / sigma
-    # Half the square of the forward SDE's noise: what makes its variance sigma^2 where its drift is (d_alpha / alpha) x.
+    # Half the square of the forward SDE's noise: what makes its variance sigma^2 where its drift is
+    # (d_alpha / alpha) x.
     half_square = sigma * (d_alpha / alpha * sigma - d_sigma)
     expected = (half_square * (score - targets["score"]).square()).flatten(1).mean(1)
     assert_near(objective.losses(output, draw)["loss"], expected, 1e-4)

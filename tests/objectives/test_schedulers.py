@@ -94,7 +94,8 @@ def test_diffusers_ddpm_with_the_learned_variance_is_ours(num_sampling_steps):
 def test_data_of_one_point_is_found(name, learn_sigma):
     z, y = torch.randn(5, 1, 2, 2), labels(5)
     objective, oracle = GaussianDiffusion(learn_sigma=learn_sigma), Oracle(learn_sigma=learn_sigma)
-    # Steps of DDIM's equal length stop short of the noisiest timestep by one step unless they trail.
+    # Steps of DDIM's equal length stop short of the noisiest timestep by one step unless they
+    # trail.
     if name == "ddim":
         scheduler = diffusers.DDIMScheduler(clip_sample=False, timestep_spacing="trailing")
     else:
@@ -124,8 +125,12 @@ SLOW = [
 @pytest.mark.parametrize("name", ["dpm_solver", "unipc", *SLOW])
 def test_normal_data_is_sampled_with_its_mean_and_spread(name):
     n = 4000
-    x = GaussianDiffusion().sample(RoundedTimes(Oracle(spread=0.5)), torch.randn(n, 1, 1, 1), torch.full((n,), 3),
-                                   **options(ALL[name], num_sampling_steps=200))  # fmt: skip
+    x = GaussianDiffusion().sample(
+        RoundedTimes(Oracle(spread=0.5)),
+        torch.randn(n, 1, 1, 1),
+        torch.full((n,), 3),
+        **options(ALL[name], num_sampling_steps=200),
+    )
     assert abs(x.mean() - 1) < 0.04 and abs(x.std() - 0.5) < 0.03
 
 
@@ -181,8 +186,12 @@ def test_the_scheduler_given_is_not_changed():
 
 def test_guidance_asks_for_the_null_label_beside_each_label():
     oracle = Oracle()
-    GaussianDiffusion().sample(oracle, torch.randn(3, 1, 2, 2), labels(3),
-                               **options(DETERMINISTIC["dpm_solver"], num_sampling_steps=2, guidance_scale=1.5))  # fmt: skip
+    GaussianDiffusion().sample(
+        oracle,
+        torch.randn(3, 1, 2, 2),
+        labels(3),
+        **options(DETERMINISTIC["dpm_solver"], num_sampling_steps=2, guidance_scale=1.5),
+    )
     assert [(n, y) for n, _, y in oracle.asked] == [(6, [0, 1, 2, 5, 5, 5])] * 2
 
 
@@ -251,8 +260,13 @@ def test_a_learned_variance_needs_one():
 
 def test_noise_of_another_shape_is_refused():
     with pytest.raises(ValueError, match=r"\(20, 2, 1, 2, 2\); expected \(1, 2, 1, 2, 2\)"):
-        GaussianDiffusion().sample(Oracle(), torch.randn(2, 1, 2, 2), labels(2), **options(RANDOM["ddpm"]),
-                                   noise=torch.zeros(20, 2, 1, 2, 2))  # fmt: skip
+        GaussianDiffusion().sample(
+            Oracle(),
+            torch.randn(2, 1, 2, 2),
+            labels(2),
+            **options(RANDOM["ddpm"]),
+            noise=torch.zeros(20, 2, 1, 2, 2),
+        )
 
 
 def test_a_protocol_holds_a_scheduler_as_plain_settings():

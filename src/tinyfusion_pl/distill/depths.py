@@ -117,10 +117,10 @@ def restore(
         kept[path], sources[path] = [i for i, _ in entries], [source for _, source in entries]
     model = remove_blocks(copy.deepcopy(teacher), kept).requires_grad_()
     for path, of_path in sources.items():
-        for block, source in zip(get_stack(model, path), of_path):
+        for module, source in zip(get_stack(model, path), of_path):
             if source is not None:
-                copy_maps(get_stack(student, path)[source], block)
-                block.load_state_dict(get_stack(student, path)[source].state_dict())
+                copy_maps(get_stack(student, path)[source], module)
+                module.load_state_dict(get_stack(student, path)[source].state_dict())
     _copy_rest(student, model, kept)
     stacks = {
         path: stack if kept[path] == stack.kept_blocks else _with_blocks(stack, kept[path])

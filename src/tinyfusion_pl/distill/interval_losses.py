@@ -82,6 +82,7 @@ class TeacherRuns:
 
     def take(self) -> Runs:
         """What was collected since the start."""
+        assert self._calls is not None  # between start and stop
         return Runs({path: dict(calls) for path, calls in self._calls.items()}, self.states.take())
 
     def _hook(self, path: str, index: int) -> Any:

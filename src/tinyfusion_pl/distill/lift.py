@@ -50,8 +50,8 @@ def lift_loss(
     variances are far above 1e-6 both are the same number.
 
     Args:
-        student, teacher: Predictions of equal shape, (N, C, ...) with `channel_axis` 1, (N, T, C)
-            with -1. The teacher's gets no gradient.
+        student: Predictions, (N, C, ...) with `channel_axis` 1, (N, T, C) with -1.
+        teacher: Predictions of the same shape; they get no gradient.
         group_size: Elements of a group, >= 2 (published: 16); the last group of a channel may be
             smaller.
         channel_axis: The axis of the channels, not the first; all others but the first are the

@@ -46,7 +46,7 @@ def resolve_pairs(
         ValueError: when a path is none or more than one of the student's stacks, the depths are not
             those of the decision, or a pair does not fit.
     """
-    pairs = {}
+    pairs: dict[str, list[tuple[int, int]]] = {}
     for path in given.stacks if isinstance(given, Decision) else given:
         if (inside := resolve_path(path, student, module, owner)) is None:
             continue

@@ -61,8 +61,8 @@ def sample_structures(
         if len(found) == num_samples:
             return found
     raise ValueError(
-        f"Nearly every structure would empty one of the stacks {', '.join(space.paths)}. Keep more units, or give a budget "
-        "for each stack: keep={PATH: COUNT}."
+        f"Nearly every structure would empty one of the stacks {', '.join(space.paths)}. "
+        "Keep more units, or give a budget for each stack: keep={PATH: COUNT}."
     )
 
 

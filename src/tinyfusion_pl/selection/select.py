@@ -206,7 +206,8 @@ class Selection:
             progress: Keeps the steps of the global search and of trials: the same call resumes
                 after the last one.
         """
-        space, history = self.space(model), []
+        space = self.space(model)
+        history: list[dict[str, Any]] = []
 
         def on_step(steps: list[dict[str, Any]]) -> None:
             for each in steps[len(history) :]:

@@ -152,7 +152,7 @@ class Space:
         return self._with_every_stack(kept, scores)
 
     def _with_every_stack(self, kept: Tensor, scores: Tensor) -> Tensor:
-        """Give each empty stack its best unit, in place of the worst unit that another can spare."""
+        """Give each empty stack its best unit, in place of the worst that another can spare."""
         for path in self._empty(kept):
             best = max((i for i in self.members(path)), key=lambda i: (float(scores[i]), -i))
             part = next(part for part in self.parts if best in part.members)
@@ -201,8 +201,8 @@ class Space:
                 )
         if empty := self._empty(structure):
             raise ValueError(
-                f"{what} keeps no block of {', '.join(empty)}; each stack keeps one at least. Give a budget for each "
-                "(keep={PATH: COUNT, ...})."
+                f"{what} keeps no block of {', '.join(empty)}; each stack keeps one at least. "
+                "Give a budget for each (keep={PATH: COUNT, ...})."
             )
         if missing := [i for i in self.fixed if not structure[i]]:
             raise ValueError(f"{what} drops the units {sorted(missing)}, which have to stay.")
