@@ -97,10 +97,10 @@ class Calibration:
 
 
 def prediction_distances(terms: Mapping[str, Tensor]) -> Tensor:
-    """Per-sample distance (N,) of predictions, from the terms of an objective's `distillation_losses`.
+    """Per-sample distance (N,) of predictions, from the terms of `distillation_losses`.
 
-    Of a model with a learned variance it is "mse_kd" alone: "vb_kd" at t = 0 is the likelihood of the data, which is not
-    0 where student and teacher are equal.
+    With a learned variance it is "mse_kd" only: at t = 0, "vb_kd" is the likelihood of the data,
+    which is not 0 even for equal student and teacher.
     """
     return terms["mse_kd"] if "mse_kd" in terms else terms["loss_kd"]
 
