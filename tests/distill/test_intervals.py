@@ -359,8 +359,10 @@ def test_runs_of_two_stacks_are_put_in_one_order():
     assert [each.depth for each in found] == [3, 5, 7]
     x_first, x_second = x, teacher.first[3](teacher.first[2](teacher.first[1](teacher.first[0](x))))
     errors = {}
-    for place, (block, start, run_of) in {("first", 0): (student.first[0], x_first, teacher.first[:3]),
-                                          ("second", 0): (student.second[0], x_second, teacher.second)}.items():  # fmt: skip
+    for place, (block, start, run_of) in {
+        ("first", 0): (student.first[0], x_first, teacher.first[:3]),
+        ("second", 0): (student.second[0], x_second, teacher.second),
+    }.items():
         target = start
         for each in run_of:
             target = each(target)

@@ -189,8 +189,16 @@ def test_the_callback_adds_it_to_the_loss_of_any_module():
     callback = DistillationCallback(
         teacher, weight_feature=0.0, output_loss="lift", channel_axis=-1
     )
-    Trainer(max_steps=1, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-            enable_model_summary=False, callbacks=[callback]).fit(module, DataLoader(x, batch_size=2))  # fmt: skip
+    Trainer(
+        max_steps=1,
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[callback],
+    ).fit(module, DataLoader(x, batch_size=2))
     output = before(x)
     kd = by_hand(output.transpose(1, 2), teacher(x).detach().transpose(1, 2)).mean()
     expected = torch.autograd.grad(0.1 * output.square().mean() + 0.9 * kd.float(), before.weight)[

@@ -108,7 +108,7 @@ def test_a_wrong_setting(tell, setting, expected):
     [
         (
             ["model.name=sit_s_2"],
-            ["sit_s_2 predicts 1 channels of latents of 1", "needs 2 channels", "sit for SiT"],
+            ["sit_s_2 predicts 1 channels for 1-channel latents", "needs 2 channels", "sit for SiT"],
         ),
         (
             ["model.name=dit_s_2", "objective=sit", "sampler@evaluate.sampling=sit_sde"],
@@ -116,7 +116,7 @@ def test_a_wrong_setting(tell, setting, expected):
         ),
         (
             ["model.name=dit_s_2", "objective=mar", "sampler@evaluate.sampling=mar"],
-            ["dit_s_2 is no MAR", "gaussian_diffusion for DiT"],
+            ["dit_s_2 is not a MAR", "gaussian_diffusion for DiT"],
         ),
         (["model.name=uvit_s_2"], ["uvit_s_2 predicts 1 channels", "noise for U-ViT"]),
         (

@@ -7,10 +7,13 @@ import torch
 PATHS = {
     "linear": (lambda t: t, lambda t: 1 - t),
     "gvp": (lambda t: torch.sin(math.pi * t / 2), lambda t: torch.cos(math.pi * t / 2)),
-    # exp of minus half the integral of beta from 0.1 at the data to 20 at the noise, over the time 1 - t since the data
-    "vp": (lambda t: torch.exp(-0.5 * (0.1 * (1 - t) + 19.9 * (1 - t) ** 2 / 2)),
-           lambda t: (1 - torch.exp(-(0.1 * (1 - t) + 19.9 * (1 - t) ** 2 / 2))).sqrt()),
-}  # fmt: skip
+    # exp of minus half the integral of beta from 0.1 at the data to 20 at the noise, over the time
+    # 1 - t since the data
+    "vp": (
+        lambda t: torch.exp(-0.5 * (0.1 * (1 - t) + 19.9 * (1 - t) ** 2 / 2)),
+        lambda t: (1 - torch.exp(-(0.1 * (1 - t) + 19.9 * (1 - t) ** 2 / 2))).sqrt(),
+    ),
+}
 
 
 def path_at(path, t):

@@ -21,9 +21,19 @@ def work(rank, folder):
     )
     torch.manual_seed(3)
     student, teacher = trained_like(**NO_DROPOUT), trained_like(**NO_DROPOUT, encoder_depth=3)
-    batches = [{"draw": {"x0": torch.randn(n, 3, 4, 4), "order": torch.rand(n, 16).argsort(1), "num_masked": k,
-                         "t": torch.randint(1, 1000, (n, 2, k)), "noise": torch.randn(n, 2, k, 3)},
-                "y": torch.arange(n) + 2} for n, k in zip(NUM_SAMPLES, NUM_MASKED)]  # fmt: skip
+    batches = [
+        {
+            "draw": {
+                "x0": torch.randn(n, 3, 4, 4),
+                "order": torch.rand(n, 16).argsort(1),
+                "num_masked": k,
+                "t": torch.randint(1, 1000, (n, 2, k)),
+                "noise": torch.randn(n, 2, k, 3),
+            },
+            "y": torch.arange(n) + 2,
+        }
+        for n, k in zip(NUM_SAMPLES, NUM_MASKED)
+    ]
     if rank == 0:
         torch.save(
             {"student": student, "teacher": teacher, "batches": batches}, folder / "start.pt"

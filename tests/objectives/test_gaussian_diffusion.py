@@ -180,7 +180,8 @@ def test_the_likelihood_is_that_of_the_normal_distribution_in_the_bin():
     wrong = (
         discretized_gaussian_log_likelihood(values, mean, log_scale).exp() - (upper - lower)
     ).abs()
-    # The published losses approximate the distribution function to 1.8e-4; only the two open bins see that undiminished.
+    # The published losses approximate the distribution function to 1.8e-4; only the two open bins
+    # see that undiminished.
     assert wrong[1:-1].max() < 2e-5 and wrong.max() < 2e-4
 
 
@@ -232,6 +233,6 @@ def test_the_fewest_timesteps_give_finite_losses():
 def test_a_denoiser_with_other_channels_is_named(learn_sigma, channels, expected):
     objective = GaussianDiffusion(learn_sigma=learn_sigma)
     with pytest.raises(
-        ValueError, match=f"{channels} channels for latents of 2; .* expects {expected}"
+        ValueError, match=f"{channels} channels for 2-channel latents; .* expects {expected}"
     ):
         objective.losses(torch.zeros(4, channels, 4, 4), drawn(objective))

@@ -40,7 +40,8 @@ def test_normal_data_is_sampled_with_its_mean_and_spread(path, prediction, sampl
 @pytest.mark.parametrize("sampler", SDE)
 @pytest.mark.parametrize("diffusion", DIFFUSIONS)
 def test_every_diffusion_coefficient_leads_to_the_same_data(sampler, diffusion):
-    # By the ODE's last step: a step of the SDE's drift without its noise narrows the data, by 16% where the coefficient is constant.
+    # By the ODE's last step: a step of the SDE's drift without its noise narrows the data, by 16%
+    # where the coefficient is constant.
     for path in ("linear", "vp"):
         mean, spread = sampled_normal(path, sampler=sampler, diffusion=diffusion, last_step="euler")
         assert abs(mean - 1) < 0.04 and abs(spread - 0.5) < 0.03
@@ -171,8 +172,16 @@ def test_guidance_moves_the_first_channels_or_all_away_from_the_null_label(
 ):
     z, y, scale = torch.randn(2, 4, 2, 2), torch.tensor([1, 4]), 1.5
     # Guided velocities and scores are those of data around the guided mean.
-    x = Interpolants().sample(Oracle(spread=1e-3), z, y, num_sampling_steps=100, sampler=sampler, last_step="tweedie",
-                              guidance_scale=scale, guidance_channels=guidance_channels)  # fmt: skip
+    x = Interpolants().sample(
+        Oracle(spread=1e-3),
+        z,
+        y,
+        num_sampling_steps=100,
+        sampler=sampler,
+        last_step="tweedie",
+        guidance_scale=scale,
+        guidance_channels=guidance_channels,
+    )
     plain, null = 2.0 * y - 5, 2.0 * 5 - 5
     expected = torch.stack(
         [null + scale * (plain - null) if c < guided else plain for c in range(4)], 1
@@ -290,14 +299,15 @@ def test_dopri5_says_that_it_cannot_go_on():
     [
         (
             {"sampler": "ddpm"},
-            "sampler is 'ddpm'; give one of 'euler', 'heun', 'dopri5', 'euler_maruyama', 'sde_heun'",
+            "sampler is 'ddpm'; give one of 'euler', 'heun', 'dopri5', 'euler_maruyama', "
+            "'sde_heun'",
         ),
         ({"diffusion": "none"}, "diffusion is 'none'; give one of 'constant', 'sbdm'"),
         ({"last_step": "first"}, "last_step is 'first'; give one of 'none'"),
         ({"num_sampling_steps": 0, "sampler": "euler"}, "num_sampling_steps is 0; give at least 1"),
         (
             {"num_sampling_steps": 1},
-            "num_sampling_steps is 1; give at least 2, one of which is the last step",
+            "num_sampling_steps is 1; give at least 2, including the last step",
         ),
         ({"guidance_channels": 0}, "guidance_channels is 0"),
         ({"atol": 0}, "atol is 0"),

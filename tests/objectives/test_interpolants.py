@@ -92,7 +92,8 @@ def test_the_likelihood_weighting_is_the_scores_error_times_the_diffusion(path, 
     draw, output = objective.draw(x0, t=T, noise=noise), torch.randn(4, 2, 3, 3)
     alpha, sigma, d_alpha, d_sigma = path_at(path, T)
     score = output.double() if prediction == "score" else -output / sigma
-    # Half the square of the forward SDE's noise: what makes its variance sigma^2 where its drift is (d_alpha / alpha) x.
+    # Half the square of the forward SDE's noise: what makes its variance sigma^2 where its drift is
+    # (d_alpha / alpha) x.
     half_square = sigma * (d_alpha / alpha * sigma - d_sigma)
     expected = (half_square * (score - targets["score"]).square()).flatten(1).mean(1)
     assert_near(objective.losses(output, draw)["loss"], expected, 1e-4)
@@ -184,7 +185,9 @@ def test_a_denoiser_with_a_learned_variance_is_refused_by_name():
         ValueError, match=r"\(4, 4, 3, 3\) for latents of shape \(4, 2, 3, 3\).*a SiT"
     ):
         objective.losses(torch.zeros(4, 4, 3, 3), draw)
-    with pytest.raises(ValueError, match="2 channels for latents of 2"):  # and the other way round
+    with pytest.raises(
+        ValueError, match="2 channels for 2-channel latents"
+    ):  # and the other way round
         GaussianDiffusion().losses(torch.zeros(4, 2, 3, 3), draw)
 
 
@@ -203,7 +206,7 @@ def test_a_copy_gives_the_same_losses():
         ({"path": "cosine"}, "path is 'cosine'; give one of 'linear', 'gvp', 'vp'"),
         ({"prediction": "x0"}, "prediction is 'x0'; give one of 'velocity'"),
         ({"loss_weighting": "snr"}, "loss_weighting is 'snr'"),
-        ({"loss_weighting": "velocity"}, "a velocity loss has no other weighting"),
+        ({"loss_weighting": "velocity"}, "a velocity loss supports 'none' only"),
         ({"train_eps": 0.5}, "train_eps is 0.5"),
         ({"sample_eps": -1e-3}, "sample_eps is -0.001"),
         ({"sample_eps": math.nan}, "sample_eps is nan"),

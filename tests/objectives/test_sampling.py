@@ -46,8 +46,14 @@ def test_data_of_one_point_is_found_exactly(learn_sigma, sampler, eta, num_sampl
 @pytest.mark.parametrize(("sampler", "eta"), [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 1.0)])
 def test_normal_data_is_sampled_with_its_mean_and_spread(sampler, eta):
     n = 4000
-    x = GaussianDiffusion().sample(Oracle(spread=0.5), torch.randn(n, 1, 1, 1), torch.full((n,), 3), sampler=sampler,
-                                   eta=eta, num_sampling_steps=200)  # fmt: skip
+    x = GaussianDiffusion().sample(
+        Oracle(spread=0.5),
+        torch.randn(n, 1, 1, 1),
+        torch.full((n,), 3),
+        sampler=sampler,
+        eta=eta,
+        num_sampling_steps=200,
+    )
     assert abs(x.mean() - 1) < 0.04 and abs(x.std() - 0.5) < 0.03
 
 
@@ -78,8 +84,15 @@ def test_guidance_moves_the_first_channels_or_all_away_from_the_null_label(
     guidance_channels, guided
 ):
     z, y, scale = torch.randn(2, 4, 2, 2), torch.tensor([1, 4]), 1.5
-    x = GaussianDiffusion().sample(Oracle(), z, y, num_sampling_steps=20, sampler="ddim", guidance_scale=scale,
-                                   guidance_channels=guidance_channels)  # fmt: skip
+    x = GaussianDiffusion().sample(
+        Oracle(),
+        z,
+        y,
+        num_sampling_steps=20,
+        sampler="ddim",
+        guidance_scale=scale,
+        guidance_channels=guidance_channels,
+    )
     plain, null = 2.0 * y - 5, 2.0 * 5 - 5
     expected = torch.stack(
         [null + scale * (plain - null) if c < guided else plain for c in range(4)], 1
@@ -137,8 +150,14 @@ def test_ddim_without_eta_draws_nothing():
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
 def test_clipped_predictions_end_in_the_range_of_the_data(sampler):
-    x = GaussianDiffusion().sample(Oracle(), torch.randn(5, 1, 2, 2), labels(5), num_sampling_steps=10, sampler=sampler,
-                                   clip_denoised=True)  # fmt: skip
+    x = GaussianDiffusion().sample(
+        Oracle(),
+        torch.randn(5, 1, 2, 2),
+        labels(5),
+        num_sampling_steps=10,
+        sampler=sampler,
+        clip_denoised=True,
+    )
     assert_near(x, torch.tensor([-1.0, -1, -1, 1, 1]).view(-1, 1, 1, 1).expand_as(x), 1e-3)
 
 

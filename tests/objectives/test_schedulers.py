@@ -94,7 +94,8 @@ def test_diffusers_ddpm_with_the_learned_variance_is_ours(num_sampling_steps):
 def test_data_of_one_point_is_found(name, learn_sigma):
     z, y = torch.randn(5, 1, 2, 2), labels(5)
     objective, oracle = GaussianDiffusion(learn_sigma=learn_sigma), Oracle(learn_sigma=learn_sigma)
-    # Steps of DDIM's equal length stop short of the noisiest timestep by one step unless they trail.
+    # Steps of DDIM's equal length stop short of the noisiest timestep by one step unless they
+    # trail.
     if name == "ddim":
         scheduler = diffusers.DDIMScheduler(clip_sample=False, timestep_spacing="trailing")
     else:
@@ -124,8 +125,12 @@ SLOW = [
 @pytest.mark.parametrize("name", ["dpm_solver", "unipc", *SLOW])
 def test_normal_data_is_sampled_with_its_mean_and_spread(name):
     n = 4000
-    x = GaussianDiffusion().sample(RoundedTimes(Oracle(spread=0.5)), torch.randn(n, 1, 1, 1), torch.full((n,), 3),
-                                   **options(ALL[name], num_sampling_steps=200))  # fmt: skip
+    x = GaussianDiffusion().sample(
+        RoundedTimes(Oracle(spread=0.5)),
+        torch.randn(n, 1, 1, 1),
+        torch.full((n,), 3),
+        **options(ALL[name], num_sampling_steps=200),
+    )
     assert abs(x.mean() - 1) < 0.04 and abs(x.std() - 0.5) < 0.03
 
 
@@ -181,8 +186,12 @@ def test_the_scheduler_given_is_not_changed():
 
 def test_guidance_asks_for_the_null_label_beside_each_label():
     oracle = Oracle()
-    GaussianDiffusion().sample(oracle, torch.randn(3, 1, 2, 2), labels(3),
-                               **options(DETERMINISTIC["dpm_solver"], num_sampling_steps=2, guidance_scale=1.5))  # fmt: skip
+    GaussianDiffusion().sample(
+        oracle,
+        torch.randn(3, 1, 2, 2),
+        labels(3),
+        **options(DETERMINISTIC["dpm_solver"], num_sampling_steps=2, guidance_scale=1.5),
+    )
     assert [(n, y) for n, _, y in oracle.asked] == [(6, [0, 1, 2, 5, 5, 5])] * 2
 
 
@@ -194,12 +203,15 @@ class DrawsOnItsOwn(diffusers.DDPMScheduler):
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"scheduler": None}, "there is no scheduler"),
+        ({"scheduler": None}, "but scheduler is None"),
         (
             {"scheduler": "DPMSolverMultistepScheduler"},
-            "scheduler is a str, which has no noise schedule",
+            "scheduler is a str, which has no discrete noise schedule",
         ),
-        ({"scheduler": diffusers.FlowMatchEulerDiscreteScheduler()}, "has no noise schedule"),
+        (
+            {"scheduler": diffusers.FlowMatchEulerDiscreteScheduler()},
+            "has no discrete noise schedule",
+        ),
         (
             {"scheduler": diffusers.DDIMScheduler(beta_schedule="scaled_linear")},
             "another noise schedule than the objective",
@@ -215,18 +227,18 @@ class DrawsOnItsOwn(diffusers.DDPMScheduler):
         ({"scheduler": diffusers.DDIMInverseScheduler()}, "from data to noise"),
         (
             {"scheduler": diffusers.DPMSolverMultistepScheduler(variance_type="learned")},
-            "cannot make 20 steps .*variance_type",
+            "failed to run 20 steps .*variance_type",
         ),
         (
             {"scheduler": DrawsOnItsOwn()},
-            "DrawsOnItsOwn draws noise that cannot be fixed for each sample",
+            "DrawsOnItsOwn draws noise from the global generator",
         ),
         ({"eta": 0.5}, "DPMSolverMultistepScheduler has no eta"),
         ({"eta": 2.0, "scheduler": diffusers.DDIMScheduler()}, "eta is 2.0"),
-        ({"clip_denoised": True}, "clipping is the scheduler's own part"),
+        ({"clip_denoised": True}, "the scheduler does its own clipping"),
         ({"num_sampling_steps": 1001}, "num_sampling_steps is 1001"),
         ({"guidance_channels": 0}, "guidance_channels is 0"),
-        ({"sampler": "ddim"}, "There is a scheduler, but sampler is 'ddim'"),
+        ({"sampler": "ddim"}, "A scheduler is given, but sampler 'ddim'"),
     ],
 )
 def test_settings_that_do_not_go_together_are_named_before_the_denoiser_runs(wrong, said):
@@ -248,8 +260,13 @@ def test_a_learned_variance_needs_one():
 
 def test_noise_of_another_shape_is_refused():
     with pytest.raises(ValueError, match=r"\(20, 2, 1, 2, 2\); expected \(1, 2, 1, 2, 2\)"):
-        GaussianDiffusion().sample(Oracle(), torch.randn(2, 1, 2, 2), labels(2), **options(RANDOM["ddpm"]),
-                                   noise=torch.zeros(20, 2, 1, 2, 2))  # fmt: skip
+        GaussianDiffusion().sample(
+            Oracle(),
+            torch.randn(2, 1, 2, 2),
+            labels(2),
+            **options(RANDOM["ddpm"]),
+            noise=torch.zeros(20, 2, 1, 2, 2),
+        )
 
 
 def test_a_protocol_holds_a_scheduler_as_plain_settings():

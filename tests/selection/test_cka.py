@@ -140,8 +140,16 @@ def test_streams_of_a_block_are_averaged():
     with torch.no_grad():
         for block in model.blocks:
             states.append(pair := block(pair))
-    values = [[1.0 if i == j else sum(cka(states[i][s].flatten(0, 1), states[j][s].flatten(0, 1)) for s in (0, 1)) / 2
-               for j in range(5)] for i in range(5)]  # fmt: skip
+    values = [
+        [
+            1.0
+            if i == j
+            else sum(cka(states[i][s].flatten(0, 1), states[j][s].flatten(0, 1)) for s in (0, 1))
+            / 2
+            for j in range(5)
+        ]
+        for i in range(5)
+    ]
     best = max(divisions(5, 2), key=lambda d: total(values, d))
     found = select_blocks(model, draw, criterion="cka", keep=2, stacks="blocks", num_samples=NUM)
     assert found.kept_blocks == {"blocks": list(best)}
@@ -151,8 +159,15 @@ def test_of_mirrored_pairs_the_out_blocks_are_compared_before():
     """Units (0, 7), (1, 6), ...: of a run the in block stays that comes first, and the out block that comes last."""
     model = toy()
     states = states_after(model)
-    values = [[1.0 if i == j else (cka(states[i][1], states[j][1]) + cka(states[7 - i][0], states[7 - j][0])) / 2
-               for j in range(4)] for i in range(4)]  # fmt: skip
+    values = [
+        [
+            1.0
+            if i == j
+            else (cka(states[i][1], states[j][1]) + cka(states[7 - i][0], states[7 - j][0])) / 2
+            for j in range(4)
+        ]
+        for i in range(4)
+    ]
     best = max(divisions(4, 2), key=lambda d: total(values, d))
     units = [(i, 7 - i) for i in range(4)]
     found = select_blocks(
@@ -181,8 +196,13 @@ def test_foreign_stacks_are_divided_under_one_budget(name):
     model, make_inputs, _ = ZOO[name].build()
     torch.manual_seed(0)
     args, kwargs = make_inputs(2)
-    decision = select_blocks(model.eval(), lambda n: Calibration(args, kwargs, num_samples=2), criterion="cka", keep=2,
-                             num_samples=2)  # fmt: skip
+    decision = select_blocks(
+        model.eval(),
+        lambda n: Calibration(args, kwargs, num_samples=2),
+        criterion="cka",
+        keep=2,
+        num_samples=2,
+    )
     assert sum(len(g.kept) for s in decision.stacks.values() for g in s.groups) == 2
 
 
@@ -205,10 +225,16 @@ def test_mirrored_pairs_of_a_family_are_divided():
     assert sum(len(group.kept) for group in stack.groups) == 2 and stack.groups[0].kept[0] == 0
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"keep": 1, "units": [(0, 1), (3,), (4, 5)]}, r"2 of them begin a run whatever their states are \(0, 1:.*pruning=greedy"),
-    ({"keep": 1, "units": [(0, 2), (4,)]}, "unequal numbers of blocks"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            {"keep": 1, "units": [(0, 1), (3,), (4, 5)]},
+            r"2 of them begin a run whatever their states are \(0, 1:.*pruning=greedy",
+        ),
+        ({"keep": 1, "units": [(0, 2), (4,)]}, "unequal numbers of blocks"),
+    ],
+)
 def test_budgets_that_leave_no_runs_are_refused_first(options, message):
     def nothing(n):
         raise AssertionError("samples were drawn")

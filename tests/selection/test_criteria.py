@@ -36,7 +36,7 @@ def draw_fixed(model):
             loss=lambda y, goal: (y - goal).square().flatten(1).mean(1),
         )
 
-    return draw  # fmt: skip
+    return draw
 
 
 def toy(depth=6):
@@ -166,9 +166,14 @@ def test_greedy_removes_the_least_missed_block_each_time():
     assert choose(model, "greedy").kept_blocks == kept
 
 
-@pytest.mark.parametrize("n, expected", [
-    (28, [0, 2, 4, 6, 8, 10, 12, 15, 17, 19, 21, 23, 25, 27]), (14, [0, 2, 4, 6, 9, 11, 13]), (12, [0, 2, 4, 7, 9, 11]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "n, expected",
+    [
+        (28, [0, 2, 4, 6, 8, 10, 12, 15, 17, 19, 21, 23, 25, 27]),
+        (14, [0, 2, 4, 6, 9, 11, 13]),
+        (12, [0, 2, 4, 7, 9, 11]),
+    ],
+)
 def test_the_oracle_keeps_the_first_of_early_pairs_and_the_last_of_late_ones(n, expected):
     assert Oracle().places(n, n // 2) == expected
 
@@ -196,7 +201,7 @@ def test_an_index_that_misses_the_budget_is_refused(kept, message):
         choose(toy(), Index(kept))
 
 
-# -- the learned choice -----------------------------------------------------------------------------
+# -- the learned choice -------------------------------------------------------
 def test_the_gradient_estimate_is_unbiased():
     """Its mean over many steps, against the exact gradient of the expected loss by enumeration, within its error bars."""
     space = Space(toy(), keep=3, stacks="blocks")
@@ -251,8 +256,15 @@ def test_the_same_seed_gives_the_same_choice_and_touches_no_generator():
 
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    options = dict(keep=2, candidates=3, trial_steps=[1, 2], num_drawn=20, num_samples=8, max_rows=64, trials={"batch_size": 4,
-                                                                                                            "num_scored": 8})  # fmt: skip
+    options = dict(
+        keep=2,
+        candidates=3,
+        trial_steps=[1, 2],
+        num_drawn=20,
+        num_samples=8,
+        max_rows=64,
+        trials={"batch_size": 4, "num_scored": 8},
+    )
     first = Selection(GlobalSearch(num_steps=5), **options)(model, draw, seed=3)
     assert torch.equal(before, torch.get_rng_state())
     torch.manual_seed(6)
@@ -266,8 +278,17 @@ def test_the_same_seed_gives_the_same_choice_and_touches_no_generator():
 def test_trials_prefer_what_recovers_over_what_is_near():
     """Of two structures the nearer one has a frozen way: the other recovers better."""
     model = toy(4)
-    found = Selection("random", keep=2, stacks="blocks", candidates=4, num_drawn=0, trial_steps=[5, 5], num_samples=NUM, max_rows=64,
-                      trials={"batch_size": NUM, "num_scored": NUM, "lr": 1e-2})(model, draw_fixed(model))  # fmt: skip
+    found = Selection(
+        "random",
+        keep=2,
+        stacks="blocks",
+        candidates=4,
+        num_drawn=0,
+        trial_steps=[5, 5],
+        num_samples=NUM,
+        max_rows=64,
+        trials={"batch_size": NUM, "num_scored": NUM, "lr": 1e-2},
+    )(model, draw_fixed(model))
     last = found.rounds[-1]
     best = min(last, key=lambda each: each["distance"])
     kept = [i for i, keep in enumerate(best["structure"].tolist()) if keep]
@@ -277,24 +298,39 @@ def test_trials_prefer_what_recovers_over_what_is_near():
     )  # they have learned
 
 
-# -- the door ---------------------------------------------------------------------------------------
+# -- the door -----------------------------------------------------------------
 @pytest.mark.parametrize("name", CRITERIA)
 def test_every_criterion_gives_a_decision_that_cuts(name):
     model = toy()
-    decision = select_blocks(model, draw_fixed(model), criterion=name, keep=3, stacks="blocks", num_samples=NUM, max_rows=64,
-                             **({"candidates": 0}))  # fmt: skip
+    decision = select_blocks(
+        model,
+        draw_fixed(model),
+        criterion=name,
+        keep=3,
+        stacks="blocks",
+        num_samples=NUM,
+        max_rows=64,
+        **({"candidates": 0}),
+    )
     stack = decision.stacks["blocks"]
     assert len(stack.kept_blocks) == 3 and stack.pattern == "3:6" and stack.criterion == name
     assert Decision.from_dict(decision.as_dict()) == decision
     assert stack.layer_pairs() == [(0, 1), (1, 3), (2, 5)]
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"criterion": "best"}, "no criterion 'best'.*global"), ({"trial_steps": [3]}, "give 2 or more to try"),
-    ({"candidates": -1}, "candidates is -1"), ({"num_samples": 1}, "num_samples is 1"), ({"max_rows": 8}, "max_rows is 8"),
-    ({"candidates": 4, "trial_steps": [0]}, r"steps is \[0\]"), ({"keep": None}, "neither is given"),
-    ({"candidates": 4, "trial_steps": [1], "trials": {"lr": 0}}, "lr is 0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"criterion": "best"}, "no criterion 'best'.*global"),
+        ({"trial_steps": [3]}, "give 2 or more to try"),
+        ({"candidates": -1}, "candidates is -1"),
+        ({"num_samples": 1}, "num_samples is 1"),
+        ({"max_rows": 8}, "max_rows is 8"),
+        ({"candidates": 4, "trial_steps": [0]}, r"steps is \[0\]"),
+        ({"keep": None}, "neither is given"),
+        ({"candidates": 4, "trial_steps": [1], "trials": {"lr": 0}}, "lr is 0"),
+    ],
+)
 def test_mistakes_are_refused_when_it_is_made(options, message):
     with pytest.raises(ValueError, match=message):
         Selection(**{"keep": 3, **options})

@@ -138,10 +138,14 @@ def test_a_loss_heals_by_data_too():
     assert len(found.decision.kept_blocks["blocks"]) == KEEP
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"healing_steps": -1}, "healing_steps is -1"), ({"healing_batch_size": 0}, "healing_batch_size is 0"),
-    ({"healing_lr": 0.0}, "healing_lr is 0.0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"healing_steps": -1}, "healing_steps is -1"),
+        ({"healing_batch_size": 0}, "healing_batch_size is 0"),
+        ({"healing_lr": 0.0}, "healing_lr is 0.0"),
+    ],
+)
 def test_healing_settings_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         Greedy(**options)

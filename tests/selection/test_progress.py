@@ -13,8 +13,15 @@ from tinyfusion_pl.selection import Calibration, Selection
 from tinyfusion_pl.selection.criteria.global_search import GlobalSearch
 from tinyfusion_pl.selection.progress import Progress
 
-OPTIONS = {"keep": 2, "candidates": 3, "trial_steps": [2, 2], "num_drawn": 20, "num_samples": 8, "max_rows": 64,
-           "trials": {"batch_size": 4, "num_scored": 8}}  # fmt: skip
+OPTIONS = {
+    "keep": 2,
+    "candidates": 3,
+    "trial_steps": [2, 2],
+    "num_drawn": 20,
+    "num_samples": 8,
+    "max_rows": 64,
+    "trials": {"batch_size": 4, "num_scored": 8},
+}
 
 
 def select(path=None, *, end_at=None, made_from="this", seed=3):
@@ -44,7 +51,8 @@ def assert_same(found, expected):
     assert found.decision == expected.decision and found.num_block_runs == expected.num_block_runs
     assert found.history == expected.history
     assert [[each["distance"] for each in of_round] for of_round in found.rounds] == [
-        [each["distance"] for each in of_round] for of_round in expected.rounds]  # fmt: skip
+        [each["distance"] for each in of_round] for of_round in expected.rounds
+    ]
 
 
 @pytest.mark.parametrize("end_at", [3, 6, 8])

@@ -99,7 +99,8 @@ def test_a_block_runs_once_for_each_distinct_prefix():
     assert len(structures) == 16
     _, cost = distances(model, space, calibration, structures, max_rows=10_000)
     prefixes = {tuple(row[: i + 1]) for row in structures.tolist() for i in range(8) if row[i]}
-    # Of prefixes that end in a kept block; a dropped one costs nothing. With the dense model's own pass.
+    # Of prefixes that end in a kept block; a dropped one costs nothing. With the dense model's own
+    # pass.
     assert cost == 3 * (len(prefixes) + 8) == 3 * (30 + 8)
 
 
@@ -154,7 +155,7 @@ def test_order_puts_structures_with_common_prefixes_side_by_side():
     assert structures[lexicographic(structures)].tolist() == sorted(structures.tolist())
 
 
-# -- spaces -----------------------------------------------------------------------------------------
+# -- spaces -------------------------------------------------------------------
 def test_structures_are_counted_listed_and_drawn_by_budget():
     model = Toy(depth=6)
     for options, number in (
@@ -205,11 +206,22 @@ def test_no_stack_loses_all_its_blocks():
         space.check([space.num_units - 2, space.num_units - 1], what="kept")
 
 
-@pytest.mark.parametrize("options, message", [
-    ({}, "neither is given"), ({"keep": 2, "pattern": "1:2"}, "both are given"), ({"keep": 6}, "from 1 to 5"), ({"keep": 0}, "from 1 to 5"),
-    ({"keep": 1.5}, "from 1 to 5"), ({"keep": 0.01}, "from 1 to 5"), ({"keep": "3"}, "a count of units"), ({"keep": True}, "a count"),
-    ({"pattern": "1:4"}, "does not divide"), ({"pattern": "2:2"}, "nothing to choose"), ({"keep": {"other": 2}}, "other"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({}, "neither is given"),
+        ({"keep": 2, "pattern": "1:2"}, "both are given"),
+        ({"keep": 6}, "from 1 to 5"),
+        ({"keep": 0}, "from 1 to 5"),
+        ({"keep": 1.5}, "from 1 to 5"),
+        ({"keep": 0.01}, "from 1 to 5"),
+        ({"keep": "3"}, "a count of units"),
+        ({"keep": True}, "a count"),
+        ({"pattern": "1:4"}, "does not divide"),
+        ({"pattern": "2:2"}, "nothing to choose"),
+        ({"keep": {"other": 2}}, "other"),
+    ],
+)
 def test_a_budget_that_cannot_be_met_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         Space(
@@ -224,8 +236,14 @@ def test_models_whose_blocks_are_tied_to_their_place_are_refused(name):
     torch.manual_seed(0)
     args, kwargs = make_inputs(2)
     with pytest.raises(ValueError, match="goes to blocks by their place"):
-        select_blocks(model.eval(), lambda n: Calibration(args, kwargs, num_samples=2), criterion="first", keep=0.5, stacks=stacks,
-                      num_samples=2)  # fmt: skip
+        select_blocks(
+            model.eval(),
+            lambda n: Calibration(args, kwargs, num_samples=2),
+            criterion="first",
+            keep=0.5,
+            stacks=stacks,
+            num_samples=2,
+        )
 
 
 def test_rows_of_a_search_are_run_in_parts_of_max_rows():

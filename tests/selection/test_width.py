@@ -34,7 +34,7 @@ def count(model):
     return sum(p.numel() for p in model.parameters())
 
 
-# -- which weights are left -------------------------------------------------------------------------
+# -- which weights are left ---------------------------------------------------
 def some(n, num_kept, parts=1):
     """Which of `n` channels stay, as many in each part, at random; ascending."""
     each = [
@@ -80,13 +80,21 @@ def layout():
         "final_layer.adaLN_modulation.1.bias": {0: ("x", 2)},
     }
     for i in range(2):
-        names |= {f"blocks.{i}.{name}": axes for name, axes in {
-            "adaLN_modulation.1.weight": {0: ("x", 6), 1: ("c", 1)}, "adaLN_modulation.1.bias": {0: ("x", 6)},
-            "attn.qkv.weight": {0: (f"attn{i}", 3), 1: ("x", 1)}, "attn.qkv.bias": {0: (f"attn{i}", 3)},
-            "attn.proj.weight": {0: ("x", 1), 1: (f"attn{i}", 1)}, "attn.proj.bias": {0: ("x", 1)},
-            "mlp.fc1.weight": {0: (f"mlp{i}", 1), 1: ("x", 1)}, "mlp.fc1.bias": {0: (f"mlp{i}", 1)},
-            "mlp.fc2.weight": {0: ("x", 1), 1: (f"mlp{i}", 1)}, "mlp.fc2.bias": {0: ("x", 1)},
-        }.items()}  # fmt: skip
+        names |= {
+            f"blocks.{i}.{name}": axes
+            for name, axes in {
+                "adaLN_modulation.1.weight": {0: ("x", 6), 1: ("c", 1)},
+                "adaLN_modulation.1.bias": {0: ("x", 6)},
+                "attn.qkv.weight": {0: (f"attn{i}", 3), 1: ("x", 1)},
+                "attn.qkv.bias": {0: (f"attn{i}", 3)},
+                "attn.proj.weight": {0: ("x", 1), 1: (f"attn{i}", 1)},
+                "attn.proj.bias": {0: ("x", 1)},
+                "mlp.fc1.weight": {0: (f"mlp{i}", 1), 1: ("x", 1)},
+                "mlp.fc1.bias": {0: (f"mlp{i}", 1)},
+                "mlp.fc2.weight": {0: ("x", 1), 1: (f"mlp{i}", 1)},
+                "mlp.fc2.bias": {0: ("x", 1)},
+            }.items()
+        }
     return names
 
 
@@ -162,7 +170,7 @@ def test_the_dense_model_is_left_as_it_is():
     )  # same seed
 
 
-# -- sizes ------------------------------------------------------------------------------------------
+# -- sizes --------------------------------------------------------------------
 @pytest.mark.parametrize("removed, published, hidden_size", [(0.5, 338e6, 816), (0.75, 169e6, 576)])
 def test_dit_xl_comes_to_published_sizes_within_two_percent(removed, published, hidden_size):
     from tinyfusion_pl.selection.channels import count_params, width_for
@@ -227,7 +235,7 @@ def test_a_sit_becomes_narrower_too():
     )
 
 
-# -- what it ends in --------------------------------------------------------------------------------
+# -- what it ends in ----------------------------------------------------------
 @pytest.fixture
 def saved(tmp_path):
     found = narrow(small_dit(), depth=Selection("first", keep=2, num_samples=8))
@@ -244,9 +252,15 @@ def test_a_saved_model_gives_the_same_bit_for_bit(saved):
         assert torch.equal(load_pretrained(folder)(*args), expected)
 
 
-@pytest.mark.parametrize("path, value", [
-    (("width", "hidden_size"), 16), (("model", "kwargs", "hidden_size"), 16), (("width",), 5), (("width", "dense_hidden_size"), "x"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "path, value",
+    [
+        (("width", "hidden_size"), 16),
+        (("model", "kwargs", "hidden_size"), 16),
+        (("width",), 5),
+        (("width", "dense_hidden_size"), "x"),
+    ],
+)
 def test_a_record_of_another_width_is_refused(saved, path, value):
     file = saved[0] / "record.json"
     file.write_text(json.dumps(replaced(json.loads(file.read_text()), path, value)))
@@ -293,7 +307,7 @@ def test_hidden_states_of_unequal_widths_are_not_compared():
         )
 
 
-# -- what is refused --------------------------------------------------------------------------------
+# -- what is refused ----------------------------------------------------------
 @pytest.mark.parametrize("name", ["uvit_s_2", "udit_s", "mar_base"])
 def test_other_families_are_refused_by_name(name):
     with torch.device("meta"):
@@ -313,11 +327,18 @@ def test_without_torch_pruning_the_extra_is_named(monkeypatch):
         WidthPruning()
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"removed": 1.0}, "removed is 1.0"), ({"removed": 0.0}, "removed is 0.0"), ({"threshold": 1.0}, "threshold is 1.0"),
-    ({"num_intervals": 17}, "fewer than num_intervals=17"), ({"batch_size": 0}, "batch_size is 0"),
-    ({"removed": 0.999}, "Remove less"), ({"removed": 0.1, "depth": Selection("first", keep=1)}, "Keep more blocks, or remove more"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"removed": 1.0}, "removed is 1.0"),
+        ({"removed": 0.0}, "removed is 0.0"),
+        ({"threshold": 1.0}, "threshold is 1.0"),
+        ({"num_intervals": 17}, "fewer than num_intervals=17"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"removed": 0.999}, "Remove less"),
+        ({"removed": 0.1, "depth": Selection("first", keep=1)}, "Keep more blocks, or remove more"),
+    ],
+)
 def test_settings_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         WidthPruning(**{**SMALL, **options}).check(small_dit())

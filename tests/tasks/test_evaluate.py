@@ -436,7 +436,7 @@ def test_samples_that_are_not_finite_are_counted_and_named(tmp_path):
     with torch.no_grad():
         broken.y_embedder.embedding_table.weight[1] = float("nan")  # every tenth sample
     with pytest.raises(
-        ValueError, match=r"1 of 5 samples hold values that are not finite \(numbers \[1\]\)"
+        ValueError, match=r"1 of 5 samples contain NaN or infinity \(numbers \[1\]\)"
     ):
         run(tmp_path, inputs(broken))
 

@@ -98,7 +98,7 @@ def test_with_a_reference_file_they_are_of_the_data(tmp_path, capsys):
 
 def test_a_model_of_fewer_classes_is_refused():
     with pytest.raises(
-        ValueError, match="The data's classes are 3 to 701, but the model knows the classes 0 to 9"
+        ValueError, match="The data's classes are 3 to 701, but the model has classes 0 to 9"
     ):
         evaluate().check(inputs(num_classes=10))
     with pytest.raises(

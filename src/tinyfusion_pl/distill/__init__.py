@@ -1,4 +1,7 @@
-"""Recovery losses: what the shallow student learns from the teacher."""
+"""Recovery losses: how the shallow student learns from the teacher."""
+
+import warnings
+from typing import Any
 
 from tinyfusion_pl.distill.collecting import StudentOutputs, TeacherStates
 from tinyfusion_pl.distill.depths import Depth, depths, interval_order, restore
@@ -18,8 +21,42 @@ from tinyfusion_pl.distill.pairs import check_pairs, resolve_pairs
 from tinyfusion_pl.distill.teacher import Teacher
 
 __all__ = [
-    "Depth", "Distillation", "HiddenStates", "Interval", "StudentOutputs", "Teacher", "TeacherRuns", "TeacherStates", "check_pairs",
-    "check_single_blocks", "depths", "feature_loss", "float_tensors", "in_backward", "interval_loss", "interval_losses", "interval_order",
-    "get_intervals", "lift_loss", "needs_grad", "output_loss", "predictions", "resolve_intervals", "resolve_pairs", "restore",
+    "Depth",
+    "Distillation",
+    "HiddenStates",
+    "Interval",
+    "StudentOutputs",
+    "Teacher",
+    "TeacherRuns",
+    "TeacherStates",
+    "check_pairs",
+    "check_single_blocks",
+    "depths",
+    "feature_loss",
+    "float_tensors",
+    "in_backward",
+    "interval_loss",
+    "interval_losses",
+    "interval_order",
+    "get_intervals",
+    "lift_loss",
+    "needs_grad",
+    "output_loss",
+    "predictions",
+    "resolve_intervals",
+    "resolve_pairs",
+    "restore",
     "within_sigma",
-]  # fmt: skip
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Names of the previous release."""
+    if name != "intervals_of":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(
+        f"{__name__}.intervals_of is deprecated; use {__name__}.get_intervals.",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return get_intervals

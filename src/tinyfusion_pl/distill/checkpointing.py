@@ -1,8 +1,9 @@
 """Losses on tensors that are computed inside reentrant activation checkpointing.
 
-It runs a module without a graph, and with one only in the backward pass. So a loss is computed on leaves with the values of the
-first run. Their gradients are there before any block is run again (the loss is younger than the blocks, and the engine takes the
-youngest first), and are added to the gradients of what the second run returns.
+It runs a module without a graph, and with one only in the backward pass. So a loss is computed on
+leaves with the values of the first run. Their gradients are there before any block is run again
+(the loss is younger than the blocks, and the engine takes the youngest first), and are added to the
+gradients of what the second run returns.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections import defaultdict
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from tinyfusion_pl.distill.hidden_states import BlockOutputs, float_tensors, in_backward, needs_grad
@@ -19,7 +20,7 @@ from tinyfusion_pl.pruning.calls import map_tree
 
 
 class LeafGradients:
-    """Leaves that stand in for outputs of a first run, by place, until the second run takes their gradients."""
+    """Leaves that replace outputs of a first run until the second run takes their gradients."""
 
     def __init__(self) -> None:
         self._pending: defaultdict[Any, list[list[Tensor]]] = defaultdict(list)
@@ -39,12 +40,13 @@ class LeafGradients:
         return replaced
 
     def add(self, place: Any, output: Any) -> Any:
-        """`output` of a second run, whose tensors get the gradients of the leaves; None where nothing waits for it."""
+        """Pass the gradients of the leaves to `output` of a second run; None if there are none."""
         waiting = self._pending.get(place)
         if not waiting:
             return None
         tensors = float_tensors(output)
-        # Backward goes through several calls from the last to the first, unless a call has a backward pass of its own.
+        # Backward goes through several calls from the last to the first, unless a call has a
+        # backward pass of its own.
         order = reversed(range(len(waiting)))
         which = next((i for i in order if _equal(waiting[i], tensors)), len(waiting) - 1)
         leaves = iter(waiting.pop(which))
@@ -69,13 +71,13 @@ def _equal(leaves: list[Tensor], tensors: list[Tensor]) -> bool:
 
 class _AddGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, leaf):
+    def forward(ctx: Any, x: Tensor, leaf: Tensor) -> Tensor:
         ctx.leaf = leaf
         return x.view_as(x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g):
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         return (g if ctx.leaf.grad is None else g + ctx.leaf.grad), None
 
 
@@ -90,7 +92,9 @@ class CheckpointedOutputs(BlockOutputs):
         super().__init__(*args)
         self.gradients, self.whole = gradients, False
 
-    def _collect(self, index, block, args, kwargs, output):
+    def _collect(
+        self, index: int, block: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any
+    ) -> Any:
         if in_backward():
             return self.gradients.add((self.path, index), output)
         if self.found is not None:

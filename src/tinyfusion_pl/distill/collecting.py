@@ -1,10 +1,10 @@
-"""What blocks of several stacks return while a model runs: the student's outputs, the teacher's hidden states."""
+"""Collectors of the student's block outputs and the teacher's hidden states."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -17,6 +17,9 @@ Hidden = Mapping[
 ]  # hidden states, and where a block's output has them
 
 
+_Self = TypeVar("_Self", bound="_OfAllStacks")
+
+
 class _OfAllStacks(ExitStack):
     """Collects from the blocks of several stacks while a model runs."""
 
@@ -24,7 +27,7 @@ class _OfAllStacks(ExitStack):
         super().__init__()
         self.collectors = collectors
 
-    def __enter__(self):
+    def __enter__(self: _Self) -> _Self:
         super().__enter__()
         for collector in self.collectors.values():
             self.enter_context(collector)

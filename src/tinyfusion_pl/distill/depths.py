@@ -1,7 +1,8 @@
-"""One run, many depths: a student whose blocks stand for runs of the teacher's takes whole runs back, without training.
+"""One training, many depths: a student takes the teacher's runs back without training.
 
-After interval distillation (PPCL, arXiv 2511.16156) each kept block maps what goes into a run of the teacher's blocks to what comes out.
-So any of them can be exchanged for that run, and each number of exchanges is a model of a depth between the student's and the teacher's.
+After interval distillation (PPCL, arXiv 2511.16156) each kept block maps what goes into a run of
+the teacher's blocks to what comes out. So any of them can be exchanged for that run, and each
+number of exchanges is a model of a depth between the student's and the teacher's.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ class Depth:
         model: The student with `restored` runs, in evaluation mode.
         decision: Its kept blocks; `save_shallow` records ``decision.as_dict()`` as ``stacks``.
         depth: Blocks in all its stacks.
-        restored: The runs that it took back, by stack path and the student's block that stood for each.
+        restored: The runs that it took back, by stack path and the student's block that stood for
+            each.
         distance: Mean squared error of its output to the teacher's, averaged over the calls.
     """
 
@@ -51,7 +53,9 @@ class Depth:
 def interval_order(
     student: nn.Module, teacher: nn.Module, decision: Decision, calls: Calls
 ) -> list[tuple[Place, float]]:
-    """The runs that hold removed blocks, by interval loss (see `interval_losses`, averaged over samples and calls), largest first.
+    """Runs with removed blocks, by interval loss, largest first.
+
+    See `interval_losses`; averaged over samples and calls.
 
     Args:
         student: The shallow model.
@@ -77,7 +81,9 @@ def interval_order(
 def restore(
     student: nn.Module, teacher: nn.Module, decision: Decision, places: Iterable[Place]
 ) -> tuple[nn.Module, Decision]:
-    """A new model: `student` with the teacher's whole runs in place of the blocks at `places`, and its decision.
+    """Copy `student` with the teacher's runs in place of the blocks at `places`.
+
+    Returns the model and its decision.
 
     Args:
         student: The shallow model, trained or not; it is copied, not changed.
@@ -93,7 +99,8 @@ def restore(
         place for place in places if not 0 <= place[1] < len(intervals.get(place[0], ()))
     ]:
         raise ValueError(
-            f"There is no kept block {unknown[0]}; the student has { ({p: len(each) for p, each in intervals.items()}) }."
+            f"There is no kept block {unknown[0]}; the student has "
+            f"{ ({p: len(each) for p, each in intervals.items()}) }."
         )
     decided = {
         resolve_path(path, student, "", None): stack for path, stack in decision.stacks.items()
@@ -110,10 +117,10 @@ def restore(
         kept[path], sources[path] = [i for i, _ in entries], [source for _, source in entries]
     model = remove_blocks(copy.deepcopy(teacher), kept).requires_grad_()
     for path, of_path in sources.items():
-        for block, source in zip(get_stack(model, path), of_path):
+        for module, source in zip(get_stack(model, path), of_path):
             if source is not None:
-                copy_maps(get_stack(student, path)[source], block)
-                block.load_state_dict(get_stack(student, path)[source].state_dict())
+                copy_maps(get_stack(student, path)[source], module)
+                module.load_state_dict(get_stack(student, path)[source].state_dict())
     _copy_rest(student, model, kept)
     stacks = {
         path: stack if kept[path] == stack.kept_blocks else _with_blocks(stack, kept[path])
@@ -125,9 +132,12 @@ def restore(
 def depths(
     student: nn.Module, teacher: nn.Module, decision: Decision, calls: Calls
 ) -> Iterator[Depth]:
-    """Models of growing depth: the student, then with one run more at a time, in the order of `interval_order`, to all of them.
+    """Models of growing depth, from the student to all blocks of the teacher.
 
-    The last one has all blocks of the teacher, with the student's weights where no run was ever removed.
+    Each takes back one more run, in the order of `interval_order`.
+
+    The last one has all blocks of the teacher, with the student's weights where no run was ever
+    removed.
 
     Args:
         student: The shallow model.
@@ -178,5 +188,11 @@ def _copy_rest(student: nn.Module, model: nn.Module, paths: Iterable[str]) -> No
 def _with_blocks(stack: StackDecision, kept: list[int]) -> StackDecision:
     """The decision of a stack that took runs back."""
     group = GroupDecision(start=0, num_kept=len(kept), num_blocks=stack.num_blocks, kept=list(kept))
-    return StackDecision(pattern=f"{len(kept)}:{stack.num_blocks}", num_blocks=stack.num_blocks, kept_blocks=list(kept),
-                         block_probabilities=[], groups=[group], criterion=CRITERION)  # fmt: skip
+    return StackDecision(
+        pattern=f"{len(kept)}:{stack.num_blocks}",
+        num_blocks=stack.num_blocks,
+        kept_blocks=list(kept),
+        block_probabilities=[],
+        groups=[group],
+        criterion=CRITERION,
+    )

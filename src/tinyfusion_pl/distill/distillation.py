@@ -1,15 +1,16 @@
-"""Recovery losses: fine-tuning, output distillation, representation distillation, masked or not (TinyFusion, section 3.4); LIFT;
-interval distillation.
+"""Recovery losses.
 
-loss = weight_kd * kd + weight_data * data + weight_feature(step) * feature, where kd compares the student's prediction with the teacher's,
-data with the data itself, and feature the hidden states of paired layers. Published: 0.9, 0.1, and 1e-2 falling to 0.
+Fine-tuning, output distillation, representation distillation with or without a mask (TinyFusion,
+section 3.4), LIFT, and interval distillation.
+
+loss = weight_kd * kd + weight_data * data + weight_feature(step) * feature, where kd compares the
+predictions of student and teacher, data is the objective's own loss, and feature compares the
+hidden states of paired layers. Published: 0.9, 0.1, and 1e-2 decaying to 0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from tinyfusion_pl.distill.interval_losses import TeacherRuns, interval_loss
 from tinyfusion_pl.distill.intervals import Intervals
 from tinyfusion_pl.distill.lift import GROUP_SIZE, check_group_size, lift_loss
 from tinyfusion_pl.distill.pairs import Pairs
+from tinyfusion_pl.protocols import Distance, Draw, Objective
 from tinyfusion_pl.pruning import get_stack, linear_anneal
 
 OUTPUT_LOSSES = ("mse", "lift")
@@ -31,20 +33,23 @@ class Distillation:
     Args:
         weight_kd: Weight of output distillation, >= 0 (published: 0.9).
         weight_data: Weight of the objective's own loss, >= 0 (published: 0.1).
-        weight_feature: Weight of representation distillation at the first step, >= 0 (published: 1e-2); it falls linearly to 0 at the
-            last step.
-        feature_mask, num_sigma: See `feature_loss` (published: "reference", 2).
-        pairs: For each stack path, (student block, teacher block) pairs; default: from the decision, the last kept block of each group
-            with the last block of that group.
-        output_loss: How output distillation compares the predictions: ``"mse"`` (published), or ``"lift"``, see `lift_loss`.
+        weight_feature: Weight of representation distillation at the first step, >= 0 (published:
+            1e-2); it decays linearly to 0 at the last step.
+        feature_mask: See `feature_loss` (published: "reference").
+        num_sigma: See `feature_loss` (published: 2).
+        pairs: For each stack path, (student block, teacher block) pairs; default: from the
+            decision, the last kept block of each group with the last block of that group.
+        output_loss: How output distillation compares the predictions: ``"mse"`` (published), or
+            ``"lift"``, see `lift_loss`.
         group_size: Elements of a group of ``"lift"``, >= 2 (published: 16).
-        weight_interval: Weight of interval distillation (see `tinyfusion_pl.distill.intervals`), >= 0.
-        interval_share: The share of the steps, in (0, 1], that come first and train on intervals alone; the steps after it have the other
-            terms alone. None: intervals beside the other terms in every step.
+        weight_interval: Weight of interval distillation (see `tinyfusion_pl.distill.intervals`), >=
+            0.
+        interval_share: Share of the steps, in (0, 1], that train on intervals only; later steps use
+            only the other terms. None: every step uses intervals and the other terms.
 
     Raises:
-        ValueError: for negative weights, all weights zero, an unknown mask or output loss, groups that are too small, or a share out of
-            range.
+        ValueError: For negative weights, all weights zero, an unknown mask or output loss, groups
+            that are too small, or a share out of range.
     """
 
     def __init__(
@@ -71,29 +76,32 @@ class Distillation:
             raise ValueError(f"Distillation weights must be >= 0, got {wrong}.")
         if not any(weights.values()):
             raise ValueError(
-                "All distillation weights are 0: nothing would be learned. Give at least weight_data > 0."
+                "All distillation weights are 0: nothing would be learned. Give at least "
+                "weight_data > 0."
             )
         check_feature_mask(feature_mask, num_sigma)
         if output_loss not in OUTPUT_LOSSES:
             raise ValueError(
-                f"output_loss is {output_loss!r}; give one of {', '.join(map(repr, OUTPUT_LOSSES))}."
+                f"output_loss is {output_loss!r}; give one of "
+                f"{', '.join(map(repr, OUTPUT_LOSSES))}."
             )
         if output_loss != "mse" and not weight_kd:
             raise ValueError(
-                f"output_loss is {output_loss!r}, but weight_kd is 0: outputs would not be compared. Give weight_kd > 0."
+                f"output_loss is {output_loss!r}, but weight_kd is 0: outputs would not be "
+                "compared. Give weight_kd > 0."
             )
         check_group_size(group_size)
         if interval_share is not None and (
             isinstance(interval_share, bool) or not 0 < interval_share <= 1
         ):
             raise ValueError(
-                f"interval_share is {interval_share!r}; give a share of the steps in (0, 1], or None for all of them, beside "
-                "the other terms."
+                f"interval_share is {interval_share!r}; give a share of the steps in (0, 1], or "
+                "None for all of them, beside the other terms."
             )
         if interval_share is not None and not weight_interval:
             raise ValueError(
-                f"interval_share is {interval_share}, but weight_interval is 0: nothing would be learned in that share. Give "
-                "weight_interval > 0, or leave out interval_share."
+                f"interval_share is {interval_share}, but weight_interval is 0: nothing would be "
+                "learned in that share. Give weight_interval > 0, or leave out interval_share."
             )
         if (
             interval_share != 1
@@ -101,8 +109,8 @@ class Distillation:
             and interval_share is not None
         ):
             raise ValueError(
-                f"interval_share is {interval_share}, and all other weights are 0: the steps after it would learn nothing. "
-                "Give interval_share=1, or another weight."
+                f"interval_share is {interval_share}, and all other weights are 0: the steps "
+                "after it would learn nothing. Give interval_share=1, or another weight."
             )
         self.weight_interval, self.interval_share = weight_interval, interval_share
         self.output_loss, self.group_size = output_loss, group_size
@@ -120,14 +128,15 @@ class Distillation:
 
     @property
     def needs_teacher(self) -> bool:
+        """Whether any term compares with the teacher."""
         return bool(self.weight_kd or self.weight_feature or self.weight_interval)
 
     def feature_weight(self, step: int, num_steps: int) -> float:
-        """Weight of the feature loss at `step` of `num_steps`, `weight_feature` at the first and 0 at the last."""
+        """Weight of the feature loss at `step`: `weight_feature` at the first, 0 at the last."""
         return linear_anneal(step, num_steps, start=self.weight_feature, end=0.0)
 
     def interval_phase(self, step: int, num_steps: int) -> tuple[bool, bool]:
-        """Whether intervals are trained at `step` of `num_steps`, and whether they alone are."""
+        """Whether `step` of `num_steps` trains intervals, and whether it trains nothing else."""
         if not self.weight_interval:
             return False, False
         alone = self.interval_share is not None and step < self.interval_share * num_steps
@@ -137,8 +146,8 @@ class Distillation:
         self,
         student: nn.Module,
         teacher: nn.Module | None,
-        objective: Any,
-        draw: Any,
+        objective: Objective,
+        draw: Draw,
         y: Tensor,
         *,
         pairs: Pairs,
@@ -146,22 +155,28 @@ class Distillation:
         intervals: Intervals | None = None,
         alone: bool = False,
     ) -> dict[str, Tensor]:
-        """Per-sample losses (N,): "loss" (the weighted sum), and where they count "loss_data", "loss_kd", "loss_feature", "loss_interval".
+        """Per-sample losses (N,): "loss", the weighted sum, and its terms.
 
-        Teacher and student see the same x_t, t and labels; the teacher runs without a graph. With a feature weight of 0 no hidden
-        states are collected, without `intervals` no interval is trained; with `alone` only intervals are, and the student as a whole does
-        not run.
+        Terms are "loss_data", "loss_kd", "loss_feature" and "loss_interval"; those with weight 0
+        are left out. Teacher and student see the same x_t, t and labels; the teacher runs without a
+        graph. A feature weight of 0 collects no hidden states, and no `intervals` trains no
+        interval; with `alone`, only the blocks of intervals run and train.
         """
         pairs, intervals = pairs if feature_weight and not alone else {}, intervals or {}
         if alone:
+            assert teacher is not None
             with torch.no_grad(), TeacherRuns(teacher, intervals) as runs:
                 teacher(draw.x_t, draw.t, y)
             interval = interval_loss(student, runs.take(), intervals) + _nothing(student, intervals)
             return {"loss": self.weight_interval * interval, "loss_interval": interval}
         with StudentOutputs(student, pairs) as outputs:
             output = student(draw.x_t, draw.t, y)
-        data, kd, feature, interval = objective.losses(output, draw)["loss"], None, None, None
+        data = objective.losses(output, draw)["loss"]
+        kd: Tensor | None = None
+        feature: Tensor | None = None
+        interval: Tensor | None = None
         if self.weight_kd or pairs or intervals:
+            assert teacher is not None
             with (
                 torch.no_grad(),
                 TeacherStates(teacher, pairs) as hidden,
@@ -179,8 +194,8 @@ class Distillation:
             data, kd=kd, feature=feature, feature_weight=feature_weight, interval=interval
         )
 
-    def distance(self, *, channel_axis: int = 1) -> Callable[[Tensor, Tensor], Tensor] | None:
-        """What compares two predictions, per sample (N,); None for the mean square, which objectives and `output_loss` know."""
+    def distance(self, *, channel_axis: int = 1) -> Distance | None:
+        """Per-sample distance (N,) of two predictions; None for the mean square, the default."""
         return (
             partial(lift_loss, group_size=self.group_size, channel_axis=channel_axis)
             if self.output_loss == "lift"
@@ -188,15 +203,15 @@ class Distillation:
         )
 
     def feature_losses(self, outputs: Outputs, hidden: Hidden, pairs: Pairs) -> Tensor:
-        """Representation distillation of one call, averaged over the streams of a pair and the pairs of all stacks. (N,)
+        """Representation distillation of one call (N,), averaged over streams and pairs.
 
         Args:
-            outputs: What the student's blocks returned.
+            outputs: Outputs of the student's blocks.
             hidden: The teacher's hidden states.
             pairs: The layer pairs.
 
         Raises:
-            ValueError: where a pair has no hidden states in common, or of unequal shapes.
+            ValueError: If a pair has no hidden states in common, or of different shapes.
         """
         each = []
         for path, of_path in pairs.items():
@@ -205,8 +220,9 @@ class Distillation:
                 ours = layout.take(outputs[path][block])
                 if not (common := [key for key in theirs if key in ours]):
                     raise ValueError(
-                        f"Block {block} of the student's '{path}' returns none of the hidden states of the teacher's block "
-                        f"{teacher_block}, its pair. Pair blocks of the same class."
+                        f"Block {block} of the student's '{path}' returns none of the hidden "
+                        f"states of the teacher's block {teacher_block}, its pair. Pair blocks of "
+                        "the same class."
                     )
                 each.append(
                     torch.stack(
@@ -229,7 +245,7 @@ class Distillation:
         feature_weight: float,
         interval: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """The weighted sum "loss" and its terms; terms that are None are left out."""
+        """The weighted sum "loss" and its terms; omits terms that are None."""
         terms, total = {"loss_data": data}, self.weight_data * data
         if kd is not None:
             terms["loss_kd"], total = kd, total + self.weight_kd * kd
@@ -241,7 +257,10 @@ class Distillation:
 
 
 def _nothing(student: nn.Module, intervals: Intervals) -> Tensor:
-    """Zero, with zero gradients for what trains in `student` beside its blocks: data-parallel training waits for all of them."""
+    """Zero, with zero gradients for trainable parameters outside the blocks.
+
+    Data-parallel training waits for the gradients of all parameters.
+    """
     inside = {
         id(p)
         for path in intervals

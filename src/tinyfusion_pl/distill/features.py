@@ -1,7 +1,9 @@
-"""Representation distillation and its mask (TinyFusion, section 3.4, "masked knowledge distillation").
+"""Representation distillation and its mask.
 
-Hidden states of trained diffusion transformers hold a few massive activations; matching them drowns the rest. The masked loss leaves out
-what lies k standard deviations or more from the mean.
+TinyFusion, section 3.4, "masked knowledge distillation".
+
+Hidden states of trained diffusion transformers hold a few massive activations; matching them drowns
+the rest. The masked loss leaves out what lies k standard deviations or more from the mean.
 """
 
 from __future__ import annotations
@@ -23,7 +25,10 @@ def check_feature_mask(mask: str, num_sigma: float) -> None:
 
 
 def within_sigma(hidden: Tensor, num_sigma: float) -> Tensor:
-    """True where |x - mean| < num_sigma * sigma; mean and unbiased sigma of each sample over tokens and channels. (N, ...) -> bool."""
+    """True where |x - mean| < num_sigma * sigma: (N, ...) -> bool (N, ...).
+
+    Mean and unbiased sigma of each sample over tokens and channels.
+    """
     axes = tuple(range(1, hidden.ndim))
     sigma, mean = torch.std_mean(hidden.detach().float(), dim=axes, keepdim=True)
     return (hidden.detach() - mean).abs() < num_sigma * sigma
@@ -35,9 +40,11 @@ def feature_loss(
     """Mean square of the masked difference of two hidden states, per sample.
 
     Args:
-        student, teacher: Hidden states of equal shape (N, T, D).
-        mask: ``"reference"``: each side is zeroed by its own mask, so that where only one is masked the other still counts (what the
-            published code does); ``"joint"``: a position masked on either side counts on neither (what the paper says); ``"none"``.
+        student: Hidden states (N, T, D).
+        teacher: Hidden states of the same shape.
+        mask: ``"reference"``: each side is zeroed by its own mask, so that where only one is masked
+            the other still counts (what the published code does); ``"joint"``: a position masked on
+            either side counts on neither (what the paper says); ``"none"``.
         num_sigma: Half width of the band that stays, in standard deviations, > 0.
 
     Returns:
@@ -49,8 +56,8 @@ def feature_loss(
     check_feature_mask(mask, num_sigma)
     if student.shape != teacher.shape:
         raise ValueError(
-            f"Hidden states of student {tuple(student.shape)} and teacher {tuple(teacher.shape)} differ in shape; "
-            "representation distillation needs equal widths and token counts."
+            f"Hidden states of student {tuple(student.shape)} and teacher {tuple(teacher.shape)} "
+            "differ in shape; representation distillation needs equal widths and token counts."
         )
     if mask == "none":
         difference = student - teacher

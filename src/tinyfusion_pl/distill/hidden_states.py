@@ -1,7 +1,8 @@
 """Hidden states that some blocks of a model return, collected while it runs.
 
-A block may carry several streams (text and image), return None for one of them (the last block of SD3), or have its batch on
-axis 1 (``batch_first=False``). Where hidden states and batch are is found as for gates: by name, and by running the block once.
+A block may carry several streams (text and image), return None for one of them (the last block of
+SD3), or have its batch on axis 1 (``batch_first=False``). Where hidden states and batch are is
+found as for gates: by name, and by running the block once.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from tinyfusion_pl.pruning.streams import Key, get_items
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a block's output holds its hidden states: their keys in it (None where it is the tensor), and their batch axis."""
+    """Keys of the hidden states in a block's output (None for a tensor) and their batch axis."""
 
     keys: tuple[Key, ...]
     axis: int
@@ -46,7 +47,9 @@ _LAYOUTS: weakref.WeakKeyDictionary[nn.Module, dict[tuple, Layout]] = weakref.We
 def get_layout(
     block: nn.Module, call: Call, output: Any, *, given: Sequence[str] | None, name: str
 ) -> Layout:
-    """The layout of what `block` returned for `call`; the block is run a few times, once for each pattern of shapes.
+    """Find the layout of a block's output.
+
+    Runs the block a few times, once for each pattern of shapes.
 
     Raises:
         ValueError: when the hidden states, or their batch axis, cannot be told.
@@ -70,7 +73,8 @@ def _find_layout(
             tuple(key for key in get_items(output) if key in plan.streams.inputs), plan.axis
         )
     except ValueError:
-        # Not a block that could be dropped, because its hidden states change their shape; if there is one of them, that is it.
+        # Not a block that could be dropped, because its hidden states change their shape; if there
+        # is one of them, that is it.
         found = [
             key
             for key, item in get_items(output).items()
@@ -83,7 +87,10 @@ def _find_layout(
 
 
 class _AroundCompiled:
-    """Hooks of a block that ``block.compile()`` compiled: outside of what is compiled, which would keep the first ones for ever."""
+    """Hooks around a block compiled with ``block.compile()``.
+
+    Inside the compiled part, the first hooks would stay forever.
+    """
 
     def __init__(
         self, block: nn.Module, before: Callable[..., Any] | None, after: Callable[..., Any] | None
@@ -113,7 +120,9 @@ def watch(
     before: Callable[..., Any] | None = None,
     after: Callable[..., Any] | None = None,
 ) -> Any:
-    """Call ``before(block, args, kwargs)`` or ``after(block, args, kwargs, output)`` at each call of `block`.
+    """Call `before` or `after` at each call of `block`.
+
+    As ``before(block, args, kwargs)`` or ``after(block, args, kwargs, output)``.
 
     What `after` returns, where it is not None, takes the place of the output.
 
@@ -131,7 +140,8 @@ class BlockOutputs:
     """Context manager that collects what some blocks of a stack return while a model runs.
 
     Attributes:
-        found: Outputs by block; set it to an empty mapping before a further run. While it is None nothing is collected.
+        found: Outputs by block; set it to an empty mapping before a further run. While it is None
+            nothing is collected.
     """
 
     def __init__(self, model: nn.Module, path: str, blocks: Sequence[int]) -> None:
@@ -150,13 +160,13 @@ class BlockOutputs:
         ]
         return self.found
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, *exc: object) -> None:
         for handle in self.handles:
             handle.remove()
 
-    def _hook(self, index: int):
+    def _hook(self, index: int) -> Callable[..., Any]:
         @torch._dynamo.disable
-        def collect(block, args, kwargs, output):
+        def collect(block: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
             return self._collect(index, block, args, kwargs, output)
 
         return collect
@@ -169,9 +179,10 @@ class BlockOutputs:
 
 
 class HiddenStates(BlockOutputs):
-    """Context manager that collects the hidden states that some blocks of a stack return while a model runs.
+    """Context manager that collects the hidden states of some blocks of a stack.
 
-    A tensor for each block, or a tuple of them where its blocks carry several streams, in the order in which it returns them.
+    A tensor for each block, or a tuple of them where its blocks carry several streams, in the order
+    in which it returns them.
 
     Args:
         model: The model.
@@ -218,7 +229,10 @@ def in_backward() -> bool:
 
 
 def float_tensors(tree: Any) -> list[Tensor]:
-    """The floating-point tensors in nested tuples, lists and mappings (diffusers' `ModelOutput` is one), in order."""
+    """The floating-point tensors in nested tuples, lists and mappings, in order.
+
+    diffusers' `ModelOutput` is a mapping.
+    """
     if isinstance(tree, Tensor):
         return [tree] if tree.is_floating_point() else []
     if isinstance(tree, Mapping):
@@ -231,5 +245,8 @@ def float_tensors(tree: Any) -> list[Tensor]:
 
 
 def needs_grad(tree: Any) -> bool:
-    """Whether a tensor in it requires a gradient; of calls without a graph, only a checkpointed one is given such."""
+    """Whether a tensor in `tree` requires a gradient.
+
+    Among calls without a graph, only checkpointed ones receive such tensors.
+    """
     return any(tensor.requires_grad for tensor in float_tensors(tree))

@@ -1,4 +1,4 @@
-"""What the teacher's runs took and returned in one call, and the losses of the student's blocks that stand for them."""
+"""Inputs and outputs of the teacher's runs, and the losses of the student's blocks on them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ class Runs:
     """What the teacher did in one call.
 
     Attributes:
-        calls: By stack path and block, how the first block of a run was called, and the versions of its tensors then.
+        calls: By stack path and block, how the first block of a run was called, and the versions of
+            its tensors then.
         hidden: By stack path and block, the hidden states that the last block of a run returned.
     """
 
@@ -32,7 +33,7 @@ class Runs:
 
 
 class TeacherRuns:
-    """Context manager that collects what goes into and comes out of the intervals' runs while the teacher runs.
+    """Context manager that collects inputs and outputs of the teacher's runs.
 
     `streams`: see `HiddenStates`, by stack path.
     """
@@ -81,6 +82,7 @@ class TeacherRuns:
 
     def take(self) -> Runs:
         """What was collected since the start."""
+        assert self._calls is not None  # between start and stop
         return Runs({path: dict(calls) for path, calls in self._calls.items()}, self.states.take())
 
     def _hook(self, path: str, index: int) -> Any:
@@ -97,7 +99,9 @@ class TeacherRuns:
 
 
 def interval_losses(student: nn.Module, runs: Runs, intervals: Intervals) -> dict[str, Tensor]:
-    """Of each interval, the student's squared error over the mean square of the teacher's output, per sample.
+    """Relative squared error of each interval, per sample.
+
+    The student's squared error over the mean square of the teacher's output.
 
     Args:
         student: The shallow model, whose blocks are called by themselves.
@@ -108,7 +112,8 @@ def interval_losses(student: nn.Module, runs: Runs, intervals: Intervals) -> dic
         By stack path (number of intervals, N), averaged over the streams of a block.
 
     Raises:
-        ValueError: for a block that did not run in the teacher, writes into what it is given, or returns other hidden states.
+        ValueError: for a block that did not run in the teacher, writes into what it is given, or
+            returns other hidden states.
     """
     for path, each in intervals.items():
         for before, after in zip(each, each[1:]):
@@ -125,7 +130,7 @@ def interval_loss(student: nn.Module, runs: Runs, intervals: Intervals) -> Tenso
 
 
 def _check_handed_on(runs: Runs, path: str, before: Interval, after: Interval) -> None:
-    """A run maps what its first block takes to what its last returns only where each block takes what the one before it returned."""
+    """Raise ValueError unless the second run starts from the output of the first."""
     if before.last not in runs.hidden[path] or after.first not in runs.calls[path]:
         return  # told of either interval
     layout, returned = runs.hidden[path][before.last]
@@ -139,8 +144,9 @@ def _check_handed_on(runs: Runs, path: str, before: Interval, after: Interval) -
     ]:
         what = "what" if lost == [None] else f"output {lost[0]!r} that"
         raise ValueError(
-            f"{what.capitalize()} block {before.last} of the teacher's '{path}' returns is not what block {after.first} takes: "
-            "something is added between them, so that no block alone can stand for a run. Set weight_interval=0."
+            f"{what.capitalize()} block {before.last} of the teacher's '{path}' returns is not "
+            f"what block {after.first} takes: something is added between them, so that no block "
+            "alone can stand for a run. Set weight_interval=0."
         )
 
 
@@ -155,8 +161,9 @@ def _same(one: Tensor, other: Tensor) -> bool:
 def _loss(block: nn.Module, runs: Runs, path: str, interval: Interval) -> Tensor:
     if interval.first not in runs.calls[path] or interval.last not in runs.hidden[path]:
         raise ValueError(
-            f"Blocks {interval.first} and {interval.last} of the teacher's '{path}' did not both run, so that block "
-            f"{interval.block} of the student has nothing to learn from. Set weight_interval=0."
+            f"Blocks {interval.first} and {interval.last} of the teacher's '{path}' did not both "
+            f"run, so that block {interval.block} of the student has nothing to learn from. Set "
+            "weight_interval=0."
         )
     call, versions = runs.calls[path][interval.first]
     if changed := [
@@ -165,8 +172,8 @@ def _loss(block: nn.Module, runs: Runs, path: str, interval: Interval) -> Tensor
         if tensor._version != was
     ]:
         raise ValueError(
-            f"Block {interval.first} of the teacher's '{path}', or one behind it, writes into {changed[0]!r}, which it was given: "
-            "its input is lost. Set weight_interval=0."
+            f"Block {interval.first} of the teacher's '{path}', or one behind it, writes into "
+            f"{changed[0]!r}, which it was given: its input is lost. Set weight_interval=0."
         )
     layout, theirs = runs.hidden[path][interval.last]
     args, kwargs = _moved(call, block)
@@ -175,8 +182,9 @@ def _loss(block: nn.Module, runs: Runs, path: str, interval: Interval) -> Tensor
     if not common or any(ours[key].shape != theirs[key].shape for key in common):
         shapes = [{key: tuple(x.shape) for key, x in each.items()} for each in (ours, theirs)]
         raise ValueError(
-            f"Block {interval.block} of the student's '{path}' returns hidden states {shapes[0]}, block {interval.last} of the "
-            f"teacher {shapes[1]}; they must be alike. Set weight_interval=0."
+            f"Block {interval.block} of the student's '{path}' returns hidden states {shapes[0]}, "
+            f"block {interval.last} of the teacher {shapes[1]}; they must be alike. Set "
+            "weight_interval=0."
         )
     return torch.stack([_relative_error(ours[key], theirs[key]) for key in common]).mean(0)
 
@@ -190,7 +198,7 @@ def _relative_error(ours: Tensor, theirs: Tensor) -> Tensor:
 
 
 def _moved(call: Call, block: nn.Module) -> tuple[tuple, dict[str, Any]]:
-    """The teacher's call for a block of the student, which may be on another device or in another precision."""
+    """The teacher's call on the device and in the precision of a student's block."""
     like = next((p for p in block.parameters() if p.is_floating_point()), None)
     if like is None:
         return call.args, call.kwargs

@@ -17,10 +17,13 @@ _BY_THE_WAY = ("loss", "hidden_states", "attentions", "cross_attentions", "past_
 def output_loss(
     output: Any, teacher_output: Any, *, distance: Callable[[Tensor, Tensor], Tensor] | None = None
 ) -> Tensor:
-    """Mean squared error of what two models return, in float32, averaged over its tensors; of tensors, tuples, lists, `ModelOutput`.
+    """Mean squared error of two models' outputs, in float32, averaged over tensors.
 
-    With `distance`, the mean of that in place of the squared error: tensors must then be batch first. Losses that the models
-    computed themselves (tensors without axes) and `ModelOutput`'s records of single layers do not count.
+    Outputs are tensors, tuples, lists or `ModelOutput`.
+
+    With `distance`, the mean of that in place of the squared error: tensors must then be batch
+    first. Losses that the models computed themselves (tensors without axes) and `ModelOutput`'s
+    records of single layers do not count.
 
     Raises:
         ValueError: when the outputs do not hold equal numbers of tensors of equal shapes.
@@ -29,8 +32,9 @@ def output_loss(
     shapes = [[tuple(t.shape) for t in tensors] for tensors in (ours, theirs)]
     if not ours or shapes[0] != shapes[1]:
         raise ValueError(
-            f"The student returns floating-point tensors of shapes {shapes[0]}, the teacher {shapes[1]}. They must be equal "
-            "and at least one: give a teacher of the student's class and widths."
+            f"The student returns floating-point tensors of shapes {shapes[0]}, the teacher "
+            f"{shapes[1]}. They must be equal and at least one: give a teacher of the student's "
+            "class and widths."
         )
     distance = distance or (lambda s, t: (s - t).square())
     return torch.stack(

@@ -13,14 +13,14 @@ Pairs = Mapping[str, Sequence[tuple[int, int]]]
 
 
 def check_pairs(pairs: Pairs, student: nn.Module, teacher: nn.Module) -> None:
-    """`ValueError` unless each (student block, teacher block) of `pairs` is in the stacks of its path."""
+    """Raise ValueError unless each (student block, teacher block) of `pairs` exists."""
     for path, of_path in pairs.items():
         sizes = len(get_stack(student, path)), len(get_stack(teacher, path))
         for pair in of_path:
             if len(pair) != 2 or not all(0 <= index < size for index, size in zip(pair, sizes)):
                 raise ValueError(
-                    f"Layer pair {list(pair)} of '{path}' does not fit: a pair is (student block 0..{sizes[0] - 1}, "
-                    f"teacher block 0..{sizes[1] - 1})."
+                    f"Layer pair {list(pair)} of '{path}' does not fit: a pair is (student block "
+                    f"0..{sizes[0] - 1}, teacher block 0..{sizes[1] - 1})."
                 )
 
 
@@ -32,19 +32,21 @@ def resolve_pairs(
     module: str = "",
     owner: nn.Module | None = None,
 ) -> dict[str, list[tuple[int, int]]]:
-    """The pairs by the paths of the stacks in `student`, whatever module the paths of `given` begin at.
+    """Pairs by stack path in `student`, whichever module the given paths start from.
 
     Args:
         given: Pairs by stack path, or the decision that the student came from.
-        student, teacher: The models.
-        module: Path of the student in `owner`; paths may begin with it, or with the last parts of it.
+        student: The shallow model.
+        teacher: The dense model.
+        module: Path of the student in `owner`; paths may begin with it, or with the last parts of
+            it.
         owner: The module that holds the student. Stacks that are in its other parts are left out.
 
     Raises:
-        ValueError: when a path is none or more than one of the student's stacks, the depths are not those of the decision, or a pair
-            does not fit.
+        ValueError: when a path is none or more than one of the student's stacks, the depths are not
+            those of the decision, or a pair does not fit.
     """
-    pairs = {}
+    pairs: dict[str, list[tuple[int, int]]] = {}
     for path in given.stacks if isinstance(given, Decision) else given:
         if (inside := resolve_path(path, student, module, owner)) is None:
             continue
@@ -57,20 +59,21 @@ def resolve_pairs(
             check_decision(given.stacks[path], inside, student, teacher)
     if not pairs:
         raise ValueError(
-            f"None of {list(given.stacks if isinstance(given, Decision) else given)} is a stack of '{module}', the student."
+            f"None of {list(given.stacks if isinstance(given, Decision) else given)} is a stack "
+            f"of '{module}', the student."
         )
     check_pairs(pairs, student, teacher)
     return pairs
 
 
 def check_decision(stack: StackDecision, path: str, student: nn.Module, teacher: nn.Module) -> None:
-    """`ValueError` unless the stack at `path` is as deep in `teacher` and `student` as the decision on it says."""
+    """Raise ValueError unless the depths of `teacher` and `student` match the decision."""
     depths = len(get_stack(student, path)), len(get_stack(teacher, path))
     if depths != (len(stack.kept_blocks), stack.num_blocks):
         raise ValueError(
-            f"The decision keeps {len(stack.kept_blocks)} of {stack.num_blocks} blocks of '{path}', but there the "
-            f"student has {depths[0]} blocks and the teacher {depths[1]}. Give the dense model as teacher, the "
-            "shallow one as student, and their decision."
+            f"The decision keeps {len(stack.kept_blocks)} of {stack.num_blocks} blocks of "
+            f"'{path}', but there the student has {depths[0]} blocks and the teacher {depths[1]}. "
+            "Give the dense model as teacher, the shallow one as student, and their decision."
         )
 
 
@@ -91,8 +94,8 @@ def resolve_path(path: str, student: nn.Module, module: str, owner: nn.Module | 
         fitting = [] if joined else [name for name in lists if name.endswith(f".{plain}")]
     if len(fitting) > 1:
         raise ValueError(
-            f"'{path}' may be any of the stacks {fitting} of the student '{module}'. Give pairs= with the paths of the "
-            "stacks in the student."
+            f"'{path}' may be any of the stacks {fitting} of the student '{module}'. Give pairs= "
+            "with the paths of the stacks in the student."
         )
     if fitting:
         return fitting[0]

@@ -1,4 +1,4 @@
-"""The teacher beside the student: frozen, without a graph, on a device and in a precision of its own."""
+"""The teacher: frozen, without a graph, with its own device and precision."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from torch import Tensor, nn
 
 from tinyfusion_pl.pruning.calls import Call, block_signature
 
-# Arguments that a pipeline in half precision gives in float32, where they would lose their meaning: timesteps, positions, angles.
+# Arguments that a pipeline in half precision gives in float32, where they would lose their meaning:
+# timesteps, positions, angles.
 _PRECISE = re.compile(r"time|sigma|ids|coord|rot|rope|freq|pos")
 
 
 class Teacher:
     """A frozen model in evaluation mode.
 
-    Holding it does not make it a submodule (checkpoints, DDP, optimizers), and a copy of its holder shares it (weight averaging).
+    Holding it does not make it a submodule (checkpoints, DDP, optimizers), and a copy of its holder
+    shares it (weight averaging).
 
     Args:
         model: The dense model.
@@ -33,7 +35,8 @@ class Teacher:
         tensors = list(model.parameters())
         if any(tensor.is_meta for tensor in tensors):
             raise ValueError(
-                "The teacher has parameters on the meta device, which hold no values. Load its weights first."
+                "The teacher has parameters on the meta device, which hold no values. Load its "
+                "weights first."
             )
         self.model = model.eval().requires_grad_(False)
         self.device, self.offload = None if device is None else torch.device(device), offload
@@ -43,7 +46,8 @@ class Teacher:
         )
         if self.placed and (device is not None or offload):
             raise ValueError(
-                "The teacher is spread over several devices, so it is not moved. Leave out device and offload."
+                "The teacher is spread over several devices, so it is not moved. Leave out "
+                "device and offload."
             )
         self._casts = any(map(_holds_values, tensors))
         self._writes: bool | None = (
@@ -68,7 +72,7 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """What the model returns for these arguments, which it leaves as they are; so are random number generators.
+        """Run the model; arguments and random number generators stay unchanged.
 
         Raises:
             ValueError: for a key-value cache among the arguments, which two models cannot share.
@@ -80,8 +84,8 @@ class Teacher:
             name for name in call.remembering if "cache" in type(call.value(name)).__name__.lower()
         ]:
             raise ValueError(
-                f"The student is called with {caches[0]!r}, a cache that the teacher would write into too. Train without a "
-                "cache (use_cache=False)."
+                f"The student is called with {caches[0]!r}, a cache that the teacher would write "
+                "into too. Train without a cache (use_cache=False)."
             )
         like = next(t for t in self.model.parameters() if _holds_values(t))
         moved = {name: self._moved(name, tensor, like) for name, tensor in call.tensors.items()}
@@ -100,19 +104,22 @@ class Teacher:
 
     @staticmethod
     def _moved(name: str, tensor: Tensor, like: Tensor) -> Tensor:
-        """`tensor` on the teacher's device; in its precision where a pipeline would give it in that."""
+        """`tensor` on the teacher's device, and in its precision unless that matters."""
         if not tensor.is_floating_point() or tensor.ndim < 2 or _PRECISE.search(name):
             return tensor.to(like.device)
         return tensor.to(like.device, like.dtype)
 
 
 def _holds_values(tensor: Tensor) -> bool:
-    """Whether its dtype is one to compute in: not an integer or 8-bit float that a library unpacks."""
+    """Whether the dtype supports computation: not an integer or a packed 8-bit float."""
     return tensor.is_floating_point() and tensor.element_size() > 1
 
 
 def reset_compiled(*models: nn.Module) -> bool:
-    """Have compiled parts of `models` compiled again at their next call, with the hooks that are on them then; whether there are any."""
+    """Recompile compiled parts of `models` at their next call, with the current hooks.
+
+    Returns whether there are compiled parts.
+    """
     modules = [module for model in models for module in model.modules()]
     compiled = any(
         hasattr(m, "_orig_mod") or m.__dict__.get("_compiled_call_impl") is not None

@@ -1,5 +1,8 @@
 """Objectives: noising process, losses, distillation losses, samplers."""
 
+import warnings
+from typing import Any
+
 from tinyfusion_pl.objectives.base import Draw, Objective
 from tinyfusion_pl.objectives.gaussian_diffusion import GaussianDiffusion
 from tinyfusion_pl.objectives.image_sampler import (
@@ -24,3 +27,22 @@ __all__ = [
     "sample_noise",
     "random_labels",
 ]
+
+_RENAMED = {
+    "PictureSampler": "ImageSampler",
+    "labels_of": "get_labels",
+    "noise_of": "sample_noise",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Names of the previous release."""
+    if name not in _RENAMED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    new = _RENAMED[name]
+    warnings.warn(
+        f"{__name__}.{name} is deprecated; use {__name__}.{new}.",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return globals()[new]

@@ -1,7 +1,7 @@
-"""The forward process of Gaussian diffusion: noise schedules, their tables, and the process that visits fewer timesteps.
+"""The forward process of Gaussian diffusion: noise schedules, their tables, and respacing.
 
-Ho et al. 2006.11239 (forward and posterior, equations 4 to 7), Nichol & Dhariwal 2102.09672 (learned variance, equation 15). Tables are
-float64; what is gathered from them is float32.
+Ho et al. 2006.11239 (forward and posterior, equations 4 to 7), Nichol & Dhariwal 2102.09672
+(learned variance, equation 15). Tables are float64; values gathered from them are float32.
 """
 
 from __future__ import annotations
@@ -14,31 +14,27 @@ from torch import Tensor
 
 
 def scaled_linear_betas(num_timesteps: int) -> Tensor:
-    """Stable Diffusion's variances, whose square roots are evenly spaced from sqrt(8.5e-4) to sqrt(0.012): float64 (num_timesteps,).
+    """Stable Diffusion's noise variances: float64 (num_timesteps,).
 
-    Rombach et al. 2112.10752; U-ViT (2209.12152) was trained with them. The ends are those of 1000 steps, whatever the count.
+    Their square roots are evenly spaced from sqrt(8.5e-4) to sqrt(0.012), whatever the count.
+    Rombach et al. 2112.10752; U-ViT (2209.12152) was trained with them.
     """
     return torch.linspace(8.5e-4**0.5, 0.012**0.5, num_timesteps, dtype=torch.float64).square()
 
 
 def linear_betas(num_timesteps: int) -> Tensor:
-    """Noise variances from 1e-4 to 0.02 at 1000 steps, scaled for other counts: float64 (num_timesteps,)."""
+    """Noise variances from 1e-4 to 0.02 at 1000 steps, scaled for other counts: float64 (T,)."""
     scale = 1000 / num_timesteps
     return torch.linspace(scale * 1e-4, scale * 0.02, num_timesteps, dtype=torch.float64)
 
 
 def cosine_betas(num_timesteps: int) -> Tensor:
-    """Noise variances whose signal follows a squared cosine (Nichol & Dhariwal, equation 17), at most 0.999: float64 (num_timesteps,)."""
-    signal = (
-        (
-            (torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps + 0.008)
-            / 1.008
-            * math.pi
-            / 2
-        )
-        .cos()
-        .square()
-    )
+    """Noise variances whose signal follows a squared cosine, at most 0.999: float64 (T,).
+
+    Nichol & Dhariwal, equation 17.
+    """
+    steps = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
+    signal = ((steps + 0.008) / 1.008 * math.pi / 2).cos().square()
     return (1 - signal[1:] / signal[:-1]).clamp_max(0.999)
 
 
@@ -50,24 +46,24 @@ NOISE_SCHEDULES = {
 
 
 def spaced_timesteps(num_timesteps: int, num_sampling_steps: int) -> Tensor:
-    """`num_sampling_steps` of the timesteps, evenly spread from 0 to the last, ascending: int64 (num_sampling_steps,).
+    """Evenly spaced timesteps from 0 to the last, ascending: int64 (num_sampling_steps,).
 
     Raises:
-        ValueError: for fewer than 1 or more than `num_timesteps` steps.
+        ValueError: For fewer than 1 or more than `num_timesteps` steps.
     """
     if not 1 <= num_sampling_steps <= num_timesteps:
         raise ValueError(f"num_sampling_steps is {num_sampling_steps}; give 1 to {num_timesteps}.")
     if num_sampling_steps == 1:
         return torch.zeros(1, dtype=torch.int64)
     stride = (num_timesteps - 1) / (num_sampling_steps - 1)
-    # Added up, not multiplied: published steps round that sum, which differs where a step falls halfway between two timesteps.
-    return torch.tensor(
-        [round(t) for t in accumulate(repeat(stride, num_sampling_steps - 1), initial=0.0)]
-    )
+    # A running sum, not a product: the published steps round that sum, which differs where a step
+    # falls halfway between two timesteps.
+    steps = accumulate(repeat(stride, num_sampling_steps - 1), initial=0.0)
+    return torch.tensor([round(t) for t in steps])
 
 
 class GaussianTables:
-    """What the formulas need of the betas, float64 (T,) each."""
+    """Tables computed from the betas, float64 (T,) each."""
 
     def __init__(self, betas: Tensor) -> None:
         self.betas = betas
@@ -75,7 +71,7 @@ class GaussianTables:
         previous = torch.cat([betas.new_ones(1), self.alphas_cumprod[:-1]])
         self.alphas_cumprod_prev = previous
         self.posterior_variance = betas * (1 - previous) / (1 - self.alphas_cumprod)
-        # The first posterior variance is zero; its logarithm is replaced by that of the second.
+        # The first posterior variance is zero; use the logarithm of the second.
         clipped = self.posterior_variance.clone()
         clipped[0] = self.posterior_variance[1] if len(betas) > 1 else betas[0]
         self.posterior_log_variance_clipped = clipped.log()
@@ -87,21 +83,27 @@ class GaussianTables:
         return table.float().to(t.device)[t].view(-1, *[1] * (like.ndim - 1))
 
     def x0_from_epsilon(self, x_t: Tensor, t: Tensor, epsilon: Tensor) -> Tensor:
+        """The data that `epsilon` predicts at `x_t`."""
         a = self.alphas_cumprod
         return self.at((1 / a).sqrt(), t, x_t) * x_t - self.at((1 / a - 1).sqrt(), t, x_t) * epsilon
 
     def epsilon_from_x0(self, x_t: Tensor, t: Tensor, x0: Tensor) -> Tensor:
+        """The noise in `x_t` when the data is `x0`."""
         a = self.alphas_cumprod
         return (self.at((1 / a).sqrt(), t, x_t) * x_t - x0) / self.at((1 / a - 1).sqrt(), t, x_t)
 
     def posterior_mean(self, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """Mean of q(x_{t-1} | x_t, x0)."""
         return (
             self.at(self.posterior_mean_x0, t, x_t) * x0
             + self.at(self.posterior_mean_xt, t, x_t) * x_t
         )
 
     def log_variance(self, fraction: Tensor | None, t: Tensor, like: Tensor) -> Tensor:
-        """Log-variance between the posterior's and beta at `fraction` in [-1, 1]; without a prediction that of beta."""
+        """Log-variance at `fraction` in [-1, 1] between the posterior's and that of beta.
+
+        None: that of beta.
+        """
         high = self.betas.clone()
         if fraction is None:
             high[0] = self.posterior_variance[1] if len(high) > 1 else high[0]
@@ -115,15 +117,17 @@ class GaussianTables:
 
 
 class GaussianProcess:
-    """A discrete Gaussian diffusion and what the denoiser's output says of it.
+    """A discrete Gaussian diffusion, and how to read the denoiser's output.
 
     Args:
-        num_timesteps: Steps of the forward process, >= 1; > 20 with the linear schedule, whose last beta would reach 1 with fewer.
-        noise_schedule: ``"linear"``, ``"cosine"``, or ``"scaled_linear"`` (Stable Diffusion, U-ViT).
-        learn_sigma: The denoiser predicts the variance in a second half of its channels.
+        num_timesteps: Steps of the forward process, >= 1; > 20 with the linear schedule, whose last
+            beta reaches 1 with fewer.
+        noise_schedule: ``"linear"``, ``"cosine"``, or ``"scaled_linear"`` (Stable Diffusion,
+            U-ViT).
+        learn_sigma: Whether the denoiser predicts the variance in the second half of its channels.
 
     Raises:
-        ValueError: for an unknown schedule or too few steps.
+        ValueError: For an unknown schedule or too few steps.
     """
 
     def __init__(
@@ -131,7 +135,8 @@ class GaussianProcess:
     ) -> None:
         if noise_schedule not in NOISE_SCHEDULES:
             raise ValueError(
-                f"noise_schedule is {noise_schedule!r}; give one of {', '.join(map(repr, NOISE_SCHEDULES))}."
+                f"noise_schedule is {noise_schedule!r}; give one of "
+                f"{', '.join(map(repr, NOISE_SCHEDULES))}."
             )
         if (
             num_timesteps < 1
@@ -139,28 +144,33 @@ class GaussianProcess:
         ):
             least = 21 if noise_schedule == "linear" else 1
             raise ValueError(
-                f"num_timesteps is {num_timesteps}, too few for the {noise_schedule} schedule, whose betas must be below 1; "
-                f"give at least {least} (published: 1000)."
+                f"num_timesteps is {num_timesteps}, too few for the {noise_schedule} schedule, "
+                f"whose betas must be below 1; give at least {least} (published: 1000)."
             )
         self.num_timesteps, self.learn_sigma = num_timesteps, learn_sigma
         self.tables = GaussianTables(betas)
 
     def respaced(self, num_sampling_steps: int) -> tuple[GaussianTables, Tensor]:
-        """Tables of the process that visits fewer timesteps, and those timesteps (ascending)."""
+        """Tables of the process that visits fewer timesteps, and these timesteps (ascending)."""
         timesteps = spaced_timesteps(self.num_timesteps, num_sampling_steps)
         kept = self.tables.alphas_cumprod[timesteps]
         return GaussianTables(1 - kept / torch.cat([kept.new_ones(1), kept[:-1]])), timesteps
 
     def split(self, output: Tensor, like: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The denoiser's output as epsilon and the variance's place between its bounds (None where it is not learned).
+        """Split the denoiser's output into epsilon and the variance's place between its bounds.
+
+        The second is None if the variance is not learned.
 
         Raises:
-            ValueError: for another number of channels than learn_sigma says.
+            ValueError: If the number of channels does not match `learn_sigma`.
         """
         channels = like.shape[1] * (2 if self.learn_sigma else 1)
         if output.shape[1] != channels:
             raise ValueError(
-                f"The denoiser gave {output.shape[1]} channels for latents of {like.shape[1]}; with learn_sigma="
-                f"{self.learn_sigma} the objective expects {channels}."
+                f"The denoiser returned {output.shape[1]} channels for {like.shape[1]}-channel "
+                f"latents; with learn_sigma={self.learn_sigma} the objective expects {channels}."
             )
-        return tuple(output.float().chunk(2, 1)) if self.learn_sigma else (output.float(), None)
+        if not self.learn_sigma:
+            return output.float(), None
+        epsilon, fraction = output.float().chunk(2, 1)
+        return epsilon, fraction

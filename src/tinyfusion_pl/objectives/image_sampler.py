@@ -1,4 +1,4 @@
-"""Images of numbered samples: the same number gives the same image, whatever the batch, the devices or their number."""
+"""Sampling of numbered images: a number gives the same image on any batch size and devices."""
 
 from __future__ import annotations
 
@@ -6,18 +6,21 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-PUBLISHED_CHANNELS = 3  # guided by the published scripts, whatever the latents: a model of fewer has all of them guided
+from tinyfusion_pl.protocols import Objective
+
+# The published scripts guide 3 channels, whatever the latents; with fewer, all are guided.
+PUBLISHED_CHANNELS = 3
 LABELS = ("balanced", "random")
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def sample_noise(indices: Sequence[int] | Tensor, shape: Sequence[int], *, seed: int) -> Tensor:
-    """Standard normal noise (N, *shape) that depends on the sample's index and the seed alone, not on batches or devices."""
+    """Standard normal noise (N, *shape) that depends only on the sample's index and the seed."""
     return torch.stack(
         [
             torch.randn(tuple(shape), generator=_generator(index, seed))
@@ -27,12 +30,12 @@ def sample_noise(indices: Sequence[int] | Tensor, shape: Sequence[int], *, seed:
 
 
 def balanced_labels(num_samples: int, num_classes: int) -> Tensor:
-    """Labels 0, 1, ..., num_classes - 1, 0, 1, ... (num_samples,): as equal in number as they can be."""
+    """Labels 0, 1, ..., num_classes - 1, 0, 1, ... (num_samples,), as balanced as possible."""
     return torch.arange(num_samples) % num_classes
 
 
 def random_labels(num_samples: int, num_classes: int, *, seed: int) -> Tensor:
-    """Labels (num_samples,) drawn uniformly; sample i has the same one however many there are."""
+    """Labels (num_samples,) drawn uniformly; that of sample i does not depend on `num_samples`."""
     return torch.randint(num_classes, (num_samples,), generator=_generator(0, seed))
 
 
@@ -44,14 +47,17 @@ def get_labels(
     seed: int,
     classes: Sequence[int] | None = None,
 ) -> Tensor:
-    """Labels (num_samples,), ``"balanced"`` or ``"random"``, of the `classes` given; None: of all `num_classes` that the model knows."""
+    """Labels (num_samples,), ``"balanced"`` or ``"random"``.
+
+    They come from `classes`; None: from all `num_classes` of the model.
+    """
     if kind not in LABELS:
         raise ValueError(f"labels is {kind!r}; give one of {', '.join(map(repr, LABELS))}.")
     if classes is not None and (not classes or min(classes) < 0 or max(classes) >= num_classes):
-        given = f"{min(classes)} to {max(classes)}" if classes else "none at all"
+        given = f"{min(classes)} to {max(classes)}" if classes else "empty"
         raise ValueError(
-            f"The data's classes are {given}, but the model knows the classes 0 to {num_classes - 1}. Give a model of these "
-            "classes, or data of its classes."
+            f"The data's classes are {given}, but the model has classes 0 to {num_classes - 1}. "
+            "Give a model of these classes, or data of its classes."
         )
     num = num_classes if classes is None else len(classes)
     labels = (
@@ -64,21 +70,24 @@ def get_labels(
 
 @dataclass(kw_only=True)
 class ImageSampler:
-    """Samples images from a denoiser.
+    """Samples images with a denoiser.
 
     Args:
-        denoiser: Called in evaluation mode, and left in the mode it was in.
-        objective: Has ``sample``.
-        latent_shape: (C, H, W) of what the denoiser works on.
+        denoiser: Runs in evaluation mode; its mode is restored afterwards.
+        objective: Makes latents with its ``sample``.
+        latent_shape: (C, H, W) of the denoiser's input.
         decode: Latents (N, C, H, W) -> uint8 images (N, C', H', W').
-        sampling: Arguments of ``objective.sample``: num_sampling_steps, sampler, guidance_scale, guidance_channels, ...
-        seed: Of the noise.
-        precision: The denoiser's: ``"float32"``, or ``"bfloat16"`` or ``"float16"`` by autocast. The process around it stays in float32.
-        compile: Run the denoiser, and those of its methods that the objective calls, through ``torch.compile``.
+        sampling: Arguments of ``objective.sample``: num_sampling_steps, sampler, guidance_scale,
+            ...
+        seed: Seed of the noise.
+        precision: Precision of the denoiser: ``"float32"``, or ``"bfloat16"`` or ``"float16"`` by
+            autocast. The sampler itself stays in float32.
+        compile: Compile the denoiser, and the methods that the objective calls, with
+            ``torch.compile``.
     """
 
     denoiser: nn.Module
-    objective: Any
+    objective: Objective
     latent_shape: Sequence[int]
     decode: Callable[[Tensor], Tensor]
     sampling: dict[str, Any] = field(default_factory=dict)
@@ -96,25 +105,28 @@ class ImageSampler:
         )
 
     def check(self) -> None:
-        """Raise the ValueError that sampling with these options would raise."""
+        """Raise ValueError for sampling options that do not fit the objective or the denoiser."""
         if self.sampling.get("guidance_scale", 1) != 1 and not getattr(
             self.denoiser, "has_null_label", True
         ):
             raise ValueError(
-                f"guidance_scale is {self.sampling['guidance_scale']}, but the denoiser has no null label "
-                "(class_dropout_prob=0): it cannot be guided. Set guidance_scale to 1."
+                f"guidance_scale is {self.sampling['guidance_scale']}, but the denoiser has no "
+                "null label (class_dropout_prob=0), so guidance is not possible. Set "
+                "guidance_scale=1."
             )
         self.objective.check_sampling(**self.sampling)
         channels, num = self.sampling.get("guidance_channels"), self.latent_shape[0]
         if channels is not None and channels > max(num, PUBLISHED_CHANNELS):
             raise ValueError(
-                f"guidance_channels is {channels}, but the latents have {num} channels. Give {num} or fewer, or null for all."
+                f"guidance_channels is {channels}, but the latents have {num} channels. Give "
+                f"{num} or fewer, or null for all."
             )
         if 0 <= (scale := self.sampling.get("guidance_scale", 1)) < 1:
             warnings.warn(
                 f"guidance_scale is {scale}, which samples "
-                f"{'without labels' if scale == 0 else 'with less than the labels say'}: "
-                f"1 is no guidance here. If it is meant as U-ViT counts, give {scale + 1:g}.",
+                f"{'without labels' if scale == 0 else 'with weakened labels'}: 1 disables "
+                f"guidance. For U-ViT's cfg.sample.scale={scale}, set "
+                f"guidance_scale={scale + 1:g}.",
                 stacklevel=2,
             )
 
@@ -122,7 +134,7 @@ class ImageSampler:
     def __call__(
         self, indices: Tensor, labels: Tensor, *, device: torch.device | str = "cpu"
     ) -> Tensor:
-        """uint8 images (N, C, H, W) of samples `indices` (N,) with `labels` (N,), made on `device`."""
+        """Sample uint8 images (N, C, H, W) number `indices` (N,) with `labels` (N,) on `device`."""
         z = sample_noise(indices, self.latent_shape, seed=self.seed)
         options = dict(self.sampling)
         if num_noises := self.objective.num_noises(**options):
@@ -142,27 +154,32 @@ class ImageSampler:
         if (bad := ~torch.isfinite(latents).flatten(1).all(1)).any():
             numbers = torch.as_tensor(indices).to(bad.device)[bad].tolist()
             raise ValueError(
-                f"{len(numbers)} of {len(latents)} samples hold values that are not finite (numbers {numbers[:8]}): the model "
-                "has diverged, or its precision is too low for it."
+                f"{len(numbers)} of {len(latents)} samples contain NaN or infinity (numbers "
+                f"{numbers[:8]}): the model has diverged, or its precision is too low."
             )
         return self.decode(latents)
 
 
 class _Denoise:
-    """A denoiser in its own precision, seen by the process around it in the precision of what goes in.
+    """A denoiser that runs in its own precision and returns the dtype of its input.
 
-    That holds for calling it and for its methods, where an objective calls parts of it.
+    Applies to calls and to methods, for objectives that call parts of a denoiser.
     """
 
     def __init__(self, denoiser: nn.Module, *, dtype: torch.dtype | None, compile: bool) -> None:
         self.denoiser, self.dtype, self.compile = denoiser, dtype, compile
         self.parts: dict[str, Callable[..., Tensor]] = {}
 
+    @property
+    def num_classes(self) -> int:
+        """The null label of the denoiser."""
+        return cast(int, self.denoiser.num_classes)
+
     def __call__(self, *args: Tensor) -> Tensor:
         return self._part("forward", self.denoiser)(*args)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):  # of copying and pickling, which ask before there is a denoiser
+        if name.startswith("_"):  # copy and pickle ask before `denoiser` is set
             raise AttributeError(name)
         found = getattr(self.denoiser, name)
         return self._part(name, found) if callable(found) else found
@@ -176,7 +193,7 @@ class _Denoise:
 
 
 class _InPrecision:
-    """A function of tensors under autocast, whose output has the dtype of its first argument."""
+    """Runs a function under autocast and casts its output to the dtype of its first argument."""
 
     def __init__(self, function: Callable[..., Tensor], dtype: torch.dtype | None) -> None:
         self.function, self.dtype = function, dtype

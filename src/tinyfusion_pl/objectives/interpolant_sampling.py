@@ -1,7 +1,9 @@
-"""Solving an interpolant's ODE or SDE from noise (t = 0) to data (t = 1), with classifier-free guidance (SiT, arXiv 2401.08740).
+"""Solvers for an interpolant's ODE or SDE, with classifier-free guidance (SiT, arXiv 2401.08740).
 
-ODE: dx = v dt (equation 2). SDE: dx = (v + w s) dt + sqrt(2 w) dW (equation 5, whose w is twice this one), which has the same marginals for
-every diffusion coefficient w(t) >= 0 (section 3.4).
+They go from noise (t = 0) to data (t = 1).
+
+ODE: dx = v dt (equation 2). SDE: dx = (v + w s) dt + sqrt(2 w) dW (equation 5, with half its w).
+The marginals are the same for every diffusion coefficient w(t) >= 0 (section 3.4).
 """
 
 from __future__ import annotations
@@ -12,20 +14,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchdiffeq import odeint
 
 from tinyfusion_pl.objectives.guidance import check_guidance, guided
 from tinyfusion_pl.objectives.interpolant_process import InterpolantProcess
 from tinyfusion_pl.objectives.paths import Coefficients, coefficients
-from tinyfusion_pl.objectives.sampling_noise import check_noise, given_or_drawn
+from tinyfusion_pl.objectives.sampling_noise import check_noise, get_noise
+from tinyfusion_pl.protocols import Denoises
 
 ODE_SAMPLERS = ("euler", "heun", "dopri5")
 SDE_SAMPLERS = ("euler_maruyama", "sde_heun")
 LAST_STEPS = ("none", "mean", "tweedie", "euler")
 EPS = 1e-3
 
-# w(t) / diffusion_norm, of the coefficients and t (section 3.4, table 5, and the published code).
+# w(t) / diffusion_norm from the coefficients and t (section 3.4, table 5, and published code).
 DIFFUSIONS: dict[str, Callable[[Coefficients, Tensor], Tensor]] = {
     "constant": lambda c, t: torch.ones_like(t),
     "sbdm": lambda c, t: c.diffusion,
@@ -38,25 +41,31 @@ DIFFUSIONS: dict[str, Callable[[Coefficients, Tensor], Tensor]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-    """How an interpolant is sampled.
+    """Options for sampling from an interpolant.
 
     Args:
-        num_sampling_steps: Steps, evenly spread, an SDE's last step among them. A step is one call of the denoiser, or two with ``heun``
-            and ``sde_heun`` (not in the last step). The published code counts time points: its ``num_steps=n`` is n - 1 here for an ODE or
-            an SDE without a last step, and n for an SDE with one (published: 250). ``dopri5`` chooses its steps itself and does not read
-            this.
-        sampler: An ODE's: ``"euler"``, ``"heun"``, ``"dopri5"``; an SDE's: ``"euler_maruyama"``, ``"sde_heun"``.
-        atol, rtol: Tolerances of ``dopri5``, > 0 (published: 1e-6 and 1e-3). Its step sizes are the whole batch's, so a sample depends on
-            its batch to within them; the other samplers' do not.
-        diffusion: SDE's coefficient w(t): one of `DIFFUSIONS` (published: "sigma").
-        diffusion_norm: Factor of w, >= 0; 0 makes the SDE the ODE.
-        last_step: From `last_step_size` before t = 1 to there, without noise: ``"mean"``, a step of the SDE's drift; ``"euler"``, of the
-            ODE's; ``"tweedie"``, to the expectation of the data given x_t; ``"none"``: the random steps go to the end.
-        last_step_size: In (0, 1) (published: 0.04).
-        guidance_scale, guidance_channels: See `guided` (published: 1.5, 3 channels).
+        num_sampling_steps: Number of evenly spaced steps, including an SDE's last step. A step
+            calls the denoiser once, or twice with ``heun`` and ``sde_heun`` (except in the last
+            step). The published code counts time points: its ``num_steps=n`` is n - 1 here for an
+            ODE or an SDE without a last step, and n for an SDE with one (published: 250).
+            ``dopri5`` chooses its own steps and ignores this.
+        sampler: ``"euler"``, ``"heun"`` or ``"dopri5"`` (ODE), ``"euler_maruyama"`` or
+            ``"sde_heun"`` (SDE).
+        atol: Absolute tolerance of ``dopri5``, > 0 (published: 1e-6). It chooses step sizes for the
+            whole batch, so a sample depends on its batch within the tolerances; with other samplers
+            it does not.
+        rtol: Relative tolerance of ``dopri5``, > 0 (published: 1e-3).
+        diffusion: Diffusion coefficient w(t) of the SDE: one of `DIFFUSIONS` (published: "sigma").
+        diffusion_norm: Factor of w, >= 0; with 0 the SDE equals the ODE.
+        last_step: The last step of an SDE, without noise, of size `last_step_size` to t = 1:
+            ``"mean"``, along the SDE's drift; ``"euler"``, along the ODE's; ``"tweedie"``, to the
+            expectation of the data given x_t; ``"none"``: random steps reach the end.
+        last_step_size: Size of the last step, in (0, 1) (published: 0.04).
+        guidance_scale: See `guided` (published: 1.5).
+        guidance_channels: See `guided` (published: 3).
 
     Raises:
-        ValueError: for settings out of range.
+        ValueError: For settings out of range.
     """
 
     num_sampling_steps: int = 250
@@ -90,35 +99,40 @@ class SamplingOptions:
             )
         if self.has_last_step and not 0 < self.last_step_size < 1:
             raise ValueError(
-                f"last_step_size is {self.last_step_size}; give a number in (0, 1) (published: 0.04), or last_step='none'."
+                f"last_step_size is {self.last_step_size}; give a number in (0, 1) (published: "
+                "0.04), or last_step='none'."
             )
         if self.num_sampling_steps < (least := 1 + self.has_last_step):
             raise ValueError(
                 f"num_sampling_steps is {self.num_sampling_steps}; give at least {least}"
-                f"{', one of which is the last step' if self.has_last_step else ''}."
+                f"{', including the last step' if self.has_last_step else ''}."
             )
 
     @property
     def is_sde(self) -> bool:
+        """Whether the sampler solves the SDE."""
         return self.sampler in SDE_SAMPLERS
 
     @property
     def has_last_step(self) -> bool:
+        """Whether the SDE ends with a separate step without noise."""
         return self.is_sde and self.last_step != "none"
 
     @property
     def num_random_steps(self) -> int:
-        """Steps that draw noise."""
+        """Number of steps that draw noise."""
         return self.num_sampling_steps - self.has_last_step if self.is_sde else 0
 
     def interval(self, process: InterpolantProcess) -> tuple[float, float]:
-        """Where the steps (the last one aside) begin and end: at 0 and 1 but for ends at which what they compute is singular.
+        """Where the steps start and end, except a separate last step.
+
+        At 0 and 1, unless the drift is singular there.
 
         Raises:
-            ValueError: for ``sample_eps=0`` at such an end.
+            ValueError: For ``sample_eps=0`` if the drift is singular at an end.
         """
         start, end = process.singular_ends()
-        if self.is_sde:  # the score at t = 1 is singular, and "sbdm" where alpha is 0
+        if self.is_sde:  # the score is singular at t = 1, "sbdm" at alpha = 0
             start, end = (
                 start or (self.diffusion == "sbdm" and process.path != "vp"),
                 not self.has_last_step,
@@ -126,22 +140,23 @@ class SamplingOptions:
         eps = EPS if process.sample_eps is None else process.sample_eps
         if eps == 0 and (start or end):
             raise ValueError(
-                f"sample_eps is 0, but {process.prediction} prediction on the path {process.path!r} sampled with "
-                f"{self.sampler!r} is singular at t = {0 if start else 1}; give sample_eps > 0 (published: 1e-3)."
+                f"sample_eps is 0, but {process.prediction} prediction on path {process.path!r} "
+                f"with sampler {self.sampler!r} is singular at t = {0 if start else 1}; give "
+                "sample_eps > 0 (published: 1e-3)."
             )
         return eps * start, 1 - (self.last_step_size if self.has_last_step else eps * end)
 
 
 @dataclass
 class _Guided:
-    """What the solvers ask at a time t: the velocity and the score that the guided denoiser says there."""
+    """Velocity and score of the guided denoiser at time t, as solvers need them."""
 
     process: InterpolantProcess
-    denoiser: nn.Module
+    denoiser: Denoises
     y: Tensor
     options: SamplingOptions
 
-    def ask(self, x: Tensor, t: float | Tensor) -> tuple[Tensor, Coefficients, Tensor]:
+    def predict(self, x: Tensor, t: float | Tensor) -> tuple[Tensor, Coefficients, Tensor]:
         t = torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(len(x))
         output = guided(
             self.denoiser,
@@ -158,32 +173,32 @@ class _Guided:
         )
 
     def velocity(self, x: Tensor, t: float | Tensor) -> Tensor:
-        output, c, _ = self.ask(x, t)
+        output, c, _ = self.predict(x, t)
         return c.velocity(self.process.prediction, output, x)
 
     def w(self, c: Coefficients, t: Tensor) -> Tensor:
         return self.options.diffusion_norm * DIFFUSIONS[self.options.diffusion](c, t)
 
-    def sde(self, x: Tensor, t: float) -> Tensor:
+    def sde(self, x: Tensor, t: float | Tensor) -> Tensor:
         """The SDE's drift v + w s."""
-        output, c, time = self.ask(x, t)
+        output, c, time = self.predict(x, t)
         prediction = self.process.prediction
         return c.velocity(prediction, output, x) + self.w(c, time) * c.score(prediction, output, x)
 
     def deviation(self, x: Tensor, t: float) -> Tensor:
-        """sqrt(2 w), of the noise of an SDE over time 1."""
+        """sqrt(2 w), the standard deviation of the SDE's noise per unit of time."""
         time = torch.full((len(x), *[1] * (x.ndim - 1)), t, device=x.device)
         return (2 * self.w(coefficients(self.process.path, time), time)).sqrt()
 
     def data(self, x: Tensor, t: float) -> Tensor:
         """The expectation of the data given x (Tweedie)."""
-        output, c, _ = self.ask(x, t)
+        output, c, _ = self.predict(x, t)
         return (x - c.sigma * c.noise(self.process.prediction, output, x)) / c.alpha
 
 
 def sample_interpolant(
     process: InterpolantProcess,
-    denoiser: nn.Module,
+    denoiser: Denoises,
     z: Tensor,
     y: Tensor,
     *,
@@ -194,13 +209,16 @@ def sample_interpolant(
     """Samples (N, C, H, W) from noise `z` (N, C, H, W) with labels `y` (N,).
 
     Args:
-        process, denoiser: The process and the network, called with times in [0, 1].
-        noise: (num_noises, N, C, H, W), the first for the noisiest step; default: drawn.
-        generator: Where noise is drawn from; its device may be another than that of `z`.
-        options: See `SamplingOptions`.
+        process: The interpolant process.
+        denoiser: The network; called with times in [0, 1].
+        z: Noise (N, C, H, W).
+        y: Labels (N,).
+        noise: (num_noises, N, C, H, W), noisiest step first; default: drawn.
+        generator: Source of the noise; it may be on another device than `z`.
+        **options: See `SamplingOptions`.
 
     Raises:
-        ValueError: for settings out of range, noise of another shape, or where ``dopri5`` cannot go on.
+        ValueError: For settings out of range, noise of the wrong shape, or if ``dopri5`` fails.
     """
     opts = SamplingOptions(**options)
     start, end = opts.interval(process)
@@ -212,10 +230,10 @@ def sample_interpolant(
     step = (end - start) / num_steps
     x = z
     for i in range(num_steps):
-        t, drift = start + i * step, field.velocity
+        t = start + i * step
+        drift = field.sde if opts.is_sde else field.velocity
         if opts.is_sde:
-            drift = field.sde
-            kick = field.deviation(x, t) * math.sqrt(step) * given_or_drawn(noise, i, x, generator)
+            kick = field.deviation(x, t) * math.sqrt(step) * get_noise(noise, i, x, generator)
         if opts.sampler == "euler_maruyama":
             x = x + step * drift(x, t) + kick
             continue
@@ -237,7 +255,8 @@ def sample_interpolant(
 def _dopri5(field: _Guided, z: Tensor, start: float, end: float) -> Tensor:
     options, ends = field.options, torch.tensor([start, end], device=z.device)
     try:
-        # A step must land on the end: by itself the solver steps past it, where the paths are not defined, and interpolates.
+        # Force a step onto the end: by default the solver steps past it, where the paths are not
+        # defined, and interpolates.
         return odeint(
             lambda t, x: field.velocity(x, t),
             z,
@@ -247,8 +266,9 @@ def _dopri5(field: _Guided, z: Tensor, start: float, end: float) -> Tensor:
             rtol=options.rtol,
             options={"step_t": ends[1:]},
         )[-1]
-    except AssertionError as error:  # its steps became too small to count
+    except AssertionError as error:  # the step size underflowed
         raise ValueError(
-            f"dopri5 cannot solve the ODE to atol={options.atol} and rtol={options.rtol}: the model has diverged, or they are "
-            f"too small for {z.dtype} ({error}). Give larger ones, or another sampler."
+            f"dopri5 cannot solve the ODE to atol={options.atol} and rtol={options.rtol}: the "
+            f"model has diverged, or the tolerances are too small for {z.dtype} ({error}). Raise "
+            "the tolerances, or use another sampler."
         ) from error

@@ -1,17 +1,22 @@
-"""MAR's sampler: tokens in random order, some at a time, each by reverse diffusion (Li et al., arXiv 2406.11838, sections 3.2, 3.4)."""
+"""MAR's sampler: tokens in random order, some per iteration, each by reverse diffusion.
+
+Li et al., arXiv 2406.11838, sections 3.2 and 3.4.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Protocol, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tinyfusion_pl.models.mar import put, take
 from tinyfusion_pl.objectives.gaussian_process import GaussianProcess
 from tinyfusion_pl.objectives.gaussian_samplers import GaussianSampling
 from tinyfusion_pl.objectives.guidance import check_guidance
+from tinyfusion_pl.protocols import Denoises
 
 GUIDANCE_SCHEDULES = ("linear", "constant")
 
@@ -22,20 +27,17 @@ def to_tokens(latents: Tensor) -> Tensor:
 
 
 def masked_counts(num_tokens: int, num_iterations: int) -> list[int]:
-    """How many tokens are still masked after each iteration: floor(L cos(pi/2 * (i + 1)/I)), at least one fewer each time, 0 at the end.
+    """Number of tokens still masked after each iteration.
 
-    With more iterations than tokens there is one for each token.
+    floor(L cos(pi/2 * (i + 1)/I)), at least one fewer each time, 0 at the end. With more iterations
+    than tokens, there is one per token.
     """
     counts, left = [], num_tokens
     for i in range(num_iterations - 1):
         if left == 1:
             break
-        left = max(
-            1,
-            min(
-                left - 1, math.floor(num_tokens * math.cos(math.pi / 2 * (i + 1) / num_iterations))
-            ),
-        )
+        cosine = math.cos(math.pi / 2 * (i + 1) / num_iterations)
+        left = max(1, min(left - 1, math.floor(num_tokens * cosine)))
         counts.append(left)
     return [*counts, 0]
 
@@ -43,7 +45,10 @@ def masked_counts(num_tokens: int, num_iterations: int) -> list[int]:
 def guidance_at(
     num_masked: int, num_tokens: int, *, guidance_scale: float, guidance_schedule: str
 ) -> float:
-    """The guidance scale of an iteration that leaves `num_masked` tokens masked: growing with the share of known tokens, or constant."""
+    """Guidance scale of an iteration after which `num_masked` tokens remain masked.
+
+    It grows with the share of known tokens, or is constant.
+    """
     if guidance_schedule == "constant":
         return guidance_scale
     # As published, the last iteration counts one token as masked.
@@ -52,17 +57,20 @@ def guidance_at(
 
 @dataclass(frozen=True, kw_only=True)
 class MaskedSampling:
-    """How tokens are sampled.
+    """Options for sampling tokens.
 
     Args:
-        num_iterations: Iterations, >= 1; as many as tokens or more: one token at a time (published: 256).
-        num_sampling_steps: Diffusion steps of each token, 1 to the process's number (published: 100).
-        guidance_scale: Of classifier-free guidance in the head's noise prediction; 1 is none (published: 3.0).
-        guidance_schedule: ``"linear"``: from 1 to `guidance_scale` as the share of known tokens grows; or ``"constant"``.
-        temperature: Factor on the noise of the diffusion steps, >= 0 (published: 1).
+        num_iterations: Iterations, >= 1; with as many as tokens or more, one token at a time
+            (published: 256).
+        num_sampling_steps: Diffusion steps per token, 1 to the process's number (published: 100).
+        guidance_scale: Scale of classifier-free guidance in the head's noise prediction; 1 disables
+            it (published: 3.0).
+        guidance_schedule: ``"linear"``, from 1 to `guidance_scale` as the share of known tokens
+            grows; or ``"constant"``.
+        temperature: Factor of the noise of the diffusion steps, >= 0 (published: 1).
 
     Raises:
-        ValueError: for settings out of range.
+        ValueError: For settings out of range.
     """
 
     num_iterations: int = 256
@@ -78,7 +86,8 @@ class MaskedSampling:
             )
         if self.guidance_schedule not in GUIDANCE_SCHEDULES:
             raise ValueError(
-                f"guidance_schedule is {self.guidance_schedule!r}; give one of {', '.join(map(repr, GUIDANCE_SCHEDULES))}."
+                f"guidance_schedule is {self.guidance_schedule!r}; give one of "
+                f"{', '.join(map(repr, GUIDANCE_SCHEDULES))}."
             )
         if not (self.temperature >= 0 and math.isfinite(self.temperature)):
             raise ValueError(
@@ -88,13 +97,13 @@ class MaskedSampling:
 
     @property
     def num_noises(self) -> int:
-        """One for each diffusion step of a token, and one for the order in which tokens are sampled."""
+        """One per diffusion step of a token, and one for the order of tokens."""
         return self.num_sampling_steps + 1
 
 
 def sample_tokens(
     process: GaussianProcess,
-    denoiser: nn.Module,
+    denoiser: Denoises,
     z: Tensor,
     y: Tensor,
     options: MaskedSampling,
@@ -102,28 +111,32 @@ def sample_tokens(
     noise: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Sample all tokens of latents (N, C, H, W) from `z` with labels `y` (N,).
+    """Sample latents (N, C, H, W) token by token.
 
-    Each iteration runs encoder and decoder once, and the reverse diffusion with the head for the tokens that are its turn, as many in each
-    sample. A sample depends on its own noise alone, not on the batch.
+    Each iteration runs encoder and decoder once, then the reverse diffusion with the head for the
+    tokens of this iteration, as many in each sample. A sample depends on its own noise only, not on
+    the batch.
 
     Args:
-        process: The tokens' process.
-        denoiser: A `MAR`: its ``encode``, ``decode`` and ``head`` are called.
-        z: (N, C, H, W), at each position the noise that its token starts from.
+        process: Diffusion process of the tokens.
+        denoiser: A `MAR`, called through its ``encode``, ``decode`` and ``head``.
+        z: (N, C, H, W), the initial noise of the token at each position.
+        y: Labels (N,).
         options: See `MaskedSampling`.
-        noise: (num_sampling_steps + 1, N, C, H, W): the steps' noise at each position, the first for the noisiest step, then one whose
-            first channel gives the order (its smallest values are sampled last). Default: drawn.
-        generator: Where noise is drawn from; its device may be another than that of `z`.
+        noise: (num_sampling_steps + 1, N, C, H, W): the noise of the steps at each position,
+            noisiest step first, then one tensor whose first channel gives the order (smallest
+            values last). Default: drawn.
+        generator: Source of the noise; it may be on another device than `z`.
 
     Raises:
-        ValueError: for more steps than the process has, noise of another shape, or a denoiser that is no MAR.
+        ValueError: For more steps than the process has, noise of the wrong shape, or a denoiser
+            that is not a MAR.
     """
     process.respaced(options.num_sampling_steps)
     if missing := [name for name in ("encode", "decode", "head") if not hasattr(denoiser, name)]:
         raise ValueError(
-            f"The denoiser has no {', '.join(missing)}: MAR's sampler needs a MAR. Set the objective that the denoiser was "
-            "trained with."
+            f"The denoiser has no {', '.join(missing)}: MAR's sampler needs a MAR. Set the "
+            "objective that the denoiser was trained with."
         )
     expected = (options.num_noises, *z.shape)
     if noise is None:
@@ -133,13 +146,13 @@ def sample_tokens(
         )
     elif noise.shape != expected:
         raise ValueError(
-            f"noise has shape {tuple(noise.shape)}; expected {expected} (steps and one for the order, then the shape of z)."
+            f"noise has shape {tuple(noise.shape)}; expected {expected} (steps and one for the "
+            "order, then the shape of z)."
         )
+    mar = cast(_MAR, denoiser)
     n, c, *_ = z.shape
-    start, step_noise = (
-        to_tokens(z),
-        noise[:-1].flatten(3).transpose(2, 3),
-    )  # (N, L, C), (S, N, L, C)
+    start = to_tokens(z)  # (N, L, C)
+    step_noise = noise[:-1].flatten(3).transpose(2, 3)  # (S, N, L, C)
     order = noise[-1, :, 0].flatten(1).argsort(1)  # (N, L)
     tokens, num_tokens = torch.zeros_like(start), start.shape[1]
     num_masked = num_tokens
@@ -151,10 +164,9 @@ def sample_tokens(
             guidance_scale=options.guidance_scale,
             guidance_schedule=options.guidance_schedule,
         )
-        head = _Head(denoiser, tokens, visible, turn, y, with_null=scale != 1)
-        drawn = step_noise.gather(
-            2, turn[None, ..., None].expand(len(step_noise), -1, -1, c)
-        ).flatten(1, 2)  # (S, N*K, C)
+        head = _Head(mar, tokens, visible, turn, y, with_null=scale != 1)
+        places = turn[None, ..., None].expand(len(step_noise), -1, -1, c)  # (S, N, K, C)
+        turn_noise = step_noise.gather(2, places).flatten(1, 2)  # (S, N*K, C)
         steps = GaussianSampling(
             num_sampling_steps=options.num_sampling_steps,
             guidance_scale=scale,
@@ -165,22 +177,33 @@ def sample_tokens(
             head,
             take(start, turn).flatten(0, 1),
             y.repeat_interleave(turn.shape[1]),
-            noise=options.temperature * drawn,
+            noise=options.temperature * turn_noise,
         )  # (N*K, C)
         tokens = put(tokens, turn, sampled.view(n, -1, c))  # (N, L, C)
         num_masked = num_left
     return tokens.transpose(1, 2).reshape(z.shape)  # (N, C, H, W)
 
 
-class _Head:
-    """A MAR's head for the tokens of one iteration, called as a sampler calls a denoiser whose samples are those tokens.
+class _MAR(Protocol):
+    """The parts of a MAR that sampling calls."""
 
-    The transformer runs here, once; with guidance on the batch and on the same with the null label behind it, as `guided` puts them.
+    @property
+    def num_classes(self) -> int: ...
+    def encode(self, tokens: Tensor, visible: Tensor, y: Tensor) -> Tensor: ...
+    def decode(self, encoded: Tensor, visible: Tensor) -> Tensor: ...
+    def head(self, x: Tensor, t: Tensor, z: Tensor) -> Tensor: ...
+
+
+class _Head:
+    """A MAR's head as a denoiser whose samples are the tokens of one iteration.
+
+    Runs the transformer once, on construction; with guidance on the batch followed by the same
+    batch with the null label, in the order of `guided`.
     """
 
     def __init__(
         self,
-        denoiser: nn.Module,
+        denoiser: _MAR,
         tokens: Tensor,
         visible: Tensor,
         turn: Tensor,
@@ -192,9 +215,8 @@ class _Head:
         if with_null:
             tokens, visible, turn = (torch.cat([part, part]) for part in (tokens, visible, turn))
             y = torch.cat([y, torch.full_like(y, self.num_classes)])
-        decoded = denoiser.decode(
-            denoiser.encode(tokens, visible, y), visible
-        )  # (N, L, D), or (2N, L, D)
+        encoded = denoiser.encode(tokens, visible, y)
+        decoded = denoiser.decode(encoded, visible)  # (N, L, D), or (2N, L, D)
         self.z = take(decoded, turn).flatten(0, 1)  # (N*K, D), or (2N*K, D)
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:

@@ -8,6 +8,15 @@ from tinyfusion_pl.selection.trials import Trials
 from tinyfusion_pl.selection.width import WidthPruning
 
 __all__ = [
-    "CRITERIA", "Calibration", "Choice", "Criterion", "Problem", "Selected", "Selection", "Space", "Trials", "WidthPruning",
+    "CRITERIA",
+    "Calibration",
+    "Choice",
+    "Criterion",
+    "Problem",
+    "Selected",
+    "Selection",
+    "Space",
+    "Trials",
+    "WidthPruning",
     "select_blocks",
-]  # fmt: skip
+]

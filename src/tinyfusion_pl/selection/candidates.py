@@ -16,7 +16,10 @@ MAX_TRIES = 1000
 
 
 def num_structures(space: Space) -> int:
-    """How many structures `space` allows; of several stacks under one budget those that would empty a stack count too."""
+    """Number of structures that `space` allows.
+
+    With several stacks under one budget, includes those that would empty a stack.
+    """
     return math.prod(
         math.comb(len(space.free(part)), space.num_free_kept(part)) for part in space.parts
     )
@@ -57,8 +60,10 @@ def sample_structures(
         )
         if len(found) == num_samples:
             return found
-    raise ValueError(f"Nearly every structure would empty one of the stacks {', '.join(space.paths)}. Keep more units, or give a budget "
-                     "for each stack: keep={PATH: COUNT}.")  # fmt: skip
+    raise ValueError(
+        f"Nearly every structure would empty one of the stacks {', '.join(space.paths)}. "
+        "Keep more units, or give a budget for each stack: keep={PATH: COUNT}."
+    )
 
 
 def most_probable_structures(space: Space, theta: Tensor, count: int) -> Tensor:
@@ -80,7 +85,10 @@ def most_probable_structures(space: Space, theta: Tensor, count: int) -> Tensor:
 
 
 def get_candidates(space: Space, limit: int, generator: torch.Generator) -> Tensor:
-    """All structures where they are no more than `limit`, else the distinct ones of so many draws: (S, num_units) bool."""
+    """All structures if at most `limit`, else the distinct ones of `limit` draws.
+
+    (S, num_units) bool.
+    """
     if num_structures(space) <= limit:
         return all_structures(space)
     return distinct(

@@ -1,7 +1,8 @@
-"""Cutting a DiT's channels, in all layers that they go through: torch-pruning's dependency graph finds these.
+"""Cut a DiT's channels in all layers that share them, by torch-pruning's dependency graph.
 
-DepGraph: Fang et al., arXiv 2301.12900. A channel's importance is torch-pruning's group Taylor importance: the sum of |weight x gradient|
-over what goes with it, averaged over layers. Needs the extra ``width``.
+DepGraph: Fang et al., arXiv 2301.12900. A channel's importance is torch-pruning's group Taylor
+importance: the sum of |weight x gradient| over what goes with it, averaged over layers. Needs the
+extra ``width``.
 """
 
 from __future__ import annotations
@@ -28,17 +29,21 @@ MISSING = (
 
 @dataclass(frozen=True)
 class Channels:
-    """Channels that are ranked together: outputs (or inputs) of the layer `path`, in `num_parts` parts of equal size."""
+    """Channels ranked together: outputs or inputs of layer `path`, in `num_parts` equal parts."""
 
     path: str
     outputs: bool = True
     num_parts: int = 1
 
     def size(self, model: nn.Module) -> int:
+        """Number of channels in `model`."""
         return model.get_submodule(self.path).weight.shape[0 if self.outputs else 1]
 
     def kept(self, scores: Tensor, num_kept: int) -> list[int]:
-        """The `num_kept` channels of the highest scores (n,), as many in each part; of equal ones the first."""
+        """The `num_kept` channels with the highest scores (n,), equally many in each part.
+
+        Ties keep the first.
+        """
         parts = scores.view(self.num_parts, -1)
         ranked = parts.argsort(dim=1, descending=True, stable=True)[:, : num_kept // self.num_parts]
         starts = torch.arange(self.num_parts)[:, None] * parts.shape[1]
@@ -46,7 +51,10 @@ class Channels:
 
 
 def get_channels(model: DiT) -> Iterator[Channels]:
-    """All channels whose number follows `hidden_size`: of hidden states and conditioning, and in each perceptron and head."""
+    """All channels whose number follows `hidden_size`.
+
+    Those of hidden states and conditioning, and of each MLP and head.
+    """
     yield Channels("x_embedder.proj")
     yield Channels("t_embedder.mlp.2")
     yield Channels("t_embedder.mlp.0")
@@ -59,12 +67,14 @@ def check_narrowable(model: nn.Module) -> None:
     """`ValueError` for a model whose channels cannot be cut; names those that can."""
     if not isinstance(model, DiT) or not hasattr(model, "model_name"):
         raise ValueError(
-            f"The width of a {type(model).__name__} cannot be pruned, only that of a DiT or a SiT that create_model or "
-            "load_pretrained made. Depth can be: pruning=learned, shortgpt or another one of docs/selection.md."
+            f"The width of a {type(model).__name__} cannot be pruned, only that of a DiT or a SiT "
+            "that create_model or load_pretrained made. Depth can be: pruning=learned, shortgpt "
+            "or another one of docs/selection.md."
         )
 
 
 def is_installed() -> bool:
+    """Whether torch-pruning is installed."""
     return importlib.util.find_spec("torch_pruning") is not None
 
 
@@ -85,13 +95,14 @@ def _count(name: str, *arguments: tuple[str, Any]) -> int:
 
 
 def width_for(model: DiT, num_params: float, *, depth: int) -> int:
-    """The `hidden_size` below the model's that comes nearest to `num_params` parameters with `depth` blocks.
+    """The smaller `hidden_size` closest to `num_params` parameters with `depth` blocks.
 
-    There are as many heads as before, and the MLP is as many times as wide: heads and MLPs get narrower alike. So the size is a multiple of
-    the number of heads, and of 4.
+    There are as many heads as before, and the MLP is as many times as wide: heads and MLPs get
+    narrower alike. So the size is a multiple of the number of heads, and of 4.
 
     Raises:
-        ValueError: the model has fewer parameters at its full width already, or more at the least one.
+        ValueError: the model has fewer parameters at its full width already, or more at the least
+            one.
     """
     step = math.lcm(model.config["num_heads"], 4)
     num_sizes = (model.config["hidden_size"] - 1) // step
@@ -102,7 +113,8 @@ def width_for(model: DiT, num_params: float, *, depth: int) -> int:
     most, least = count_params(model, depth=depth), count(step) if num_sizes else math.inf
     if not least <= num_params < most:
         raise ValueError(
-            f"removed asks for {num_params / 1e6:.4g}M parameters, but with {depth} blocks the model has {most / 1e6:.4g}M at its full "
+            f"removed asks for {num_params / 1e6:.4g}M parameters, but with {depth} blocks the "
+            f"model has {most / 1e6:.4g}M at its full "
             + (
                 f"width and {least / 1e6:.4g}M at the least ({step}). "
                 if num_sizes
@@ -118,10 +130,10 @@ def width_for(model: DiT, num_params: float, *, depth: int) -> int:
 
 
 def narrowed(model: DiT, hidden_size: int, example: tuple[Tensor, ...]) -> DiT:
-    """A new model of that `hidden_size`, with the weights of the most important channels of `model`.
+    """A new model of `hidden_size` with the most important channels of `model`.
 
-    What attention computes from the channels that stay is as before: its scale, which follows the width of a head, is made up for in the
-    queries. Normalisation is over fewer channels.
+    What attention computes from the channels that stay is as before: its scale, which follows the
+    width of a head, is made up for in the queries. Normalisation is over fewer channels.
 
     Args:
         model: With gradients of all its weights. It is used up.

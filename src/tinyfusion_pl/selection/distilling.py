@@ -12,8 +12,9 @@ from tinyfusion_pl.selection.problem import Problem
 class Distilling:
     """A model in training towards the dense model's output.
 
-    The loss is 0.9 of the distance to the dense model's output and 0.1 of the data's loss, the distance alone where there is no loss;
-    AdamW at a constant rate. Its random numbers (dropout) are those of `which` and the step.
+    The loss is 0.9 of the distance to the dense model's output and 0.1 of the data's loss, the
+    distance alone where there is no loss; AdamW at a constant rate. Its random numbers (dropout)
+    are those of `which` and the step.
 
     Args:
         problem: Whose block runs the steps are counted in, a step as three forward passes.
@@ -32,7 +33,7 @@ class Distilling:
         self.optimizer = torch.optim.AdamW(student.parameters(), lr=lr, weight_decay=0.0)
 
     def step(self, calibration: Calibration, *, num_blocks: int) -> None:
-        """One step on all of these samples, of which the dense model has been asked; `num_blocks` run."""
+        """One step on all samples, which need a target; `num_blocks` blocks run."""
         index = torch.arange(calibration.num_samples)
         self.optimizer.zero_grad()
         with self.problem.seeded(self.which, 0, self.num_steps), torch.enable_grad():

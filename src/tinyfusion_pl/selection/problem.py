@@ -26,7 +26,8 @@ class Problem:
 
     Args:
         structures: Runs the model, which is dense, trained, and left as it is.
-        draw: Makes samples: called with their number, it draws them with the global generator, which is seeded around the call.
+        draw: Makes samples: called with their number, it draws them with the global generator,
+            which is seeded around the call.
         num_samples: Samples of `fixed`.
         seed: Of all randomness: the same seed, the same choice.
         on_step: Called after each step of a search with its history so far, as `Choice.history`.
@@ -56,10 +57,12 @@ class Problem:
 
     @property
     def model(self) -> nn.Module:
+        """The dense model."""
         return self.structures.model
 
     @property
     def space(self) -> Space:
+        """The allowed structures."""
         return self.structures.space
 
     @property
@@ -74,19 +77,21 @@ class Problem:
         return self._fixed[num_samples]
 
     def stream(self, num_samples: int, which: int, step: int = 0) -> Iterator[Calibration]:
-        """Fresh samples without end, from those of `step` on; every stream of one number gives the same."""
+        """Endless fresh samples from `step` on; streams of one purpose and size are equal."""
         while True:
             with self.seeded(which, num_samples, step):
                 calibration = self._draw(num_samples)
             if calibration.num_samples != num_samples:
-                raise ValueError(f"{num_samples} samples were asked for, and draw gave {calibration.num_samples}. It must give as many as "
-                                 "it is called with.")  # fmt: skip
+                raise ValueError(
+                    f"{num_samples} samples were asked for, and draw gave "
+                    f"{calibration.num_samples}. It must give as many as it is called with."
+                )
             yield calibration
             step += 1
 
     @contextmanager
     def seeded(self, which: int, *numbers: int) -> Iterator[None]:
-        """Inside, the global generators give the random numbers of a purpose; afterwards they are as they were."""
+        """Seed the global generators for a purpose; restore them afterwards."""
         with torch.random.fork_rng(get_devices(self.model)):
             torch.manual_seed(compute_seed(self.seed, which, *numbers))
             yield
@@ -102,10 +107,13 @@ class Choice:
 
     Attributes:
         structure: The units that stay (num_units,) bool.
-        scores: Its value of each unit, higher where the unit should stay (num_units,); None where it values structures only.
+        scores: Its value of each unit, higher where the unit should stay (num_units,); None where
+            it values structures only.
         theta: Log-odds of a learned distribution (num_units,); None where nothing was learned.
-        considered: Structures that it found good, best first, for trials; the choice itself need not be among them.
-        history: Of each step of a search: "step", mean "loss", the "structure" then, and its "theta".
+        considered: Structures that it found good, best first, for trials; the choice itself need
+            not be among them.
+        history: Of each step of a search: "step", mean "loss", the "structure" then, and its
+            "theta".
     """
 
     structure: Tensor
@@ -125,10 +133,11 @@ class Criterion(Protocol):
 
 
 def compute_seed(*numbers: int) -> int:
-    """A seed for `torch.manual_seed` of several numbers: another one where any of them is another."""
+    """A seed for `torch.manual_seed` that depends on each of `numbers`."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def get_devices(model: nn.Module) -> list[torch.device]:
+    """The CUDA device of `model`, if any, for `torch.random.fork_rng`."""
     tensor = next(iter(model.parameters()), None)
     return [tensor.device] if tensor is not None and tensor.device.type == "cuda" else []

@@ -21,7 +21,9 @@ EVERY = 300.0  # seconds between savings, beside those that a signal asks for
 
 
 class Progress:
-    """Keeps the states of a choice's phases in one file; a damaged one, or one of another choice, is not used.
+    """Keeps the states of a choice's phases in one file.
+
+    Ignores a file that is damaged or belongs to another choice.
 
     Args:
         path: The file; None: nothing is kept.
@@ -50,7 +52,7 @@ class Progress:
             self._phases = kept["phases"]
 
     def load(self, phase: str) -> dict[str, Any] | None:
-        """The state of `phase` when it was last saved; what the choice had cost until then counts from now on."""
+        """The last saved state of `phase`; restores the cost counted until then."""
         if (found := self._phases.get(phase)) is None:
             return None
         self._structures.num_block_runs = self._before + found["cost"]
@@ -63,7 +65,9 @@ class Progress:
             yield
 
     def step(self, phase: str, state: Callable[[], dict[str, Any]]) -> None:
-        """After each step of `phase`: keep its state from time to time, and when the process was asked to end.
+        """Save the state of `phase` from time to time, and on a signal.
+
+        Call it after each step.
 
         Raises:
             Preempted: when it was asked to.

@@ -10,7 +10,9 @@ from tinyfusion_pl.selection.space import Part, Space
 
 
 def sections(units: Units) -> list[tuple[tuple[int, ...], ...]]:
-    """The blocks of each unit that follow one another: one section for a unit of neighboring blocks, else one for each block.
+    """The contiguous blocks of each unit.
+
+    One section for a unit of neighboring blocks, else one for each block.
 
     Raises:
         ValueError: for units of unequal numbers of blocks that are no neighbors.
@@ -20,14 +22,18 @@ def sections(units: Units) -> list[tuple[tuple[int, ...], ...]]:
         return [(unit,) for unit in ordered]
     if len({len(unit) for unit in units}) > 1:
         raise ValueError(
-            f"The units {[list(unit) for unit in units]} hold unequal numbers of blocks that are no neighbors, so that there are no "
-            "runs of them to compare. Use another criterion, e.g. pruning=greedy."
+            f"The units {[list(unit) for unit in units]} hold unequal numbers of blocks that are "
+            "no neighbors, so that there are no runs of them to compare. Use another criterion, "
+            "e.g. pruning=greedy."
         )
     return [tuple((block,) for block in unit) for unit in units]
 
 
 def directions(units: Units) -> list[int]:
-    """For each section of a unit, whether those of later units lie behind (1) or before it (-1), as out blocks of mirrored pairs do."""
+    """Direction of each section: 1 if later units lie behind it, -1 if before.
+
+    The out blocks of mirrored pairs go backward.
+    """
     each = sections(units)
     if len(each) == 1:
         return [1] * len(each[0])
@@ -35,8 +41,10 @@ def directions(units: Units) -> list[int]:
 
 
 def run_starts(space: Space, part: Part) -> list[int]:
-    """Units of `part` that begin a run whatever the states are: the first of it and of each stack, those that have to stay, and those
-    whose blocks do not follow those of the unit before.
+    """Units of `part` that always begin a run.
+
+    These are the first of the part and of each stack, those that have to stay, and those whose
+    blocks do not follow those of the unit before.
     """
     starts = []
     for path in space.paths:
@@ -61,9 +69,10 @@ def run_starts(space: Space, part: Part) -> list[int]:
 def best_runs(
     values: Sequence[Sequence[float]], num_runs: int, *, starts: Collection[int] = ()
 ) -> list[int]:
-    """First members of the `num_runs` contiguous runs of n members whose values have the largest sum, ascending.
+    """First members of the `num_runs` contiguous runs with the largest sum of values, ascending.
 
-    Dynamic programming over the members, O(n^2 k). Of equal divisions the one with the earlier starts.
+    Dynamic programming over the members, O(n^2 k). Of equal divisions the one with the earlier
+    starts.
 
     Args:
         values: (n, n), the value of the run from i to j at ``[i][j]``, i <= j.

@@ -19,24 +19,29 @@ from tinyfusion_pl.pruning.patterns import Pattern
 
 @dataclass(frozen=True)
 class Part:
-    """Units that share a budget: places in the order of all stacks' units, of which `num_kept` stay."""
+    """Units that share a budget, indexed through all stacks; `num_kept` of them stay."""
 
     members: tuple[int, ...]
     num_kept: int
 
 
 class Space:
-    """The structures that are allowed: of each `Part` exactly so many units stay. Units are counted through all stacks.
+    """The allowed structures: of each `Part`, exactly `num_kept` units stay.
+
+    Units are indexed through all stacks.
 
     Args:
         model: The model.
-        keep: Units that stay: a count, or a share in (0, 1), of all stacks together; or a mapping from stack path.
-        pattern: ``"N:M"`` in place of `keep`: N of every M consecutive units stay; or a mapping from stack path.
+        keep: Units that stay: a count, or a share in (0, 1), of all stacks together; or a mapping
+            from stack path.
+        pattern: ``"N:M"`` in place of `keep`: N of every M consecutive units stay; or a mapping
+            from stack path.
         stacks: Path or paths of the block lists; default: found.
         units: Blocks that only go together, see `DepthGates`.
 
     Raises:
-        ValueError: for neither or both of `keep` and `pattern`, and for a budget that cannot be met.
+        ValueError: for neither or both of `keep` and `pattern`, and for a budget that cannot be
+            met.
     """
 
     def __init__(
@@ -65,8 +70,12 @@ class Space:
             self._start[path] = self.num_units
             self.num_units += len(self.units[path])
         stays = {path: fixed_blocks(model, path) for path in self.paths}
-        self.fixed = frozenset(self._start[path] + i for path in self.paths for i, unit in enumerate(self.units[path])
-                               if set(unit) & set(stays[path]))  # fmt: skip
+        self.fixed = frozenset(
+            self._start[path] + i
+            for path in self.paths
+            for i, unit in enumerate(self.units[path])
+            if set(unit) & set(stays[path])
+        )
         patterns = by_path(pattern, self.paths, "pattern") if pattern else {}
         self.pattern = {
             path: str(Pattern.parse(each, enumerated=False)) for path, each in patterns.items()
@@ -105,7 +114,8 @@ class Space:
         members = tuple(members)
         if (num_fixed := len(self.fixed & set(members))) > num_kept:
             raise ValueError(
-                f"{num_kept} of {len(members)} units are to stay, but {num_fixed} of them cannot go. Keep more of them."
+                f"{num_kept} of {len(members)} units are to stay, but {num_fixed} of them cannot "
+                "go. Keep more of them."
             )
         return Part(members, num_kept)
 
@@ -116,7 +126,7 @@ class Space:
             )
         return parts
 
-    # -- structures -----------------------------------------------------------------------------
+    # -- structures -----------------------------------------------------------
     def members(self, path: str) -> range:
         """Places of a stack's units."""
         return range(self._start[path], self._start[path] + len(self.units[path]))
@@ -130,7 +140,10 @@ class Space:
         return part.num_kept - len(self.fixed & set(part.members))
 
     def top(self, scores: Tensor) -> Tensor:
-        """The structure that keeps the units of the highest scores (num_units,), of equal ones the first; (num_units,) bool."""
+        """The structure that keeps the units with the highest scores: (num_units,) bool.
+
+        Ties keep the first.
+        """
         kept = torch.zeros(self.num_units, dtype=torch.bool)
         kept[list(self.fixed)] = True
         for part in self.parts:
@@ -139,7 +152,7 @@ class Space:
         return self._with_every_stack(kept, scores)
 
     def _with_every_stack(self, kept: Tensor, scores: Tensor) -> Tensor:
-        """`kept`, where a stack would lose all its blocks with the best of its units in place of the worst that another can spare."""
+        """Give each empty stack its best unit, in place of the worst that another can spare."""
         for path in self._empty(kept):
             best = max((i for i in self.members(path)), key=lambda i: (float(scores[i]), -i))
             part = next(part for part in self.parts if best in part.members)
@@ -149,8 +162,10 @@ class Space:
                 if kept[i] and int(kept[list(self._members_beside(i))].sum()) > 1
             ]
             if not spare:
-                raise ValueError(f"keep is {part.num_kept}, too few for a block in each of the stacks {', '.join(self.paths)}. Keep more, "
-                                 "or name the stacks to prune (stacks=).")  # fmt: skip
+                raise ValueError(
+                    f"keep is {part.num_kept}, too few for a block in each of the stacks "
+                    f"{', '.join(self.paths)}. Keep more, or name the stacks to prune (stacks=)."
+                )
             kept[min(spare, key=lambda i: (float(scores[i]), -i))] = False
             kept[best] = True
         return kept
@@ -180,11 +195,15 @@ class Space:
         structure[list(kept)] = True
         for part in self.parts:
             if (found := int(structure[list(part.members)].sum())) != part.num_kept:
-                raise ValueError(f"{what} keeps {found} of the units {part.members[0]} to {part.members[-1]}, but {part.num_kept} are to "
-                                 "stay.")  # fmt: skip
+                raise ValueError(
+                    f"{what} keeps {found} of the units {part.members[0]} to {part.members[-1]}, "
+                    f"but {part.num_kept} are to stay."
+                )
         if empty := self._empty(structure):
-            raise ValueError(f"{what} keeps no block of {', '.join(empty)}; each stack keeps one at least. Give a budget for each "
-                             "(keep={PATH: COUNT, ...}).")  # fmt: skip
+            raise ValueError(
+                f"{what} keeps no block of {', '.join(empty)}; each stack keeps one at least. "
+                "Give a budget for each (keep={PATH: COUNT, ...})."
+            )
         if missing := [i for i in self.fixed if not structure[i]]:
             raise ValueError(f"{what} drops the units {sorted(missing)}, which have to stay.")
         return structure
@@ -207,10 +226,16 @@ class Space:
         return kept
 
     def decision(
-        self, structure: Tensor, *, criterion: str, scores: Tensor | None = None, probabilities: Tensor | None = None,
-        confidence: float | None = None, entropy: float | None = None,
-    ) -> Decision:  # fmt: skip
-        """The record's form of a choice; `scores` and `probabilities` (num_units,) of all stacks' units."""
+        self,
+        structure: Tensor,
+        *,
+        criterion: str,
+        scores: Tensor | None = None,
+        probabilities: Tensor | None = None,
+        confidence: float | None = None,
+        entropy: float | None = None,
+    ) -> Decision:
+        """The decision for a structure; `scores` and `probabilities` are (num_units,)."""
         stacks, blocks = {}, self.kept_blocks(structure)
         for path in self.paths:
             keeps, members = (
@@ -239,9 +264,18 @@ class Space:
             )
             unit_of = {block: n for n, unit in enumerate(self.units[path]) for block in unit}
             stacks[path] = StackDecision(
-                self.pattern.get(path, f"{int(keeps.sum())}:{len(keeps)}"), self.num_blocks[path], blocks[path],
-                [float(chances[unit_of[b]]) if b in unit_of else 1.0 for b in range(self.num_blocks[path])], groups,
-                units=[list(unit) for unit in self.units[path]], criterion=criterion,
-                scores=None if scores is None else [float(s) for s in scores[members.start : members.stop]],
-            )  # fmt: skip
+                self.pattern.get(path, f"{int(keeps.sum())}:{len(keeps)}"),
+                self.num_blocks[path],
+                blocks[path],
+                [
+                    float(chances[unit_of[b]]) if b in unit_of else 1.0
+                    for b in range(self.num_blocks[path])
+                ],
+                groups,
+                units=[list(unit) for unit in self.units[path]],
+                criterion=criterion,
+                scores=None
+                if scores is None
+                else [float(s) for s in scores[members.start : members.stop]],
+            )
         return Decision(stacks)

@@ -19,10 +19,13 @@ from tinyfusion_pl.selection.candidates import distinct
 from tinyfusion_pl.selection.space import Space
 
 MAX_ROWS = 1024
-"""Rows of one forward pass: structures times samples. More rows share more, and take more memory."""
+"""Rows of one forward pass: structures times samples. More rows need more memory."""
 
-BATCH_FIRST = ("Every tensor of the call whose first axis is as long as the batch must be one value a sample, and samples must not "
-               "influence one another. Choose a number of samples that no other size equals.")  # fmt: skip
+BATCH_FIRST = (
+    "Every tensor of the call whose first axis is as long as the batch must be one value a "
+    "sample, and samples must not influence one another. Choose a number of samples that no "
+    "other size equals."
+)
 
 
 class Structures:
@@ -56,7 +59,10 @@ class Structures:
     def outputs(
         self, calibration: Calibration, structures: Tensor, index: Tensor, *, shared: bool
     ) -> Any:
-        """Output of every row: structure s for the samples at ``index``, or where not `shared` for its own part of it."""
+        """Outputs of structures for the samples at `index`.
+
+        If not `shared`, each structure runs on its own part of `index`.
+        """
         num_samples = len(index) if shared else len(index) // len(structures)
         rows = index.repeat(len(structures)) if shared else index
         args, kwargs = calibration.rows(rows)
@@ -74,7 +80,7 @@ class Structures:
     def per_sample(
         self, calibration: Calibration, structures: Tensor, index: Tensor, measure: str = "distance"
     ) -> Tensor:
-        """Measure of each row (R,): `structures` (R, num_units), row r for the sample ``index[r]``."""
+        """Measure of each row (R,): `structures` (R, num_units), samples ``index[r]``."""
         parts = zip(structures.split(self.max_rows), index.split(self.max_rows))
         return torch.cat(
             [
@@ -91,7 +97,8 @@ class Structures:
         """Mean over the calibration's samples for each structure: (S,) float64.
 
         Args:
-            calibration: The samples; for ``"distance"`` the dense model's answers are asked for where they are missing.
+            calibration: The samples; for ``"distance"`` the dense model's answers are asked for
+                where they are missing.
             structures: (S, num_units) bool.
             measure: ``"distance"`` to the dense model's output, or ``"loss"``.
         """
@@ -116,11 +123,14 @@ class Structures:
 
     @torch.no_grad()
     def check(self, calibration: Calibration) -> None:
-        """Find out whether structures run side by side give what cutting the blocks out gives, one with early and one with late drops.
+        """Check structures in one batch against really cut blocks.
+
+        Compares one with early and one with late drops.
 
         Raises:
-            ValueError: when they do not: then samples cannot be told apart in the inputs or influence one another, or what is around the
-                blocks depends on their number or place.
+            ValueError: when they do not: then samples cannot be told apart in the inputs or
+                influence one another, or what is around the blocks depends on their number or
+                place.
         """
         self.ask(calibration)
         places = torch.arange(self.space.num_units)
@@ -155,10 +165,12 @@ class Structures:
             if not difference <= 1e-7 * max(scale, 1e-12):
                 kept = self.space.kept_blocks(structure)
                 raise ValueError(
-                    f"{type(self.model).__name__} gives other outputs for several structures in one batch (mean squared difference "
-                    f"{difference:.3g}, where outputs have {scale:.3g}) than "
+                    f"{type(self.model).__name__} gives other outputs for several structures in "
+                    f"one batch (mean squared difference {difference:.3g}, where outputs have "
+                    f"{scale:.3g}) than "
                     + (
-                        f"with all but {kept} cut out: an input or setting goes to blocks by their place. Leave it out or name other stacks."
+                        f"with all but {kept} cut out: an input or setting goes to blocks by "
+                        "their place. Leave it out or name other stacks."
                         if at
                         else f"for one alone. {BATCH_FIRST}"
                     )
@@ -188,7 +200,7 @@ class Structures:
 def open_structures(
     model: nn.Module, space: Space, *, max_rows: int = MAX_ROWS
 ) -> Iterator[Structures]:
-    """Gates on `model` that run any structure of `space`, taken off at the end; `model` is as it was then."""
+    """Install gates on `model` that run any structure of `space`; remove them at the end."""
     whole = {path: f"{len(units)}:{len(units)}" for path, units in space.units.items()}
     gates = DepthGates(model, whole, stacks=space.paths, units=space.units)
     try:

@@ -1,4 +1,4 @@
-"""From a choice to the best of several: proposals scored without training, then short recoveries that halve their number."""
+"""From one choice to the best of several: proposals without training, then short recoveries."""
 
 from __future__ import annotations
 
@@ -26,12 +26,15 @@ def propose(
     keep: int,
     extra: Sequence[Tensor] = (),
 ) -> Tensor:
-    """The best structures (<= `keep`, num_units) by distance to the dense model, of those that `choice` makes likely, the best first.
+    """The structures closest to the dense model, among likely ones, best first.
 
-    The best half of `keep` of `extra` always stays: before recovery the distance ranks simple rules too low (those that keep the first
-    blocks above all), which trials then find out. Others are drawn from its distribution, flattened (half of theta; of a criterion's
-    scores, brought to a standard deviation of 2, where nothing was learned), beside the choice itself and what it considered. At most
-    `num_scored` distinct drawn ones are scored.
+    At most `keep`: (<= keep, num_units).
+
+    The best half of `keep` of `extra` always stays: before recovery the distance ranks simple rules
+    too low (those that keep the first blocks above all), which trials then find out. Others are
+    drawn from its distribution, flattened (half of theta; of a criterion's scores, brought to a
+    standard deviation of 2, where nothing was learned), beside the choice itself and what it
+    considered. At most `num_scored` distinct drawn ones are scored.
     """
     drawn = []
     if num_drawn and (theta := _theta(choice)) is not None:
@@ -60,17 +63,21 @@ def _theta(choice: Choice) -> Tensor | None:
 
 @dataclass
 class Trials:
-    """Successive halving by recovery: all candidates learn from the original weights on the same samples, the better half goes on.
+    """Successive halving by recovery.
 
-    Each is trained by output distillation (0.9) and data (0.1; by distillation alone where there is no loss), AdamW at a constant rate, and
-    scored by the distance of its averaged weights to the dense model on fixed samples.
+    All candidates train from the original weights on the same samples; the better half continues.
+
+    Each is trained by output distillation (0.9) and data (0.1; by distillation alone where there is
+    no loss), AdamW at a constant rate, and scored by the distance of its averaged weights to the
+    dense model on fixed samples.
 
     Args:
         steps: Steps of each round; after it the better half stays, after the last round one.
         batch_size: Samples of a step.
         num_scored: Fixed samples that candidates are scored on.
         lr: Learning rate of AdamW, > 0.
-        average_decay: Decay of the averaged weights, in [0, 1); corrected for the start, as Adam's averages are.
+        average_decay: Decay of the averaged weights, in [0, 1); corrected for the start, as Adam's
+            averages are.
     """
 
     steps: Sequence[int] = (10, 20, 30)
@@ -83,7 +90,8 @@ class Trials:
     def __post_init__(self) -> None:
         if not self.steps or any(not isinstance(n, int) or n < 1 for n in self.steps):
             raise ValueError(
-                f"steps is {list(self.steps)}; give the number of steps of each round, each 1 or more."
+                f"steps is {list(self.steps)}; give the number of steps of each round, each 1 or "
+                "more."
             )
         if self.batch_size < 1 or self.num_scored < 1:
             raise ValueError(
@@ -91,7 +99,8 @@ class Trials:
             )
         if not self.lr > 0 or not 0 <= self.average_decay < 1:
             raise ValueError(
-                f"lr is {self.lr} and average_decay {self.average_decay}; give lr > 0 and a decay in [0, 1)."
+                f"lr is {self.lr} and average_decay {self.average_decay}; give lr > 0 and a decay "
+                "in [0, 1)."
             )
 
     def __call__(self, problem: Problem, structures: Tensor) -> Tensor:
@@ -159,8 +168,13 @@ class _Recovery:
         )
 
     def state(self) -> dict[str, Any]:
-        return {"structure": self.structure, "num_steps": self.num_steps, "student": self.student.state_dict(),
-                "average": self.average.state_dict(), "optimizer": self.distilling.optimizer.state_dict()}  # fmt: skip
+        return {
+            "structure": self.structure,
+            "num_steps": self.num_steps,
+            "student": self.student.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.distilling.optimizer.state_dict(),
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.num_steps = self.distilling.num_steps = state["num_steps"]
@@ -171,8 +185,8 @@ class _Recovery:
     def step(self, calibration: Calibration) -> None:
         self.distilling.step(calibration, num_blocks=self.num_blocks)
         self.num_steps += 1
-        # Of trained weights alone: after few steps most of a plain average would still be the weights before recovery, and so the distance
-        # that they have.
+        # Of trained weights alone: after few steps most of a plain average would still be the
+        # weights before recovery, and so the distance that they have.
         share = (1 - self.decay) / (1 - self.decay**self.num_steps)
         with torch.no_grad():
             pairs = list(zip(self.average.parameters(), self.student.parameters()))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tinyfusion_pl.pruning.calls import Call, quiet
 from tinyfusion_pl.pruning.gating import GatedForward
@@ -13,7 +14,7 @@ from tinyfusion_pl.pruning.streams import Key
 from tinyfusion_pl.selection.problem import Problem
 
 Watch = Callable[[GatedForward, Mapping[Key, Tensor], Mapping[Key, Tensor]], None]
-"""Called with a block and the hidden states of each of its streams, as they go in and as they come out."""
+"""Called with a block and the inputs and outputs of each of its streams."""
 
 
 @torch.no_grad()
@@ -28,8 +29,8 @@ def watch_blocks(problem: Problem, watch: Watch) -> None:
     structures, space, calibration = problem.structures, problem.space, problem.fixed
     handles, seen = [], set()
 
-    def hook(gated: GatedForward):
-        def after(block, args, kwargs, output) -> None:
+    def hook(gated: GatedForward) -> Callable[..., None]:
+        def after(block: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
             call = Call(gated.signature, args, kwargs)
             streams = gated.plan(call).streams
             seen.add(space.members(gated.gates.path)[gated.unit])

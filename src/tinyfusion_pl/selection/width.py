@@ -1,7 +1,10 @@
-"""Width in place of depth, or after it: Diff-Pruning (Fang et al., arXiv 2305.10924), through torch-pruning.
+"""Width pruning, alone or after depth: Diff-Pruning through torch-pruning.
 
-Importance is Taylor's, |weight x gradient|, where the gradient is summed over the times whose loss is above a share of the largest one:
-L_t / L_max > threshold (published for CIFAR-10: 0.05). Times of small losses say little of the weights.
+Fang et al., arXiv 2305.10924.
+
+Importance is Taylor's, |weight x gradient|, where the gradient is summed over the times whose loss
+is above a share of the largest one: L_t / L_max > threshold (published for CIFAR-10: 0.05). Times
+of small losses say little of the weights.
 """
 
 from __future__ import annotations
@@ -31,12 +34,15 @@ from tinyfusion_pl.selection.select import Selected, Selection
 
 
 class WidthPruning:
-    """Makes a DiT or SiT narrower: hidden states, heads and MLPs by the same share, in all blocks alike.
+    """Makes a DiT or SiT narrower: hidden states, heads and MLPs alike, in all blocks.
 
     Args:
-        removed: Share of all the model's parameters that goes, in (0, 1); met as nearly as whole channels of each head allow.
-        threshold: Times count whose mean loss is above this share of the largest one, in [0, 1); 0: all.
-        num_intervals: Intervals of time whose losses are compared: samples in the order of their times, equally many in each.
+        removed: Share of all the model's parameters that goes, in (0, 1); met as nearly as whole
+            channels of each head allow.
+        threshold: Times count whose mean loss is above this share of the largest one, in [0, 1); 0:
+            all.
+        num_intervals: Intervals of time whose losses are compared: samples in the order of their
+            times, equally many in each.
         num_samples: Samples at random times, as in training.
         batch_size: Samples of one backward pass.
         depth: Chooses blocks first, by any criterion; `removed` counts both. None: all blocks stay.
@@ -46,9 +52,15 @@ class WidthPruning:
     """
 
     def __init__(
-        self, *, removed: float = 0.5, threshold: float = 0.05, num_intervals: int = 32, num_samples: int = 1024, batch_size: int = 32,
+        self,
+        *,
+        removed: float = 0.5,
+        threshold: float = 0.05,
+        num_intervals: int = 32,
+        num_samples: int = 1024,
+        batch_size: int = 32,
         depth: Selection | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         if not is_installed():
             raise ValueError(MISSING)
         if not 0 < removed < 1:
@@ -57,14 +69,16 @@ class WidthPruning:
             )
         if not 0 <= threshold < 1:
             raise ValueError(
-                f"threshold is {threshold}; give a share of the largest loss in [0, 1) (published: 0.05)."
+                f"threshold is {threshold}; give a share of the largest loss in [0, 1) "
+                "(published: 0.05)."
             )
         for name, value in (("num_intervals", num_intervals), ("batch_size", batch_size)):
             if value < 1:
                 raise ValueError(f"{name} is {value}; give 1 or more.")
         if num_samples < max(2, num_intervals):
             raise ValueError(
-                f"num_samples is {num_samples}, fewer than num_intervals={num_intervals}: give one sample for each, and 2 at least."
+                f"num_samples is {num_samples}, fewer than num_intervals={num_intervals}: give "
+                "one sample for each, and 2 at least."
             )
         self.removed, self.threshold, self.num_intervals = removed, threshold, num_intervals
         self.num_samples, self.batch_size, self.depth = num_samples, batch_size, depth
@@ -91,10 +105,16 @@ class WidthPruning:
         )
 
     def __call__(
-        self, model: DiT, draw: Callable[[int], Calibration], *, seed: int = 0,
+        self,
+        model: DiT,
+        draw: Callable[[int], Calibration],
+        *,
+        seed: int = 0,
         watch: Callable[[dict[str, Any]], None] = lambda entry: None,
-    ) -> Selected:  # fmt: skip
-        """Choose blocks and channels; `model` is left as it is. What is left of it is the result's `shallow`.
+    ) -> Selected:
+        """Choose blocks and channels; the narrower model is the result's `shallow`.
+
+        `model` is not changed.
 
         Args:
             model: The dense, trained model.
@@ -119,7 +139,8 @@ class WidthPruning:
         with torch.enable_grad():
             found.shallow = narrowed(wide, self._hidden_size(model, num_blocks), args)
         num_used = sum(each["num_samples"] for each in intervals if each["used"])
-        # a forward pass for the losses, forward and backward for the gradients, and one of two samples for tracing
+        # a forward pass for the losses, forward and backward for the gradients, and one of two
+        # samples for tracing
         found.num_block_runs += num_blocks * (self.num_samples + 3 * num_used + 2)
         before, after = (
             sum(p.numel() for p in each.parameters()) for each in (model, found.shallow)
@@ -133,7 +154,7 @@ class WidthPruning:
         return found
 
     def _accumulate(self, model: nn.Module, calibration: Calibration) -> list[dict[str, Any]]:
-        """Leave the gradient of the mean losses of the intervals that count, summed; returns what is known of each interval.
+        """Accumulate gradients of the mean losses of used intervals; describe each interval.
 
         Raises:
             ValueError: losses or gradients are not finite.
@@ -164,7 +185,8 @@ class WidthPruning:
                         (self._losses(model, calibration, part).sum() / len(index)).backward()
         if not all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None):
             raise ValueError(
-                "The gradients that importance is taken from are not finite. Look at the teacher's weights and the data."
+                "The gradients that importance is taken from are not finite. Look at the "
+                "teacher's weights and the data."
             )
         return intervals
 

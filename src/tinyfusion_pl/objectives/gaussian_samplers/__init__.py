@@ -1,6 +1,6 @@
-"""Samplers of Gaussian diffusion, one file each, by name.
+"""Samplers of Gaussian diffusion by name, one file each.
 
-A file here registers its sampler (`register_sampler`); all files of the folder are imported.
+Each file registers its sampler with `register_sampler`; all files of this folder are imported.
 """
 
 from importlib import import_module

@@ -14,9 +14,10 @@ from tinyfusion_pl.objectives.gaussian_samplers.base import (
 
 @register_sampler("ddim")
 class DDIM(StepSampler):
-    """Without noise at ``eta=0``, DDPM's amount of it at ``eta=1``."""
+    """Deterministic at ``eta=0``; as much noise as DDPM at ``eta=1``."""
 
     def is_random(self, options: GaussianSampling) -> bool:
+        """True for ``eta > 0``."""
         return options.eta > 0
 
     def step(
@@ -28,12 +29,11 @@ class DDIM(StepSampler):
         fraction: Tensor | None,
         options: GaussianSampling,
     ) -> tuple[Tensor, Tensor]:
-        a, before = (
-            tables.at(tables.alphas_cumprod, t, x),
-            tables.at(tables.alphas_cumprod_prev, t, x),
-        )
-        epsilon = tables.epsilon_from_x0(x, t, x0)  # of the clipped x0
+        """Equation 12 with sigma scaled by ``eta``."""
+        a = tables.at(tables.alphas_cumprod, t, x)
+        before = tables.at(tables.alphas_cumprod_prev, t, x)
+        epsilon = tables.epsilon_from_x0(x, t, x0)  # consistent with a clipped x0
         deviation = options.eta * ((1 - before) / (1 - a)).sqrt() * (1 - a / before).sqrt()
-        # Never negative but for rounding, which would give NaN at eta 1 and few steps.
+        # Negative only by rounding, which would give NaN at eta=1 with few steps.
         direction = (1 - before - deviation**2).clamp_min(0).sqrt()
         return x0 * before.sqrt() + direction * epsilon, deviation

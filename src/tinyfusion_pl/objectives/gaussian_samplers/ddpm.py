@@ -1,4 +1,7 @@
-"""DDPM: ancestral sampling (Ho et al., arXiv 2006.11239, algorithm 2; learned variance: 2102.09672, equation 15)."""
+"""DDPM: ancestral sampling (Ho et al., arXiv 2006.11239, algorithm 2).
+
+The learned variance is that of arXiv 2102.09672, equation 15.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,10 @@ from tinyfusion_pl.objectives.gaussian_samplers.base import (
 
 @register_sampler("ddpm")
 class DDPM(StepSampler):
-    """The posterior of each step."""
+    """Samples the posterior of each step."""
 
     def is_random(self, options: GaussianSampling) -> bool:
+        """Always."""
         return True
 
     def step(
@@ -28,4 +32,5 @@ class DDPM(StepSampler):
         fraction: Tensor | None,
         options: GaussianSampling,
     ) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the posterior."""
         return tables.posterior_mean(x0, x, t), (0.5 * tables.log_variance(fraction, t, x)).exp()

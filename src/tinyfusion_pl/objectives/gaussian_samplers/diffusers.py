@@ -1,4 +1,4 @@
-"""Sampling with a scheduler of diffusers: DPM-Solver++, UniPC, Euler and so on."""
+"""Sampling with diffusers' schedulers: DPM-Solver++, UniPC, Euler and others."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import inspect
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tinyfusion_pl.objectives.gaussian_process import GaussianProcess
 from tinyfusion_pl.objectives.gaussian_samplers.base import (
@@ -16,46 +16,51 @@ from tinyfusion_pl.objectives.gaussian_samplers.base import (
     register_sampler,
 )
 from tinyfusion_pl.objectives.guidance import guided
-from tinyfusion_pl.objectives.sampling_noise import check_noise, given_or_drawn
+from tinyfusion_pl.objectives.sampling_noise import check_noise, get_noise
+from tinyfusion_pl.protocols import Denoises
 
 LEARNED = ("learned", "learned_range")
-MAX_SOLVER_ORDER = 3  # more is taken for 3 by some of diffusers' solvers, and unstable in others
-NUM_PROBED_CHANNELS = 5  # more than any scheduler takes for granted
+MAX_SOLVER_ORDER = 3  # some diffusers solvers treat more as 3, others are unstable
+NUM_PROBED_CHANNELS = 5  # more than any scheduler assumes
 
 
 @register_sampler("diffusers")
 class DiffusersSampler(Sampler):
-    """The steps of ``options.scheduler``, called with its own timesteps.
+    """The steps of ``options.scheduler``, at its own timesteps.
 
-    Noise is (1, N, C, H, W), for schedulers whose steps are random: each sample's noises are drawn from a generator that its noise here
-    seeds, so that they do not depend on the batch.
+    For schedulers with random steps, noise is (1, N, C, H, W) and seeds one generator per sample,
+    so that samples do not depend on the batch.
     """
 
     takes_scheduler = True
 
     def num_noises(self, process: GaussianProcess, options: GaussianSampling) -> int:
-        """1 for a scheduler whose steps are random, else 0.
+        """1 for a scheduler with random steps, else 0.
 
         Raises:
-            ValueError: for a scheduler of another process, one that cannot step, or one whose noise cannot be fixed.
+            ValueError: For a scheduler of another process, one that cannot step, or one whose noise
+                cannot be fixed.
         """
         scheduler = options.scheduler
         if scheduler is None:
             raise ValueError(
-                "sampler is 'diffusers', but there is no scheduler; give one, e.g. diffusers.DPMSolverMultistepScheduler()."
+                "sampler is 'diffusers', but scheduler is None; give a scheduler, e.g. "
+                "diffusers.DPMSolverMultistepScheduler()."
             )
         name, config = type(scheduler).__name__, getattr(scheduler, "config", {})
         ours, theirs = process.tables.alphas_cumprod, getattr(scheduler, "alphas_cumprod", None)
         if theirs is None or not hasattr(scheduler, "set_timesteps"):
             raise ValueError(
-                f"scheduler is a {name}, which has no noise schedule (alphas_cumprod) of a discrete diffusion. Give one of "
-                "diffusers' schedulers for epsilon prediction, e.g. diffusers.DPMSolverMultistepScheduler()."
+                f"scheduler is a {name}, which has no discrete noise schedule (alphas_cumprod). "
+                "Give one of diffusers' schedulers for epsilon prediction, e.g. "
+                "diffusers.DPMSolverMultistepScheduler()."
             )
         if theirs.shape != ours.shape or not torch.allclose(theirs.double(), ours, rtol=1e-3):
             raise ValueError(
-                f"{name} has another noise schedule than the objective ({len(theirs)} steps that leave {theirs[-1]:.3g} of the "
-                f"signal's variance, instead of {len(ours)} that leave {ours[-1]:.3g}). For the published one build it with "
-                "beta_schedule='linear', beta_start=1e-4, beta_end=0.02; for any with trained_betas."
+                f"The noise schedule of {name} differs from the objective's: {len(theirs)} steps "
+                f"with a final alphas_cumprod of {theirs[-1]:.3g}, not {len(ours)} with "
+                f"{ours[-1]:.3g}. For the published schedule set beta_schedule='linear', "
+                "beta_start=1e-4, beta_end=0.02; for any other set trained_betas."
             )
         if (prediction := config.get("prediction_type", "epsilon")) != "epsilon":
             raise ValueError(
@@ -63,20 +68,22 @@ class DiffusersSampler(Sampler):
             )
         if config.get("variance_type") in LEARNED and not process.learn_sigma:
             raise ValueError(
-                f"{name} has variance_type {config['variance_type']!r}, but with learn_sigma=False the denoiser predicts no "
-                "variance. Build it with variance_type='fixed_small'."
+                f"{name} has variance_type {config['variance_type']!r}, but with "
+                "learn_sigma=False the denoiser predicts no variance. Set "
+                "variance_type='fixed_small'."
             )
         if options.eta and "eta" not in inspect.signature(scheduler.step).parameters:
             raise ValueError(
-                f"eta is {options.eta}, but {name} has no eta; set it to 0, or give a DDIMScheduler."
+                f"eta is {options.eta}, but {name} has no eta; set eta=0, or give a DDIMScheduler."
             )
         if options.clip_denoised:
             raise ValueError(
-                "clip_denoised is set, but clipping is the scheduler's own part; build it with clip_sample=True or thresholding."
+                "clip_denoised is set, but the scheduler does its own clipping; set "
+                "clip_sample=True or thresholding=True in the scheduler."
             )
         if not 1 <= (order := config.get("solver_order", 1)) <= MAX_SOLVER_ORDER:
             raise ValueError(
-                f"{name} has solver_order {order}; give 1 to {MAX_SOLVER_ORDER} (2 where samples are guided)."
+                f"{name} has solver_order {order}; give 1 to {MAX_SOLVER_ORDER} (2 with guidance)."
             )
         process.respaced(options.num_sampling_steps)
         return int(_is_random(process, options))
@@ -84,7 +91,7 @@ class DiffusersSampler(Sampler):
     def sample(
         self,
         process: GaussianProcess,
-        denoiser: nn.Module,
+        denoiser: Denoises,
         z: Tensor,
         y: Tensor,
         options: GaussianSampling,
@@ -92,6 +99,7 @@ class DiffusersSampler(Sampler):
         noise: Tensor | None,
         generator: torch.Generator | None,
     ) -> Tensor:
+        """Run the scheduler; see `GaussianSampling.sample`."""
         is_random = self.num_noises(process, options)
         check_noise(noise, z, num_noises=is_random)
         scheduler = copy.deepcopy(options.scheduler)
@@ -99,19 +107,27 @@ class DiffusersSampler(Sampler):
         arguments = _step_arguments(scheduler, eta=options.eta)
         if is_random:
             arguments["generator"] = [
-                _seeded(of_sample) for of_sample in given_or_drawn(noise, 0, z, generator)
+                _seeded(of_sample) for of_sample in get_noise(noise, 0, z, generator)
             ]
         x = z * scheduler.init_noise_sigma
         for t in scheduler.timesteps:
             scaled = scheduler.scale_model_input(x, t)
-            output = guided(denoiser, scaled, t.to(x.device).expand(len(x)), y, guidance_scale=options.guidance_scale,
-                            guidance_channels=options.guidance_channels)  # fmt: skip
-            x = scheduler.step(_taken(process, scheduler, output, x), t, x, **arguments).prev_sample
+            output = guided(
+                denoiser,
+                scaled,
+                t.to(x.device).expand(len(x)),
+                y,
+                guidance_scale=options.guidance_scale,
+                guidance_channels=options.guidance_channels,
+            )
+            x = scheduler.step(
+                _select(process, scheduler, output, x), t, x, **arguments
+            ).prev_sample
         return x
 
 
-def _taken(process: GaussianProcess, scheduler: Any, output: Tensor, x: Tensor) -> Tensor:
-    """What `scheduler` takes of the denoiser's output."""
+def _select(process: GaussianProcess, scheduler: Any, output: Tensor, x: Tensor) -> Tensor:
+    """The part of the denoiser's output that `scheduler` uses."""
     epsilon, _ = process.split(output, x)
     return output.float() if scheduler.config.get("variance_type") in LEARNED else epsilon
 
@@ -121,7 +137,7 @@ def _step_arguments(scheduler: Any, *, eta: float) -> dict[str, Any]:
 
 
 def _seeded(noise: Tensor) -> torch.Generator:
-    """A generator on the CPU, whatever the device, seeded with the bits of `noise`'s first two numbers (or its one)."""
+    """A CPU generator seeded with the bits of the first two numbers of `noise`, or its only one."""
     first = noise.flatten()[:2].float().cpu().view(torch.int32).tolist()
     return torch.Generator().manual_seed(
         sum((bits % 2**32) << (31 * i) for i, bits in enumerate(first)) % 2**63
@@ -129,10 +145,10 @@ def _seeded(noise: Tensor) -> torch.Generator:
 
 
 def _is_random(process: GaussianProcess, options: GaussianSampling) -> bool:
-    """Whether steps of the scheduler draw from the generator that they are given, found out on one number a channel.
+    """Whether the scheduler's steps draw from a generator; runs it on one number per channel.
 
     Raises:
-        ValueError: when it cannot step, or when it draws from anywhere else.
+        ValueError: If it cannot step, or draws from the global generator.
     """
     name, scheduler = type(options.scheduler).__name__, copy.deepcopy(options.scheduler)
     num_sampling_steps = options.num_sampling_steps
@@ -146,23 +162,26 @@ def _is_random(process: GaussianProcess, options: GaussianSampling) -> bool:
     try:
         scheduler.set_timesteps(num_sampling_steps)
         for t in scheduler.timesteps:
-            scheduler.scale_model_input(x, t)  # some note there at which step they are
-            x = scheduler.step(_taken(process, scheduler, output, x), t, x, **arguments).prev_sample
+            scheduler.scale_model_input(x, t)  # some schedulers track the step here
+            x = scheduler.step(
+                _select(process, scheduler, output, x), t, x, **arguments
+            ).prev_sample
         moved = not torch.equal(torch.get_rng_state(), global_before)
-    except Exception as error:  # of many types, for a combination of settings that the scheduler's own code does not foresee
+    except Exception as error:  # any type: schedulers do not check their settings
         raise ValueError(
-            f"{name} cannot make {num_sampling_steps} steps on a denoiser's output: {error}. Change its settings "
-            "(solver_order, timestep_spacing, variance_type), or take another scheduler."
+            f"{name} failed to run {num_sampling_steps} steps on a denoiser's output: {error}. "
+            "Change its settings (solver_order, timestep_spacing, variance_type), or use another "
+            "scheduler."
         ) from error
     finally:
         torch.set_rng_state(global_before)
     if len(scheduler.timesteps) > 1 and scheduler.timesteps[0] < scheduler.timesteps[-1]:
         raise ValueError(
-            f"{name} goes from data to noise; give a scheduler that goes from noise to data."
+            f"{name} steps from data to noise; give a scheduler that steps from noise to data."
         )
     if moved:
         raise ValueError(
-            f"{name} draws noise that cannot be fixed for each sample, so that images would depend on the batch. Take a "
-            "deterministic scheduler, or one whose step takes a generator."
+            f"{name} draws noise from the global generator, so images would depend on the batch. "
+            "Use a deterministic scheduler, or one whose step takes a generator."
         )
     return not torch.equal(generator.get_state(), before)

@@ -1,4 +1,4 @@
-"""How much each block changes its hidden states: ShortGPT's block influence, and Flux.1-lite's mean squared change."""
+"""Change of hidden states by each block: ShortGPT and Flux.1-lite."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ Change = Callable[[Tensor, Tensor], Tensor]
 class ShortGPT:
     """Keeps the blocks of the largest influence: 1 - mean cosine of a block's input and output.
 
-    The mean is over tokens, samples and timesteps, and over the streams of a block; one-shot, all blocks from one pass of the dense model.
-    (Men et al., ShortGPT, arXiv 2403.03853, equation 1.)
+    The mean is over tokens, samples and timesteps, and over the streams of a block; one-shot, all
+    blocks from one pass of the dense model. (Men et al., ShortGPT, arXiv 2403.03853, equation 1.)
 
     Args:
         keep_last: Keep the last unit of each stack whatever its score, as the published code does.
@@ -31,6 +31,7 @@ class ShortGPT:
         self.keep_last = keep_last
 
     def __call__(self, problem: Problem) -> Choice:
+        """Choose the units that stay."""
         scores = unit_changes(problem, _one_minus_cosine)
         ranked = scores.clone()
         if self.keep_last:
@@ -39,7 +40,7 @@ class ShortGPT:
 
 
 class FluxLite:
-    """Keeps the blocks that change their hidden states most: mean of the squared difference of output and input.
+    """Keeps the blocks with the largest mean squared change of their hidden states.
 
     (Flux.1-lite, Freepik 2024, ranks the blocks of FLUX so.)
     """
@@ -47,6 +48,7 @@ class FluxLite:
     name = "flux_lite"
 
     def __call__(self, problem: Problem) -> Choice:
+        """Choose the units that stay."""
         scores = unit_changes(problem, lambda x, y: (y - x).square().mean())
         return Choice(problem.space.top(scores), scores)
 
@@ -56,7 +58,10 @@ def _one_minus_cosine(x: Tensor, y: Tensor) -> Tensor:
 
 
 def unit_changes(problem: Problem, change: Change) -> Tensor:
-    """`change` of input and output of each unit on the fixed samples, averaged over its blocks and their streams. (num_units,)"""
+    """Mean change of each unit on the fixed samples: (num_units,).
+
+    Averaged over its blocks and their streams.
+    """
     found: dict[int, list[Tensor]] = {}
 
     def watch(

@@ -1,4 +1,7 @@
-"""The structure of the smallest, the median or the largest calibration loss (TinyFusion, table 3 and figure 5)."""
+"""The structure of minimum, median or maximum calibration loss.
+
+TinyFusion, table 3 and figure 5.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +30,7 @@ class CandidateLoss:
         self.name = f"{rank}_loss"
 
     def __call__(self, problem: Problem) -> Choice:
+        """Choose the units that stay."""
         structures = get_candidates(
             problem.space, self.num_candidates, problem.generator(CANDIDATES)
         )

@@ -1,4 +1,4 @@
-"""Contiguous runs of blocks with similar hidden states, of which the first block stays for its run."""
+"""Contiguous runs of blocks with similar hidden states; the first block of each run stays."""
 
 from __future__ import annotations
 
@@ -22,21 +22,27 @@ States = dict[
 
 
 class CKA:
-    """Divides the units into as many contiguous runs as are to stay, and keeps the first unit of each run.
+    """Divides the units into contiguous runs and keeps the first unit of each.
 
-    The value of a run is the linear CKA between the hidden states after its first and after its last unit: how well the unit that
-    stays stands for the run (1 for a run of one unit). The division with the largest sum is found by dynamic programming. Of mirrored
-    pairs, whose out blocks come in reverse, each half counts for half: there it is the states before the block that stays and before
-    the run's first one, which it takes its place. Streams of a block are averaged.
+    There are as many runs as units to keep.
 
-    CKA is that of Kornblith et al. 2019 (arXiv 1905.00414, section 3) by the unbiased estimate of HSIC (Song et al. 2012), which does
-    not grow where there are more channels than rows. Rows are tokens of samples. That redundant blocks are contiguous and found by CKA
-    is PPCL's (Ma et al., arXiv 2511.16156), which reads intervals off linear probes and differences; here the budget is exact.
+    The value of a run is the linear CKA between the hidden states after its first and after its
+    last unit: how well the unit that stays stands for the run (1 for a run of one unit). The
+    division with the largest sum is found by dynamic programming. Of mirrored pairs, whose out
+    blocks come in reverse, each half counts for half: there it is the states before the block that
+    stays and before the run's first one, which it takes its place. Streams of a block are averaged.
+
+    CKA is that of Kornblith et al. 2019 (arXiv 1905.00414, section 3) by the unbiased estimate of
+    HSIC (Song et al. 2012), which does not grow where there are more channels than rows. Rows are
+    tokens of samples. That redundant blocks are contiguous and found by CKA is PPCL's (Ma et al.,
+    arXiv 2511.16156), which reads intervals off linear probes and differences; here the budget is
+    exact.
 
     A unit's score is 1 - CKA of its own input and output; runs decide, not scores.
 
     Args:
-        num_rows: Most rows that are compared, drawn at random by the seed, >= 4; memory grows with its square.
+        num_rows: Most rows that are compared, drawn at random by the seed, >= 4; memory grows with
+            its square.
     """
 
     name = "cka"
@@ -56,13 +62,16 @@ class CKA:
             starts = run_starts(space, part)
             if len(starts) > part.num_kept:
                 raise ValueError(
-                    f"{part.num_kept} of the units {part.members[0]} to {part.members[-1]} are to stay, but {len(starts)} of them begin a "
-                    f"run whatever their states are ({', '.join(map(str, starts))}: the first of the group and of each stack, those that "
-                    "have to stay, and those behind a gap), and cka keeps the first unit of each run. Keep more of them, or use another "
-                    "criterion, e.g. pruning=greedy."
+                    f"{part.num_kept} of the units {part.members[0]} to {part.members[-1]} are to "
+                    f"stay, but {len(starts)} of them begin a run whatever their states are "
+                    f"({', '.join(map(str, starts))}: the first of the group and of each stack, "
+                    "those that have to stay, and those behind a gap), and cka keeps the first "
+                    "unit of each run. Keep more of them, or use another criterion, e.g. "
+                    "pruning=greedy."
                 )
 
     def __call__(self, problem: Problem) -> Choice:
+        """Choose the units that stay."""
         space = problem.space
         self.check(space)
         states = self._states(problem)
@@ -94,7 +103,8 @@ class CKA:
             flat = state.flatten(0, -2)  # (rows, channels)
             if len(flat) < MIN_ROWS:
                 raise ValueError(
-                    f"The hidden states have {len(flat)} rows (tokens of samples), and CKA needs {MIN_ROWS} at least. Raise num_samples."
+                    f"The hidden states have {len(flat)} rows (tokens of samples), and CKA needs "
+                    f"{MIN_ROWS} at least. Raise num_samples."
                 )
             if len(flat) not in chosen:
                 chosen[len(flat)] = torch.randperm(
@@ -115,7 +125,10 @@ class CKA:
 
 
 def _similarity(states: States, path: str, blocks: Sequence[tuple[int, ...]], way: int) -> Tensor:
-    """CKA of the states after (`way` -1: before) the units at one place, averaged over the streams that all have. (n, n)"""
+    """CKA of the states after (`way` -1: before) the units at one place: (n, n).
+
+    Averaged over the streams that all units have.
+    """
     keys = [
         key
         for key in states[path, blocks[0][0]]
@@ -139,10 +152,13 @@ def _passed_on(states: States, path: str, section: tuple[int, ...]) -> float:
 
 
 def linear_cka(states: Sequence[Tensor]) -> Tensor:
-    """Linear CKA between any two of `states`, each (R, channels) with the same R >= 4 rows: (n, n) float64, the diagonal 1.
+    """Linear CKA between any two of `states`: (n, n) float64, the diagonal 1.
 
-    By the unbiased estimate of HSIC: the scalar product of the Gram matrices with their diagonals left out, centered so that every row
-    sums to zero (U-centering). It may be slightly below 0 for states that have nothing in common; of constant states it is 0.
+    Each state is (R, channels) with the same R >= 4 rows.
+
+    By the unbiased estimate of HSIC: the scalar product of the Gram matrices with their diagonals
+    left out, centered so that every row sums to zero (U-centering). It may be slightly below 0 for
+    states that have nothing in common; of constant states it is 0.
     """
     grams = []
     for state in states:

@@ -1,4 +1,7 @@
-"""A learned choice of k of all n units: a distribution over k-subsets, improved by forward passes of the dense weights alone."""
+"""A learned choice of k of all n units.
+
+A distribution over k-subsets, trained with forward passes of the dense weights only.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +16,21 @@ from tinyfusion_pl.selection.candidates import (
     sample_structures,
 )
 from tinyfusion_pl.selection.problem import CANDIDATES, SEARCH, Choice, Problem
+from tinyfusion_pl.selection.space import Space
 
 
 class GlobalSearch:
-    """Learns p(S) proportional to exp(sum of theta_i over S), |S| = k, so that its structures stay near the dense model's output.
+    """Learns a distribution over k-subsets whose outputs are close to the dense model's.
 
-    Each step draws `num_subsets` structures for each of `num_samples` samples, runs each sample through its own kept blocks without a
-    graph, and takes l = log(distance to the dense model's output). With the other subsets of the same sample as baseline, the advantage is
-    a = (l - mean of the sample's l) * K / (K - 1), and the mean of a * (S - marginals) is an unbiased estimate of the gradient of E[l] in
-    theta (score function). Adam steps theta; the average of theta decides. There is no temperature and no backward pass, and nothing is
-    enumerated: 14 of 28 costs per step what its kept blocks cost.
+    p(S) is proportional to exp(sum of theta_i over S), |S| = k.
+
+    Each step draws `num_subsets` structures for each of `num_samples` samples, runs each sample
+    through its own kept blocks without a graph, and takes l = log(distance to the dense model's
+    output). With the other subsets of the same sample as baseline, the advantage is a = (l - mean
+    of the sample's l) * K / (K - 1), and the mean of a * (S - marginals) is an unbiased estimate of
+    the gradient of E[l] in theta (score function). Adam steps theta; the average of theta decides.
+    There is no temperature and no backward pass, and nothing is enumerated: 14 of 28 costs per step
+    what its kept blocks cost.
 
     Args:
         num_steps: Steps of the search, >= 1.
@@ -45,8 +53,12 @@ class GlobalSearch:
         average_decay: float = 0.95,
         num_considered: int = 4,
     ) -> None:
-        for name, value, least in (("num_steps", num_steps, 1), ("num_samples", num_samples, 1), ("num_subsets", num_subsets, 2),
-                                   ("num_considered", num_considered, 1)):  # fmt: skip
+        for name, value, least in (
+            ("num_steps", num_steps, 1),
+            ("num_samples", num_samples, 1),
+            ("num_subsets", num_subsets, 2),
+            ("num_considered", num_considered, 1),
+        ):
             if value < least:
                 raise ValueError(f"{name} is {value}; give {least} or more.")
         if not lr > 0 or not 0 <= average_decay < 1:
@@ -62,6 +74,7 @@ class GlobalSearch:
         self.average_decay, self.num_considered = average_decay, num_considered
 
     def __call__(self, problem: Problem) -> Choice:
+        """Choose the units that stay."""
         space, generator = problem.space, problem.generator(CANDIDATES)
         theta = torch.zeros(space.num_units, dtype=torch.float64)
         average, optimizer = theta.clone(), torch.optim.Adam([theta], lr=self.lr, betas=(0.9, 0.99))
@@ -86,18 +99,31 @@ class GlobalSearch:
                 )
                 if not torch.isfinite(losses).all():
                     raise ValueError(
-                        f"At step {step + 1} of the search the model's output was not finite. Use higher precision (float32)."
+                        f"At step {step + 1} of the search the model's output was not finite. Use "
+                        "higher precision (float32)."
                     )
                 theta.grad = estimate_gradient(losses, structures, marginals(problem.space, theta))
                 optimizer.step()
                 average.lerp_(theta, 1 - self.average_decay)
-                history.append({"step": step + 1, "loss": float(losses.mean()), "structure": space.top(average),
-                                "theta": average.clone()})  # fmt: skip
+                history.append(
+                    {
+                        "step": step + 1,
+                        "loss": float(losses.mean()),
+                        "structure": space.top(average),
+                        "theta": average.clone(),
+                    }
+                )
                 problem.on_step(history)
-                problem.progress.step("search", lambda: {
-                    "theta": theta, "average": average, "optimizer": optimizer.state_dict(), "generator": generator.get_state(),
-                    "history": history,
-                })  # fmt: skip
+                problem.progress.step(
+                    "search",
+                    lambda: {
+                        "theta": theta,
+                        "average": average,
+                        "optimizer": optimizer.state_dict(),
+                        "generator": generator.get_state(),
+                        "history": history,
+                    },
+                )
         considered = most_probable_structures(space, average, self.num_considered)
         return Choice(
             space.top(average),
@@ -121,7 +147,7 @@ def estimate_gradient(losses: Tensor, structures: Tensor, mu: Tensor) -> Tensor:
     return (advantages.reshape(-1, 1) * (structures.to(mu) - mu)).mean(0)
 
 
-def marginals(space, theta: Tensor) -> Tensor:
+def marginals(space: Space, theta: Tensor) -> Tensor:
     """Probability of each unit to stay at `theta` (num_units,)."""
     mu = torch.zeros(space.num_units, dtype=torch.float64)
     mu[list(space.fixed)] = 1.0

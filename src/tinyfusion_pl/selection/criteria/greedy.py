@@ -1,4 +1,4 @@
-"""Removes one unit at a time, each time the one whose removal costs least; with healing, of what is left after a short recovery."""
+"""Remove one unit at a time, each time the cheapest, optionally with healing in between."""
 
 from __future__ import annotations
 
@@ -21,14 +21,17 @@ Heal = Callable[[Tensor], None]
 class Greedy:
     """Removes units one by one.
 
-    With `healing_steps`, a working copy learns from the dense model's output for so many steps after each removal, and the next removals
-    are scored on that copy. The copy is thrown away: what is cut in the end are the original weights.
+    With `healing_steps`, a working copy learns from the dense model's output for so many steps
+    after each removal, and the next removals are scored on that copy. The copy is thrown away: what
+    is cut in the end are the original weights.
 
-    The score of a unit is the round in which it went, higher for later; kept units share the highest.
+    The score of a unit is the round in which it went, higher for later; kept units share the
+    highest.
 
     Args:
         measure: ``"loss"`` of the objective, or ``"distance"`` to the dense model's output.
-        healing_steps: Steps of output distillation after each removal but the last one, >= 0 (see `Distilling`).
+        healing_steps: Steps of output distillation after each removal but the last one, >= 0 (see
+            `Distilling`).
         healing_batch_size: Samples of a step.
         healing_lr: Learning rate of AdamW, > 0.
     """
@@ -57,6 +60,7 @@ class Greedy:
         )
 
     def __call__(self, problem: Problem) -> Choice:
+        """Choose the units that stay."""
         space = problem.space
         structure = torch.ones(space.num_units, dtype=torch.bool)
         left = [len(space.free(part)) - space.num_free_kept(part) for part in space.parts]

@@ -20,6 +20,7 @@ class Sensitivity:
         self.measure = check_measure(measure)
 
     def __call__(self, problem: Problem) -> Choice:
+        """Choose the units that stay."""
         n = problem.space.num_units
         structures = torch.cat(
             [torch.ones(1, n, dtype=torch.bool), ~torch.eye(n, dtype=torch.bool)]
@@ -33,6 +34,7 @@ def check_measure(measure: str) -> str:
     """`ValueError` for what cannot be measured."""
     if measure not in ("loss", "distance"):
         raise ValueError(
-            f"measure is {measure!r}; give 'loss' (of the objective) or 'distance' (to the dense model's output)."
+            f"measure is {measure!r}; give 'loss' (of the objective) or 'distance' (to the dense "
+            "model's output)."
         )
     return measure

@@ -16,6 +16,7 @@ class Magnitude:
     name = "magnitude"
 
     def __call__(self, problem: Problem) -> Choice:
+        """Choose the units that stay."""
         scores = torch.tensor(
             [
                 sum(float(p.detach().abs().double().sum()) for p in each)
@@ -26,7 +27,9 @@ class Magnitude:
 
 
 class Taylor:
-    """Keeps the units with the largest sum of |w * dloss/dw| (first-order Taylor expansion), over the fixed samples.
+    """Keeps the units with the largest sum of |w * dloss/dw| over the fixed samples.
+
+    First-order Taylor expansion.
 
     Args:
         batch_size: Samples of one backward pass.
@@ -40,6 +43,7 @@ class Taylor:
         self.batch_size = batch_size
 
     def __call__(self, problem: Problem) -> Choice:
+        """Choose the units that stay."""
         calibration, units = problem.fixed, _parameters(problem)
         unique = list({id(p): p for each in units for p in each}.values())
         sums = {id(p): torch.zeros_like(p, dtype=torch.float32) for p in unique}
@@ -76,5 +80,8 @@ class Taylor:
 def _parameters(problem: Problem) -> list[list[Tensor]]:
     """The weights of each unit."""
     space = problem.space
-    return [[p for block in unit for p in unwrap(get_stack(problem.model, path)[block]).parameters()]
-            for path in space.paths for unit in space.units[path]]  # fmt: skip
+    return [
+        [p for block in unit for p in unwrap(get_stack(problem.model, path)[block]).parameters()]
+        for path in space.paths
+        for unit in space.units[path]
+    ]
