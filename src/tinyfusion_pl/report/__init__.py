@@ -5,13 +5,17 @@ Reads only files of the folder, so it works on a finished, an interrupted and a 
 
 from pathlib import Path
 
-from .arms import NothingMeasured
-from .compare import compare_runs
-from .grid import write_grid
-from .page import write_figures, write_report
-from .sweep import compare_sweep
-from .sweep_figures import write_activations, write_candidate_losses, write_depth_curve
-from .words import headline
+from tinyfusion_pl.report.arms import NothingMeasured
+from tinyfusion_pl.report.compare import compare_runs
+from tinyfusion_pl.report.grid import write_grid
+from tinyfusion_pl.report.page import write_figures, write_report
+from tinyfusion_pl.report.sweep import compare_sweep
+from tinyfusion_pl.report.sweep_figures import (
+    write_activations,
+    write_candidate_losses,
+    write_depth_curve,
+)
+from tinyfusion_pl.report.words import headline
 
 __all__ = [
     "NothingMeasured",

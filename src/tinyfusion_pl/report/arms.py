@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from tinyfusion_pl.artifacts import ArtifactError, read_json
-
-from .outside import printable, printable_content
-from .reading import METRICS, RECORD, SELECTION, numbers, read_metrics
-from .words import METRICS as MEASURED
-from .words import get_student, label, value
+from tinyfusion_pl.report.outside import printable, printable_content
+from tinyfusion_pl.report.reading import METRICS, RECORD, SELECTION, numbers, read_metrics
+from tinyfusion_pl.report.words import METRICS as MEASURED
+from tinyfusion_pl.report.words import get_student, label, value
 
 SETTINGS = "settings.json"  # of an arm that does nothing but state them
 ARMS = "arms"  # folder in that of a sweep, with a file for each arm

@@ -8,10 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from tinyfusion_pl.artifacts import ArtifactError
-
-from .outside import printable
-from .reading import MEASURED, METRICS, models_in, numbers, read_metrics, read_run
-from .words import difference, duration, label, metric_keys, stage_label, value
+from tinyfusion_pl.report.outside import printable
+from tinyfusion_pl.report.reading import (
+    MEASURED,
+    METRICS,
+    models_in,
+    numbers,
+    read_metrics,
+    read_run,
+)
+from tinyfusion_pl.report.words import difference, duration, label, metric_keys, stage_label, value
 
 WITHOUT_PROTOCOL = ("depth", "width", "num_params")  # what a model is, however it was measured
 

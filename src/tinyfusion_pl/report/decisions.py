@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from tinyfusion_pl.artifacts import ArtifactError
-
-from .outside import printable
+from tinyfusion_pl.report.outside import printable
 
 MAX_BLOCKS = 10_000  # of a stack
 

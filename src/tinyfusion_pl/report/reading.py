@@ -16,9 +16,8 @@ from typing import Any
 import numpy as np
 
 from tinyfusion_pl.artifacts import ArtifactError, load_tensors, read_json
-
-from .decisions import StackHistory, read_decisions, read_text, wrong_in
-from .outside import printable, printable_content, printable_lines
+from tinyfusion_pl.report.decisions import StackHistory, read_decisions, read_text, wrong_in
+from tinyfusion_pl.report.outside import printable, printable_content, printable_lines
 
 MODELS = ("teacher", "pruned", "recovered")
 STAGES = ("learn_mask", "recover", "evaluate")

@@ -7,12 +7,30 @@ import math
 import re
 from typing import Any
 
-from .decisions import members
-from .markup import about, code, fold, image, lines, listing, missing, table
-from .outside import Html, html
-from .reading import CONFIG, DECISIONS, LOGS, METRICS, RECORD, SAMPLES, Run, models_in, numbers
-from .words import METRICS as EXPLAINED
-from .words import STAGES, duration, get_student, label, metric_keys, stage_label, value
+from tinyfusion_pl.report.decisions import members
+from tinyfusion_pl.report.markup import about, code, fold, image, lines, listing, missing, table
+from tinyfusion_pl.report.outside import Html, html
+from tinyfusion_pl.report.reading import (
+    CONFIG,
+    DECISIONS,
+    LOGS,
+    METRICS,
+    RECORD,
+    SAMPLES,
+    Run,
+    models_in,
+    numbers,
+)
+from tinyfusion_pl.report.words import METRICS as EXPLAINED
+from tinyfusion_pl.report.words import (
+    STAGES,
+    duration,
+    get_student,
+    label,
+    metric_keys,
+    stage_label,
+    value,
+)
 
 Images = dict[str, bytes]  # PNG by figure name
 

@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from tinyfusion_pl.artifacts import write_text
-
-from .arms import Arm, Row, Take, cell, get_columns, get_rows, read_arms
-from .markup import code, table
-from .outside import Html, html
-from .reading import numbers
-from .style import CSS
-from .sweep_figures import write_speedup
+from tinyfusion_pl.report.arms import Arm, Row, Take, cell, get_columns, get_rows, read_arms
+from tinyfusion_pl.report.markup import code, table
+from tinyfusion_pl.report.outside import Html, html
+from tinyfusion_pl.report.reading import numbers
+from tinyfusion_pl.report.style import CSS
+from tinyfusion_pl.report.sweep_figures import write_speedup
 
 FILES = ("table.md", "table.csv", "table.html")
 SPEEDUP = "speedup.png"  # where speed was measured

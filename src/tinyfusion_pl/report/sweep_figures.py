@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from .figures import (
+from tinyfusion_pl.report.drawing import (
     COLORS,
     FAINT,
     INK,
