@@ -1,4 +1,4 @@
-"""The table of a sweep: rows, averages and what is said of all of them, held against numbers worked out by hand."""
+"""The table of a sweep: rows, averages and shared settings, compared with values computed by hand."""
 
 import csv
 import json
@@ -7,7 +7,8 @@ import statistics
 import pytest
 
 from tinyfusion_pl.artifacts import ArtifactError
-from tinyfusion_pl.report import compare, compare_sweep
+import tinyfusion_pl.report
+from tinyfusion_pl.report import NothingMeasuredError, compare, compare_sweep
 
 PROTOCOL = {"num_samples": 10, "sampler": "ddim"}
 
@@ -129,7 +130,7 @@ def test_a_row_with_a_failed_seed_is_not_averaged(sweep):
     )
 
 
-def test_rows_of_unequal_protocols_are_said_not_to_compare(sweep):
+def test_rows_of_unequal_protocols_are_not_comparable(sweep):
     arm(
         sweep,
         "more",
@@ -163,9 +164,14 @@ def test_compare_takes_a_sweep_or_two_runs(sweep):
     assert "FID" in compare(sweep / "f0", sweep / "g0")
 
 
-def test_a_folder_of_no_sweep_is_refused(tmp_path):
+def test_a_folder_without_arms_is_refused(tmp_path):
     with pytest.raises(ArtifactError, match="not the folder of a sweep"):
         compare_sweep(tmp_path)
+
+
+def test_the_old_name_of_the_error_is_deprecated():
+    with pytest.warns(DeprecationWarning, match="use NothingMeasuredError"):
+        assert tinyfusion_pl.report.NothingMeasured is NothingMeasuredError
 
 
 def test_timed_arms_get_a_figure_of_speed_against_depth(sweep):

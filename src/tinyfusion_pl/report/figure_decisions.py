@@ -1,7 +1,7 @@
 """Figures of the decision: kept blocks and probabilities over the steps, scores of a criterion.
 
-`plot_decisions` follows TinyFusion (arXiv 2412.01199), figure 6: kept blocks over the steps, with the
-confidence as opacity.
+`plot_decisions` follows TinyFusion (arXiv 2412.01199), figure 6: kept blocks over the steps, with
+the confidence as opacity.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def opacity(confidence: np.ndarray) -> np.ndarray:
 
 
 def plot_decisions(stacks: dict[str, StackHistory]) -> Figure:
-    """A row for each block, marked at steps that keep it; opacity is the confidence of its group."""
+    """A row for each block, marked at steps that keep it; opacity is its group's confidence."""
     figure, rows = _stack_figure(stacks, width_ratios=(60, 1))
     for (path, history), (axes, key) in zip(stacks.items(), rows, strict=True):
         chosen = _thin(len(history.steps))

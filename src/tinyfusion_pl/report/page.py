@@ -35,8 +35,8 @@ SECTIONS = {
     ),
     "results": (
         "Results",
-        "Speed and quality of the teacher, of the pruned model before recovery, and of the recovered "
-        "model.",
+        "Speed and quality of the teacher, of the pruned model before recovery, and of the "
+        "recovered model.",
         sections.results,
     ),
     "cost": ("Cost", "Time and memory that this run took on its machine.", sections.cost),
@@ -175,8 +175,8 @@ PAGE = """<!DOCTYPE html>
 </head>
 <body>
 <header>
-<p class="soft">Run <strong>{name}</strong> · a pretrained diffusion transformer, pruned: the blocks that
-matter least are removed, and the remaining model is trained to recover
+<p class="soft">Run <strong>{name}</strong> · a pretrained diffusion transformer, pruned:
+the blocks that matter least are removed, and the remaining model is trained to recover
 (TinyFusion, arXiv 2412.01199).</p>
 <h1>{heading}</h1>
 {note}
