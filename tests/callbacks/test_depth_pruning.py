@@ -171,9 +171,15 @@ def test_saved_checkpoints_keep_the_users_keys(tmp_path):
         InInit().load_state_dict(checkpoint["state_dict"])
 
 
-@pytest.mark.parametrize("options", [
-    {"relaxation": "hard_concrete"}, {"relaxation": "hard_concrete", "pattern": None, "keep": 3}, {"straight_through": "kept"},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"relaxation": "hard_concrete"},
+        {"relaxation": "hard_concrete", "pattern": None, "keep": 3},
+        {"straight_through": "kept"},
+    ],
+    ids=str,
+)
 def test_an_interrupted_search_resumes_bit_by_bit(options, tmp_path):
     class Stop(Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
@@ -198,8 +204,10 @@ def test_an_interrupted_search_resumes_bit_by_bit(options, tmp_path):
     saving = ModelCheckpoint(dirpath=tmp_path / "cut", filename="last", every_n_train_steps=4)
     fit(tmp_path / "cut", Stop(), saving)
     resumed, found = fit(tmp_path / "cut", ckpt=tmp_path / "cut" / "last.ckpt")
-    for a, b in zip([*found.logits, *found.averages, *found.multipliers],
-                    [*expected.logits, *expected.averages, *expected.multipliers]):  # fmt: skip
+    for a, b in zip(
+        [*found.logits, *found.averages, *found.multipliers],
+        [*expected.logits, *expected.averages, *expected.multipliers],
+    ):
         assert torch.equal(a, b)
     assert resumed.decision == whole.decision and len(found.multipliers) == (
         len(found.groups) if "relaxation" in options else 0

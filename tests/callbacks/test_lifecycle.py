@@ -1,4 +1,4 @@
-"""DepthPruningCallback where models, weights, optimizers and earlier callbacks come in unusual order."""
+"""DepthPruningCallback with models, weights, optimizers and callbacks in unusual order."""
 
 import json
 
@@ -34,7 +34,7 @@ def fit(module, *callbacks, folder, ckpt_path=None, **kwargs):
     return trainer
 
 
-# -- evaluation mode, and blocks that do not run ---------------------------------------------------------------------------------------
+# -- evaluation mode, and blocks that do not run ----------------------------------------------
 def test_blocks_in_evaluation_mode_are_refused_by_name(tmp_path):
     module = InInit()
     module.model.blocks[2].eval()
@@ -53,7 +53,7 @@ def test_gates_that_never_get_a_gradient_leave_no_decision(tmp_path):
     assert callback.shallow_model is None and not (tmp_path / "shallow").exists()
 
 
-# -- the original weights --------------------------------------------------------------------------------------------------------------
+# -- the original weights ---------------------------------------------------------------------
 class LoadsInSetup(InInit):
     def setup(self, stage):
         self.model.load_state_dict(
@@ -109,7 +109,7 @@ def test_the_record_takes_the_source_that_the_model_states(tmp_path):
     )
 
 
-# -- where the model comes late --------------------------------------------------------------------------------------------------------
+# -- where the model comes late ---------------------------------------------------------------
 def test_a_list_that_only_looks_like_the_blocks_is_refused(tmp_path):
     class Decoy(Base):
         def __init__(self):
@@ -145,7 +145,7 @@ def test_settings_of_the_wrong_kind_are_refused_in_words(setting, said, tmp_path
         fit(InInit(), DepthPruningCallback("1:2", **setting), folder=tmp_path)
 
 
-# -- more than one fit -----------------------------------------------------------------------------------------------------------------
+# -- more than one fit ------------------------------------------------------------------------
 def test_a_gated_module_refuses_another_callback_until_detached(tmp_path):
     module, first = InInit(), DepthPruningCallback("1:2")
     fit(module, first, folder=tmp_path)
@@ -220,7 +220,7 @@ class RestoresGenerator(Callback):
             torch.set_rng_state(self.state)
 
 
-# -- counting ---------------------------------------------------------------------------------------------------------------------------
+# -- counting ---------------------------------------------------------------------------------
 class Taus(Callback):
     def __init__(self):
         self.seen = []
@@ -314,9 +314,9 @@ def test_logits_stay_in_float32_with_a_bfloat16_model(tmp_path):
     )
 
 
-# -- a first batch that shows nothing ---------------------------------------------------------------------------------------------------
+# -- a first batch that shows nothing ---------------------------------------------------------
 class Coupled(InInit):
-    """What it computes depends on how many blocks there are; batches before `first` are not finite."""
+    """Its output depends on the number of blocks; batches before `first` are not finite."""
 
     def __init__(self, first):
         super().__init__()
@@ -331,8 +331,13 @@ class Coupled(InInit):
 
 
 @pytest.mark.filterwarnings("ignore:Step")
-@pytest.mark.parametrize("first, error, message", [
-    (1, ValueError, "cannot be pruned as it is called"), (9, FloatingPointError, "2 optimizer steps in a row")])  # fmt: skip
+@pytest.mark.parametrize(
+    "first, error, message",
+    [
+        (1, ValueError, "cannot be pruned as it is called"),
+        (9, FloatingPointError, "2 optimizer steps in a row"),
+    ],
+)
 def test_the_first_call_with_finite_output_is_the_one_verified(first, error, message, tmp_path):
     with pytest.raises(error, match=message):
         fit(Coupled(first), DepthPruningCallback("1:2", max_nonfinite=2), folder=tmp_path)

@@ -1,4 +1,4 @@
-"""The training modules in a real Trainer: teacher apart, averaged weights, feature weight by step, gates alone."""
+"""The training modules in a real Trainer: teacher, averaged weights, feature weight, gates."""
 
 import copy
 
@@ -140,7 +140,7 @@ def test_averaged_weights_follow_the_warm_up_and_are_saved(
     name = "blocks.1.mlp.fc1.weight"
     steps = [state[f"denoiser.{name}"] for state in watch.raw]
     assert torch.equal(raw[name], steps[-1])
-    # Independently: the first update copies, the n-th after it has decay min(0.3, (1 + n) / (10 + n)).
+    # The first update copies, the n-th after it has decay min(0.3, (1 + n) / (10 + n)).
     expected = steps[1].double()
     for n, weights in enumerate(steps[2:], start=1):
         decay = min(0.3, (1 + n) / (10 + n))

@@ -51,7 +51,7 @@ def coarse(monkeypatch):
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    """Figures are made but not rendered, which takes most of the time: the names of those that would be saved."""
+    """Figures are created but not rendered, which is slow: the names of figures to save."""
     names = []
 
     def save(figure, path):
@@ -279,7 +279,8 @@ def metrics(**changes):
     [
         (
             {},
-            "12 → 6 blocks: 1.93x faster sampling (ideal 2.00x), FID 9.2 → 12.0, accuracy 97.9% → 96.1%",
+            "12 → 6 blocks: 1.93x faster sampling (ideal 2.00x), "
+            "FID 9.2 → 12.0, accuracy 97.9% → 96.1%",
         ),
         (
             {"recovered": {}},

@@ -175,8 +175,24 @@ def test_record_without_kept_blocks_is_an_error(new_run, stacks):
         read_run(run)
 
 
-ODD = [None, {}, "<script>", -1, 10**9, True, [0.5], [[]], [None], {"a": 1}, float("nan"), [{"start": 0}], [99],
-       [{"start": 0, "num_blocks": 10**9}], [{"start": 11, "num_blocks": 2}], [{"start": 0, "num_blocks": 0}]]  # fmt: skip
+ODD = [
+    None,
+    {},
+    "<script>",
+    -1,
+    10**9,
+    True,
+    [0.5],
+    [[]],
+    [None],
+    {"a": 1},
+    float("nan"),
+    [{"start": 0}],
+    [99],
+    [{"start": 0, "num_blocks": 10**9}],
+    [{"start": 11, "num_blocks": 2}],
+    [{"start": 0, "num_blocks": 0}],
+]
 
 
 @pytest.mark.parametrize("field", ["num_blocks", "kept_blocks", "groups", "units"])

@@ -1,4 +1,4 @@
-"""The table of a sweep: rows, averages and shared settings, compared with values computed by hand."""
+"""The table of a sweep: rows, averages and shared settings, compared with hand calculations."""
 
 import csv
 import json
@@ -6,8 +6,8 @@ import statistics
 
 import pytest
 
-from tinyfusion_pl.artifacts import ArtifactError
 import tinyfusion_pl.report
+from tinyfusion_pl.artifacts import ArtifactError
 from tinyfusion_pl.report import NothingMeasuredError, compare, compare_sweep
 
 PROTOCOL = {"num_samples": 10, "sampler": "ddim"}
@@ -36,12 +36,17 @@ def arm(
     (run / "shallow" / "record.json").write_text(
         json.dumps({"stacks": {"blocks": {"num_blocks": 12, "kept_blocks": list(kept)}}})
     )
-    (run / "metrics.json").write_text(json.dumps({
-        "teacher": {"depth": 12, "weights_sha256": teacher, "fid": 1.0},
-        "pruned": {"depth": depth, "calibration_loss": 0.5, "fid": 90.0},
-        "recovered": {"depth": depth, "fid": fid, "accuracy": 0.5},
-        "block_runs": {"learn_mask": 1500, "recover": 3000}, "protocol": {**protocol, "seed": settings.get("seed")},
-    }))  # fmt: skip
+    (run / "metrics.json").write_text(
+        json.dumps(
+            {
+                "teacher": {"depth": 12, "weights_sha256": teacher, "fid": 1.0},
+                "pruned": {"depth": depth, "calibration_loss": 0.5, "fid": 90.0},
+                "recovered": {"depth": depth, "fid": fid, "accuracy": 0.5},
+                "block_runs": {"learn_mask": 1500, "recover": 3000},
+                "protocol": {**protocol, "seed": settings.get("seed")},
+            }
+        )
+    )
 
 
 @pytest.fixture

@@ -126,8 +126,8 @@ def read_record(path: Path) -> dict[str, Any]:
         if wrong := wrong_in(stack):
             raise ArtifactError(
                 f"{path}: '{wrong}' of stack {name} is {str(stack[wrong])[:80]}, which is invalid "
-                f"for {str(stack['num_blocks'])[:80]} blocks. The file was edited or is damaged: copy "
-                "the folder again."
+                f"for {str(stack['num_blocks'])[:80]} blocks. The file was edited or is damaged: "
+                "copy the folder again."
             )
     return record
 
