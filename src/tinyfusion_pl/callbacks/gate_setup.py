@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch._dynamo import OptimizedModule
 
+from tinyfusion_pl.callbacks.replaced_method import replace_method
 from tinyfusion_pl.callbacks.trainer_access import get_callbacks
 from tinyfusion_pl.pruning import DepthGates, DepthPruner
 from tinyfusion_pl.pruning.compiled import Compiler
@@ -125,7 +126,7 @@ def attach_after_configuring(
         elif module.trainer is not None and module.trainer.state.fn == "fit":
             pruner.find(module)  # raises the reason
 
-    setattr(pl_module, "configure_model", types.MethodType(configure_model, pl_module))  # noqa: B010
+    replace_method(pl_module, "configure_model", types.MethodType(configure_model, pl_module))
 
 
 def is_attached(pl_module: LightningModule, gates: DepthGates | None) -> bool:

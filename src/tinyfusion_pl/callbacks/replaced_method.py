@@ -1,4 +1,4 @@
-"""Replaces the loss in a method of one LightningModule instance, for the length of a fit."""
+"""Replaces methods of one LightningModule instance, such as the one that returns the loss."""
 
 from __future__ import annotations
 

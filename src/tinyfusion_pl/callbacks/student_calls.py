@@ -97,9 +97,9 @@ class StudentCalls:
         self.teacher, self.student, self.called, self.pairs = teacher, student, called, pairs
         self.is_training, self.request, self.device = is_training, request, device
         self.gradients = LeafGradients()
-        self.outputs = StudentOutputs(
-            student, pairs, functools.partial(CheckpointedOutputs, gradients=self.gradients)
-        )
+        collector = functools.partial(CheckpointedOutputs, gradients=self.gradients)
+        # StudentOutputs only calls its collector, as a class or as any other factory.
+        self.outputs = StudentOutputs(student, pairs, collector)  # type: ignore[arg-type]
         self.intervals: Intervals = intervals or {}
         bare = getattr(teacher.model, "_orig_mod", teacher.model)
         names = None if streams is None else {path: list(each) for path, each in streams.items()}
