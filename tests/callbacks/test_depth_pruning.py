@@ -130,7 +130,7 @@ def test_the_users_schedulers_and_optimizers_keep_working(kind, tmp_path):
         assert module.lr_schedulers().get_last_lr() != [module.lr]
 
 
-def test_manual_optimization_with_two_optimizers_steps_the_logits_once_a_batch(tmp_path):
+def test_two_manual_optimizers_step_the_logits_once_per_batch(tmp_path):
     callback = DepthPruningCallback("1:2", weight_update="full")
     module = Manual()
     trainer(tmp_path, callback, max_steps=8).fit(module)  # two optimizer steps a batch
@@ -139,7 +139,7 @@ def test_manual_optimization_with_two_optimizers_steps_the_logits_once_a_batch(t
     assert all((p != 0.02).any() for p in module.depth_gates.logits())
 
 
-def test_gradient_accumulation_steps_the_logits_with_the_optimizer(tmp_path):
+def test_gradient_accumulation_also_applies_to_the_logits(tmp_path):
     callback = DepthPruningCallback("1:2")
     trainer(tmp_path, callback, max_steps=3, accumulate_grad_batches=2).fit(InInit())
     assert {int(state["step"]) for state in callback.optimizer._optimizer.state.values()} == {3}
@@ -171,9 +171,15 @@ def test_saved_checkpoints_keep_the_users_keys(tmp_path):
         InInit().load_state_dict(checkpoint["state_dict"])
 
 
-@pytest.mark.parametrize("options", [
-    {"relaxation": "hard_concrete"}, {"relaxation": "hard_concrete", "pattern": None, "keep": 3}, {"straight_through": "kept"},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"relaxation": "hard_concrete"},
+        {"relaxation": "hard_concrete", "pattern": None, "keep": 3},
+        {"straight_through": "kept"},
+    ],
+    ids=str,
+)
 def test_an_interrupted_search_resumes_bit_by_bit(options, tmp_path):
     class Stop(Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
@@ -198,8 +204,10 @@ def test_an_interrupted_search_resumes_bit_by_bit(options, tmp_path):
     saving = ModelCheckpoint(dirpath=tmp_path / "cut", filename="last", every_n_train_steps=4)
     fit(tmp_path / "cut", Stop(), saving)
     resumed, found = fit(tmp_path / "cut", ckpt=tmp_path / "cut" / "last.ckpt")
-    for a, b in zip([*found.logits, *found.averages, *found.multipliers],
-                    [*expected.logits, *expected.averages, *expected.multipliers]):  # fmt: skip
+    for a, b in zip(
+        [*found.logits, *found.averages, *found.multipliers],
+        [*expected.logits, *expected.averages, *expected.multipliers],
+    ):
         assert torch.equal(a, b)
     assert resumed.decision == whole.decision and len(found.multipliers) == (
         len(found.groups) if "relaxation" in options else 0
@@ -246,13 +254,13 @@ def test_an_interrupted_fit_resumes_to_the_same_result(kind, update, tmp_path):
         assert torch.equal(a, b)
 
 
-def test_weight_averaging_listed_before_is_refused_with_the_reason(tmp_path):
+def test_weight_averaging_listed_before_pruning_is_refused(tmp_path):
     ema = EMAWeightAveraging(decay=0.9, use_buffers=False)
     with pytest.raises(ValueError, match="List DepthPruningCallback first"):
         trainer(tmp_path, ema, DepthPruningCallback("1:2")).fit(InInit())
 
 
-def test_weight_averaging_of_a_model_that_setup_builds_is_refused_with_the_reason(tmp_path):
+def test_weight_averaging_of_a_model_built_in_setup_is_refused(tmp_path):
     with pytest.raises(
         ValueError,
         match="If the model is built in setup: EMAWithWarmup copies the module before that",
@@ -261,7 +269,7 @@ def test_weight_averaging_of_a_model_that_setup_builds_is_refused_with_the_reaso
     trainer(tmp_path, DepthPruningCallback("1:2"), EMAWithWarmup(decay=0.5)).fit(InConfigureModel())
 
 
-def test_weight_averaging_listed_after_averages_weights_and_leaves_the_decision_alone(tmp_path):
+def test_weight_averaging_does_not_change_the_decision(tmp_path):
     torch.manual_seed(0)
     callback = DepthPruningCallback("1:2", weight_update="full", delta_w="merge")
     decided = []
@@ -339,7 +347,7 @@ def test_bad_settings_are_refused_before_anything_runs(bad, message):
         DepthPruningCallback(**bad)
 
 
-def test_a_pattern_that_does_not_divide_the_depth_is_refused_before_the_model_is_touched(tmp_path):
+def test_a_pattern_that_does_not_divide_the_depth_is_refused(tmp_path):
     module = InInit()
     before = copy.deepcopy(module.model)
     with pytest.raises(ValueError, match="does not divide the depth 4"):

@@ -39,7 +39,8 @@ class Module(LightningModule):
         self.whole, self.seen, self.grads = whole, [], []
 
     def training_step(self, batch, batch_idx):
-        self.seen.append(self.trainer.callbacks[0]._feature_weight(self.trainer))
+        callback = self.trainer.callbacks[0]
+        self.seen.append(callback._loss.feature_weight(*callback._progress(self.trainer)))
         with torch.no_grad():
             self.transformer(batch)
         outs = [

@@ -49,10 +49,16 @@ class Line(LightningModule):
 
 def fit(precision, tmp_path):
     trainer = Trainer(
-        max_steps=2, precision=precision, accelerator="cpu", logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, callbacks=[ema := EMAWithWarmup(decay=0.5)],
+        max_steps=2,
+        precision=precision,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[ema := EMAWithWarmup(decay=0.5)],
         default_root_dir=tmp_path,
-    )  # fmt: skip
+    )
     module = Line()
     dtype = torch.float64 if precision == "64-true" else torch.float32
     trainer.fit(module, DataLoader(torch.randn(4, 2, dtype=dtype), batch_size=2))

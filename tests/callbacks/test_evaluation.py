@@ -80,7 +80,7 @@ def test_training_goes_on_as_if_nothing_had_been_measured(tmp_path):
     )
 
 
-def test_the_averaged_weights_are_measured_and_logged_with_a_grid(tmp_path):
+def test_averaged_weights_are_measured_and_logged_with_a_grid(tmp_path):
     class Averaged(Callback):
         """The averaged denoiser's own measurement at step 4, made apart."""
 
@@ -152,7 +152,7 @@ def test_counts_out_of_range_are_refused(settings, said):
         evaluation(**settings)
 
 
-def test_too_few_samples_or_wrong_sampling_stop_before_the_first_step(tmp_path):
+def test_invalid_sampling_stops_before_the_first_step(tmp_path):
     for settings, said in (
         ({"num_samples": 3}, "'precision_recall' needs 4"),
         ({"sampling": {"num_sampling_steps": 0}}, "num_sampling_steps"),

@@ -1,4 +1,4 @@
-"""DepthPruningCallback where models, weights, optimizers and earlier callbacks come in unusual order."""
+"""DepthPruningCallback with models, weights, optimizers and callbacks in unusual order."""
 
 import json
 
@@ -34,7 +34,7 @@ def fit(module, *callbacks, folder, ckpt_path=None, **kwargs):
     return trainer
 
 
-# -- evaluation mode, and blocks that do not run ---------------------------------------------------------------------------------------
+# -- evaluation mode, and blocks that do not run ----------------------------------------------
 def test_blocks_in_evaluation_mode_are_refused_by_name(tmp_path):
     module = InInit()
     module.model.blocks[2].eval()
@@ -53,7 +53,7 @@ def test_gates_that_never_get_a_gradient_leave_no_decision(tmp_path):
     assert callback.shallow_model is None and not (tmp_path / "shallow").exists()
 
 
-# -- the original weights --------------------------------------------------------------------------------------------------------------
+# -- the original weights ---------------------------------------------------------------------
 class LoadsInSetup(InInit):
     def setup(self, stage):
         self.model.load_state_dict(
@@ -68,7 +68,7 @@ def test_discard_gives_back_weights_that_were_loaded_in_setup(update, tmp_path):
     assert all((value == 0.25).all() for value in callback.shallow_model.state_dict().values())
 
 
-def test_discard_gives_back_weights_of_a_dense_checkpoint_that_fit_restored(tmp_path):
+def test_discard_restores_the_weights_of_a_dense_checkpoint(tmp_path):
     dense = InInit(optimizers_kind="plain")
     saving = ModelCheckpoint(
         dirpath=tmp_path, filename="dense", save_last=False, every_n_train_steps=2
@@ -109,8 +109,8 @@ def test_the_record_takes_the_source_that_the_model_states(tmp_path):
     )
 
 
-# -- where the model comes late --------------------------------------------------------------------------------------------------------
-def test_a_list_that_only_looked_like_the_blocks_is_refused_and_the_real_one_named(tmp_path):
+# -- where the model comes late ---------------------------------------------------------------
+def test_a_list_that_only_looks_like_the_blocks_is_refused(tmp_path):
     class Decoy(Base):
         def __init__(self):
             super().__init__()
@@ -145,8 +145,8 @@ def test_settings_of_the_wrong_kind_are_refused_in_words(setting, said, tmp_path
         fit(InInit(), DepthPruningCallback("1:2", **setting), folder=tmp_path)
 
 
-# -- more than one fit -----------------------------------------------------------------------------------------------------------------
-def test_another_callback_on_a_gated_module_is_refused_until_the_first_is_detached(tmp_path):
+# -- more than one fit ------------------------------------------------------------------------
+def test_a_gated_module_refuses_another_callback_until_detached(tmp_path):
     module, first = InInit(), DepthPruningCallback("1:2")
     fit(module, first, folder=tmp_path)
     with pytest.raises(ValueError, match="gates of an earlier DepthPruningCallback.*detach"):
@@ -161,7 +161,7 @@ def test_another_callback_on_a_gated_module_is_refused_until_the_first_is_detach
     assert second.decision.stacks["blocks"].pattern == "2:4"
 
 
-def test_a_resumed_callbacks_next_fit_begins_with_a_new_optimizer(tmp_path):
+def test_the_next_fit_after_resuming_starts_a_new_optimizer(tmp_path):
     saving = ModelCheckpoint(dirpath=tmp_path, filename="last", every_n_train_steps=2)
     fit(
         InInit(),
@@ -220,7 +220,7 @@ class RestoresGenerator(Callback):
             torch.set_rng_state(self.state)
 
 
-# -- counting ---------------------------------------------------------------------------------------------------------------------------
+# -- counting ---------------------------------------------------------------------------------
 class Taus(Callback):
     def __init__(self):
         self.seen = []
@@ -230,7 +230,7 @@ class Taus(Callback):
 
 
 @pytest.mark.parametrize("length", [{"max_steps": -1, "max_epochs": 1}, {"max_steps": 16}])
-def test_temperature_reaches_its_end_at_the_last_batch_with_two_optimizers(length, tmp_path):
+def test_temperature_ends_at_the_last_batch_of_two_optimizers(length, tmp_path):
     taus = Taus()
     fit(
         Manual(), DepthPruningCallback("1:2", weight_update="full"), taus, folder=tmp_path, **length
@@ -243,7 +243,7 @@ def test_temperature_reaches_its_end_at_the_last_batch_with_two_optimizers(lengt
 
 
 @pytest.mark.filterwarnings("ignore:Step .*not finite")
-def test_an_optimizer_that_is_never_finite_stops_the_run_although_another_is(tmp_path):
+def test_one_optimizer_that_is_never_finite_stops_the_run(tmp_path):
     class SecondIsNaN(Manual):
         def training_step(self, batch, batch_idx):
             first, second = self.optimizers()
@@ -261,7 +261,7 @@ def test_an_optimizer_that_is_never_finite_stops_the_run_although_another_is(tmp
         )
 
 
-def test_the_last_decision_is_in_the_file_whatever_is_logged_between(tmp_path):
+def test_the_last_decision_is_always_written_to_the_file(tmp_path):
     for every, steps in ((5, [1, 5, 7]), (0, [7])):
         file = tmp_path / str(every) / "decisions.jsonl"
         fit(
@@ -295,7 +295,7 @@ def test_a_trainer_that_only_validated_can_save(tmp_path):
     assert (tmp_path / "x.ckpt").exists()
 
 
-def test_logits_stay_in_float32_where_the_model_becomes_bfloat16(tmp_path):
+def test_logits_stay_in_float32_with_a_bfloat16_model(tmp_path):
     class HalfInput(InInit):
         def training_step(self, batch, batch_idx):
             return super().training_step(
@@ -314,9 +314,9 @@ def test_logits_stay_in_float32_where_the_model_becomes_bfloat16(tmp_path):
     )
 
 
-# -- a first batch that shows nothing ---------------------------------------------------------------------------------------------------
+# -- a first batch that shows nothing ---------------------------------------------------------
 class Coupled(InInit):
-    """What it computes depends on how many blocks there are; batches before `first` are not finite."""
+    """Its output depends on the number of blocks; batches before `first` are not finite."""
 
     def __init__(self, first):
         super().__init__()
@@ -331,8 +331,13 @@ class Coupled(InInit):
 
 
 @pytest.mark.filterwarnings("ignore:Step")
-@pytest.mark.parametrize("first, error, message", [
-    (1, ValueError, "cannot be pruned as it is called"), (9, FloatingPointError, "2 optimizer steps in a row")])  # fmt: skip
+@pytest.mark.parametrize(
+    "first, error, message",
+    [
+        (1, ValueError, "cannot be pruned as it is called"),
+        (9, FloatingPointError, "2 optimizer steps in a row"),
+    ],
+)
 def test_the_first_call_with_finite_output_is_the_one_verified(first, error, message, tmp_path):
     with pytest.raises(error, match=message):
         fit(Coupled(first), DepthPruningCallback("1:2", max_nonfinite=2), folder=tmp_path)

@@ -1,4 +1,4 @@
-"""LightningModules that the project did not write: a small residual classifier, its model built at three different times."""
+"""LightningModules of a user: a small residual classifier, built at three different times."""
 
 import torch
 from lightning.pytorch import LightningModule
@@ -64,7 +64,8 @@ class Base(LightningModule):
 
     def train_dataloader(self):
         g = torch.Generator().manual_seed(1)
-        # The same eight samples in every batch: a resumed run, whose loader begins anew, sees what an uninterrupted one sees.
+        # Every batch has the same eight samples, so a resumed run sees the same data although
+        # its loader restarts.
         x = torch.randn(8, 3, generator=g).repeat(8, 1)
         return DataLoader(TensorDataset(x, (x.sum(1) > 0).long()), batch_size=8)
 

@@ -115,7 +115,7 @@ def test_a_module_whose_loss_is_its_own_is_refused(tmp_path):
         lambda: trainer(tmp_path, callback).fit(InInit()),
     ):
         with pytest.raises(
-            ValueError, match="loss of InInit is its own. Use tinyfusion_pl.MaskLearning"
+            ValueError, match="InInit computes its own loss. Use tinyfusion_pl.MaskLearning"
         ):
             refuse()
     with pytest.raises(ValueError, match="search_loss is 'dense'"):

@@ -1,4 +1,4 @@
-"""The training modules in a real Trainer: teacher apart, averaged weights, feature weight by step, gates alone."""
+"""The training modules in a real Trainer: teacher, averaged weights, feature weight, gates."""
 
 import copy
 
@@ -76,7 +76,7 @@ def recovery(**kwargs):
     return Recovery(denoiser(2), **{**settings, **kwargs})
 
 
-def test_the_teacher_is_frozen_and_neither_in_checkpoints_nor_optimizers_nor_copies(tmp_path):
+def test_the_teacher_is_frozen_and_not_saved_trained_or_copied(tmp_path):
     module = recovery()
     before = copy.deepcopy(module.teacher.state_dict())
     trainer = fit(module, folder=tmp_path)
@@ -117,7 +117,7 @@ def test_the_feature_weight_falls_to_zero_by_step(tmp_path):
         assert logged["train/loss"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_averaged_weights_follow_the_warmed_up_formula_and_both_kinds_are_in_the_checkpoint(
+def test_averaged_weights_follow_the_warm_up_and_are_saved(
     tmp_path,
 ):
     module, watch = (
@@ -140,7 +140,7 @@ def test_averaged_weights_follow_the_warmed_up_formula_and_both_kinds_are_in_the
     name = "blocks.1.mlp.fc1.weight"
     steps = [state[f"denoiser.{name}"] for state in watch.raw]
     assert torch.equal(raw[name], steps[-1])
-    # Independently: the first update copies, the n-th after it has decay min(0.3, (1 + n) / (10 + n)).
+    # The first update copies, the n-th after it has decay min(0.3, (1 + n) / (10 + n)).
     expected = steps[1].double()
     for n, weights in enumerate(steps[2:], start=1):
         decay = min(0.3, (1 + n) / (10 + n))
@@ -168,7 +168,7 @@ def test_mask_learning_without_the_callback_says_what_to_add(tmp_path):
         fit(MaskLearning(denoiser(), objective=GaussianDiffusion()), folder=tmp_path)
 
 
-def test_label_dropout_replaces_labels_by_the_null_label_at_its_rate():
+def test_label_dropout_inserts_the_null_label_at_its_rate():
     module = Denoising(denoiser(), objective=GaussianDiffusion(), label_dropout=0.25)
     dropped = (module.drop_labels(torch.zeros(20_000, dtype=torch.long)) == 5).float().mean()
     assert abs(dropped - 0.25) < 0.015
@@ -176,7 +176,7 @@ def test_label_dropout_replaces_labels_by_the_null_label_at_its_rate():
     assert (module.drop_labels(torch.zeros(100, dtype=torch.long)) == 0).all()
 
 
-def test_a_denoiser_that_was_left_in_evaluation_mode_learns_its_mask(tmp_path):
+def test_a_denoiser_in_evaluation_mode_learns_its_mask(tmp_path):
     module = MaskLearning(denoiser().eval(), objective=GaussianDiffusion())
     fit(module, DepthPruningCallback("1:2", weight_update="full"), folder=tmp_path)
     assert module.denoiser.training

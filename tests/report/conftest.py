@@ -183,7 +183,7 @@ def make_run(
     every: int = 10,
     draws: int = 2,
 ) -> Path:
-    """Write a whole run folder; `patterns` gives (num_kept, num_blocks) of each group by stack path."""
+    """Write a run folder; `patterns` has (num_kept, num_blocks) of each group by stack path."""
     patterns = patterns or {"blocks": [(1, 2)] * 6}
     for part in ("learn_mask", "shallow"):
         (folder / part).mkdir(parents=True, exist_ok=True)

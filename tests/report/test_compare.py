@@ -53,11 +53,11 @@ def test_table_holds_both_runs_and_their_difference(two_runs):
     assert memory == ["peak", "memory", "1,123", "MiB", "1,000", "MiB", "-123", "MiB"]
 
 
-def test_equal_protocols_are_said_to_be_equal(two_runs):
-    assert "Protocol: equal. The figures are comparable." in compare(*two_runs())
+def test_equal_protocols_are_reported_as_equal(two_runs):
+    assert "Protocol: equal. The values are comparable." in compare(*two_runs())
 
 
-def test_differing_protocol_names_its_keys_with_both_values_and_denies_comparability(two_runs):
+def test_differing_protocol_entries_are_listed_with_both_values(two_runs):
     def change(metrics):
         metrics["protocol"]["guidance_scale"] = 4.0
         metrics["protocol"]["extra"] = [1, 2]
@@ -65,7 +65,7 @@ def test_differing_protocol_names_its_keys_with_both_values_and_denies_comparabi
 
     table = compare(*two_runs(change))
     assert (
-        "DIFFERS in guidance_scale, guidance_channels, extra. The figures are NOT comparable."
+        "DIFFERS in guidance_scale, guidance_channels, extra. The values are NOT comparable"
         in table
     )
     cells = {
@@ -77,9 +77,7 @@ def test_differing_protocol_names_its_keys_with_both_values_and_denies_comparabi
     assert "seed" not in cells
 
 
-def test_figures_of_differing_or_unknown_protocols_get_no_difference_and_what_a_model_is_does(
-    two_runs,
-):
+def test_differences_need_equal_protocols_except_for_depth(two_runs):
     def other(metrics):
         metrics["protocol"]["num_samples"] = 50_000
         metrics["recovered"] |= {"fid": 10.04, "depth": 8}

@@ -6,18 +6,16 @@ import pytest
 from matplotlib.collections import LineCollection, QuadMesh
 from matplotlib.colors import to_hex, to_rgba
 
-from tinyfusion_pl.report.figures import (
-    COLORS,
-    DROPPED,
-    KEPT,
+from tinyfusion_pl.report.drawing import COLORS, DROPPED, KEPT
+from tinyfusion_pl.report.figure_curves import plot_curves
+from tinyfusion_pl.report.figure_decisions import (
     MAX_STEPS_DRAWN,
     opacity,
     plot_block_probabilities,
-    plot_curves,
     plot_decisions,
-    plot_overview,
-    plot_samples,
 )
+from tinyfusion_pl.report.figure_overview import plot_overview
+from tinyfusion_pl.report.figure_samples import plot_samples
 from tinyfusion_pl.report.reading import StackHistory, read_run
 from tinyfusion_pl.report.sweep_figures import plot_activations, plot_candidate_losses, plot_speedup
 
@@ -46,7 +44,7 @@ def borders(axes):
     return [artist.get_ydata()[0] for artist in axes.lines if artist.get_gid() == "group border"]
 
 
-def test_a_mark_stands_where_a_block_is_kept_as_opaque_as_its_group_is_confident():
+def test_kept_blocks_are_marked_with_confidence_as_opacity():
     own = history()
     panel = plot_decisions({"blocks": own}).axes[0]
     colors = mesh(panel).get_array()  # (B, T, RGBA)
@@ -68,14 +66,14 @@ def test_opacity_is_the_confidence_above_a_visible_floor():
     assert steps[1] - steps[0] == pytest.approx(steps[2] - steps[1])
 
 
-def test_each_stack_has_a_panel_that_says_its_name_and_how_many_stay():
+def test_each_stack_has_a_panel_with_name_and_kept_count():
     figure = plot_decisions({"encoder": history(), "decoder": history(num_blocks=6, group_size=3)})
     titles = [axes.get_title(loc="left") for axes in figure.axes]
-    assert any(title.startswith("encoder: 2 of 4 blocks stay") for title in titles)
-    assert any(title.startswith("decoder: 2 of 6 blocks stay") for title in titles)
+    assert any(title.startswith("encoder: 2 of 4 blocks kept") for title in titles)
+    assert any(title.startswith("decoder: 2 of 6 blocks kept") for title in titles)
 
 
-def test_long_histories_are_thinned_but_end_with_the_final_decision():
+def test_long_histories_are_thinned_to_the_final_decision():
     own = history(num_steps=5000, num_blocks=28, group_size=14)
     panel = plot_decisions({"blocks": own}).axes[0]
     colors = mesh(panel).get_array()
@@ -89,7 +87,7 @@ def test_a_single_recorded_step_can_be_drawn():
     assert plot_block_probabilities({"blocks": own})
 
 
-def test_bars_show_the_final_probabilities_with_kept_blocks_highlighted():
+def test_bars_show_probabilities_and_highlight_kept_blocks():
     own = history()
     heat, bars = plot_block_probabilities({"blocks": own}).axes
     assert [bar.get_width() for bar in bars.patches] == own.probabilities[-1].tolist()
@@ -100,7 +98,7 @@ def test_bars_show_the_final_probabilities_with_kept_blocks_highlighted():
     assert np.all(np.diff(shades[0, order, 0]) < 0), "the more probable, the darker"
 
 
-def test_group_borders_and_the_indifferent_probability_are_drawn():
+def test_group_borders_and_the_uniform_probability_are_drawn():
     heat, bars = plot_block_probabilities({"blocks": history(num_blocks=9, group_size=3)}).axes
     assert borders(heat) == borders(bars) == [2.5, 5.5]
     dotted = [
@@ -170,7 +168,7 @@ def test_rows_are_named_with_depth_in_the_models_colour():
 
 
 @pytest.mark.parametrize("num", [1, 2, 6, 10])
-def test_names_of_rows_stay_inside_the_figure_however_few_images(num):
+def test_names_of_rows_stay_inside_the_figure(num):
     figure = plot_samples(
         {"labels": np.arange(num), **images(num)}, depths={model: 28 for model in COLORS}
     )
@@ -182,7 +180,7 @@ def test_names_of_rows_stay_inside_the_figure_however_few_images(num):
         ), text.get_text()
 
 
-def test_images_are_upscaled_without_blur_and_keep_their_grey_values():
+def test_images_are_enlarged_without_blur_in_equal_gray_values():
     samples = {"labels": np.arange(6), **images(6)}
     for image in shown(plot_samples(samples)).values():
         assert image.get_interpolation() == "nearest"
@@ -214,7 +212,7 @@ def test_smoothing_keeps_a_straight_line_and_passes_over_nan():
     np.testing.assert_allclose(smooth, 2.0)
 
 
-def test_losses_over_orders_of_magnitude_are_drawn_logarithmically():
+def test_losses_over_orders_of_magnitude_use_a_log_scale():
     steps = np.arange(100)
     figure = plot_curves(
         {"train/loss": (steps, 10.0 ** (-steps / 30)), "train/loss_kd": (steps, 2.0 + steps / 100)}
@@ -234,7 +232,7 @@ def test_losses_that_were_never_finite_are_said_to_be_so():
     assert "never finite" in figure.axes[0].get_title(loc="left")
 
 
-def test_overview_bars_are_the_measured_values_in_the_models_colours(new_run):
+def test_overview_bars_are_measured_values_in_model_colors(new_run):
     metrics = read_run(new_run()).metrics
     figure = plot_overview(metrics)
     for axes, key in zip(figure.axes, ("images_per_second", "fid", "accuracy"), strict=True):
@@ -305,7 +303,7 @@ def test_every_choice_is_marked_at_its_loss():
     losses = np.linspace(1, 2, 100)
     figure = plot_candidate_losses(losses, {"uniform": 1.5, "first": 1.1})
     texts = [text.get_text().strip() for text in figure.axes[0].texts]
-    assert texts == ["first (10% lose less)", "uniform (50% lose less)"]
+    assert texts == ["first (10% are lower)", "uniform (50% are lower)"]
     lines = [
         c.get_segments()[0][0][0]
         for c in figure.axes[0].collections

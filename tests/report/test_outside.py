@@ -55,7 +55,7 @@ def hostile(new_run):
 
 @pytest.mark.parametrize("name", [TAG, ATTRIBUTE, TERMINAL], ids=["tag", "attribute", "terminal"])
 def test_a_hostile_name_is_text_wherever_it_stands_on_the_page(hostile, monkeypatch, name):
-    monkeypatch.setattr(page_module.figures, "save_figure", _touch)
+    monkeypatch.setattr(page_module.drawing, "save_figure", _touch)
     page = Page(write_report(hostile(name)))
     assert page.all("script") == [] and not any(
         "onmouseover" in attributes for _, attributes in page.tags
@@ -67,7 +67,7 @@ def test_a_hostile_name_is_text_wherever_it_stands_on_the_page(hostile, monkeypa
 
 
 def test_a_formula_in_a_name_is_drawn_as_it_is(hostile, monkeypatch):
-    monkeypatch.setattr(page_module.figures, "DPI", 40)
+    monkeypatch.setattr(page_module.drawing, "DPI", 40)
     run = hostile(r"$\frac{1$")
     assert write_report(run).exists() and (run / "figures" / "overview.png").exists()
 
@@ -83,7 +83,7 @@ def test_what_is_not_known_to_be_html_is_escaped():
     assert html("<b>{}</b>{}", "<i>", html("<u>{}</u>", "&")) == "<b>&lt;i&gt;</b><u>&amp;</u>"
 
 
-def test_printable_keeps_letters_of_all_scripts_and_shows_what_would_act():
+def test_printable_keeps_letters_and_escapes_control_characters():
     assert printable("Käse 模型 é–\u3000") == "Käse 模型 é–\u3000"
     assert printable("a\x00\x1b\u200b\ud800\u2028\n") == r"a\x00\x1b\u200b\ud800\u2028\n"
     assert printable_content({"\x1b": ["\x07", 1, None, {"a": "\x1b"}]}) == {

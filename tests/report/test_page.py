@@ -46,12 +46,12 @@ class Page(HTMLParser):
 
 @pytest.fixture(autouse=True)
 def coarse(monkeypatch):
-    monkeypatch.setattr(page_module.figures, "DPI", 40)
+    monkeypatch.setattr(page_module.drawing, "DPI", 40)
 
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    """Figures are made but not rendered, which takes most of the time: the names of those that would be saved."""
+    """Figures are created but not rendered, which is slow: the names of figures to save."""
     names = []
 
     def save(figure, path):
@@ -59,7 +59,7 @@ def undrawn(monkeypatch):
         path.parent.mkdir(exist_ok=True)
         path.touch()
 
-    monkeypatch.setattr(page_module.figures, "save_figure", save)
+    monkeypatch.setattr(page_module.drawing, "save_figure", save)
     return names
 
 
@@ -90,7 +90,7 @@ def test_page_of_a_whole_run_is_self_contained_and_well_formed(new_run):
     assert set(anchors) == {section["id"] for section in page.all("section")}
 
 
-def test_page_shows_the_figures_of_the_folder_with_words_for_those_who_do_not_see_them(new_run):
+def test_page_embeds_the_figures_with_alt_texts(new_run):
     run = new_run()
     page = Page(write_report(run))
     names = {
@@ -123,21 +123,21 @@ def test_tables_hold_the_metrics_costs_and_protocol(new_run, undrawn, rows):
     assert table["speed-up, measured"][2] == "1.93x"
     assert table["speed-up, ideal"][2] == "2.00x"
     assert table["recovery"][0] == "1 min 33 s"
-    assert table["all together"][0] == "3 min 26 s"
+    assert table["total"][0] == "3 min 26 s"
     assert table["guidance_scale"] == ["1.5"]
     assert table["guidance_channels"] == ["null"]
     assert table["seed"] == ["0"]
     assert "1,123 MiB" in page.text
 
 
-def test_page_says_which_blocks_stay(new_run, undrawn):
+def test_page_shows_which_blocks_are_kept(new_run, undrawn):
     run = new_run(patterns={"blocks": [(3, 4), (2, 4)]})
     page = Page(write_report(run))
     kept = json.loads((run / "shallow/record.json").read_text())["stacks"]["blocks"]["kept_blocks"]
     titles = {
         attrs["title"] for attrs in page.all("span") if attrs.get("class", "").startswith("block")
     }
-    assert titles == {f"block {b} {'stays' if b in kept else 'left'}" for b in range(8)}
+    assert titles == {f"block {b} {'kept' if b in kept else 'removed'}" for b in range(8)}
     assert "5 of 8" in page.text
 
 
@@ -168,11 +168,11 @@ def test_page_shows_mirrored_pairs_in_their_groups(new_run, undrawn, recorded):
     assert (
         "4 of 8" in page.text
         and "1 of 2 units" in page.text
-        and "keeps N of M units of blocks that only go together" in page.text
+        and "keeps N of M units of blocks that are only removed together" in page.text
     )
 
 
-def test_unknown_metrics_become_rows_and_values_that_are_no_numbers_do_not(new_run, undrawn, rows):
+def test_unknown_metrics_become_rows_if_they_are_numbers(new_run, undrawn, rows):
     run = new_run()
     metrics = json.loads((run / "metrics.json").read_text())
     metrics["recovered"] |= {"clip_score": 6.25, "note": "hello", "broken": None}
@@ -212,12 +212,12 @@ PARTS = {
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_missing_part_is_left_out_with_a_line_that_says_so(new_run, undrawn, part):
+def test_a_line_replaces_each_missing_part(new_run, undrawn, part):
     run = new_run()
     shutil.rmtree(run / part) if (run / part).is_dir() else (run / part).unlink()
     page = Page(write_report(run))
     assert (
-        "Not there yet: this run has no "
+        "Not available yet: this run has no "
         + (part if part != "logs" else "logs/<stage>/**/metrics.csv")
         in page.text
     )
@@ -225,10 +225,10 @@ def test_missing_part_is_left_out_with_a_line_that_says_so(new_run, undrawn, par
     assert PARTS[part] not in undrawn
 
 
-def test_folder_with_nothing_but_a_config_gives_a_page_without_images(tmp_path):
+def test_folder_with_only_a_config_gives_a_page_without_images(tmp_path):
     (tmp_path / "config.yaml").write_text("seed: 0\n")
     page = Page(write_report(tmp_path))
-    assert "Nothing was measured yet" in page.text
+    assert "Nothing has been measured yet" in page.text
     assert page.all("img") == []
 
 
@@ -279,7 +279,8 @@ def metrics(**changes):
     [
         (
             {},
-            "12 → 6 blocks: 1.93x faster sampling (ideal 2.00x), FID 9.2 → 12.0, accuracy 97.9% → 96.1%",
+            "12 → 6 blocks: 1.93x faster sampling (ideal 2.00x), "
+            "FID 9.2 → 12.0, accuracy 97.9% → 96.1%",
         ),
         (
             {"recovered": {}},
@@ -288,24 +289,24 @@ def metrics(**changes):
         ),
         ({"speedup": {}, "teacher": {"depth": 12}}, "12 → 6 blocks: FID 12.0, accuracy 96.1%"),
         ({"speedup": {}, "teacher": {}, "recovered": {"depth": 6}}, "6 blocks"),
-        ({"recovered": {}, "pruned": {}}, "Only the teacher was measured"),
-        ({"recovered": {}, "pruned": {}, "teacher": {}}, "Nothing was measured yet"),
+        ({"recovered": {}, "pruned": {}}, "Only the teacher has been measured"),
+        ({"recovered": {}, "pruned": {}, "teacher": {}}, "Nothing has been measured yet"),
     ],
 )
-def test_headline_says_what_was_measured(changes, sentence):
+def test_headline_states_what_was_measured(changes, sentence):
     assert headline(metrics(**changes)) == sentence
 
 
 @pytest.mark.parametrize(
     ("network", "words"),
     [
-        ("digits_classifier", "never with FID figures published elsewhere"),
-        ("InceptionV3 (torch-fidelity)", "the usual one"),
-        ("RandomInceptionFeatures-0123456789ab", "no figure here means anything"),
-        (None, "does not say"),
+        ("digits_classifier", "never with published FID values"),
+        ("InceptionV3 (torch-fidelity)", "as published values do"),
+        ("RandomInceptionFeatures-0123456789ab", "the quality values here are meaningless"),
+        (None, "does not record"),
     ],
 )
-def test_note_says_what_the_frechet_distance_may_be_compared_with(network, words):
+def test_note_states_what_fid_can_be_compared_with(network, words):
     note = feature_note({"feature_network": network} if network else {})
     assert words in note
     assert network is None or network in note
@@ -339,7 +340,7 @@ def test_values_are_written_for_people(key, number, written):
     assert value(key, number) == written
 
 
-def test_a_criterion_s_scores_stand_in_a_table_highest_first(new_run, undrawn, rows):
+def test_scores_of_a_criterion_are_a_table_highest_first(new_run, undrawn, rows):
     run = new_run()
     record = json.loads((run / "shallow" / "record.json").read_text())
     (path, stack), *_ = record["stacks"].items()
@@ -362,6 +363,6 @@ def test_a_criterion_s_scores_stand_in_a_table_highest_first(new_run, undrawn, r
     for block in range(stack["num_blocks"]):
         assert table[str(block)][:2] == [
             f"{block / 8:.4g}",
-            "stays" if block in stack["kept_blocks"] else "left",
+            "kept" if block in stack["kept_blocks"] else "removed",
         ]
     assert "scores" in undrawn and "taylor" in page.text and "1,536 runs of a block" in page.text

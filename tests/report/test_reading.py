@@ -65,7 +65,7 @@ def test_settled_at_is_the_step_of_the_last_change(tmp_path):
     assert stacks["blocks"].settled_at == 20
 
 
-def test_confidence_of_a_group_of_mirrored_units_belongs_to_their_blocks(tmp_path):
+def test_confidence_of_mirrored_units_belongs_to_their_blocks(tmp_path):
     units = [[0, 5], [1, 4], [2, 3]]
     stacks, _ = decisions(
         tmp_path, line(0, [0, 5, 2, 3], [0.5] * 6, 0.3, units=units)
@@ -74,7 +74,7 @@ def test_confidence_of_a_group_of_mirrored_units_belongs_to_their_blocks(tmp_pat
     assert stacks["blocks"].groups[0]["members"] == [0, 1, 4, 5]
 
 
-def test_lines_of_two_different_runs_are_an_error_that_names_the_file(tmp_path):
+def test_lines_of_two_runs_are_an_error_that_names_the_file(tmp_path):
     with pytest.raises(ArtifactError, match=r"decisions\.jsonl.*'blocks' do not fit together"):
         decisions(tmp_path, line(0, [0], [0.6, 0.4]) + "\n" + line(1, [0], [0.6, 0.2, 0.1]) + "\n")
 
@@ -175,8 +175,24 @@ def test_record_without_kept_blocks_is_an_error(new_run, stacks):
         read_run(run)
 
 
-ODD = [None, {}, "<script>", -1, 10**9, True, [0.5], [[]], [None], {"a": 1}, float("nan"), [{"start": 0}], [99],
-       [{"start": 0, "num_blocks": 10**9}], [{"start": 11, "num_blocks": 2}], [{"start": 0, "num_blocks": 0}]]  # fmt: skip
+ODD = [
+    None,
+    {},
+    "<script>",
+    -1,
+    10**9,
+    True,
+    [0.5],
+    [[]],
+    [None],
+    {"a": 1},
+    float("nan"),
+    [{"start": 0}],
+    [99],
+    [{"start": 0, "num_blocks": 10**9}],
+    [{"start": 11, "num_blocks": 2}],
+    [{"start": 0, "num_blocks": 0}],
+]
 
 
 @pytest.mark.parametrize("field", ["num_blocks", "kept_blocks", "groups", "units"])
@@ -224,7 +240,7 @@ def test_decisions_of_odd_content_are_an_error(new_run, change):
 
 
 def test_folder_that_no_run_wrote_is_refused(tmp_path):
-    with pytest.raises(ArtifactError, match="holds none of"):
+    with pytest.raises(ArtifactError, match="has none of"):
         read_run(tmp_path)
     with pytest.raises(ArtifactError, match="not a folder"):
         read_run(tmp_path / "missing")

@@ -1,4 +1,4 @@
-"""The table of a sweep: rows, averages and what is said of all of them, held against numbers worked out by hand."""
+"""The table of a sweep: rows, averages and shared settings, compared with hand calculations."""
 
 import csv
 import json
@@ -6,8 +6,9 @@ import statistics
 
 import pytest
 
+import tinyfusion_pl.report
 from tinyfusion_pl.artifacts import ArtifactError
-from tinyfusion_pl.report import compare, compare_sweep
+from tinyfusion_pl.report import NothingMeasuredError, compare, compare_sweep
 
 PROTOCOL = {"num_samples": 10, "sampler": "ddim"}
 
@@ -35,12 +36,17 @@ def arm(
     (run / "shallow" / "record.json").write_text(
         json.dumps({"stacks": {"blocks": {"num_blocks": 12, "kept_blocks": list(kept)}}})
     )
-    (run / "metrics.json").write_text(json.dumps({
-        "teacher": {"depth": 12, "weights_sha256": teacher, "fid": 1.0},
-        "pruned": {"depth": depth, "calibration_loss": 0.5, "fid": 90.0},
-        "recovered": {"depth": depth, "fid": fid, "accuracy": 0.5},
-        "block_runs": {"learn_mask": 1500, "recover": 3000}, "protocol": {**protocol, "seed": settings.get("seed")},
-    }))  # fmt: skip
+    (run / "metrics.json").write_text(
+        json.dumps(
+            {
+                "teacher": {"depth": 12, "weights_sha256": teacher, "fid": 1.0},
+                "pruned": {"depth": depth, "calibration_loss": 0.5, "fid": 90.0},
+                "recovered": {"depth": depth, "fid": fid, "accuracy": 0.5},
+                "block_runs": {"learn_mask": 1500, "recover": 3000},
+                "protocol": {**protocol, "seed": settings.get("seed")},
+            }
+        )
+    )
 
 
 @pytest.fixture
@@ -129,7 +135,7 @@ def test_a_row_with_a_failed_seed_is_not_averaged(sweep):
     )
 
 
-def test_rows_of_unequal_protocols_are_said_not_to_compare(sweep):
+def test_rows_of_unequal_protocols_are_not_comparable(sweep):
     arm(
         sweep,
         "more",
@@ -163,9 +169,14 @@ def test_compare_takes_a_sweep_or_two_runs(sweep):
     assert "FID" in compare(sweep / "f0", sweep / "g0")
 
 
-def test_a_folder_of_no_sweep_is_refused(tmp_path):
+def test_a_folder_without_arms_is_refused(tmp_path):
     with pytest.raises(ArtifactError, match="not the folder of a sweep"):
         compare_sweep(tmp_path)
+
+
+def test_the_old_name_of_the_error_is_deprecated():
+    with pytest.warns(DeprecationWarning, match="use NothingMeasuredError"):
+        assert tinyfusion_pl.report.NothingMeasured is NothingMeasuredError
 
 
 def test_timed_arms_get_a_figure_of_speed_against_depth(sweep):

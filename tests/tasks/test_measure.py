@@ -115,7 +115,7 @@ def test_results_over_one_reference_can_be_compared_and_others_are_refused(files
     assert "Protocol: equal." in compare(tmp_path / "a", tmp_path / "a")
     assert "DIFFERS in num_reference, reference_sha256. " in compare(tmp_path / "a", tmp_path / "c")
     assert re.search(
-        r"DIFFERS in .*metrics.pr.k, .*The figures are NOT comparable",
+        r"DIFFERS in .*metrics.pr.k, .*The values are NOT comparable",
         compare(tmp_path / "a", tmp_path / "d"),
     )
 

@@ -1,4 +1,4 @@
-"""Lightning callbacks: depth pruning, recovery and what training beside it needs."""
+"""Lightning callbacks for depth pruning, distillation, evaluation and progress."""
 
 from tinyfusion_pl.callbacks.clock import Clock
 from tinyfusion_pl.callbacks.depth_pruning import DepthPruningCallback

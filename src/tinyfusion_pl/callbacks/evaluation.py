@@ -1,45 +1,49 @@
-"""Sampling and measuring during training."""
+"""Samples and measures images during training."""
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
-from torch import Tensor
+from torch import Tensor, nn
 
 from tinyfusion_pl.artifacts import tensors_sha256
+from tinyfusion_pl.callbacks.trainer_access import get_callbacks, get_datamodule
 from tinyfusion_pl.metrics import GenerationMetrics
-from tinyfusion_pl.objectives import ImageSampler, get_labels
+from tinyfusion_pl.objectives import ImageSampler, Objective, get_labels
 from tinyfusion_pl.report import write_grid
 
 
 class EvaluationCallback(Callback):
-    """Every so many optimizer steps: samples from the averaged weights, logs ``val/<metric>`` and a grid of images.
+    """Samples images every `every_n_steps`, logs ``val/<metric>`` and a grid of images.
 
-    The averaged weights are those of the Trainer's weight averaging callback; without one the weights are the raw ones. Images of the
-    same number have the same noise at every step. No random generator of the training moves.
+    Images come from the averaged weights of the Trainer's weight averaging callback, or from the
+    raw weights without one. Each sample has the same noise at every step. The random generators of
+    the training do not change.
 
-    Numbers of few samples are larger than those of many (FID) and compare with each other alone.
+    FID is biased upward for few samples: compare values only at equal `num_samples`.
 
     Args:
-        metrics: Measures images against the data module's ``reference_images()``.
-        every_n_steps: Optimizer steps between evaluations, >= 1.
-        sampling: Arguments of ``objective.sample``.
-        num_samples: Images of an evaluation, over all processes, >= 2.
-        batch_size: Images sampled at once on each process.
-        num_shown: Images of the grid, the first ones; 0: no grid.
+        metrics: Compare images with the data module's ``reference_images()``.
+        every_n_steps: Number of optimizer steps between evaluations, >= 1.
+        sampling: Keyword arguments of ``objective.sample``.
+        num_samples: Number of images of an evaluation over all processes, >= 2.
+        batch_size: Number of images that a process samples at once.
+        num_shown: Number of images in the grid; 0 draws no grid.
         labels: ``"balanced"`` or ``"random"``.
-        seed: Of noise and labels.
-        precision: Of the denoiser, see `ImageSampler`.
+        seed: Seed of noise and labels.
+        precision: Precision of the denoiser, see `ImageSampler`.
 
-    The LightningModule has ``denoiser`` and ``objective`` (`MaskLearning`, `Recovery`, `Denoising` do), the data module ``latent_shape``,
-    ``decode`` and ``reference_images``. The grid goes to W&B or TensorBoard where one of them logs, and to ``samples/<step>.png`` in the
-    Trainer's folder. What the numbers can be compared by, `protocol`, goes to the loggers' hyperparameters as ``val/protocol``.
+    The LightningModule needs ``denoiser`` and ``objective`` (as in `MaskLearning`, `Recovery` and
+    `Denoising`), the data module ``latent_shape``, ``decode`` and ``reference_images``. The grid is
+    saved as ``samples/<step>.png`` in the Trainer's root folder and logged to W&B and TensorBoard.
+    The evaluation `protocol` is logged as the hyperparameter ``val/protocol``.
     """
 
     def __init__(
@@ -63,37 +67,33 @@ class EvaluationCallback(Callback):
         ):
             if value < least:
                 raise ValueError(f"EvaluationCallback: {name} is {value}; give at least {least}.")
-        self.metrics, self.every_n_steps, self.sampling = (
-            metrics,
-            every_n_steps,
-            dict(sampling or {}),
-        )
-        self.num_samples, self.batch_size, self.num_shown = (
-            num_samples,
-            batch_size,
-            min(num_shown, num_samples),
-        )
+        self.metrics, self.every_n_steps = metrics, every_n_steps
+        self.sampling = dict(sampling or {})
+        self.num_samples, self.batch_size = num_samples, batch_size
+        self.num_shown = min(num_shown, num_samples)
         self.labels, self.seed, self.precision = labels, seed, precision
         self.results: dict[int, dict[str, float]] = {}  # by step
         self.protocol: dict[str, Any] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check sampling, labels and metrics, log the protocol, accumulate the reference."""
+        data = get_datamodule(trainer)
         for owner, names, kind in (
             (pl_module, ("denoiser", "objective"), "LightningModule"),
-            (trainer.datamodule, ("latent_shape", "decode", "reference_images"), "data module"),
+            (data, ("latent_shape", "decode", "reference_images"), "data module"),
         ):
             if lacking := [name for name in names if not hasattr(owner, name)]:
                 raise ValueError(
-                    f"EvaluationCallback: the {kind} {type(owner).__name__} has no {', '.join(lacking)}."
+                    f"EvaluationCallback: the {kind} {type(owner).__name__} has no "
+                    f"{', '.join(lacking)}."
                 )
         sampler = self._sampler(trainer, pl_module)
         sampler.check()
         self._get_labels(trainer, sampler)
-        images = trainer.datamodule.reference_images()[0]
+        images = data.reference_images()[0]
         self.metrics.check(num_samples=self.num_samples, num_reference=len(images))
-        averaging = any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)
         self.protocol = self.metrics.protocol(
-            weights="averaged" if averaging else "raw",
+            weights="raw" if _find_averaging(trainer) is None else "averaged",
             num_samples=self.num_samples,
             num_reference=len(images),
             reference_sha256=tensors_sha256({"pictures": images}),
@@ -110,15 +110,16 @@ class EvaluationCallback(Callback):
         self._last = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        step = trainer.global_step  # stays where it was while gradients accumulate
+        """Evaluate if an evaluation is due."""
+        step = trainer.global_step  # does not change while gradients accumulate
         if step == self._last or step % self.every_n_steps:
             return
         self._last = step
-        with self._averaged(trainer, pl_module):
+        with _averaged(trainer, pl_module):
             self.evaluate(trainer, pl_module, step)
 
     def evaluate(self, trainer: Trainer, pl_module: LightningModule, step: int) -> dict[str, float]:
-        """Sample, measure and log at `step`; every process takes part. Returns the metrics' results."""
+        """Sample, measure and log at `step`, on all processes; returns the metric values."""
         sampler = self._sampler(trainer, pl_module)
         labels = self._get_labels(trainer, sampler)
         self.metrics.reset()
@@ -151,8 +152,8 @@ class EvaluationCallback(Callback):
                 logger.experiment.add_image("val/samples", read_image(str(path)), step)
 
     def _get_labels(self, trainer: Trainer, sampler: ImageSampler) -> Tensor:
-        """Labels of the samples, among the classes of the images that they are held against."""
-        num_classes, data = sampler.denoiser.num_classes, trainer.datamodule
+        """Labels of the samples, among the classes of the reference images."""
+        num_classes, data = cast(int, sampler.denoiser.num_classes), get_datamodule(trainer)
         classes = (
             data.reference_classes(num_classes=num_classes)
             if hasattr(data, "reference_classes")
@@ -163,10 +164,10 @@ class EvaluationCallback(Callback):
         )
 
     def _sampler(self, trainer: Trainer, pl_module: LightningModule) -> ImageSampler:
-        data = trainer.datamodule
+        data = get_datamodule(trainer)
         return ImageSampler(
-            denoiser=pl_module.denoiser,
-            objective=pl_module.objective,
+            denoiser=cast(nn.Module, pl_module.denoiser),
+            objective=cast(Objective, pl_module.objective),
             latent_shape=data.latent_shape,
             decode=data.decode,
             sampling=self.sampling,
@@ -174,22 +175,20 @@ class EvaluationCallback(Callback):
             precision=self.precision,
         )
 
-    def _averaged(self, trainer: Trainer, pl_module: LightningModule) -> Any:
-        averaging = next(
-            (callback for callback in trainer.callbacks if isinstance(callback, WeightAveraging)),
-            None,
-        )
-        return nullcontext() if averaging is None else _Swapped(averaging, pl_module)
+
+def _find_averaging(trainer: Trainer) -> WeightAveraging | None:
+    """The first weight averaging callback; None without one."""
+    return next((c for c in get_callbacks(trainer) if isinstance(c, WeightAveraging)), None)
 
 
-class _Swapped:
-    """The module with its averaged weights for a while, by the averaging callback's own exchange."""
-
-    def __init__(self, averaging: WeightAveraging, pl_module: LightningModule) -> None:
-        self.averaging, self.pl_module = averaging, pl_module
-
-    def __enter__(self) -> None:
-        self.averaging._swap_models(self.pl_module)
-
-    def __exit__(self, *_: Any) -> None:
-        self.averaging._swap_models(self.pl_module)
+@contextmanager
+def _averaged(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
+    """Give `pl_module` its averaged weights, if there are any."""
+    averaging = _find_averaging(trainer)
+    if averaging is not None:
+        averaging._swap_models(pl_module)
+    try:
+        yield
+    finally:
+        if averaging is not None:
+            averaging._swap_models(pl_module)

@@ -1,4 +1,4 @@
-"""What depth pruning has learned, in the Trainer's checkpoints: of the module, and of its averages."""
+"""Saves gates and adapters, of the module and of its averages, in the Trainer's checkpoints."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from tinyfusion_pl.pruning.adapter_state import adapter_state, load_adapter_stat
 def learned_state(
     trainer: Trainer, pl_module: LightningModule, pruner: DepthPruner
 ) -> dict[str, Any]:
-    """Gates and adapters, the weights to go back to, and gates and adapters of averaged modules."""
+    """Gates and adapters of the module and its averages, and the original weights."""
     return {
         **_state(pl_module, pruner),
         "original": pruner.weight_update.original,
-        # Weight averaging keeps its average under the keys of the state dict, where neither logits nor adapters are.
+        # Weight averaging saves the state dict of its average, which has no logits or adapters.
         "averaged": [_state(average, pruner) for average in averaged_modules(trainer)],
     }
 
@@ -27,7 +27,7 @@ def learned_state(
 def load_learned_state(
     trainer: Trainer, pl_module: LightningModule, pruner: DepthPruner, state: dict[str, Any]
 ) -> None:
-    """Take back what `learned_state` gave."""
+    """Restore a state that `learned_state` returned."""
     _load(pl_module, pruner, state)
     pruner.weight_update.original = state["original"]
     for average, saved in zip(averaged_modules(trainer), state["averaged"]):

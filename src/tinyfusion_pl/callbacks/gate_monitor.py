@@ -1,4 +1,4 @@
-"""Logs what gates have decided so far, to the Trainer's loggers and to a file."""
+"""Logs the current decision of the gates to the Trainer's loggers and to a file."""
 
 from __future__ import annotations
 
@@ -7,14 +7,19 @@ from pathlib import Path
 
 from lightning.pytorch import Trainer
 
+from tinyfusion_pl.callbacks.trainer_access import get_log_every_n_steps
 from tinyfusion_pl.pruning import Decision
+from tinyfusion_pl.pruning.decision import GroupDecision
 
 
 class GateMonitor:
-    """Writes the decision at each logged step.
+    """Logs decisions.
 
     Args:
-        decisions_path: File that gets a line of JSON at each logged step; None: no file.
+        decisions_path: File that gets a line of JSON at each logged step; None writes no file.
+
+    Attributes:
+        logged_step: The last step that was logged; -1 before the first.
     """
 
     def __init__(self, decisions_path: str | Path | None = None) -> None:
@@ -22,14 +27,14 @@ class GateMonitor:
         self.logged_step = -1
 
     def is_due(self, trainer: Trainer) -> bool:
-        """Whether this step is one that the Trainer logs."""
-        every = trainer.log_every_n_steps
+        """Whether the Trainer logs this step."""
+        every = get_log_every_n_steps(trainer)
         return bool(every) and (trainer.global_step % every == 0 or trainer.global_step == 1)
 
     def log(
         self, trainer: Trainer, decision: Decision, *, tau: float, scaling: float, num_skipped: int
     ) -> None:
-        """Log `decision` at the Trainer's step."""
+        """Log `decision` at the Trainer's current step."""
         self.logged_step = trainer.global_step
         metrics = {"gates/num_skipped": num_skipped, **gate_metrics(decision, tau=tau)}
         for logger in trainer.loggers:
@@ -47,18 +52,29 @@ class GateMonitor:
 
 
 def gate_metrics(decision: Decision, *, tau: float | None = None) -> dict[str, float]:
-    """The decision as numbers for a logger: per block, per group, and their means; `tau` is None where there is no temperature."""
-    groups = [group for stack in decision.stacks.values() for group in stack.groups]
+    """Metrics of a learned decision: per block, per group, and the means over groups.
+
+    Args:
+        decision: The decision.
+        tau: The temperature; None if there is none.
+    """
+    learned = [group for stack in decision.stacks.values() for group in map(_learned, stack.groups)]
     metrics = {
         **({} if tau is None else {"gates/tau": tau}),
-        "gates/entropy": sum(g.entropy for g in groups) / len(groups),
-        "gates/confidence": sum(g.confidence for g in groups) / len(groups),
+        "gates/entropy": sum(entropy for entropy, _ in learned) / len(learned),
+        "gates/confidence": sum(confidence for _, confidence in learned) / len(learned),
     }
     for path, stack in decision.stacks.items():
         for i, p in enumerate(stack.block_probabilities):
             metrics[f"gates/{path}/probability_{i}"] = p
             metrics[f"gates/{path}/kept_{i}"] = float(i in stack.kept_blocks)
-        for i, group in enumerate(stack.groups):
-            metrics[f"gates/{path}/entropy_{i}"] = group.entropy
-            metrics[f"gates/{path}/confidence_{i}"] = group.confidence
+        for i, (entropy, confidence) in enumerate(map(_learned, stack.groups)):
+            metrics[f"gates/{path}/entropy_{i}"] = entropy
+            metrics[f"gates/{path}/confidence_{i}"] = confidence
     return metrics
+
+
+def _learned(group: GroupDecision) -> tuple[float, float]:
+    """Entropy and confidence of a group with learned logits."""
+    assert group.entropy is not None and group.confidence is not None
+    return group.entropy, group.confidence

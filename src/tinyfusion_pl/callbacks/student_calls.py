@@ -1,11 +1,11 @@
-"""The calls that a training step makes to the student, and what the teacher answers to the same."""
+"""Records the calls that a training step makes to the student, and repeats them on the teacher."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +27,16 @@ from tinyfusion_pl.distill.teacher import reset_compiled
 
 @dataclass(eq=False)
 class StudentCall:
-    """One call: what both models returned, and with representation distillation what their paired blocks did.
+    """One call: what both models and, for representation distillation, their paired blocks return.
 
     Attributes:
-        runs: What went into and came out of the intervals' runs of the teacher; None where no interval is trained.
-        nodes: Where its outputs are in the graph; none where the call was checkpointed whole.
+        teacher_output: Output of the teacher.
+        hidden: Hidden states of the teacher's paired blocks, by stack path and block.
+        checkpointed: Whether the whole call runs under reentrant activation checkpointing.
+        runs: Inputs and outputs of the teacher's runs of blocks; None if no interval is trained.
+        output: Output of the student.
+        outputs: Outputs of the student's paired blocks, by stack path and block.
+        nodes: Graph nodes of the student's output; empty if the call is checkpointed.
     """
 
     teacher_output: Any
@@ -43,23 +48,37 @@ class StudentCall:
     nodes: set[Any] = field(default_factory=set)
 
 
+class TeacherRequest(NamedTuple):
+    """What a call needs of the teacher.
+
+    Attributes:
+        output: Whether its output is needed.
+        hidden: Whether the hidden states of its paired blocks are needed.
+        runs: Whether the inputs and outputs of its runs of blocks are needed.
+    """
+
+    output: bool
+    hidden: bool
+    runs: bool
+
+
 class StudentCalls:
-    """Records the calls to a student while it trains, and asks the teacher the same.
+    """Records the calls to a student while it trains, and repeats them on the teacher.
 
     Args:
-        called: The module that the training step calls: the student, or what `torch.compile` made of it.
+        called: The module that the training step calls: the student, or its compiled wrapper.
         student: The student itself.
         teacher: The teacher.
         pairs: Layer pairs.
         streams: See `HiddenStates`, by stack path.
-        is_training: Whether calls count now.
-        asks: What the teacher is asked for now: whether for its output, for hidden states, and for the intervals' runs.
-        device: Where the student runs, once training has started.
-        intervals: By stack path.
+        is_training: Returns whether calls are recorded now.
+        request: Returns what a call needs of the teacher now.
+        device: Returns the device of the student, once training has started.
+        intervals: Intervals by stack path.
 
     Attributes:
-        calls: Those recorded since the last `take`.
-        num_recorded: How many there were since the start.
+        calls: The calls recorded since the last `take`.
+        num_recorded: Number of calls recorded in total.
     """
 
     def __init__(
@@ -69,23 +88,23 @@ class StudentCalls:
         teacher: Teacher,
         pairs: Pairs,
         *,
-        streams: Any,
+        streams: Mapping[str, Sequence[str]] | None,
         is_training: Callable[[], bool],
-        asks: Callable[[], tuple[bool, bool, bool]],
+        request: Callable[[], TeacherRequest],
         device: Callable[[], torch.device],
         intervals: Intervals | None = None,
     ) -> None:
         self.teacher, self.student, self.called, self.pairs = teacher, student, called, pairs
-        self.is_training, self.asks, self.device = is_training, asks, device
+        self.is_training, self.request, self.device = is_training, request, device
         self.gradients = LeafGradients()
-        self.outputs = StudentOutputs(
-            student, pairs, functools.partial(CheckpointedOutputs, gradients=self.gradients)
-        )
-        self.intervals, bare = intervals or {}, getattr(teacher.model, "_orig_mod", teacher.model)
-        self.hidden, self.runs = (
-            TeacherStates(bare, pairs, streams),
-            TeacherRuns(bare, self.intervals, streams),
-        )
+        collector = functools.partial(CheckpointedOutputs, gradients=self.gradients)
+        # StudentOutputs only calls its collector, as a class or as any other factory.
+        self.outputs = StudentOutputs(student, pairs, collector)  # type: ignore[arg-type]
+        self.intervals: Intervals = intervals or {}
+        bare = getattr(teacher.model, "_orig_mod", teacher.model)
+        names = None if streams is None else {path: list(each) for path, each in streams.items()}
+        self.hidden = TeacherStates(bare, pairs, names)
+        self.runs = TeacherRuns(bare, self.intervals, names)
         self.calls: list[StudentCall] = []
         self._taken: list[StudentCall] = []
         self._open: list[StudentCall | None] = []
@@ -93,7 +112,7 @@ class StudentCalls:
         self._handles: list[Any] = []
 
     def install(self) -> None:
-        """Put the hooks on."""
+        """Register the hooks."""
         for collector in (self.outputs, self.hidden, self.runs):
             collector.__enter__()
             collector.stop()
@@ -108,7 +127,7 @@ class StudentCalls:
         reset_compiled(self.called, self.teacher.model)
 
     def remove(self) -> None:
-        """Take the hooks off, and forget the calls."""
+        """Remove the hooks and delete the calls."""
         for collector in (self.outputs, self.hidden, self.runs):
             collector.__exit__(None, None, None)
         for handle in self._handles:
@@ -117,7 +136,7 @@ class StudentCalls:
         self.clear()
 
     def clear(self) -> None:
-        """Forget the calls of this batch."""
+        """Delete the calls of this batch."""
         self.calls.clear()
         self._taken.clear()
         self._open.clear()
@@ -125,9 +144,8 @@ class StudentCalls:
 
     # -- hooks ----------------------------------------------------------------------------------
     def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if (
-            module is not self.called or in_backward()
-        ):  # a copy of the student; or checkpointing runs it again
+        # Hooks also run on a copy of the student, and when checkpointing recomputes a call.
+        if module is not self.called or in_backward():
             return
         checkpointed = not torch.is_grad_enabled() and needs_grad([args, kwargs])
         if (
@@ -137,34 +155,32 @@ class StudentCalls:
         ):
             self._open.append(None)
             return
-        answer, of_blocks, runs = self._ask(
-            args, kwargs
-        )  # before the student, which may write into what it is given
-        self._open.append(StudentCall(answer, of_blocks, checkpointed, runs))
-        if of_blocks:
+        # The teacher runs first, because the student may modify its inputs in place.
+        call = self._call_teacher(args, kwargs, checkpointed=checkpointed)
+        self._open.append(call)
+        if call.hidden:
             self.outputs.start()
             for collector in self.outputs.collectors.values():
+                assert isinstance(collector, CheckpointedOutputs)
                 collector.whole = checkpointed
 
-    def _ask(
-        self, args: tuple, kwargs: dict[str, Any]
-    ) -> tuple[Any, dict[str, dict[int, Any]], Runs | None]:
-        output, states, with_runs = self.asks()
-        if not (output or states or with_runs):
-            return None, {}, None
+    def _call_teacher(
+        self, args: tuple, kwargs: dict[str, Any], *, checkpointed: bool
+    ) -> StudentCall:
+        request = self.request()
+        if not any(request):
+            return StudentCall(None, {}, checkpointed)
         self.teacher.wake(self.device())
-        if states:
+        if request.hidden:
             self.hidden.start()
-        if with_runs:
+        if request.runs:
             self.runs.start()
-        answer = self.teacher(args, kwargs)
-        of_blocks, runs = (
-            self.hidden.take() if states else {},
-            self.runs.take() if with_runs else None,
-        )
+        output = self.teacher(args, kwargs)
+        hidden = self.hidden.take() if request.hidden else {}
+        runs = self.runs.take() if request.runs else None
         self.hidden.stop()
         self.runs.stop()
-        return answer, of_blocks, runs
+        return StudentCall(output, hidden, checkpointed, runs)
 
     def _after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         if module is not self.called:
@@ -181,7 +197,8 @@ class StudentCalls:
             or needs_grad(output)
             or any(p.requires_grad for p in self.student.parameters())
         )
-        if output is not None and trains:  # neither failed nor frozen (toggle_optimizer does that)
+        # A call that failed has no output; toggle_optimizer may have frozen the student.
+        if output is not None and trains:
             call.output = self.gradients.stand_in("", output) if call.checkpointed else output
             call.nodes = (
                 set()
@@ -194,24 +211,26 @@ class StudentCalls:
 
     # -- calls ----------------------------------------------------------------------------------
     def take(self) -> list[StudentCall]:
-        """The calls since the last time."""
+        """The calls since the last `take`."""
         calls, self.calls = self.calls, []
         return calls
 
     def take_reached(self, loss: Tensor) -> tuple[list[StudentCall], bool]:
-        """The calls whose outputs `loss` depends on, and whether it depends on one that was taken before."""
-        wanted = set().union(*(call.nodes for call in (*self.calls, *self._taken)))
+        """The new calls that `loss` depends on, and whether it depends on one taken before."""
+        wanted = {node for call in (*self.calls, *self._taken) for node in call.nodes}
         reached = nodes_behind(loss, wanted)
-        mine = [call for call in self.calls if call.checkpointed or call.nodes & reached]
+        taken = [call for call in self.calls if call.checkpointed or call.nodes & reached]
         again = any(call.nodes & reached for call in self._taken)
-        self.calls = [call for call in self.calls if call not in mine]
-        self._taken += mine
-        return mine, again
+        self.calls = [call for call in self.calls if call not in taken]
+        self._taken += taken
+        return taken, again
 
 
 def nodes_behind(loss: Tensor, wanted: set[Any]) -> set[Any]:
-    """Which of the nodes `wanted` are in the graph of `loss`."""
-    seen, found, todo = set(), set(), [loss.grad_fn]
+    """The nodes among `wanted` that are in the graph of `loss`."""
+    seen: set[Any] = set()
+    found: set[Any] = set()
+    todo: list[Any] = [loss.grad_fn]
     while todo and len(found) < len(wanted):
         node = todo.pop()
         if node is None or node in seen:

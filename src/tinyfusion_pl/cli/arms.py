@@ -35,11 +35,11 @@ class SweepTable(Callback):
 
     def on_multirun_end(self, config: DictConfig, **kwargs: object) -> None:
         from tinyfusion_pl.artifacts import ArtifactError
-        from tinyfusion_pl.report import NothingMeasured, compare
+        from tinyfusion_pl.report import NothingMeasuredError, compare
 
         try:
             print(compare(config.hydra.sweep.dir), flush=True)
-        except NothingMeasured:
+        except NothingMeasuredError:
             return  # no arm was one that is measured
         except ArtifactError as error:
             print(f"error: no table was made: {error}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""LightningModules: thin shells around a denoiser and an objective."""
+"""LightningModules that train, sample from and extract latents for denoisers."""
 
 from tinyfusion_pl.modules.denoising import Denoising
 from tinyfusion_pl.modules.extraction import Extraction

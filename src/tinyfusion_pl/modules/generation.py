@@ -1,8 +1,9 @@
-"""Sampling from a denoiser in ``trainer.test`` and measuring the images."""
+"""Samples images in ``trainer.test`` and measures them."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Iterable
+from typing import Protocol
 
 import torch
 from lightning.pytorch import LightningModule
@@ -14,30 +15,31 @@ from tinyfusion_pl.objectives import ImageSampler
 
 
 class Measured(Protocol):
-    """What is kept of finished batches, so that an interrupted evaluation resumes from the last of them; `check` discards what cannot be
-    used, in one process.
-    """
+    """Stores measured batches, so that an interrupted evaluation resumes after the last one."""
 
-    def check(self) -> None: ...
+    def check(self) -> None:
+        """Delete stored batches that cannot be used, in one process."""
 
-    def indices(self) -> Tensor: ...
+    def indices(self) -> Tensor:
+        """Numbers of the samples that are already measured."""
 
-    def batches(self, *, rank: int, world_size: int) -> Any: ...
+    def batches(self, *, rank: int, world_size: int) -> Iterable[tuple[Tensor, Tensor, Features]]:
+        """(indices, labels, features) of the stored batches that this process takes over."""
 
-    def write(
-        self, indices: Tensor, labels: Tensor, features: Features, images: Tensor
-    ) -> None: ...
+    def write(self, indices: Tensor, labels: Tensor, features: Features, images: Tensor) -> None:
+        """Store a measured batch."""
 
 
 class Generation(LightningModule):
-    """Samples `num_samples` images over all processes in ``trainer.test`` and hands them to the metrics, each one exactly once.
+    """Samples `num_samples` images in ``trainer.test`` and measures each exactly once.
 
     Args:
-        sampler: Makes the images.
-        labels: (num_samples,) of the samples 0, 1, ...
-        metrics: Its reference is set on every process. Results are in ``results`` when the test ends.
-        batch_size: Images sampled at once on each process.
-        measured: Keeps finished batches; None: nothing is kept.
+        sampler: Generates the images.
+        labels: Labels (num_samples,) of the samples 0, 1, ...
+        metrics: Metrics with a reference on every process. ``results`` has their values once the
+            test ends.
+        batch_size: Number of images that a process samples at once.
+        measured: Stores measured batches; None stores nothing.
     """
 
     def __init__(
@@ -50,24 +52,19 @@ class Generation(LightningModule):
         measured: Measured | None = None,
     ) -> None:
         super().__init__()
-        self.denoiser, self.metrics = (
-            sampler.denoiser,
-            metrics,
-        )  # modules, so that they are moved to the device
-        self.sampler, self.labels, self.batch_size, self.measured = (
-            sampler,
-            labels,
-            batch_size,
-            measured,
-        )
+        # Registered as modules, so that Lightning moves them to the device.
+        self.denoiser, self.metrics = sampler.denoiser, metrics
+        self.sampler, self.labels = sampler, labels
+        self.batch_size, self.measured = batch_size, measured
         self.results: dict[str, float] = {}
 
     def setup(self, stage: str) -> None:
+        """Load the stored batches and divide the remaining samples among the processes."""
         rank, world_size = self.trainer.global_rank, self.trainer.world_size
         self.metrics.reset()
         if self.measured is not None:
             self.measured.check()
-            self.trainer.strategy.barrier("what was measured before is checked")
+            self.trainer.strategy.barrier("stored batches are checked")
         done = (
             torch.empty(0, dtype=torch.long) if self.measured is None else self.measured.indices()
         )
@@ -78,16 +75,18 @@ class Generation(LightningModule):
                 rank=rank, world_size=world_size
             ):
                 self.metrics.update_features(features, labels, indices=indices)
-        # A share each, without padding: no sample is measured twice.
+        # Split without padding: no sample is measured twice.
         self.mine = remaining.nonzero().flatten()[rank::world_size]
-        self.trainer.strategy.barrier("every process has read what was measured before")
+        self.trainer.strategy.barrier("every process has loaded its stored batches")
 
     def test_dataloader(self) -> DataLoader:
+        """Batches of (indices, labels) that this process samples."""
         return DataLoader(
             TensorDataset(self.mine, self.labels[self.mine]), batch_size=self.batch_size
         )
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Sample and measure a batch, and store it."""
         indices, labels = batch
         images = self.sampler(indices, labels, device=self.device)
         features = self.metrics.features(images)
@@ -96,10 +95,14 @@ class Generation(LightningModule):
             self.measured.write(indices, labels, features, images)
 
     def teardown(self, stage: str) -> None:
-        # Not at the end of the test's epoch: a process that had nothing left to do has none, and all must take part.
+        """Compute the metrics.
+
+        All processes take part. ``on_test_epoch_end`` would be too early: it does not run in a
+        process that has no samples left.
+        """
         self.results = self.metrics.compute()
         if self.metrics.num_samples != len(self.labels):
             raise RuntimeError(
-                f"{self.metrics.num_samples} of {len(self.labels)} samples were measured. Delete the folder of kept batches "
-                "and evaluate again."
+                f"Only {self.metrics.num_samples} of {len(self.labels)} samples were measured. "
+                "Delete the folder of stored batches and evaluate again."
             )

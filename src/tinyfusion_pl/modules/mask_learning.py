@@ -1,4 +1,4 @@
-"""Mask learning (TinyFusion, sections 3.2 and 3.3): the denoiser trains while its gates learn which blocks matter."""
+"""Mask learning (TinyFusion, sections 3.2 and 3.3): gates learn which blocks to keep."""
 
 from __future__ import annotations
 
@@ -13,41 +13,44 @@ from tinyfusion_pl.pruning import find_gates
 
 
 class MaskLearning(Denoising):
-    """Trains a denoiser whose blocks carry gates; the gates come from `DepthPruningCallback` in the Trainer.
+    """Trains a denoiser with gates on its blocks, which `DepthPruningCallback` adds.
 
-    The loss is the objective's on the data (published). With the callback's ``search_loss="teacher"``
-    it is the objective's distance of the gated denoiser's output to that of the original weights, its
-    "loss_kd", on the same x_t, t and labels.
+    The loss is the objective's own (published). With the callback's ``search_loss="teacher"`` it is
+    the objective's distillation loss, "loss_kd", between the gated denoiser and the original
+    weights on the same x_t, t and labels.
 
-    See `Denoising` for the arguments. Published: AdamW 1e-4 without weight decay.
+    See `Denoising` for the arguments. Published: AdamW, learning rate 1e-4, no weight decay.
     """
 
     _teacher: Teacher | None = None
 
     def learn_from(self, teacher: nn.Module | None) -> None:
-        """Have the output of `teacher` as the target from now on; None: the data.
+        """Use the output of `teacher` as the target from now on; None uses the data.
 
         Args:
-            teacher: The dense denoiser with its original weights; it is frozen, put into evaluation
-                mode, and in no checkpoint.
+            teacher: The dense denoiser with its original weights. It is frozen, set to evaluation
+                mode and kept out of checkpoints.
         """
         self._teacher = None if teacher is None else Teacher(teacher)
 
     def blocks(self) -> Iterator[nn.Module]:
+        """The blocks of the denoiser and, with a teacher, of the teacher."""
         yield from super().blocks()
         if self._teacher is not None:
             yield from get_blocks(self._teacher.model)
 
     def get_ready(self) -> None:
+        """Check that the denoiser has gates, and move the teacher to the device."""
         if find_gates(self.denoiser) is None:
             raise ValueError(
-                "The denoiser carries no gates, so there is no mask to learn. Add DepthPruningCallback(pattern) to the "
-                "Trainer's callbacks."
+                "The denoiser has no gates, so there is no mask to learn. Add "
+                "DepthPruningCallback(pattern) to the Trainer's callbacks."
             )
         if self._teacher is not None:
             self._teacher.wake(self.device)
 
     def losses(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        """Per-sample losses (N,) against the data or the teacher."""
         if self._teacher is None:
             return super().losses(x, y)
         draw = self.objective.draw(x)

@@ -1,4 +1,4 @@
-"""Recovery: the shallow student learns from data and from the teacher (TinyFusion, section 3.4)."""
+"""Recovery (TinyFusion, section 3.4): trains a shallow student on the data and its teacher."""
 
 from __future__ import annotations
 
@@ -16,18 +16,20 @@ from tinyfusion_pl.distill import (
     check_single_blocks,
     resolve_intervals,
 )
+from tinyfusion_pl.distill.intervals import Intervals
+from tinyfusion_pl.distill.pairs import Pairs
 from tinyfusion_pl.distill.teacher import lowered
 from tinyfusion_pl.modules.denoising import Denoising, get_blocks
 from tinyfusion_pl.pruning import Decision, find_stacks
 from tinyfusion_pl.pruning.sharding import is_sharded, shard
 
-AUTOCAST = {
-    "bf16-mixed": torch.bfloat16,
-    "16-mixed": torch.float16,
-}  # precision of a Trainer -> what it casts to
+AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+"""Precision of a Trainer -> dtype that it casts to."""
+
 UNEQUAL_WIDTHS = (
-    "Representation and interval distillation, and linear maps in place of blocks, go from hidden states to others of equal width, and the "
-    "student's have fewer channels than the teacher's. Give distill=output, and leave out recover.replace."
+    "Representation distillation, interval distillation and linear maps in place of blocks need "
+    "hidden states of equal width, but the student has fewer channels than the teacher. Give "
+    "distill=output, and remove recover.replace."
 )
 
 
@@ -36,16 +38,19 @@ class Recovery(Denoising):
 
     Args:
         student: The shallow denoiser.
-        teacher: The dense denoiser, frozen, in evaluation mode, not in checkpoints; in mixed precision a copy of it in that precision runs.
-            May be None for fine-tuning alone.
-        decision: The decision the student came from, for the layer pairs and intervals; not needed where `distillation` gives pairs or no
-            feature weight, and no interval weight. An empty one, where it is not there yet, only has the rest checked.
-        distillation: Weights and mask; default: the published ones.
-        objective, optimizer, scheduler, label_dropout: See `Denoising` (published: AdamW 2e-4, cosine to 1e-4).
+        teacher: The dense denoiser. It is frozen, set to evaluation mode and kept out of
+            checkpoints. In mixed precision a copy in that precision runs. None for plain
+            fine-tuning.
+        decision: The decision that the student was pruned by. Layer pairs and intervals come from
+            it; not needed without interval weight if `distillation` has pairs or no feature weight.
+            An empty decision checks everything else before the real one is known.
+        distillation: Loss weights and feature mask. Default: the published ones.
+        kwargs: ``objective``, ``optimizer``, ``scheduler`` and ``label_dropout`` of `Denoising`
+            (published: AdamW 2e-4, cosine to 1e-4).
 
     Raises:
-        ValueError: when a teacher, the pairs or the decision are needed and missing, pairs do not fit the stacks, intervals cannot be
-            trained, or the student is narrower than a teacher whose hidden states it is to learn from.
+        ValueError: if a required teacher, pairs or decision are missing, pairs do not fit the
+            stacks, intervals cannot be trained, or hidden states of unequal width are compared.
     """
 
     default_lr = 2e-4
@@ -63,15 +68,17 @@ class Recovery(Denoising):
         self.distillation = distillation or Distillation()
         if self.distillation.needs_teacher and teacher is None:
             raise ValueError(
-                "Distillation needs a teacher. Give one, or set weight_kd and weight_feature to 0 for plain fine-tuning."
+                "Distillation needs a teacher. Give one, or set weight_kd and weight_feature to 0 "
+                "for plain fine-tuning."
             )
         self._teacher = None if teacher is None else Teacher(teacher)
-        self.pairs = self.distillation.pairs
+        self.pairs: Pairs | None = self.distillation.pairs
         if self.pairs is None and decision is not None:
             self.pairs = {path: stack.layer_pairs() for path, stack in decision.stacks.items()}
         if self.pairs is None and self.distillation.weight_feature:
             raise ValueError(
-                "Representation distillation needs layer pairs: give the decision, or pairs in the distillation config."
+                "Representation distillation needs layer pairs. Give the decision, or pairs in the "
+                "distillation config."
             )
         if self.pairs and teacher is not None:
             check_pairs(self.pairs, student, teacher)
@@ -80,21 +87,24 @@ class Recovery(Denoising):
             raise ValueError(UNEQUAL_WIDTHS)
         self.intervals = self._intervals(decision) if self.distillation.weight_interval else None
 
-    def _intervals(self, decision: Decision | None) -> Any:
+    def _intervals(self, decision: Decision | None) -> Intervals:
         if decision is None:
             raise ValueError(
-                "Interval distillation needs the decision that the student came from: give it, or set weight_interval=0."
+                "Interval distillation needs the decision that the student was pruned by. Give it, "
+                "or set weight_interval=0."
             )
+        assert self.teacher is not None  # needs_teacher was checked
         for path in decision.stacks or find_stacks(self.teacher):
             check_single_blocks(self.teacher, path)
         return resolve_intervals(decision, self.denoiser, self.teacher)
 
     @property
     def teacher(self) -> nn.Module | None:
+        """The dense denoiser; None without distillation."""
         return None if self._teacher is None else self._teacher.model
 
     def configure_model(self) -> None:
-        """Share out student and teacher; of the teacher a copy, for it belongs to whoever gave it."""
+        """Shard the student and a copy of the teacher; the given teacher stays as it is."""
         super().configure_model()
         if (
             self._device_mesh is not None
@@ -106,28 +116,31 @@ class Recovery(Denoising):
             )
 
     def check_sharded(self) -> None:
+        """Raise `ValueError` for interval distillation, which runs single blocks."""
         if self.distillation.weight_interval:
             raise ValueError(
-                "Interval distillation runs the student's blocks by themselves, outside a call of the whole student, in which "
-                "FSDP2 gathers their weights. Give distill=output or another one, or trainer=ddp."
+                "Interval distillation runs single blocks of the student, but FSDP2 gathers their "
+                "weights only in a call of the whole student. Give another distill, such as "
+                "distill=output, or trainer=ddp."
             )
 
     def blocks(self) -> Iterator[nn.Module]:
+        """The blocks of the student and, if distillation needs it, of the teacher."""
         yield from super().blocks()
         if self.teacher is not None and self.distillation.needs_teacher:
             yield from get_blocks(self.teacher)
 
     def get_ready(self) -> None:
-        if (
-            self._teacher is not None
-            and (dtype := AUTOCAST.get(self.trainer.precision)) is not None
-            and not is_sharded(self.teacher)
-        ):
+        """Lower the teacher to the autocast dtype, and move it to the device."""
+        if self._teacher is None:
+            return
+        dtype = AUTOCAST.get(self.trainer.precision)
+        if dtype is not None and not is_sharded(self._teacher.model):
             self._teacher = Teacher(lowered(self._teacher.model, dtype))
-        if self._teacher is not None:
-            self._teacher.wake(self.device)
+        self._teacher.wake(self.device)
 
     def losses(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        """Per-sample recovery losses (N,) and their terms, see `Distillation.losses`."""
         step, num_steps = self.global_step, int(self.trainer.estimated_stepping_batches)
         with_intervals, alone = self.distillation.interval_phase(step, num_steps)
         return self.distillation.losses(

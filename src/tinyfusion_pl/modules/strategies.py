@@ -1,4 +1,4 @@
-"""``strategy="fsdp2"``: Lightning's ModelParallelStrategy with all processes in one data-parallel group."""
+"""``strategy="fsdp2"``: ModelParallelStrategy with one data-parallel group of all processes."""
 
 from __future__ import annotations
 
@@ -16,41 +16,47 @@ from torch.optim import Optimizer
 
 
 class FSDP2Strategy(ModelParallelStrategy):
-    """Weights, gradients and optimizer state are shared out over all processes, as a module's ``configure_model`` says.
+    """Shards weights, gradients and optimizer state over all processes.
 
-    Checkpoints are single files of whole tensors, the same as any other strategy's, written and read by the Trainer's ``CheckpointIO``:
-    a run may resume on another number of devices.
+    The module's ``configure_model`` does the sharding. Checkpoints are single files of full tensors
+    like those of other strategies, written and read by the Trainer's ``CheckpointIO``, so a run can
+    resume on a different number of devices.
 
     Args:
-        timeout: See `ModelParallelStrategy`.
+        kwargs: Further arguments of `ModelParallelStrategy`, such as ``timeout``.
     """
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False, **kwargs)
 
     def setup_environment(self) -> None:
-        self._data_parallel_size = (
-            self.num_nodes * self.num_processes
-        )  # else Lightning's is the number of nodes
+        """Put all processes of all nodes into one data-parallel group."""
+        # Lightning's default is the number of nodes.
+        self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        if not optimizer.param_groups:  # Lightning's stand-in where nothing but gate logits trains
+        """Full state of `optimizer`; empty for Lightning's stand-in when only gate logits train."""
+        if not optimizer.param_groups:
             return {}
         return super().optimizer_state(optimizer)
 
     def load_checkpoint(
         self, checkpoint_path: str | Path, weights_only: bool | None = None
     ) -> dict[str, Any]:
+        """Load full tensors into the sharded module and optimizers; returns the checkpoint."""
+        module = self.lightning_module
+        assert self.model is not None and module is not None
         content = self.checkpoint_io.load_checkpoint(
             self.broadcast(checkpoint_path), weights_only=weights_only
         )
-        expected, found = self.lightning_module.state_dict().keys(), content["state_dict"].keys()
-        if (
-            expected != found
-        ):  # torch's own check would miss the gate logits, which are in no state dict
-            raise RuntimeError(f"The checkpoint {checkpoint_path} does not fit the model: {sorted(expected - found)[:3]} are missing, and "
-                               f"{sorted(found - expected)[:3]} are not known.")  # fmt: skip
+        expected, found = module.state_dict().keys(), content["state_dict"].keys()
+        # torch's strict check would report gate logits as missing: no state dict contains them.
+        if expected != found:
+            raise RuntimeError(
+                f"The checkpoint {checkpoint_path} does not fit the model. Missing keys: "
+                f"{sorted(expected - found)[:3]}. Unexpected keys: {sorted(found - expected)[:3]}."
+            )
         set_model_state_dict(
             self.model,
             content["state_dict"],

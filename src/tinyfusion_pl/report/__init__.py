@@ -1,20 +1,26 @@
-"""Images, page and comparison of run folders.
+"""Reports, figures and comparisons of run folders.
 
-Reads only files of the folder, so it works on a finished, an interrupted and a copied run.
+Reads only the files of a folder, so it works for finished, interrupted and copied runs.
 """
 
+import warnings
 from pathlib import Path
+from typing import Any
 
-from .arms import NothingMeasured
-from .compare import compare_runs
-from .grid import write_grid
-from .page import write_figures, write_report
-from .sweep import compare_sweep
-from .sweep_figures import write_activations, write_candidate_losses, write_depth_curve
-from .words import headline
+from tinyfusion_pl.report.arms import NothingMeasuredError
+from tinyfusion_pl.report.compare import compare_runs
+from tinyfusion_pl.report.grid import write_grid
+from tinyfusion_pl.report.page import write_figures, write_report
+from tinyfusion_pl.report.sweep import compare_sweep
+from tinyfusion_pl.report.sweep_figures import (
+    write_activations,
+    write_candidate_losses,
+    write_depth_curve,
+)
+from tinyfusion_pl.report.words import headline
 
 __all__ = [
-    "NothingMeasured",
+    "NothingMeasuredError",
     "compare",
     "compare_runs",
     "compare_sweep",
@@ -29,5 +35,24 @@ __all__ = [
 
 
 def compare(run_dir: str | Path, other_run_dir: str | Path | None = None) -> str:
-    """Two runs side by side; or, of the folder of a sweep alone, the table of its arms."""
+    """Compare two runs, or the arms of a sweep.
+
+    Args:
+        run_dir: A run folder, or the folder of a sweep.
+        other_run_dir: Another run folder; None for a sweep.
+
+    Returns:
+        The comparison as text.
+    """
     return compare_sweep(run_dir) if other_run_dir is None else compare_runs(run_dir, other_run_dir)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "NothingMeasured":
+        warnings.warn(
+            "tinyfusion_pl.report.NothingMeasured is deprecated; use NothingMeasuredError.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return NothingMeasuredError
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The arms of a sweep as rows: what was set, what came out, averaged over seeds."""
+"""The arms of a sweep as rows of settings and results, averaged over seeds."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tinyfusion_pl.artifacts import ArtifactError, read_json
+from tinyfusion_pl.report.outside import printable, printable_content
+from tinyfusion_pl.report.reading import METRICS, RECORD, SELECTION, numbers, read_metrics
+from tinyfusion_pl.report.words import METRICS as MEASURED
+from tinyfusion_pl.report.words import get_student, label, value
 
-from .outside import printable, printable_content
-from .reading import METRICS, RECORD, SELECTION, numbers, read_metrics
-from .words import METRICS as MEASURED
-from .words import get_student, label, value
-
-SETTINGS = "settings.json"  # of an arm that does nothing but state them
-ARMS = "arms"  # folder in that of a sweep, with a file for each arm
+SETTINGS = "settings.json"  # written by an arm that only states its settings
+ARMS = "arms"  # folder inside that of a sweep, with a file for each arm
 
 
-class NothingMeasured(ArtifactError):
-    """A folder whose runs have no results to compare."""
+class NothingMeasuredError(ArtifactError):
+    """The folder has no results to compare."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,13 @@ class Arm:
     """One run of a sweep.
 
     Attributes:
-        settings: What the sweep set, name -> value, without the seed.
-        seed: The seed that was set; None where it was left at its default.
-        metrics: Content of ``metrics.json``; empty where the arm failed or has not ended.
-        kept: Blocks kept, by stack path.
-        choice: What a criterion left of its choice.
-        error: Why it failed; None where it did not.
-        is_stated: It did nothing but state its settings, and has.
+        settings: Settings of the arm by name, without the seed.
+        seed: The seed; None if the sweep did not set it.
+        metrics: Content of ``metrics.json``; empty if the arm failed or is unfinished.
+        kept: Kept blocks by stack path.
+        choice: Content of ``selection.json``; empty without a criterion.
+        error: Why the arm failed; None if it did not.
+        is_stated: Whether the arm has stated its settings and has nothing else to do.
     """
 
     settings: dict[str, str]
@@ -49,32 +49,34 @@ class Arm:
 
     @property
     def is_done(self) -> bool:
+        """Whether the arm has results, or has stated its settings."""
         return bool(self.metrics) or self.is_stated
 
     @property
     def student(self) -> dict[str, float]:
-        """Measurements of the model that the arm ended with."""
+        """Measurements of the arm's final model."""
         role = get_student(self.metrics)
         return numbers(self.metrics.get(role)) if role else {}
 
 
 def read_arms(folder: str | Path) -> list[Arm]:
-    """The arms recorded in the folder of a sweep, in the order of their names.
+    """The arms of the sweep in `folder`, sorted by file name.
 
     Raises:
-        ArtifactError: there are none, or a file is broken.
+        NothingMeasuredError: if there are no arms, or none has ended.
+        ArtifactError: if a file is broken.
     """
     files = sorted((Path(folder) / ARMS).glob("*.json"))
     if not files:
-        raise NothingMeasured(
-            f"{folder} is not the folder of a sweep: it has no {ARMS}/*.json. Give the folder that -m wrote into, "
-            "such as runs/table3."
+        raise NothingMeasuredError(
+            f"{folder} is not the folder of a sweep: it has no {ARMS}/*.json. Give the output "
+            "folder of a multirun (-m), such as runs/table3."
         )
     arms = [_read_arm(file) for file in files]
     if not any(arm.is_done or arm.error for arm in arms):
-        raise NothingMeasured(
-            f"No arm of {folder} has been evaluated. Finish the sweep (rerun the same command to resume it), then "
-            "compare."
+        raise NothingMeasuredError(
+            f"No arm of {folder} has been evaluated. Finish the sweep (rerun the same command to "
+            "resume it), then compare."
         )
     return arms
 
@@ -87,7 +89,8 @@ def _read_arm(file: Path) -> Arm:
         or "run_dir" not in content
     ):
         raise ArtifactError(
-            f"{file} is not the record of an arm. Delete it, and run the sweep again."
+            f"{file} is not the record of an arm: expected an object with 'settings' and "
+            "'run_dir'. Delete it and rerun the sweep."
         )
     settings = {key: str(each) for key, each in content["settings"].items()}
     seed, run_dir = settings.pop("seed", None), file.parent.parent / content["run_dir"]
@@ -112,27 +115,28 @@ def _read_arm(file: Path) -> Arm:
 # -- rows
 @dataclass(frozen=True)
 class Row:
-    """The arms of equal settings: one for each seed."""
+    """Arms with equal settings, one for each seed."""
 
     settings: dict[str, str]
     arms: list[Arm]
 
     @property
     def errors(self) -> list[str]:
+        """The errors of failed arms."""
         return [arm.error for arm in self.arms if arm.error]
 
     def values(self, take: Callable[[Arm], float | None]) -> list[float]:
-        """A measurement of each arm that has it."""
+        """The values of the arms that have one."""
         return [each for arm in self.arms if (each := take(arm)) is not None]
 
     def mean(self, take: Callable[[Arm], float | None]) -> float:
-        """NaN where an arm has none, or a NaN."""
+        """The mean of the values; NaN if there are none."""
         values = self.values(take)
         return statistics.fmean(values) if values else math.nan
 
     @property
     def kept(self) -> str:
-        """The blocks kept; where seeds differ, the most frequent choice and how many made it."""
+        """The kept blocks; if seeds differ, the most frequent choice and how many seeds made it."""
         shown = [_blocks(arm.kept) for arm in self.arms if arm.kept]
         if not shown:
             return ""
@@ -149,9 +153,10 @@ def _blocks(kept: dict[str, list[int]]) -> str:
 
 
 def get_rows(arms: Sequence[Arm]) -> tuple[list[Row], dict[str, str]]:
-    """Rows of the settings that differ, and the settings that all arms share.
+    """Rows by the settings that differ, and the settings that all arms share.
 
-    Rows of one teacher and depth stand together, the best first: by FID, else by the distance to the teacher.
+    Rows with the same teacher and depth are adjacent, the best first: by FID, or else by distance
+    to the teacher.
     """
     names = list(dict.fromkeys(name for arm in arms for name in arm.settings))
     shared = {
@@ -163,10 +168,10 @@ def get_rows(arms: Sequence[Arm]) -> tuple[list[Row], dict[str, str]]:
     for arm in arms:
         own = {name: arm.settings.get(name, "") for name in names if name not in shared}
         rows.setdefault(json.dumps(own), Row(own, [])).arms.append(arm)
-    return sorted(rows.values(), key=_place), shared
+    return sorted(rows.values(), key=_sort_key), shared
 
 
-def _place(row: Row) -> tuple:
+def _sort_key(row: Row) -> tuple:
     done = next((arm for arm in row.arms if arm.metrics), None)
     if done is None:
         return (1, "", 0, math.inf)
@@ -180,7 +185,7 @@ Take = Callable[[Arm], "float | None"]
 
 
 def get_columns(rows: Sequence[Row]) -> list[tuple[str, str, Take]]:
-    """Heading, key (for the format), and how to take the number from an arm; those that at least one arm has."""
+    """(heading, key for the format, function that takes the value) of columns with any value."""
     return [column for column in _columns(rows) if any(row.values(column[2]) for row in rows)]
 
 
@@ -199,7 +204,7 @@ def _columns(rows: Sequence[Row]) -> Iterator[tuple[str, str, Take]]:
     )
     yield "recovery, share of the teacher's training", "share", _share_of_training
     for key in ("calibration_loss", "teacher_distance", "fid"):
-        yield f"{label(key)}, pruned", key, lambda arm, key=key: _pruned(arm).get(key)
+        yield f"{label(key)}, pruned", key, partial(_take_pruned, key)
     measured = dict.fromkeys(key for row in rows for arm in row.arms for key in arm.student)
     for key in [
         *(key for key in MEASURED if key in measured),
@@ -211,12 +216,12 @@ def _columns(rows: Sequence[Row]) -> Iterator[tuple[str, str, Take]]:
             == 1
         )
         if key not in ("depth", "num_params") and not same_width:
-            yield label(key), key, lambda arm, key=key: arm.student.get(key)
+            yield label(key), key, partial(_take_student, key)
     yield "speed-up", "speedup", lambda arm: numbers(arm.metrics.get("speedup")).get("measured")
 
 
 def _share_of_training(arm: Arm) -> float | None:
-    """Images of the recovery over those that the teacher was trained on."""
+    """Number of recovery images relative to those that the teacher was trained on."""
     images = numbers(arm.metrics.get("training_images"))
     return (
         images["recover"] / images["teacher"]
@@ -225,12 +230,19 @@ def _share_of_training(arm: Arm) -> float | None:
     )
 
 
-def _pruned(arm: Arm) -> dict[str, float]:
-    return numbers(arm.metrics.get("pruned")) if get_student(arm.metrics) != "pruned" else {}
+def _take_student(key: str, arm: Arm) -> float | None:
+    return arm.student.get(key)
+
+
+def _take_pruned(key: str, arm: Arm) -> float | None:
+    """The value before recovery; None if there was no recovery."""
+    if get_student(arm.metrics) == "pruned":
+        return None
+    return numbers(arm.metrics.get("pruned")).get(key)
 
 
 def cell(row: Row, key: str, take: Take) -> str:
-    """Mean and, of several seeds that differ, the standard deviation: ``3.52 ± 0.08``."""
+    """The mean and, if seeds differ, the standard deviation: ``3.52 ± 0.08``."""
     values = row.values(take)
     if not values:
         return ""

@@ -1,31 +1,40 @@
-"""Two runs beside each other, as text for a terminal."""
+"""Compares two runs as text for a terminal."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from tinyfusion_pl.artifacts import ArtifactError
+from tinyfusion_pl.report.outside import printable
+from tinyfusion_pl.report.reading import (
+    MEASURED,
+    METRICS,
+    models_in,
+    numbers,
+    read_metrics,
+    read_run,
+)
+from tinyfusion_pl.report.words import difference, duration, label, metric_keys, stage_label, value
 
-from .outside import printable
-from .reading import MEASURED, METRICS, models_in, numbers, read_metrics, read_run
-from .words import difference, duration, label, metric_keys, stage_label, value
-
-WITHOUT_PROTOCOL = ("depth", "width", "num_params")  # what a model is, however it was measured
+WITHOUT_PROTOCOL = ("depth", "width", "num_params")  # properties of the model itself
 
 
 def compare_runs(run_dir_a: str | Path, run_dir_b: str | Path) -> str:
-    """A plain-text table of two runs' metrics, and whether their protocols are equal, entry by entry.
+    """A plain-text table of the metrics of two runs, and whether their protocols are equal.
 
-    Only then is there a difference, B - A, of what was measured: figures of unequal or unknown protocols stand side by side without one.
+    The table shows the difference B - A only for equal protocols. It names the entries in which the
+    protocols differ.
 
     Args:
-        run_dir_a, run_dir_b: Folders with ``metrics.json`` (an evaluation) or ``measure.json`` (``task=measure``).
+        run_dir_a: Folder with ``metrics.json`` (an evaluation) or ``measure.json``
+            (``task=measure``).
+        run_dir_b: The folder to compare with.
 
     Raises:
-        ArtifactError: a folder is no run folder, or has not been evaluated, or the file is broken.
+        ArtifactError: if a folder is not a run folder or was not evaluated, or a file is broken.
     """
     folders = [Path(run_dir_a), Path(run_dir_b)]
     a, b = (_measured(folder) for folder in folders)
@@ -55,13 +64,14 @@ def _measured(folder: Path) -> dict[str, Any]:
     metrics = read_run(folder).metrics
     if metrics is None:
         raise ArtifactError(
-            f"{folder} has no {METRICS}: it was not evaluated. Finish the run (the same command goes on), then compare."
+            f"{folder} has no {METRICS}: it was not evaluated. Rerun the same command to finish "
+            "the run, then compare."
         )
     return metrics
 
 
 def _differing(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[str, str]] | None:
-    """Path of an entry of the protocols -> what it is in either, where that is not the same; None where there are none."""
+    """Protocol entries that differ, by path, with both values; None without protocols."""
     ours, theirs = (dict(_entries(side.get("protocol") or {})) for side in (a, b))
     if not ours and not theirs:
         return None
@@ -70,12 +80,11 @@ def _differing(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[str, str
         for key in {**ours, **theirs}
         if not (key in ours and key in theirs and ours[key] == theirs[key])
     ]
-    return {
-        key: tuple(
-            json.dumps(side[key]) if key in side else "(not given)" for side in (ours, theirs)
-        )
-        for key in differing
-    }
+    return {key: (_shown(ours, key), _shown(theirs, key)) for key in differing}
+
+
+def _shown(entries: dict[str, Any], key: str) -> str:
+    return json.dumps(entries[key]) if key in entries else "(not given)"
 
 
 def _entries(protocol: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -89,13 +98,16 @@ def _entries(protocol: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 def _protocol_lines(differing: dict[str, tuple[str, str]] | None) -> list[str]:
     if differing is None:
         return [
-            "Protocol: unknown, neither run says how it was measured. The figures may not be comparable. No differences are given."
+            "Protocol: unknown, neither run records it. The values may not be comparable, so no "
+            "differences are shown."
         ]
     if not differing:
-        return ["Protocol: equal. The figures are comparable."]
-    rows = [("", "A", "B"), *((f"  {key}", *values) for key, values in differing.items())]
+        return ["Protocol: equal. The values are comparable."]
+    rows: list[tuple[str, ...]] = [("", "A", "B")]
+    rows += [(f"  {key}", *values) for key, values in differing.items()]
     return [
-        f"Protocol: DIFFERS in {', '.join(differing)}. The figures are NOT comparable. No differences are given.",
+        f"Protocol: DIFFERS in {', '.join(differing)}. The values are NOT comparable, so no "
+        "differences are shown.",
         *_grid(rows),
     ]
 
@@ -127,9 +139,17 @@ def _rows(a: dict[str, Any], b: dict[str, Any], *, comparable: bool) -> list[tup
     return rows
 
 
-def _section(a: dict, b: dict, section: str, name: Any, form: Any) -> list[tuple[str, ...]]:
+def _section(
+    a: dict[str, Any],
+    b: dict[str, Any],
+    section: str,
+    name: Callable[[str], str],
+    form: Callable[[float], str],
+) -> list[tuple[str, ...]]:
     ours, theirs = numbers(a.get(section)), numbers(b.get(section))
-    rows = [({"speedup": "speed-up", "seconds": "time"}[section],)] if ours or theirs else []
+    rows: list[tuple[str, ...]] = []
+    if ours or theirs:
+        rows.append(({"speedup": "speed-up", "seconds": "time"}[section],))
     for key in {**ours, **theirs}:
         cells = [form(side[key]) if key in side else "—" for side in (ours, theirs)]
         change = theirs[key] - ours[key] if key in ours and key in theirs else None
@@ -138,8 +158,8 @@ def _section(a: dict, b: dict, section: str, name: Any, form: Any) -> list[tuple
     return rows
 
 
-def _grid(rows: list[tuple[str, ...]]) -> list[str]:
-    """Rows of text as aligned lines: the first column left, the others right."""
+def _grid(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Rows as aligned lines: the first column flush left, the others flush right."""
     widths = [
         max(len(row[column]) for row in rows if column < len(row))
         for column in range(max(map(len, rows)))

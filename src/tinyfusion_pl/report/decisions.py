@@ -1,4 +1,4 @@
-"""What was decided about each stack: ``learn_mask/decisions.jsonl`` as arrays, and the stacks of a record."""
+"""Reads the decisions of each stack from ``learn_mask/decisions.jsonl`` and from a record."""
 
 from __future__ import annotations
 
@@ -10,50 +10,54 @@ from typing import Any
 import numpy as np
 
 from tinyfusion_pl.artifacts import ArtifactError
+from tinyfusion_pl.report.outside import printable
 
-from .outside import printable
-
-MAX_BLOCKS = 10_000  # of a stack
+MAX_BLOCKS = 10_000  # per stack
 
 
 @dataclass(frozen=True)
 class StackHistory:
-    """What the gates of one stack decided, at T recorded steps for B blocks."""
+    """Decisions of the gates of one stack at T recorded steps, for B blocks.
 
-    steps: np.ndarray  # (T,) int, ascending
-    kept: np.ndarray  # (T, B) bool
-    probabilities: np.ndarray  # (T, B), probability that the block stays
-    confidence: (
-        np.ndarray
-    )  # (T, B), probability of the most probable candidate of the block's group
-    groups: tuple[
-        dict[str, Any], ...
-    ]  # at the last step: members (blocks), num_kept, num_blocks, confidence, entropy
+    Attributes:
+        steps: Steps (T,) int, ascending.
+        kept: Whether a block is kept, (T, B) bool.
+        probabilities: Probability that a block is kept, (T, B).
+        confidence: Probability of the most likely candidate of the block's group, (T, B).
+        groups: The groups at the last step: members (blocks), num_kept, num_blocks, confidence,
+            entropy.
+    """
+
+    steps: np.ndarray
+    kept: np.ndarray
+    probabilities: np.ndarray
+    confidence: np.ndarray
+    groups: tuple[dict[str, Any], ...]
 
     @property
     def num_blocks(self) -> int:
+        """Number of blocks of the stack."""
         return self.kept.shape[1]
 
     @property
     def settled_at(self) -> int:
-        """The recorded step since which the decision has not changed."""
+        """The recorded step after which the decision does not change."""
         changed = np.flatnonzero((self.kept[1:] != self.kept[:-1]).any(axis=1))
         return int(self.steps[changed[-1] + 1] if len(changed) else self.steps[0])
 
 
 def read_text(path: Path) -> str:
+    """Content of a text file; a torn line may end inside a character."""
     try:
-        return path.read_text(
-            encoding="utf-8", errors="replace"
-        )  # a torn line may end within a character
+        return path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
-        raise ArtifactError(f"{path} cannot be read: {error}.") from error
+        raise ArtifactError(f"Cannot read {path}: {error}.") from error
 
 
 def read_decisions(path: Path) -> tuple[dict[str, StackHistory], int]:
-    """`decisions.jsonl` by stack path, and how many torn lines were skipped.
+    """`decisions.jsonl` by stack path, and the number of torn lines that were skipped.
 
-    A killed process tears its last line; where the resumed run appended to that, the torn line stands in the middle.
+    A killed process leaves a torn last line; a resumed run may append to it.
     """
     by_step: dict[int, dict] = {}
     num_torn = 0
@@ -81,32 +85,31 @@ def read_decisions(path: Path) -> tuple[dict[str, StackHistory], int]:
             stacks[stack] = _history(steps, [by_step[step][stack] for step in steps])
         except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
             raise ArtifactError(
-                f"{path}: the entries of stack {stack!r} do not fit together ({type(error).__name__}: {error}). "
-                "Each needs kept_blocks, block_probabilities of one length, and groups. Did two runs write here?"
+                f"{path}: the entries of stack {stack!r} do not fit together "
+                f"({type(error).__name__}: {error}). Each needs kept_blocks, groups, and "
+                "block_probabilities of equal length. Did two runs write to this file?"
             ) from error
     return stacks, num_torn
 
 
 def _history(steps: list[int], entries: list[dict]) -> StackHistory:
-    probabilities = np.array(
-        [entry["block_probabilities"] for entry in entries], dtype=float
-    )  # (T, B)
+    probabilities = np.array([e["block_probabilities"] for e in entries], dtype=float)  # (T, B)
     kept = np.zeros(probabilities.shape, dtype=bool)
-    confidence = np.ones(probabilities.shape)  # a block outside all groups is not up for decision
+    confidence = np.ones(probabilities.shape)  # a block outside all groups is always kept
     for row, entry in enumerate(entries):
         kept[row, entry["kept_blocks"]] = True
         for group in entry["groups"]:
             confidence[row, members(group, entry.get("units"))] = group["confidence"]
     last = entries[-1]
     groups = tuple(
-        {**group, **_get_figures(group), "members": members(group, last.get("units"))}
+        {**group, **_as_numbers(group), "members": members(group, last.get("units"))}
         for group in last["groups"]
     )
     return StackHistory(np.array(steps), kept, probabilities, confidence, groups)
 
 
-def _get_figures(group: dict[str, Any]) -> dict[str, Any]:
-    """What the page writes of a group, as numbers, whatever the file gave."""
+def _as_numbers(group: dict[str, Any]) -> dict[str, Any]:
+    """The entries of a group that the page shows, converted to numbers."""
     entropy = group.get("entropy")
     return {
         "num_kept": int(group["num_kept"]),
@@ -117,15 +120,20 @@ def _get_figures(group: dict[str, Any]) -> dict[str, Any]:
 
 
 def members(group: dict[str, Any], units: list[list[int]] | None) -> list[int]:
-    """The blocks of a group, ascending; with `units`, its `start` and `num_blocks` count units of several blocks."""
+    """The blocks of a group, ascending.
+
+    Args:
+        group: Its `start` and `num_blocks`, which count units.
+        units: The blocks of each unit; None if each block is a unit.
+    """
     places = range(group["start"], group["start"] + group["num_blocks"])
     if places.start < 0 or places.stop > MAX_BLOCKS or not places:
-        raise ValueError(f"a group has the blocks {places.start} to {places.stop - 1}")
+        raise ValueError(f"a group has blocks {places.start} to {places.stop - 1}")
     return sorted(block for place in places for block in units[place]) if units else list(places)
 
 
 def wrong_in(stack: dict[str, Any]) -> str:
-    """The first field of a stack that the page could not draw; empty where there is none."""
+    """The first invalid field of a stack in a record; empty if all are valid."""
 
     def are_below(limit: int, found: Any) -> bool:
         return isinstance(found, list) and all(
@@ -143,12 +151,13 @@ def wrong_in(stack: dict[str, Any]) -> str:
         return "units"
     if not isinstance(groups, list):
         return "groups"
-    counts = [
-        [group.get("start"), group.get("num_blocks")] if isinstance(group, dict) else None
-        for group in groups
-    ]
-    return (
-        ""
-        if all(are_below(MAX_BLOCKS, two) and 0 < two[1] <= len(units) - two[0] for two in counts)
-        else "groups"
-    )
+    for group in groups:
+        if not isinstance(group, dict):
+            return "groups"
+        start: Any = group.get("start")
+        size: Any = group.get("num_blocks")
+        if not are_below(MAX_BLOCKS, [start, size]):
+            return "groups"
+        if not 0 < size <= len(units) - start:
+            return "groups"
+    return ""

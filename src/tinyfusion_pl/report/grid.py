@@ -1,4 +1,4 @@
-"""An image of images."""
+"""Writes images as a grid into one file."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from torch import Tensor
 
 from tinyfusion_pl.artifacts import atomic_path
 
-LEAST = 64  # pixels of a side, so that 8x8 digits can be seen
+LEAST = 64  # pixels per side, so that 8x8 digits are visible
 
 
 def write_grid(path: str | os.PathLike, images: Tensor, *, num_columns: int = 10) -> None:
-    """Write uint8 images (N, C, H, W) side by side as a PNG, small ones enlarged without smoothing."""
+    """Write uint8 images (N, C, H, W) as a PNG grid; small ones are enlarged without smoothing."""
     from torchvision.transforms.v2.functional import to_pil_image
     from torchvision.utils import make_grid
 

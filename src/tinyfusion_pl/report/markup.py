@@ -1,46 +1,55 @@
-"""The few pieces of HTML that the page's sections are made of. What is not `Html` is escaped wherever it is put in."""
+"""HTML elements of the report page. Text that is not `Html` is escaped."""
 
 from __future__ import annotations
 
 import base64
 from collections.abc import Iterable, Sequence
 
-from .outside import Html, html
+from tinyfusion_pl.report.outside import Html, html
 
 
 def code(content: object) -> Html:
+    """Inline code."""
     return html("<code>{}</code>", content)
 
 
 def about(explanation: str) -> Html:
+    """An explanation in small, soft type."""
     return html('<span class="about">{}</span>', explanation)
 
 
 def missing(part: str) -> Html:
-    return html('<p class="soft">Not there yet: this run has no {}.</p>', code(part))
+    """A line in place of a part that the run has not produced yet."""
+    return html('<p class="soft">Not available yet: this run has no {}.</p>', code(part))
 
 
 def fold(title: str, body: Html) -> Html:
+    """A collapsed section."""
     return html("<details><summary>{}</summary>{}</details>", title, body)
 
 
 def listing(content: str) -> Html:
+    """A block of code."""
     return html("<pre>{}</pre>", code(content))
 
 
 def image(images: dict[str, bytes], name: str, *, alt: str, caption: str) -> Html:
-    """The figure `name` embedded, with its caption and the file that it is also found in."""
+    """The embedded figure `name` with its caption and the path of its file."""
     data = base64.b64encode(images[name]).decode("ascii")
     return html(
-        '<figure><img src="data:image/png;base64,{}" alt="{}"><figcaption>{} {}</figcaption></figure>',
-        data, alt, caption, code(f"figures/{name}.png"),
-    )  # fmt: skip
+        '<figure><img src="data:image/png;base64,{}" alt="{}">'
+        "<figcaption>{} {}</figcaption></figure>",
+        data,
+        alt,
+        caption,
+        code(f"figures/{name}.png"),
+    )
 
 
 def table(
     header: Sequence[object], rows: Sequence[Sequence[object]], *, numeric: range = range(0)
 ) -> Html:
-    """The first cell of each row is the row's heading; the columns `numeric` are flush right."""
+    """A table whose rows start with their heading; the columns `numeric` are right-aligned."""
 
     def line(tags: list[str], cells: Sequence[object]) -> Html:
         kinds = [' class="number"' if column in numeric else "" for column in range(len(cells))]
@@ -51,10 +60,13 @@ def table(
 
     head = line(["th"] * len(header), header)
     body = lines(html("<tr>{}</tr>", line(["th"] + ["td"] * (len(row) - 1), row)) for row in rows)
-    form = '<div class="scroll"><table>\n<thead><tr>{}</tr></thead>\n<tbody>\n{}\n</tbody>\n</table></div>'
+    form = (
+        '<div class="scroll"><table>\n<thead><tr>{}</tr></thead>\n'
+        "<tbody>\n{}\n</tbody>\n</table></div>"
+    )
     return html(form, head, body)
 
 
-def lines(parts: Iterable[object]) -> Html:
-    """Parts below each other."""
+def lines(parts: Iterable[str]) -> Html:
+    """Parts on separate lines; text that is not `Html` is escaped."""
     return Html("\n").join(parts)

@@ -1,7 +1,7 @@
-"""Texts from outside, which files of a run hold: made harmless for the page and for the terminal alike.
+"""Makes text from the files of a run harmless for the page and for the terminal.
 
-`printable` is what every text goes through when it is read. `Html` is what may stand on the page as it is; every other text
-that gets there is escaped, so that what is forgotten is shown instead of run.
+Every text passes through `printable` when it is read. Only `Html` appears on the page as it is; all
+other text is escaped.
 """
 
 from __future__ import annotations
@@ -15,5 +15,5 @@ __all__ = ["Html", "escape", "html", "printable", "printable_content", "printabl
 
 
 def html(form: str, *parts: object, **named: object) -> Html:
-    """`form` with `parts` in its ``{}``: all that is not `Html` already is escaped."""
+    """Format `form` with `parts`, escaping all that are not `Html`."""
     return Html(form).format(*parts, **named)

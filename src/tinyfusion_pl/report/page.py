@@ -1,4 +1,7 @@
-"""`report.html`: what a run did, on one page that a browser opens offline. What comes from a run is escaped, see `outside`."""
+"""`report.html`: the results of a run on one page that opens offline.
+
+Text from the run is escaped, see `outside`.
+"""
 
 from __future__ import annotations
 
@@ -9,61 +12,72 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from tinyfusion_pl.artifacts import write_text
-
-from . import figures, sections
-from .markup import lines
-from .outside import Html, html
-from .reading import Run, models_in, numbers, read_run
-from .style import CSS
-from .words import feature_note, headline
+from tinyfusion_pl.report import drawing, sections
+from tinyfusion_pl.report.figure_curves import plot_curves
+from tinyfusion_pl.report.figure_decisions import (
+    plot_block_probabilities,
+    plot_decisions,
+    plot_scores,
+)
+from tinyfusion_pl.report.figure_overview import plot_overview
+from tinyfusion_pl.report.figure_samples import plot_samples
+from tinyfusion_pl.report.markup import lines
+from tinyfusion_pl.report.outside import Html, html
+from tinyfusion_pl.report.reading import Run, models_in, numbers, read_run
+from tinyfusion_pl.report.style import CSS
+from tinyfusion_pl.report.words import feature_note, headline
 
 SECTIONS = {
     "samples": (
         "Samples",
-        "Images that the models draw when asked for each label.",
+        "Images that each model generates for each label.",
         sections.samples,
     ),
     "results": (
         "Results",
-        "What was gained and lost: the teacher, the shallow model just after pruning (pruned), and after recovery.",
+        "Speed and quality of the teacher, of the pruned model before recovery, and of the "
+        "recovered model.",
         sections.results,
     ),
-    "cost": ("Cost", "Time and memory that this run took on this machine.", sections.cost),
+    "cost": ("Cost", "Time and memory that this run took on its machine.", sections.cost),
     "blocks": (
-        "Which blocks stay",
-        "Learned masks give every block a probability of staying, a criterion a value; the best choice is kept for good.",
+        "Kept blocks",
+        "Mask learning gives each block a probability of being kept; a criterion gives it a score. "
+        "The best choice is final.",
         sections.blocks,
     ),
     "curves": (
         "Training curves",
-        "What each stage logged while it trained: losses fall, gates become sure.",
+        "What each training stage logged: losses decrease, gates become confident.",
         sections.curves,
     ),
     "protocol": (
         "Protocol",
-        "How it was measured: figures of two runs can be compared only where all of this is equal.",
+        "How the models were measured. Results of two runs are comparable only if all entries are "
+        "equal.",
         sections.protocol,
     ),
     "record": (
         "Record",
-        "What is stored beside the shallow model: where its weights come from and which blocks they are.",
+        "Stored with the shallow model: the origin of its weights, and which blocks it keeps.",
         sections.record,
     ),
-    "config": ("Configuration", "Every setting of the run, as it was resolved.", sections.config),
+    "config": ("Configuration", "All settings of the run, fully resolved.", sections.config),
 }
-"""Anchor -> heading, what it is for readers who know nothing of the project, and the function that fills it."""
+"""Anchor -> heading, introduction for readers new to the project, function that renders it."""
 
 
 def write_report(run_dir: str | Path) -> Path:
-    """Draw `figures/*.png` and write `report.html` into a run folder, from its files alone.
+    """Draw `figures/*.png` and write `report.html` into a run folder, from the files in it.
 
-    Parts that the run has not reached yet are left out with a line that says so.
+    A line replaces each part that the run has not produced yet.
 
     Returns:
-        the path of `report.html`.
+        The path of `report.html`.
 
     Raises:
-        ArtifactError: no run folder, a broken file in it, or a disk that cannot be written.
+        ArtifactError: if `run_dir` is not a run folder, a file in it is broken, or the report
+            cannot be written.
     """
     run = read_run(run_dir)
     images = {name: file.read_bytes() for name, file in _draw(run).items()}
@@ -73,21 +87,24 @@ def write_report(run_dir: str | Path) -> Path:
 
 
 def write_figures(run_dir: str | Path, *, only: Collection[str]) -> dict[str, Path]:
-    """Draw those of the report's figures whose names are in `only`; returns name -> ``figures/<name>.png``.
+    """Draw the figures of the report whose names are in `only`.
+
+    Returns:
+        The path ``figures/<name>.png`` of each figure, by name.
 
     Raises:
-        ArtifactError: as `write_report`.
+        ArtifactError: see `write_report`.
     """
     return _draw(read_run(run_dir), only=only)
 
 
 def _draw(run: Run, *, only: Collection[str] | None = None) -> dict[str, Path]:
     files = {}
-    with matplotlib.rc_context({"text.parse_math": False}):  # a "$" in a name is no formula
+    with matplotlib.rc_context({"text.parse_math": False}):  # a "$" in a name is no math
         for name, figure in _figures(run):
             if only is None or name in only:
                 files[name] = run.folder / "figures" / f"{name}.png"
-                figures.save_figure(figure, files[name])
+                drawing.save_figure(figure, files[name])
     return files
 
 
@@ -97,19 +114,17 @@ def _figures(run: Run) -> Iterator[tuple[str, Figure]]:
         depths = {model: numbers(metrics.get(model)).get("depth") for model in models_in(metrics)}
         yield (
             "samples",
-            figures.plot_samples(
-                run.samples, depths={m: depth for m, depth in depths.items() if depth}
-            ),
+            plot_samples(run.samples, depths={m: depth for m, depth in depths.items() if depth}),
         )
-    if overview := figures.plot_overview(metrics):
+    if overview := plot_overview(metrics):
         yield "overview", overview
     if run.stacks:
-        yield "decisions", figures.plot_decisions(run.stacks)
-        yield "block_probabilities", figures.plot_block_probabilities(run.stacks)
-    if run.selection and (figure := figures.plot_scores((run.record or {}).get("stacks", {}))):
+        yield "decisions", plot_decisions(run.stacks)
+        yield "block_probabilities", plot_block_probabilities(run.stacks)
+    if run.selection and (figure := plot_scores((run.record or {}).get("stacks", {}))):
         yield "scores", figure
     for stage, curves in run.curves.items():
-        if figure := figures.plot_curves(curves):
+        if figure := plot_curves(curves):
             yield f"curves_{stage}", figure
 
 
@@ -129,11 +144,15 @@ def render(run: Run, images: dict[str, bytes]) -> str:
     )
     body = lines(
         html(
-            '<section id="{0}">\n<h2><a href="#{0}">{1}</a></h2>\n<p class="soft">{2}</p>\n{3}\n</section>',
-            anchor, heading, purpose, fill(run, images),
+            '<section id="{0}">\n<h2><a href="#{0}">{1}</a></h2>\n'
+            '<p class="soft">{2}</p>\n{3}\n</section>',
+            anchor,
+            heading,
+            introduction,
+            render_section(run, images),
         )
-        for anchor, (heading, purpose, fill) in SECTIONS.items()
-    )  # fmt: skip
+        for anchor, (heading, introduction, render_section) in SECTIONS.items()
+    )
     return html(
         PAGE,
         name=run.name,
@@ -156,8 +175,8 @@ PAGE = """<!DOCTYPE html>
 </head>
 <body>
 <header>
-<p class="soft">Run <strong>{name}</strong> · a trained diffusion transformer made smaller: what it can spare is found
-and taken out, and the rest is trained to make up for it
+<p class="soft">Run <strong>{name}</strong> · a pretrained diffusion transformer, pruned:
+the blocks that matter least are removed, and the remaining model is trained to recover
 (TinyFusion, arXiv 2412.01199).</p>
 <h1>{heading}</h1>
 {note}
@@ -172,7 +191,7 @@ and taken out, and the rest is trained to make up for it
 
 
 def _unbroken(title: str) -> Html:
-    """With line breaks only between its facts."""
+    """The title with line breaks only between its facts."""
     subject, colon, facts = title.partition(": ")
     spans = [
         html('<span class="fact">{}</span>', fact)

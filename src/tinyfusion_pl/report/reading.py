@@ -1,7 +1,7 @@
-"""A run folder as arrays and dictionaries: everything that the page, the figures and the comparison draw from.
+"""Reads a run folder into arrays and dictionaries for the page, the figures and the comparison.
 
-A run may have been killed and resumed at any point. So a step may be written twice (the later line wins), a line may be
-torn (it is skipped and counted), and whole parts may not exist yet (they read as empty).
+A run may have been killed and resumed at any point. If a step was written twice, the later line
+wins; torn lines are skipped and counted; parts that do not exist yet read as empty.
 """
 
 from __future__ import annotations
@@ -16,18 +16,17 @@ from typing import Any
 import numpy as np
 
 from tinyfusion_pl.artifacts import ArtifactError, load_tensors, read_json
-
-from .decisions import StackHistory, read_decisions, read_text, wrong_in
-from .outside import printable, printable_content, printable_lines
+from tinyfusion_pl.report.decisions import StackHistory, read_decisions, read_text, wrong_in
+from tinyfusion_pl.report.outside import printable, printable_content, printable_lines
 
 MODELS = ("teacher", "pruned", "recovered")
 STAGES = ("learn_mask", "recover", "evaluate")
 
 OTHER_SECTIONS = ("seconds", "speedup", "block_runs", "training_images", "shared", "protocol")
 METRICS, CONFIG, SAMPLES = "metrics.json", "config.yaml", "samples.safetensors"
-MEASURED = "measure.json"  # what task=measure leaves in place of METRICS, of the same form
+MEASURED = "measure.json"  # written by task=measure, in the format of METRICS
 DECISIONS, RECORD, LOGS = "learn_mask/decisions.jsonl", "shallow/record.json", "logs"
-SELECTION = "learn_mask/selection.json"  # what a criterion leaves in place of mask learning
+SELECTION = "learn_mask/selection.json"  # written by a criterion instead of mask learning
 
 
 Curves = dict[str, tuple[np.ndarray, np.ndarray]]
@@ -36,7 +35,7 @@ Curves = dict[str, tuple[np.ndarray, np.ndarray]]
 
 @dataclass(frozen=True)
 class Run:
-    """The readable content of a run folder; a part that is not there is None or empty."""
+    """The content of a run folder. A missing part is None or empty."""
 
     folder: Path
     metrics: dict[str, Any] | None
@@ -50,14 +49,15 @@ class Run:
 
     @property
     def name(self) -> str:
+        """The name in the metrics, or else that of the folder."""
         return printable((self.metrics or {}).get("name") or self.folder.resolve().name)
 
 
 def read_run(folder: str | Path) -> Run:
-    """Read what a run folder holds so far.
+    """Read the current content of a run folder.
 
     Raises:
-        ArtifactError: the folder is missing or holds nothing of a run, or a file in it is broken (the text names it).
+        ArtifactError: if `folder` is missing or not a run folder, or a file in it is broken.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -67,7 +67,8 @@ def read_run(folder: str | Path) -> Run:
     parts = (METRICS, CONFIG, SAMPLES, DECISIONS, RECORD, LOGS)
     if not any((folder / part).exists() for part in parts):
         raise ArtifactError(
-            f"{folder} is not a run folder: it holds none of {', '.join(parts)}. Give a run's."
+            f"{folder} is not a run folder: it has none of {', '.join(parts)}. Give the folder of "
+            "a run, such as runs/<experiment>/<hash>."
         )
 
     def optional(part: str, read: Any) -> Any:
@@ -91,25 +92,26 @@ def _read_object(path: Path) -> dict[str, Any]:
     content = read_json(path)
     if not isinstance(content, dict):
         raise ArtifactError(
-            f"{path} holds a {type(content).__name__}, expected an object. Delete it and run again."
+            f"{path} has a {type(content).__name__}, expected an object. Delete the file and rerun "
+            "the same command."
         )
     return printable_content(content)
 
 
 def read_metrics(path: Path) -> dict[str, Any]:
-    """`metrics.json`, checked as far as the report relies on it: each known section, where present, is an object."""
+    """Read `metrics.json` and check that its known sections are objects."""
     metrics = _read_object(path)
     for section in (*MODELS, *OTHER_SECTIONS):
         if not isinstance(metrics.get(section, {}), dict):
             raise ArtifactError(
-                f"{path}: {section!r} is {metrics[section]!r}, expected an object of names and values. "
-                "Delete the file and evaluate the run again."
+                f"{path}: {section!r} is {metrics[section]!r}, expected an object of names and "
+                "values. Delete the file and rerun the evaluation."
             )
     return metrics
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """`record.json` of a shallow model; its stacks, where present, each have `num_blocks` and `kept_blocks`."""
+    """Read `record.json` of a shallow model and check its stacks."""
     record = _read_object(path)
     stacks = record.get("stacks", {})
     if not isinstance(stacks, dict) or not all(
@@ -117,19 +119,21 @@ def read_record(path: Path) -> dict[str, Any]:
         for stack in stacks.values()
     ):
         raise ArtifactError(
-            f"{path}: 'stacks' is {str(stacks)[:80]}, expected num_blocks and kept_blocks by stack."
+            f"{path}: 'stacks' is {str(stacks)[:80]}, expected num_blocks and kept_blocks for each "
+            "stack."
         )
     for name, stack in stacks.items():
         if wrong := wrong_in(stack):
             raise ArtifactError(
-                f"{path}: '{wrong}' of stack {name} is {str(stack[wrong])[:80]}, which does not go with a decision over "
-                f"{str(stack['num_blocks'])[:80]} blocks. It was edited, or is damaged: copy the folder again."
+                f"{path}: '{wrong}' of stack {name} is {str(stack[wrong])[:80]}, which is invalid "
+                f"for {str(stack['num_blocks'])[:80]} blocks. The file was edited or is damaged: "
+                "copy the folder again."
             )
     return record
 
 
 def numbers(section: dict[str, Any] | None) -> dict[str, float]:
-    """The numeric entries of a section, in its order: the ones that can stand in a table."""
+    """The numeric entries of a section, in its order."""
     return {
         k: v
         for k, v in (section or {}).items()
@@ -138,7 +142,7 @@ def numbers(section: dict[str, Any] | None) -> dict[str, float]:
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:
-    """Sort key by which version_2 comes before version_10."""
+    """Sort key that orders version_2 before version_10."""
     return [
         (int(part), "") if part.isdigit() else (-1, part)
         for part in re.split(r"(\d+)", path.as_posix())
@@ -146,7 +150,10 @@ def _natural(path: Path) -> list[tuple[int, str]]:
 
 
 def read_curves(folder: Path) -> dict[str, Curves]:
-    """The scalars of each stage, `<stage>/**/metrics.csv`, known stages first; of several files the later wins."""
+    """The curves of each stage from `<stage>/**/metrics.csv`, known stages first.
+
+    If several files have a step, the later file wins.
+    """
     cells: dict[str, dict[str, dict[int, float]]] = {}
     for path in sorted(folder.glob("*/**/metrics.csv"), key=_natural):
         columns = cells.setdefault(printable(path.relative_to(folder).parts[0]), {})
@@ -167,7 +174,7 @@ def _sorted(column: dict[int, float]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _read_csv(path: Path) -> dict[str, dict[int, float]]:
-    """Column name -> {step: value}, without empty and non-numeric cells and without a torn last line (no line end)."""
+    """Column name -> {step: value}; skips non-numeric cells and a torn last line."""
     lines = read_text(path).splitlines(keepends=True)
     if lines and not lines[-1].endswith("\n"):
         lines.pop()
@@ -175,7 +182,7 @@ def _read_csv(path: Path) -> dict[str, dict[int, float]]:
     names = list(rows.fieldnames or ())
     if lines and "step" not in names:
         raise ArtifactError(
-            f"{path} has the columns {names}, expected a 'step' column as CSVLogger writes it."
+            f"{path} has columns {names}, expected a 'step' column as written by CSVLogger."
         )
     columns: dict[str, dict[int, float]] = {name: {} for name in names if name and name != "step"}
     for row in rows:
@@ -190,13 +197,13 @@ def _read_csv(path: Path) -> dict[str, dict[int, float]]:
 
 def _number(cell: str | None) -> float | None:
     try:
-        return float(cell)
-    except (TypeError, ValueError):
+        return None if cell is None else float(cell)
+    except ValueError:
         return None
 
 
 def models_in(section: dict[str, Any] | None) -> list[str]:
-    """The models in `metrics.json` or among the samples: a run's own in their order, then others that were evaluated."""
+    """The models in `metrics.json` or in the samples: teacher, pruned, recovered, then others."""
     section = section or {}
     others = [
         name
@@ -208,7 +215,7 @@ def models_in(section: dict[str, Any] | None) -> list[str]:
 
 
 def read_samples(path: Path) -> dict[str, np.ndarray]:
-    """`samples.safetensors`, one noise and label a row.
+    """Read `samples.safetensors`, where row i of all models has the same noise and label.
 
     Returns:
         `labels` (N,) and, for some of the models, uint8 images (N, C, H, W) with C = 1 or 3.
@@ -219,7 +226,7 @@ def read_samples(path: Path) -> dict[str, np.ndarray]:
     if labels is None or labels.ndim != 1 or len(samples) < 2 or not len(labels):
         wanted = f"'labels' (N,) and images of at least one of {', '.join(MODELS)}"
         raise ArtifactError(
-            f"{path} holds { {k: v.shape for k, v in tensors.items()} }, expected {wanted}."
+            f"{path} has { {k: v.shape for k, v in tensors.items()} }, expected {wanted}."
         )
     for name in samples.keys() - {"labels"}:
         found = samples[name]

@@ -1,4 +1,4 @@
-"""The table of a sweep: Markdown, CSV and a page, each with the protocol once."""
+"""The table of a sweep as Markdown, CSV and HTML, with the common protocol above it."""
 
 from __future__ import annotations
 
@@ -7,30 +7,33 @@ import io
 import json
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tinyfusion_pl.artifacts import write_text
-
-from .arms import Arm, Row, Take, cell, get_columns, get_rows, read_arms
-from .markup import code, table
-from .outside import Html, html
-from .reading import numbers
-from .style import CSS
-from .sweep_figures import write_speedup
+from tinyfusion_pl.report.arms import Arm, Row, Take, cell, get_columns, get_rows, read_arms
+from tinyfusion_pl.report.markup import code, table
+from tinyfusion_pl.report.outside import Html, html
+from tinyfusion_pl.report.reading import numbers
+from tinyfusion_pl.report.style import CSS
+from tinyfusion_pl.report.sweep_figures import write_speedup
 
 FILES = ("table.md", "table.csv", "table.html")
-SPEEDUP = "speedup.png"  # where speed was measured
+SPEEDUP = "speedup.png"  # only if speed was measured
 
 
 def compare_sweep(folder: str | Path) -> str:
-    """Write the table of a sweep's arms into its folder, and return it as Markdown.
+    """Write the table of a sweep into its folder, and return it as Markdown.
 
-    Arms of equal settings but for the seed are one row: mean, and standard deviation where there are several. Rows of one teacher and
-    depth stand together, the best first. The CSV has a line for each arm.
+    Arms that differ only in the seed share a row with mean and standard deviation. Rows with the
+    same teacher and depth are adjacent, the best first. The CSV has a line for each arm.
+
+    Args:
+        folder: Folder of the sweep.
 
     Raises:
-        ArtifactError: the folder is not that of a sweep, or a file in it is broken.
+        ArtifactError: if `folder` is not that of a sweep, or a file in it is broken.
     """
     folder = Path(folder)
     arms = read_arms(folder)
@@ -45,28 +48,30 @@ def compare_sweep(folder: str | Path) -> str:
     if points := _speedups(rows):
         write_speedup(folder / SPEEDUP, points)
         files.append(SPEEDUP)
-    return f"{markdown}\nIn {folder}: {', '.join(files)}\n"
+    return f"{markdown}\nWrote {', '.join(files)} to {folder}\n"
 
 
 def _speedups(rows: Sequence[Row]) -> list[tuple[str, float, float]]:
-    """Name, compression in depth and measured speed-up of each row that was timed."""
+    """(name, depth compression, measured speed-up) of each row with timings."""
     points = []
     for row in rows:
-        compression, speed = (
-            row.mean(lambda arm, key=key: numbers(arm.metrics.get("speedup")).get(key))
-            for key in ("ideal", "measured")
-        )
+        compression = row.mean(partial(_take_speedup, "ideal"))
+        speed = row.mean(partial(_take_speedup, "measured"))
         if math.isfinite(compression) and math.isfinite(speed):
             points.append((" ".join(row.settings.values()), compression, speed))
     return points
 
 
+def _take_speedup(key: str, arm: Arm) -> float | None:
+    return numbers(arm.metrics.get("speedup")).get(key)
+
+
 def _about(arms: Sequence[Arm], shared: dict[str, str]) -> dict[str, str]:
-    """What all rows share: settings, seeds, and the protocol, where it is one."""
+    """What all rows share: settings, seeds and protocol entries."""
     seeds = sorted({arm.seed for arm in arms if arm.seed is not None})
     about = {
         "settings": ", ".join(f"{name}={each}" for name, each in shared.items()) or "none",
-        "seeds": ", ".join(seeds) or "one, the default",
+        "seeds": ", ".join(seeds) or "the default",
     }
     protocols = [
         {k: v for k, v in (arm.metrics.get("protocol") or {}).items() if k != "seed"}
@@ -92,7 +97,7 @@ def _lines(
         seeds = str(done) if done == len(row.arms) else f"{done} of {len(row.arms)}"
         failed = "; ".join(f"failed: {error}" for error in dict.fromkeys(row.errors))
         kept = ". ".join(filter(None, [row.kept, failed])) or ("" if done else "not finished")
-        # Of a row with a failed arm nothing is averaged: those that did not fail are not a fair sample.
+        # No averages with failed arms: the others would not be a fair sample.
         measured = ["nan" if row.errors else cell(row, key, take) for _, key, take in columns]
         lines.append([*row.settings.values(), seeds, kept, *measured])
     return header, lines
@@ -142,7 +147,10 @@ def _page(
         for key, text in about.items()
     )
     body = table(header, lines, numeric=range(first, len(header)))
-    note = "Mean and standard deviation over seeds; rows of one teacher and depth stand together, the best first."
+    note = (
+        "Mean and standard deviation over seeds. Rows with the same teacher and depth are "
+        "adjacent, the best first."
+    )
     return html(_PAGE, name=name, css=Html(CSS), notes=notes, table=body, note=note)
 
 

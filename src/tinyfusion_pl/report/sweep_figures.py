@@ -1,4 +1,8 @@
-"""Figures beside those of a run: losses of candidates, speed, activations (TinyFusion, figures 5, 4 and 8), quality over depth (PPCL)."""
+"""Figures of sweeps and analyses.
+
+Losses of candidates, speed-up and activations follow TinyFusion (figures 5, 4 and 8), quality over
+depth follows PPCL.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from .figures import (
+from tinyfusion_pl.report.drawing import (
     COLORS,
     FAINT,
     INK,
@@ -31,7 +35,7 @@ LINES = ("dotted", "dashed", "dashdot")
 def write_candidate_losses(
     path: Path, losses: np.ndarray, marks: Mapping[str, float], *, measure: str
 ) -> Path:
-    """Draw `plot_candidate_losses` into a PNG file; returns its path."""
+    """Save `plot_candidate_losses` as PNG; returns `path`."""
     with matplotlib.rc_context({"text.parse_math": False}):
         save_figure(plot_candidate_losses(losses, marks, measure=measure), path)
     return path
@@ -40,14 +44,22 @@ def write_candidate_losses(
 def plot_candidate_losses(
     losses: np.ndarray, marks: Mapping[str, float], *, measure: str = "loss"
 ) -> Figure:
-    """The histogram of the losses of all candidates (S,), with a line for the choice of each criterion (name -> its loss)."""
+    """A histogram of the losses of all structures, with a line for the choice of each criterion.
+
+    Args:
+        losses: Losses (S,) of all structures.
+        marks: Name of a criterion -> loss of its choice.
+        measure: ``"loss"`` or ``"distance"``, for the label of the axis.
+    """
     order = sorted(marks, key=lambda name: marks[name])
     figure = new_figure(WIDTH, 3.2 + 0.24 * len(order))
     axes = figure.add_subplot()
     finite = losses[np.isfinite(losses)]
     positive = finite.min() > 0 and finite.max() / finite.min() > 20
-    bins = np.geomspace(finite.min(), finite.max(), NUM_BINS + 1) if positive else NUM_BINS
-    counts, _, _ = axes.hist(finite, bins=bins, color=FAINT, alpha=0.45)
+    bins: int | Sequence[float] = NUM_BINS
+    if positive:
+        bins = np.geomspace(finite.min(), finite.max(), NUM_BINS + 1).tolist()
+    counts = np.asarray(axes.hist(finite, bins=bins, color=FAINT, alpha=0.45)[0])
     if positive:
         axes.set_xscale("log")
         plain_ticks(axes.xaxis)
@@ -60,7 +72,7 @@ def plot_candidate_losses(
         axes.text(
             marks[name],
             height,
-            f" {name} ({100 * below:.2g}% lose less)",
+            f" {name} ({100 * below:.2g}% are lower)",
             va="center",
             fontsize=9,
             color=INK,
@@ -78,14 +90,18 @@ def plot_candidate_losses(
 
 
 def write_speedup(path: Path, points: Sequence[tuple[str, float, float]]) -> Path:
-    """Draw `plot_speedup` into a PNG file; returns its path."""
+    """Save `plot_speedup` as PNG; returns `path`."""
     with matplotlib.rc_context({"text.parse_math": False}):
         save_figure(plot_speedup(points), path)
     return path
 
 
 def plot_speedup(points: Sequence[tuple[str, float, float]]) -> Figure:
-    """Measured speed-up over the compression in depth, with the ideal line: one point (name, compression, speed-up) a model."""
+    """Measured speed-up over depth compression, with the ideal line.
+
+    Args:
+        points: (name, compression, speed-up) of each model.
+    """
     figure = new_figure(6.0, 4.6)
     axes = figure.add_subplot()
     most = max(max(compression, speed) for _, compression, speed in points) * 1.08
@@ -95,7 +111,7 @@ def plot_speedup(points: Sequence[tuple[str, float, float]]) -> Figure:
         color=FAINT,
         linestyle="dashed",
         linewidth=1.2,
-        label="ideal: as much faster as there are fewer blocks",
+        label="ideal: proportional to the number of blocks",
     )
     for name, compression, speed in points:
         axes.plot(compression, speed, "o", color=KEPT)
@@ -107,20 +123,20 @@ def plot_speedup(points: Sequence[tuple[str, float, float]]) -> Figure:
     )
     axes.set(xlim=(0.95, most), ylim=(0.95, most))
     axes.legend(frameon=False, fontsize=9, loc="upper left")
-    title(axes, "Speed-up against compression")
+    title(axes, "Speed-up over depth compression")
     dress(axes)
     return figure
 
 
 def write_depth_curve(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """Draw `plot_depth_curve` into a PNG file; returns its path."""
+    """Save `plot_depth_curve` as PNG; returns `path`."""
     with matplotlib.rc_context({"text.parse_math": False}):
         save_figure(plot_depth_curve(rows), path)
     return path
 
 
 def plot_depth_curve(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Distance to the teacher, and FID where it was measured, over the depth of the models in `rows`."""
+    """Distance to the teacher and, if measured, FID over the depth of the models in `rows`."""
     panels = [
         (key, name)
         for key, name in (("teacher_distance", "distance to the teacher"), ("fid", "FID"))
@@ -135,7 +151,7 @@ def plot_depth_curve(rows: Sequence[Mapping[str, Any]]) -> Figure:
         axes.set(xlabel="blocks", ylabel=name, ylim=(0, 1.08 * max(value for _, value in points)))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         dress(axes)
-    title(figure.axes[0], "Runs of the teacher put back, without training")
+    title(figure.axes[0], "Restored runs of the teacher, without training")
     return figure
 
 
@@ -146,7 +162,7 @@ def write_activations(
     *,
     num_sigma: Sequence[float],
 ) -> Path:
-    """Draw `plot_activations` into a PNG file; returns its path."""
+    """Save `plot_activations` as PNG; returns `path`."""
     with matplotlib.rc_context({"text.parse_math": False}):
         save_figure(plot_activations(histograms, statistics, num_sigma=num_sigma), path)
     return path
@@ -158,12 +174,13 @@ def plot_activations(
     *,
     num_sigma: Sequence[float],
 ) -> Figure:
-    """A row for each layer pair: the values of the teacher's and of the student's hidden states, counts on a log scale.
+    """Histograms of the hidden states of teacher and student, a row for each layer pair.
 
     Args:
         histograms: Pair -> side -> (counts, edges).
-        statistics: Pair -> side -> its "mean" and "sigma", for the lines at k sigma.
-        num_sigma: The k.
+        statistics: Pair -> side -> "mean" and "sigma", for the lines at k sigma, and
+            "largest_in_sigma".
+        num_sigma: The values of k.
     """
     figure = new_figure(WIDTH, 1.9 * len(histograms))
     rows = figure.subplots(len(histograms), 2, squeeze=False)
@@ -178,16 +195,13 @@ def plot_activations(
             )
             of_side = statistics[pair][side]
             for number, k in enumerate(num_sigma):
-                for place in (
-                    of_side["mean"] - k * of_side["sigma"],
-                    of_side["mean"] + k * of_side["sigma"],
-                ):
-                    axes.axvline(
-                        place, color=INK, linewidth=0.9, linestyle=LINES[number % len(LINES)]
-                    )
+                style = LINES[number % len(LINES)]
+                for sign in (-1, 1):
+                    x = of_side["mean"] + sign * k * of_side["sigma"]
+                    axes.axvline(x, color=INK, linewidth=0.9, linestyle=style)
             axes.set(yscale="log", ylim=(0.5, None))
             plain_ticks(axes.yaxis)
-            title(axes, f"{side}; largest {of_side['largest_in_sigma']:.0f} sigma", size=9)
+            title(axes, f"{side}; largest value {of_side['largest_in_sigma']:.0f} sigma", size=9)
             dress(axes)
         row[0].set_ylabel(
             pair.replace(", ", ",\n"), rotation=0, ha="right", va="center", fontsize=8

@@ -1,48 +1,51 @@
-"""How page, figures and comparison name and write values: labels, explanations, number formats."""
+"""Labels, explanations and number formats of the page, the figures and the comparison."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
-from .reading import models_in, numbers
+from tinyfusion_pl.report.reading import models_in, numbers
 
 METRICS = {
-    "depth": ("blocks", "transformer blocks that run one after another"),
-    "width": ("channels", "width of the hidden states that go from block to block"),
-    "num_params": ("parameters", "learned numbers in the network"),
+    "depth": ("blocks", "number of transformer blocks"),
+    "width": ("channels", "width of the hidden states"),
+    "num_params": ("parameters", "number of learned weights"),
     "fid": (
         "FID",
-        "distance between the statistics of generated and real images; lower is better, 0 is equal",
+        "Fréchet distance between features of generated and real images; lower is better",
     ),
-    "sfid": ("sFID", "the same of spatial features, which see where things are; lower is better"),
+    "sfid": ("sFID", "FID of spatial features; lower is better"),
     "inception_score": (
         "Inception score",
-        "how certain and how varied the classifier finds the samples; higher is better",
+        "confidence and diversity of a classifier's predictions on the samples; higher is better",
     ),
     "precision": (
         "precision",
-        "share of samples that lie among the real images; higher is better",
+        "fraction of samples within the distribution of real images; higher is better",
     ),
-    "recall": ("recall", "share of real images that lie among the samples; higher is better"),
+    "recall": (
+        "recall",
+        "fraction of real images within the distribution of samples; higher is better",
+    ),
     "accuracy": (
         "accuracy",
-        "share of samples in which the classifier sees the class that was asked for; higher is better",
+        "fraction of samples that a classifier assigns to their label; higher is better",
     ),
     "calibration_loss": (
         "loss on fixed draws",
-        "the objective's loss on fixed draws of the training data; lower is better",
+        "loss on fixed noise and timesteps of the training data; lower is better",
     ),
     "teacher_distance": (
         "distance to the teacher",
-        "mean squared difference to the teacher's output on fixed draws; lower is better",
+        "mean squared error to the teacher's output on fixed draws; lower is better",
     ),
     "images_per_second": (
         "images/s",
-        "images sampled per second, the models timed in turn in this run; higher is better",
+        "images sampled per second, all models timed alternately in one run; higher is better",
     ),
 }
-"""Key in metrics.json -> label and explanation; a key that is not here is its own label."""
+"""Key in metrics.json -> label and explanation. An unknown key is its own label."""
 
 CURVES = {
     "train/loss": "loss",
@@ -58,29 +61,31 @@ CURVES = {
 STAGES = {
     "learn_mask": (
         "mask learning",
-        "learns which blocks can go, while the weights learn to do without them",
+        "learns which blocks to remove while the weights adapt",
     ),
-    "recover": ("recovery", "trains what stayed to make up for what left, guided by the teacher"),
-    "evaluate": ("evaluation", "samples images from each model, measures and times them"),
+    "recover": ("recovery", "trains the pruned model on the data and its teacher"),
+    "evaluate": ("evaluation", "samples images from each model and measures quality and speed"),
 }
 
 
 def label(key: str) -> str:
+    """Label of a metric."""
     return METRICS.get(key, (key, ""))[0]
 
 
 def stage_label(stage: str) -> str:
+    """Label of a stage."""
     return STAGES.get(stage, (stage.replace("_", " "), ""))[0]
 
 
 def metric_keys(*sections: dict[str, Any]) -> list[str]:
-    """The numeric keys of all sections: the known ones in their order, then the others as they come."""
+    """The numeric keys of all sections: known ones in the order of `METRICS`, then the others."""
     found = dict.fromkeys(key for section in sections for key in numbers(section))
     return [key for key in METRICS if key in found] + [key for key in found if key not in METRICS]
 
 
 def value(key: str, number: float | None) -> str:
-    """A metric as a person writes it: ``1,234,567`` parameters, 97.5%, 9.23."""
+    """A formatted metric: ``1,234,567`` parameters, 97.5%, 9.23."""
     if number is None:
         return "—"
     if not math.isfinite(number):
@@ -117,24 +122,22 @@ def duration(seconds: float) -> str:
 
 
 def get_student(metrics: dict[str, Any]) -> str | None:
-    """The shallow model that the run ends with: recovered, else pruned."""
+    """The final shallow model of a run: recovered, else pruned."""
     return next((model for model in ("recovered", "pruned") if numbers(metrics.get(model))), None)
 
 
 def headline(metrics: dict[str, Any]) -> str:
-    """The run in a sentence, as far as it was measured.
+    """The measured results of a run in one line.
 
     ``12 → 6 blocks: 1.93x faster sampling (ideal 2.00x), FID 9.2 → 12.0, accuracy 98.0% → 96.1%``
     """
     student = get_student(metrics)
     if student is None:
         present = [model for model in models_in(metrics) if numbers(metrics.get(model))]
-        verb = "was" if len(present) == 1 else "were"
-        return (
-            f"Only the {' and the '.join(present)} {verb} measured"
-            if present
-            else "Nothing was measured yet"
-        )
+        if not present:
+            return "Nothing has been measured yet"
+        verb = "has" if len(present) == 1 else "have"
+        return f"Only the {' and the '.join(present)} {verb} been measured"
     before, after = numbers(metrics.get("teacher")), numbers(metrics[student])
 
     def change(key: str, form: str) -> str | None:
@@ -165,18 +168,21 @@ def headline(metrics: dict[str, Any]) -> str:
 
 
 def feature_note(protocol: dict[str, Any]) -> str:
-    """Plainly: in whose features the Fréchet distance was taken, and what it may be compared with."""
+    """Which features FID was computed with, and what it can be compared with."""
     network = protocol.get("feature_network")
     if not network:
-        return "FID is a Fréchet distance; the run does not say in whose features, so compare it with nothing."
+        return (
+            "FID is a Fréchet distance, but the run does not record in which features: do not "
+            "compare it with other values."
+        )
     if str(network).startswith("Random"):
         return (
-            f"FID was taken in features of a randomly initialised network ({network}): it tries the run out, and no figure here means "
-            "anything."
+            f"FID uses features of a randomly initialized network ({network}), which only serves "
+            "dry runs: the quality values here are meaningless."
         )
     if "inception" in str(network).lower():
-        return f"FID is the Fréchet distance between features of the Inception network ({network}), the usual one."
+        return f"FID uses features of the Inception network ({network}), as published values do."
     return (
-        f"FID here is the Fréchet distance between features of “{network}”, not of the Inception network: "
-        "compare it between runs of this project that share the protocol, never with FID figures published elsewhere."
+        f"FID uses features of “{network}”, not of the Inception network: compare it between runs "
+        "of this project with the same protocol, never with published FID values."
     )
