@@ -90,7 +90,7 @@ def test_compare_of_what_is_no_run_is_one_sentence(capsys, tmp_path):
 def test_an_unknown_word_lists_the_known_ones(capsys):
     assert cli.main(["compre", "A", "B"]) == 2
     assert re.fullmatch(
-        r"error: Unknown word 'compre'; known are: compare, export\. .*task=.*\n",
+        r"error: Unknown command 'compre'; available commands: compare, export\. .*task=.*\n",
         capsys.readouterr().err,
     )
 
@@ -169,7 +169,7 @@ def test_a_folder_of_another_configuration_is_refused_and_left_as_it_is(work, ca
     error = capsys.readouterr().err
     assert (
         error.count("\n") == 1
-        and "mine holds a run of another configuration (seed is 1 there and 2 here)" in error
+        and "mine belongs to a run of another configuration (seed is 1 there and 2 here)" in error
     )
     assert {file: file.read_bytes() for file in Path("mine").iterdir()} == before
     assert toy("run_dir=mine", "seed=1", "task.stages=[z]") == 0
@@ -217,7 +217,7 @@ def test_a_missing_value_is_named_with_how_to_give_it(work, capsys, argument):
 
 def test_an_argument_that_a_part_does_not_have_is_named_with_its_place(work, capsys):
     assert toy("+part.depth=3") == 1
-    assert told(capsys).startswith("part.depth is no setting of Part")
+    assert told(capsys).startswith("part.depth is not a setting of Part")
 
 
 def test_a_setting_that_does_not_exist_is_refused(work, capsys):

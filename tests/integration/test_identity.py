@@ -77,7 +77,7 @@ def test_an_overwritten_model_is_measured_anew(run, tmp_path):
     assert code == 0 and "mine was measured of something else (weights" in said
     assert run(*EVALUATE, run_dir="fresh")[0] == 0
     assert mine(tmp_path / "out") == mine(tmp_path / "fresh") != first
-    assert "done before" in run(*EVALUATE)[1]
+    assert "already finished" in run(*EVALUATE)[1]
 
 
 def test_kept_batches_of_a_replaced_model_are_not_used(run, tmp_path, monkeypatch):
@@ -100,7 +100,7 @@ def test_kept_batches_of_a_replaced_model_are_not_used(run, tmp_path, monkeypatc
     torch.save({"ema": state(0.5)}, "last.pt")
     code, said = run(*EVALUATE)
     assert (
-        code == 0 and "3 finished batches" in said and "made from something else (weights" in said
+        code == 0 and "3 finished batches" in said and "its origin has changed (weights" in said
     )
     assert run(*EVALUATE, run_dir="fresh")[0] == 0
     assert mine(tmp_path / "out") == mine(tmp_path / "fresh")
@@ -115,7 +115,7 @@ def test_a_teacher_replaced_after_mask_learning_is_refused(run, tmp_path):
         code, said = run(*given, f"task={task}")
         assert (
             code == 1
-            and "learn_mask in out was made from something else" in said
+            and "learn_mask in out has another origin" in said
             and "teacher" in said
         ), task
     assert (
@@ -134,7 +134,7 @@ def test_a_teacher_replaced_during_mask_learning_is_refused(run, tmp_path):
     code, said = run(*given)
     assert (
         code == 1
-        and "last.ckpt cannot be resumed: it was made from something else (teacher" in said
+        and "last.ckpt: it has another origin (teacher" in said
     )
 
 
@@ -158,7 +158,7 @@ def test_a_shallow_model_put_in_during_recovery_is_refused(run, out, tmp_path):
     code, said = run("task=recover")
     assert (
         code == 1
-        and "last.ckpt cannot be resumed: it was made from something else (shallow" in said
+        and "last.ckpt: it has another origin (shallow" in said
     )
 
 
@@ -177,8 +177,8 @@ def test_a_whole_run_is_verified_and_not_run_again(run, out):
     code, said = run()
     assert (
         code == 0
-        and said.count("done before") == 3
-        and not {"damaged", "gone", "again"} & set(said.split())
+        and said.count("already finished") == 3
+        and not {"damaged", "missing", "again"} & set(said.split())
     )
 
 
@@ -212,7 +212,7 @@ def test_a_lost_model_is_made_again_from_the_last_checkpoint(run, out, name):
         code, said = run("task=evaluate")
         assert (
             code == 0
-            and "gone from out, though learn_mask was finished" in said
+            and "missing from out, although learn_mask was finished" in said
             and "no pruned model" in said
         )
     code, said = run("task.stages=[learn_mask,recover]")
@@ -261,7 +261,7 @@ def test_a_damaged_result_is_made_again(run, out, name):
         torch.equal(value, shown[key])
         for key, value in load_tensors(out / "samples.safetensors").items()
     )
-    assert "done before" in run("task=evaluate")[1]
+    assert "already finished" in run("task=evaluate")[1]
 
 
 def test_changed_logs_of_a_finished_stage_are_told(run, out):
@@ -293,7 +293,7 @@ def test_training_samples_that_were_replaced_are_refused(run, out, monkeypatch):
     code, said = run("task=recover")
     assert (
         code == 1
-        and "was made from something else" in said
+        and "has another origin" in said
         and "samples" in said
         and "ffffffffffff... now" in said
     )
@@ -307,7 +307,7 @@ def test_a_replaced_reference_is_measured_against_anew(run, tmp_path):
     np.savez("reference.npz", arr_0=images[40:80])
     code, said = run(*given)
     assert code == 0 and "teacher was measured of something else (reference" in said
-    assert "done before" in run(*given)[1]
+    assert "already finished" in run(*given)[1]
 
 
 def test_every_mark_states_the_configuration(out):
@@ -339,7 +339,7 @@ def test_an_interrupted_run_is_not_taken_over_after_config_yaml_is_lost(run, out
     code, said = run("seed=1", "task=learn_mask")
     assert (
         code == 1
-        and "last.ckpt cannot be resumed: it was made from something else (configuration" in said
+        and "last.ckpt: it has another origin (configuration" in said
     )
     assert {path: sha256(path) for path in out.rglob("*") if path.is_file()} == before
     assert run("task=learn_mask")[0] == 0

@@ -75,7 +75,7 @@ def test_ctrl_c_in_each_stage_says_how_to_resume(uninterrupted, tmp_path, kill):
 def test_a_finished_run_is_not_run_again(uninterrupted):
     before = {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*") if path.is_file()}
     code, said, num_steps = run(command(uninterrupted, STAGES))
-    assert (code, num_steps) == (0, 0) and said.count("done before") == 3
+    assert (code, num_steps) == (0, 0) and said.count("already finished") == 3
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 

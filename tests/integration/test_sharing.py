@@ -81,12 +81,12 @@ def test_a_single_run_shares_nothing_unless_asked_to(sweep, tmp_path, capfd):
         f"run_dir={tmp_path / 'run'}",
     ]
     assert main([*command, f"paths.results={sweep / 'results'}"]) == 0
-    assert "was measured in" in capfd.readouterr().out and "run_dir" in mark(
+    assert "reusing the metrics" in capfd.readouterr().out and "run_dir" in mark(
         tmp_path / "run", "recover"
     )
     mine = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert main([*command[:-1], f"run_dir={tmp_path / 'alone'}"]) == 0
-    assert "was measured in" not in capfd.readouterr().out
+    assert "reusing the metrics" not in capfd.readouterr().out
     alone = json.loads((tmp_path / "alone" / "metrics.json").read_text())
     assert alone["recovered"] == mine["recovered"] and alone["teacher"] == mine["teacher"]
 

@@ -110,7 +110,7 @@ def test_a_step_sees_the_same_images_however_its_batch_is_divided(tmp_path, caps
     parts, num_parts = seen(tmp_path / "parts", 5)
     assert parts == whole and num_parts == 12
     assert (
-        "4 steps of 12 images: 4 a device and batch, 1 devices, 3 batches a step"
+        "4 steps; global batch 12 = 4 per device x 1 device x 3 accumulation steps"
         in capsys.readouterr().out
     )
 

@@ -52,7 +52,7 @@ def test_any_flipped_bit_in_a_checkpoint_is_reported(checkpoint):
         bad[place] ^= 1 << (i % 8)
         checkpoint.write_bytes(bad)
         with pytest.raises(
-            ArtifactError, match=r"last\.ckpt (is damaged|cannot be read).*Delete it"
+            ArtifactError, match=r"last\.ckpt(:? it is truncated| is damaged).*Delete it"
         ):
             WholeCheckpointIO().load_checkpoint(checkpoint, weights_only=True)
 
@@ -70,7 +70,7 @@ def test_zeroed_spans_and_missing_ends_are_reported(checkpoint, start):
     ):
         checkpoint.write_bytes(bad)
         with pytest.raises(
-            ArtifactError, match=r"last\.ckpt (is damaged|cannot be read).*Delete it"
+            ArtifactError, match=r"last\.ckpt(:? it is truncated| is damaged).*Delete it"
         ):
             WholeCheckpointIO().load_checkpoint(checkpoint, weights_only=True)
 
@@ -84,5 +84,5 @@ def test_a_checkpoint_without_a_checksum_loads_with_a_warning(tmp_path):
 def test_a_pipe_in_its_place_is_never_opened(checkpoint):
     checkpoint.unlink()
     os.mkfifo(checkpoint)
-    with pytest.raises(ArtifactError, match=r"last\.ckpt cannot be read"):
+    with pytest.raises(ArtifactError, match=r"Could not read .*last\.ckpt"):
         WholeCheckpointIO().load_checkpoint(checkpoint, weights_only=True)

@@ -205,7 +205,7 @@ def test_a_finished_extraction_is_not_done_again_and_a_lost_shard_alone_is(made,
     extract(made, made / "images", tmp_path / "out")
     capsys.readouterr()
     extract(made, made / "images", tmp_path / "out", vae=fragile(made, at=0))
-    assert "done before" in capsys.readouterr().out
+    assert "already finished" in capsys.readouterr().out
     for name in ("latents.json", "shard-00001.safetensors"):
         (tmp_path / "out" / name).unlink()
     extract(made, made / "images", tmp_path / "out")
@@ -435,7 +435,7 @@ def test_broken_images_are_skipped_counted_and_named(made, tmp_path, capsys, num
     extract(made, images, tmp_path / "out", skip_broken=True, num_workers=num_workers)
     out = capsys.readouterr().out
     assert (
-        "1 images were left out (n10/5.png); latents.json names all of them" in out
+        "skipped 1 images (n10/5.png); latents.json lists all of them" in out
         and "5.png: " in out
     )
     assert read_json(tmp_path / "out" / "latents.json")["skipped"] == {"n10/5.png": 8}
@@ -460,7 +460,7 @@ def test_removing_a_broken_image_resumes(made, stopped, capsys):
         "n10/5.png": 8
     }
     extract(made, images, out)
-    assert "done before" in capsys.readouterr().out
+    assert "already finished" in capsys.readouterr().out
 
 
 def test_skip_broken_and_replacing_resume_too(made, stopped, tmp_path):
@@ -519,7 +519,7 @@ def test_copies_of_the_images_are_the_same_images(made, tmp_path, capsys):
     for _ in range(2):
         capsys.readouterr()
         extract(made, images, tmp_path / "out", vae=fragile(made, at=0))
-        assert "done before" in capsys.readouterr().out
+        assert "already finished" in capsys.readouterr().out
     assert "1000000000" in (tmp_path / "out" / "images.jsonl").read_text()
 
 
@@ -568,7 +568,7 @@ def test_images_removed_after_the_end_are_left_out(made, tmp_path, capsys):
     capsys.readouterr()
     extract(made, images, tmp_path / "out", vae=fragile(made, at=0))
     out = capsys.readouterr().out
-    assert "done before" in out and "1 images were left out (n10/5.png)" in out
+    assert "already finished" in out and "skipped 1 images (n10/5.png)" in out
     assert (
         other_samples(tmp_path / "out", made) and shards.items() <= files(tmp_path / "out").items()
     )

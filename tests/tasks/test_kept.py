@@ -63,7 +63,7 @@ def test_batches_of_something_else_are_made_again(tmp_path, capsys, part):
     other.check()
     said = capsys.readouterr().out
     assert (
-        f"3 finished batches in {tmp_path} cannot be used" in said
+        f"discarding 3 finished batches in {tmp_path}, to be sampled again" in said
         and f"{part} {ORIGIN[part][:12]}... then, cccccccccccc... now" in said
     )
     assert len(other.indices()) == 0
@@ -76,7 +76,7 @@ def test_batches_without_checksum_or_images_are_made_again(tmp_path, capsys):
     said = capsys.readouterr().out
     assert (
         "damaged" in said
-        and "without the images" in said
+        and "were not saved" in said
         and not list(tmp_path.glob("*.safetensors"))
     )
 
@@ -119,7 +119,7 @@ def test_a_mark_of_another_configuration_is_refused(tmp_path):
     folder.finish("recover", {"seconds": 1.0})
     folder.configuration = "89abcdef"
     with pytest.raises(
-        ArtifactError, match="another configuration .hash 01234567; this one's is 89abcdef"
+        ArtifactError, match="another configuration .hash 01234567; the hash of this one is 89abcdef"
     ):
         folder.result("recover")
 

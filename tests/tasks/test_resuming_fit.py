@@ -118,7 +118,7 @@ def interrupted(tmp_path_factory):
     [
         ("logs/learn_mask/metrics.csv", "cell"),
         ("logs/learn_mask/metrics.csv", "byte"),
-        ("logs/learn_mask/metrics.csv", "gone"),
+        ("logs/learn_mask/metrics.csv", "missing"),
         ("learn_mask/decisions.jsonl", "cell"),
     ],
 )
@@ -126,11 +126,11 @@ def test_a_damaged_log_of_an_interrupted_fit_is_told(interrupted, tmp_path, caps
     path = shutil.copytree(interrupted, tmp_path / "out") / name
     content = path.read_bytes()
     place = content.index(b"0.") + 3
-    path.unlink() if damage == "gone" else path.write_bytes(
+    path.unlink() if damage == "missing" else path.write_bytes(
         content[:place] + (b"77" if damage == "cell" else b"\xff") + content[place + 1 :]
     )
     fit(tmp_path / "out")
-    what = "gone" if damage == "gone" else "changed or damaged"
+    what = "missing" if damage == "missing" else "changed or damaged"
     assert f"{path} is {what} since the checkpoint of step 6" in capsys.readouterr().out
 
 

@@ -14,7 +14,7 @@ from tinyfusion_pl.cli import main
 from tinyfusion_pl.data import DigitsDataModule
 from tinyfusion_pl.modules import Denoising
 from tinyfusion_pl.objectives import GaussianDiffusion
-from tinyfusion_pl.tasks import Budget, Fit, RunFolder, Unfinished
+from tinyfusion_pl.tasks import Budget, Fit, RunFolder, UnfinishedError
 
 
 class StopAt(Callback):
@@ -33,7 +33,7 @@ def test_a_stopped_training_is_unfinished_and_resumes(tmp_path, accumulate, batc
     """Also where it is stopped within a step, whose gradients no checkpoint could hold."""
     fit(tmp_path / "whole", accumulate=accumulate)
     with pytest.raises(
-        Unfinished,
+        UnfinishedError,
         match=rf"learn_mask stopped at step {step} of 9\. .*Rerun the same command to resume",
     ):
         fit(tmp_path / "cut", accumulate=accumulate, every=100, more={"stop": StopAt(batches)})
@@ -56,7 +56,7 @@ def test_each_attempt_has_all_of_max_time(tmp_path, monkeypatch):
         try:
             fit(tmp_path, every=100, max_time=timedelta(seconds=8))
             break
-        except Unfinished as stopped:
+        except UnfinishedError as stopped:
             assert "when its max_time was reached" in str(stopped)
     else:
         pytest.fail("never finished")
@@ -104,7 +104,7 @@ def test_a_fit_without_batches_is_unfinished(tmp_path):
             enable_progress_bar=False,
         )
     )
-    with pytest.raises(Unfinished, match="train stopped at step 0 of 4"):
+    with pytest.raises(UnfinishedError, match="train stopped at step 0 of 4"):
         training.run("train", RunFolder(tmp_path), module(), DigitsDataModule(batch_size=4))
 
 

@@ -1,8 +1,9 @@
-"""The command line: ``tinyfusion`` and ``python -m tinyfusion_pl`` are the same."""
+"""The command line: ``tinyfusion``, or equivalently ``python -m tinyfusion_pl``."""
 
 import os
 
-# Before torch is loaded. OpenMP threads that spin at barriers slow training tenfold as soon as anything else runs on a small machine.
+# Before torch is imported. OpenMP threads that spin at barriers slow training tenfold as soon as
+# anything else runs on a small machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from tinyfusion_pl.cli.command_line import COMMANDS, main

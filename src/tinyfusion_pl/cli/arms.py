@@ -1,4 +1,4 @@
-"""What a sweep set for each of its arms, recorded beside them, and the table of all at its end."""
+"""The arms of a sweep: a record of each one, and the table of all of them when the sweep ends."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 def record_arm(
     *, sweep_dir: Path, run_dir: Path, overrides: Sequence[str], error: str | None = None
 ) -> None:
-    """Leave what was set for the arm in `run_dir`, and why it failed, where it did."""
+    """Record the settings of the arm in `run_dir` and, if it failed, its error."""
     from tinyfusion_pl.artifacts import write_json  # imports torch, which --help does not need
     from tinyfusion_pl.checksums import content_sha256
     from tinyfusion_pl.report.arms import ARMS
@@ -23,7 +23,7 @@ def record_arm(
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     settings = {each.key_or_group: str(each.value()) for each in parsed if not each.is_delete()}
     where = os.path.relpath(run_dir, sweep_dir)
-    # By what was set: where a default has changed since, the newer run takes the place of the older.
+    # Named after the overrides: if a default has changed since, the newer run replaces the older.
     write_json(
         sweep_dir / ARMS / f"{content_sha256(settings)[:12]}.json",
         {"settings": settings, "run_dir": where, "error": error},
@@ -31,15 +31,16 @@ def record_arm(
 
 
 class SweepTable(Callback):
-    """Writes the table of a sweep's arms when its last one has ended (Hydra calls it)."""
+    """Hydra callback that writes the table of a sweep's arms after the last one."""
 
     def on_multirun_end(self, config: DictConfig, **kwargs: object) -> None:
+        """Print the table of the sweep, which `compare` also writes to its folder."""
         from tinyfusion_pl.artifacts import ArtifactError
         from tinyfusion_pl.report import NothingMeasuredError, compare
 
         try:
             print(compare(config.hydra.sweep.dir), flush=True)
         except NothingMeasuredError:
-            return  # no arm was one that is measured
+            return  # no arm measured anything
         except ArtifactError as error:
-            print(f"error: no table was made: {error}", file=sys.stderr)
+            print(f"error: could not write the table of the sweep: {error}", file=sys.stderr)

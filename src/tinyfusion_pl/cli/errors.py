@@ -1,4 +1,4 @@
-"""How an error is reported: in one sentence where a person can do something about it, with a traceback where the code is at fault."""
+"""How errors are reported: users' mistakes in one sentence, bugs with a traceback."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from tinyfusion_pl.printable import for_terminal
 NO_GROUPS = ("name", "seed", "run_dir")
 
 
-class Told(Exception):
-    """A job of a sweep failed, and the error was told."""
+class ReportedError(Exception):
+    """A job of a sweep failed, and its error has been reported."""
 
 
 @contextmanager
 def printable_warnings() -> Iterator[None]:
-    """Warnings that are shown inside the block have no control characters, whichever names they quote."""
+    """Strip control characters from warnings inside the block: they may quote any file name."""
     before = warnings.formatwarning
     warnings.formatwarning = lambda *args, **kwargs: for_terminal(before(*args, **kwargs))
     try:
@@ -35,23 +35,22 @@ def printable_warnings() -> Iterator[None]:
         warnings.formatwarning = before
 
 
-def tell(error: Exception, arguments: Sequence[str] = ()) -> int:
+def report(error: Exception, arguments: Sequence[str] = ()) -> int:
     """Report `error` of the command line `arguments` on stderr; returns the exit code."""
-    if isinstance(error, Told):
+    if isinstance(error, ReportedError):
         return 1
-    told = sentence(error, arguments)
+    message = sentence(error, arguments)
     verbose = HydraConfig.initialized() and HydraConfig.get().verbose
-    if told is None or verbose or os.environ.get("TINYFUSION_TRACEBACK") == "1":
+    if message is None or verbose or os.environ.get("TINYFUSION_TRACEBACK") == "1":
         traceback.print_exception(error)
-    exit_code = getattr(
-        error, "exit_code", None
-    )  # an outcome that is no error, as an unfinished stage
-    print(for_terminal(told if exit_code else f"error: {told or repr(error)}"), file=sys.stderr)
+    message = message or repr(error)
+    exit_code = getattr(error, "exit_code", None)  # not a failure, for example an unfinished stage
+    print(for_terminal(message if exit_code else f"error: {message}"), file=sys.stderr)
     return exit_code or 1
 
 
 def _without_worker(error: BaseException) -> str:
-    """What an error says, without the traceback that a DataLoader's worker process puts around it."""
+    """The message of an error, without the traceback that a DataLoader worker wraps it in."""
     inner = re.search(
         r"\ACaught (\w+) in DataLoader worker process.*\n(?:[\w.]*\.)?\1: (.*)\Z",
         str(error),
@@ -61,21 +60,27 @@ def _without_worker(error: BaseException) -> str:
 
 
 def _of_hydra(error: HydraException, arguments: Sequence[str]) -> str:
-    """What Hydra says, with the setting that it is about."""
-    told = "\n".join(str(each) for each in (error, error.__cause__) if each is not None)
-    merged = re.search(r"Error merging override \+*([^=\s]+)=(.*)", told)
-    if merged and "Cannot merge DictConfig" in told:
-        return f"{merged[1]} is {merged[2]}; give a mapping, or one setting inside it: {merged[1]}.NAME=VALUE."
+    """Hydra's message, with the key of the setting."""
+    message = "\n".join(str(each) for each in (error, error.__cause__) if each is not None)
+    merged = re.search(r"Error merging override \+*([^=\s]+)=(.*)", message)
+    if merged and "Cannot merge DictConfig" in message:
+        return (
+            f"{merged[1]} is {merged[2]}; give a mapping, or set one of its settings: "
+            f"{merged[1]}.NAME=VALUE."
+        )
     if unknown := re.match(
-        r"Could not override '(.*)'\.\nTo append to your config use \+(.*)\n", told
+        r"Could not override '(.*)'\.\nTo append to your config use \+(.*)\n", message
     ):
-        return (f"Could not override '{unknown[1]}': the configuration has no such setting; --cfg job shows all that it has. To set an "
-                f"argument that it leaves at its default, write +{unknown[2]}.")  # fmt: skip
-    return told
+        return (
+            f"Could not override '{unknown[1]}': the configuration has no such setting; --cfg job "
+            "lists all of them. To set an argument that the configuration leaves at its default, "
+            f"write +{unknown[2]}."
+        )
+    return message
 
 
 def _of_group(error: ValueError, arguments: Sequence[str]) -> str:
-    """What to say where a group was given something else than names."""
+    """The message for a group that was set to something other than names."""
     given = [each.lstrip("+").partition("=") for each in arguments]
     names = [
         key
@@ -85,12 +90,15 @@ def _of_group(error: ValueError, arguments: Sequence[str]) -> str:
         and key not in NO_GROUPS
         and (value == "null" or not re.fullmatch(r"[A-Za-z_][\w./-]*", value))
     ]
-    return (f"{' or '.join(names) or 'A group'}: a group of the configuration is chosen by name, as --help lists them; a setting in it is "
-            f"given as {names[0].rpartition('@')[2] if names else 'GROUP'}.NAME=VALUE. {error}.")  # fmt: skip
+    package = names[0].rpartition("@")[2] if names else "GROUP"
+    return (
+        f"{' or '.join(names) or 'A group'}: select a configuration group by name (--help lists "
+        f"the names), and set one of its settings with {package}.NAME=VALUE. {error}."
+    )
 
 
 def sentence(error: Exception, arguments: Sequence[str] = ()) -> str | None:
-    """What a person needs to know; None for an error that is no person's but the code's."""
+    """The message for the user; None for a bug, which needs a traceback."""
     from tinyfusion_pl.artifacts import ArtifactError
 
     cause: BaseException = error
@@ -113,13 +121,11 @@ def sentence(error: Exception, arguments: Sequence[str] = ()) -> str | None:
         cause, (ValueError, ArtifactError, FloatingPointError, OSError, OmegaConfBaseException)
     ):
         return _without_worker(cause)
-    if (
-        type(cause).__name__ == "MisconfigurationException"
-    ):  # Lightning's, for a Trainer that this machine cannot run
+    # Lightning's, for a Trainer that this machine cannot run.
+    if type(cause).__name__ == "MisconfigurationException":
         return str(cause)
-    if cause is not error and isinstance(
-        cause, (TypeError, ImportError)
-    ):  # a wrong argument, or no such constructor
+    # A wrong argument, or a target that does not exist.
+    if cause is not error and isinstance(cause, (TypeError, ImportError)):
         key = re.search(r"full_key: (\S+)", str(error))
         return f"{key[1]}: {cause}" if key else str(error)
     return None

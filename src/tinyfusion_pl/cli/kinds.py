@@ -1,4 +1,7 @@
-"""What a type hint allows a setting to be, checked by pydantic: numbers are no texts, whole floats are integers, nothing is NaN."""
+"""Checks of a setting's value against a type hint, by pydantic.
+
+Strings are not numbers, whole floats are integers, and NaN is never valid.
+"""
 
 from __future__ import annotations
 
@@ -39,9 +42,9 @@ NOTHING = type(None)
 
 
 def _no_bool_or_text(value: Any) -> Any:
-    """Before pydantic's lax mode, which takes 2.0 for 2, but also True and "2"."""
+    """Restrict pydantic's lax mode, which accepts 2.0 for 2, but also True and "2"."""
     if isinstance(value, (bool, str)):
-        raise PydanticCustomError("whole", "a bool or a text is no number")
+        raise PydanticCustomError("whole", "a bool or a string is not a number")
     return value
 
 
@@ -52,7 +55,7 @@ def _is_built(value: Any) -> Any:
 
 
 class Built:
-    """The hint of a setting that is a mapping with ``_target_``, whatever it makes."""
+    """The hint of a setting that is a mapping with any ``_target_``."""
 
 
 WHOLE = Annotated[int, BeforeValidator(_no_bool_or_text)]
@@ -63,34 +66,42 @@ FILLED = Annotated[str, Strict(), StringConstraints(pattern=r"\S")]
 CONFIG = ConfigDict(allow_inf_nan=False, arbitrary_types_allowed=True)
 
 
-class WrongKind(ValueError):
-    """What is allowed; ``path`` leads to the item of the value that is wrong, ``kind`` and ``value`` are of that."""
+class KindError(ValueError):
+    """The message states what is allowed.
+
+    Attributes:
+        path: Keys and indices that lead to the invalid item of the value.
+        kind: Kind of that item.
+        value: That item.
+    """
 
     def __init__(self, kind: Kind, value: Any, error: ValidationError) -> None:
         self.path: list[Any] = []
-        for step in error.errors()[0]["loc"]:  # among its steps are names of the members of unions
+        place: Any  # the location also contains the names of union members
+        for place in error.errors()[0]["loc"]:
             inner = kind.of_items()
-            if inner is None or isinstance(value, str) or not isinstance(value, (list, dict)):
+            if inner is None or not isinstance(value, (list, dict)):
                 break
-            if step in (range(len(value)) if isinstance(value, list) else value):
-                self.path.append(step)
-                kind, value = inner, value[step]
+            if place in (range(len(value)) if isinstance(value, list) else value):
+                self.path.append(place)
+                kind, value = inner, value[place]
         self.kind, self.value = kind, value
         described = kind.describe()
         if isinstance(value, str) and not value.strip():
-            described = described.replace("a text", "a text that is not empty")
+            described = described.replace("a string", "a non-empty string")
         if isinstance(value, float) and not math.isfinite(value):
             described = described.replace("a number", "a finite number")
         super().__init__(f"give {described}")
 
 
 class Kind:
-    """What one setting may be.
+    """The values that one setting accepts.
 
     Args:
-        hint: Of the parameter; what cannot be told in a configuration, as an instance of a class, is a mapping with ``_target_`` there.
-        least, most: Of a number, and of each number of a list.
-        blank: Whether a text may be empty.
+        hint: Type hint of the parameter. A class stands for a mapping with ``_target_``.
+        least: Lower bound of a number, and of each number in a list.
+        most: Upper bound of the same.
+        blank: Whether a string may be empty.
     """
 
     def __init__(
@@ -110,15 +121,15 @@ class Kind:
         """`value` as the hint's type: whole floats as integers.
 
         Raises:
-            ValueError: for any other value; says what is allowed.
+            KindError: for any other value; states what is allowed.
         """
         try:
             return _adapter(self.hint, self.least, self.most, self.blank).validate_python(value)
         except ValidationError as error:
-            raise WrongKind(self, value, error) from None
+            raise KindError(self, value, error) from None
 
     def describe(self) -> str:
-        """As in "give ...": ``a whole number from 0 to 8, or null``."""
+        """What follows "give": ``an integer from 0 to 8 or null``."""
         kinds = [
             words
             for part in _members(self.hint)
@@ -132,10 +143,11 @@ class Kind:
 
     @property
     def allows_null(self) -> bool:
+        """Whether null is valid."""
         return _allows_null(self.hint)
 
     def of_items(self) -> Kind | None:
-        """The kind of the values of a list or mapping that the hint allows; None: of any kind."""
+        """The kind of the items of a list or mapping; None: any kind."""
         found = [
             get_args(part)[-1]
             for part in _members(self.hint)
@@ -143,8 +155,10 @@ class Kind:
             and get_args(part)
             and get_args(part)[-1] is not Ellipsis
         ]
-        bounds = {"least": self.least, "most": self.most, "blank": self.blank}
-        return Kind(typing.Union[tuple(found)], **bounds) if found else None  # noqa: UP007
+        if not found:
+            return None
+        hint = typing.Union[tuple(found)]  # noqa: UP007  (`|` takes no tuple)
+        return Kind(hint, least=self.least, most=self.most, blank=self.blank)
 
     def takes(self, what: Callable[[Any], bool]) -> list[Any]:
         """The members of the hint for which `what` is true."""
@@ -157,11 +171,12 @@ def _adapter(hint: Any, least: float | None, most: float | None, blank: bool) ->
 
 
 def is_callable(hint: Any) -> bool:
+    """Whether a hint is a `Callable`."""
     return hint is collections.abc.Callable or get_origin(hint) is collections.abc.Callable
 
 
 def is_class(hint: Any) -> bool:
-    """Whether an instance of a class is meant that a configuration can only describe by a ``_target_``."""
+    """Whether a hint is a class whose instances a configuration describes by a ``_target_``."""
     plain = (*PLAIN, *LISTS, *MAPPINGS, object, NOTHING)
     return (
         isinstance(hint, type)
@@ -188,15 +203,14 @@ def _is_any(hint: Any) -> bool:
 
 
 def _translated(hint: Any, least: float | None, most: float | None, blank: bool) -> Any:
-    """`hint` as pydantic is to see it."""
+    """`hint` in the terms of pydantic."""
     parts = _members(hint)
     if len(parts) > 1:
         translated = [_translated(part, least, most, blank) for part in parts]
-        return typing.Union[tuple(translated)]  # noqa: UP007
+        return typing.Union[tuple(translated)]  # noqa: UP007  (`|` takes no tuple)
     (part,) = parts
     if part in (int, float):
-        bounds = {name: bound for name, bound in (("ge", least), ("le", most)) if bound is not None}
-        return Annotated[PLAIN[part], Field(**bounds)] if bounds else PLAIN[part]
+        return Annotated[PLAIN[part], Field(ge=least, le=most)]
     if part in PLAIN:
         return FILLED if part is str and not blank else PLAIN[part]
     if part is NOTHING:
@@ -208,33 +222,29 @@ def _translated(hint: Any, least: float | None, most: float | None, blank: bool)
         return part
     if origin in LISTS:
         items = [each for each in arguments if each is not Ellipsis] or [Any]
-        inner = _translated(typing.Union[tuple(items)], least, most, blank)  # noqa: UP007
+        union = typing.Union[tuple(items)]  # noqa: UP007  (`|` takes no tuple)
+        listed: Any = list.__class_getitem__(_translated(union, least, most, blank))
         if origin is tuple and len(items) > 1 and Ellipsis not in arguments:
-            return Annotated[list[inner], Field(min_length=len(items), max_length=len(items))]
-        return list[inner]
+            return Annotated[listed, Field(min_length=len(items), max_length=len(items))]
+        return listed
     if origin in MAPPINGS:
-        return dict[
-            Any, _translated(arguments[1], least, most, blank) if len(arguments) == 2 else Any
-        ]
+        value = _translated(arguments[1], least, most, blank) if len(arguments) == 2 else Any
+        return dict.__class_getitem__((Any, value))
     if isinstance(part, type) and issubclass(part, (os.PathLike, PurePath)):
         return PLAIN[str] if blank else FILLED
     return BUILT
 
 
 def _words(part: Any, least: float | None, most: float | None) -> list[str]:
-    """What a member of a hint takes, in words; several where it lists values."""
+    """A member of a hint in words: several if it lists values."""
     origin, arguments = get_origin(part) or part, get_args(part)
     if part in (int, float):
-        number = "a whole number" if part is int else "a number"
+        number = "an integer" if part is int else "a number"
         if least is not None and most is not None:
             return [f"{number} from {least:.15g} to {most:.15g}"]
-        return [
-            number
-            if least is None and most is None
-            else f"{number} >= {least:.15g}"
-            if most is None
-            else f"{number} <= {most:.15g}"
-        ]
+        if least is not None:
+            return [f"{number} >= {least:.15g}"]
+        return [number if most is None else f"{number} <= {most:.15g}"]
     if origin is Literal:
         return list(map(repr, arguments))
     if _is_any(part):
@@ -242,7 +252,7 @@ def _words(part: Any, least: float | None, most: float | None) -> list[str]:
     if part is bool:
         return ["true", "false"]
     if part is str:
-        return ["a text"]
+        return ["a string"]
     if origin in LISTS:
         return ["a list"]
     if origin in MAPPINGS:
@@ -255,7 +265,10 @@ def _words(part: Any, least: float | None, most: float | None) -> list[str]:
 
 
 def misfit(target: Any, kind: Kind | None, *, partial: bool) -> str | None:
-    """Why what `target` makes is not of the kind that is meant, as far as that shows beforehand; to be put behind the key."""
+    """Why `target` does not make what `kind` expects, as text to put after the key; None if it may.
+
+    Only what shows without calling `target`.
+    """
     if kind is None or kind.takes(lambda part: part in (Any, Built)):
         return None
     classes = [each for each in kind.takes(is_class) if not getattr(each, "_is_protocol", False)]
@@ -268,15 +281,22 @@ def misfit(target: Any, kind: Kind | None, *, partial: bool) -> str | None:
         and "__call__" not in vars(target)
     ):
         return (
-            f" makes a {target.__name__} at once, but is called later. Set {{key}}._partial_=true."
+            f" instantiates a {target.__name__}, but a factory is expected. Set "
+            "{key}._partial_=true."
         )
     if classes and not functions and partial:
-        return f"._partial_ is true, but a {classes[0].__name__} itself is needed. Leave _partial_ out."
+        return (
+            f"._partial_ is true, but a {classes[0].__name__} is expected, not a factory. Omit "
+            "_partial_."
+        )
     if (
         classes
         and not functions
         and isinstance(target, type)
         and not issubclass(target, tuple(classes))
     ):
-        return f" makes a {target.__name__}; give a _target_ that makes a {classes[0].__name__}."
+        return (
+            f" instantiates a {target.__name__}; give a _target_ that instantiates a "
+            f"{classes[0].__name__}."
+        )
     return None

@@ -1,8 +1,7 @@
-"""Settings as they are typed: a home folder's ``~``, and values that Hydra's grammar takes for something else than text."""
+"""Overrides as typed in a shell: ``~``, and values that need quotes in Hydra's grammar."""
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 from collections.abc import Sequence
@@ -14,18 +13,20 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from tinyfusion_pl.cli.paths import expand_user
 from tinyfusion_pl.cli.run_identity import items
 
 KEY = re.compile(r"~?\+{0,2}[A-Za-z_$][\w$@:./-]*", re.ASCII)
-ESCAPED = re.compile(r"(?<!\\)((?:\\\\)*\\)\$\{")  # a reference after an odd number of backslashes
+# A reference after an odd number of backslashes.
+ESCAPED = re.compile(r"(?<!\\)((?:\\\\)*\\)\$\{")
 FUNCTIONS = tuple(f"{name}(" for name in create_functions().functions)
 
 
 def readable(arguments: Sequence[str]) -> list[str]:
-    """`arguments` with ``~`` and ``~user`` at the start of values replaced by that home folder.
+    """`arguments` with a leading ``~`` or ``~user`` of each value expanded.
 
     Raises:
-        ValueError: for an override that Hydra cannot read; shows how to quote it.
+        ValueError: for an override that Hydra cannot parse; shows how to quote it.
     """
     overrides, parser = get_args_parser().parse_args(arguments).overrides, OverridesParser.create()
     found = []
@@ -44,11 +45,9 @@ def readable(arguments: Sequence[str]) -> list[str]:
 
 def _at_home(override: str) -> str:
     key, equal, value = override.partition("=")
-    if (
-        "~" not in value or '"' in value or "'" in value
-    ):  # in quotes Hydra reads it; see `expand_home`
+    if "~" not in value or '"' in value or "'" in value:  # quoted values: see `expand_home`
         return override
-    # Commas part the jobs of a sweep, and what lists and mappings hold.
+    # Commas separate the jobs of a sweep, and the items of lists and mappings.
     start, end = (r"[\[{,:]\s*", r",\]}") if value[0] in "[{" else (r"(?:^|,)\s*", ",")
     return f"{key}{equal}" + re.sub(
         rf"({start})(~[^{end}]*)", lambda found: found[1] + _home(found[2].strip(), override), value
@@ -56,16 +55,17 @@ def _at_home(override: str) -> str:
 
 
 def _home(path: str, override: str) -> str:
-    if (expanded := os.path.expanduser(path)) == path:
+    if (expanded := expand_user(path)) == path:
         user = path[1:].partition("/")[0]
         raise ValueError(
-            f"{override}: there is no user {user!r} whose home folder that could be. A file of this name is ./{path}."
+            f"{override}: no user {user!r} exists, so {path} has no home folder. For a file of "
+            f"this name write ./{path}."
         )
     return QuotedString(expanded, Quote.double).with_quotes()
 
 
 def quoted(override: str) -> str:
-    """`override` as it is typed in a shell so that its value is text."""
+    """`override` as typed in a shell so that its value is a string."""
     key, _, value = override.partition("=")
     text = QuotedString(value.replace("${", r"\${"), Quote.double).with_quotes()
     return shlex.quote(f"{key}={text}")
@@ -74,24 +74,33 @@ def quoted(override: str) -> str:
 def _unreadable(override: str, error: HydraException) -> str:
     key, equal, value = override.partition("=")
     if not equal and not override.startswith("~"):
-        return f"{override!r} is no setting: settings are KEY=VALUE. Quote a value with spaces as a whole: 'KEY=\"VALUE\"'."
+        return (
+            f"{override!r} is not a valid override; expected KEY=VALUE. Quote a value that "
+            "contains spaces: 'KEY=\"VALUE\"'."
+        )
     if not KEY.fullmatch(key):
-        return f"{key!r} of {override!r} is no name of a setting; --help lists them."
+        return f"{key!r} in {override!r} is not a valid key; --cfg job lists all settings."
     reason = " ".join(str(error).split())
     if (value[:1], value[-1:]) in (("[", "]"), ("{", "}")):
         example = shlex.quote(f'{key}=["TEXT"]' if value[0] == "[" else f'{key}={{NAME: "TEXT"}}')
-        return (f"{override} cannot be read ({reason}). In lists and mappings, quote each text that has other characters than "
-                f"letters, digits and _-./ in it: {example}.")  # fmt: skip
+        return (
+            f"Could not parse {override} ({reason}). In lists and mappings, quote each string that "
+            f"contains characters other than letters, digits and _-./: {example}."
+        )
     if value.startswith(FUNCTIONS) and value.endswith(")"):
-        return f"{override} cannot be read ({reason}). If it is text, quote it: {quoted(override)}."
-    return f"{override} cannot be read: its value has characters of Hydra's grammar. Quote it, so that it is text: {quoted(override)}."
+        return f"Could not parse {override} ({reason}). For a string, quote it: {quoted(override)}."
+    return (
+        f"Could not parse {override}: the value contains special characters of Hydra's grammar. "
+        f"Quote it: {quoted(override)}."
+    )
 
 
 def _check_text(override: str, value: object) -> None:
     key, _, written = override.partition("=")
     if written == "None":
         raise ValueError(
-            f"{override} is the text 'None'. For no value give {key}=null, and for the text {quoted(override)}."
+            f"{override} is the string 'None'. For no value give {key}=null; for the string, "
+            f"{quoted(override)}."
         )
     if (
         key == "run_dir"
@@ -101,12 +110,12 @@ def _check_text(override: str, value: object) -> None:
         and written[:1] not in "[{"
     ):
         raise ValueError(
-            f"{override} is read as {value!r}. Quote it, so that it is text: {quoted(override)}."
+            f"{override} is parsed as {value!r}. For a string, quote it: {quoted(override)}."
         )
 
 
 def keep_escaped(node: DictConfig | ListConfig) -> None:
-    r"""Escape text that has ``\\${`` in it once more: Hydra reads each value twice as it builds."""
+    r"""Escape ``\\${`` in strings once more: Hydra resolves each value twice on instantiation."""
     for key, value in items(OmegaConf.to_container(node, resolve=False)):
         if isinstance(value, str) and ESCAPED.search(value):
             node[key] = ESCAPED.sub(lambda found: found[1] * 2 + r"\${", value)
@@ -115,15 +124,20 @@ def keep_escaped(node: DictConfig | ListConfig) -> None:
 
 
 def ambiguous(override: str) -> str:
-    """What to say of an override whose commas make a sweep of it, in a command that runs a single job."""
+    """The message for an override with several values in a command that runs a single job."""
     key, _, value = override.partition("=")
     listed = shlex.quote(f"{key}=[{value}]")
-    return (f"{override} is several values, for a sweep: add -m to run each of them. If the commas are part of a text, quote it: "
-            f"{quoted(override)}; for a list give {listed}.")  # fmt: skip
+    return (
+        f"{override} has several values, as a sweep has: add -m to run each of them. If the commas "
+        f"belong to a string, quote it: {quoted(override)}; for a list give {listed}."
+    )
 
 
 def check_added(cfg: DictConfig) -> None:
-    """Refuse ``+experimnt=x``: Hydra adds it as a setting that nothing reads, and the default would run."""
+    """Raise a ValueError for ``+experimnt=x``.
+
+    Hydra would add it as a setting that nothing reads, and run the default configuration.
+    """
     if not HydraConfig.initialized():
         return
     for override in HydraConfig.get().overrides.task:
@@ -136,15 +150,15 @@ def check_added(cfg: DictConfig) -> None:
             and not OmegaConf.is_config(cfg[key])
         ):
             raise ValueError(
-                f"There is no configuration group {key!r} to add ({override}). Groups to add are +experiment, +sweep and "
-                "+debug; --help lists the choices."
+                f"There is no configuration group {key!r} to add ({override}). Groups to add are "
+                "+experiment, +sweep and +debug; --help lists their choices."
             )
 
 
 def expand_home(node: DictConfig | ListConfig) -> None:
-    """Replace ``~`` and ``~user`` at the start of all text in a configuration."""
+    """Expand a leading ``~`` or ``~user`` of all strings in a configuration."""
     for key, value in items(OmegaConf.to_container(node, resolve=False)):
         if isinstance(value, str) and value.startswith("~"):
-            node[key] = os.path.expanduser(value)
+            node[key] = expand_user(value)
         elif isinstance(value, (dict, list)) and OmegaConf.is_config(node[key]):
             expand_home(node[key])

@@ -1,4 +1,4 @@
-"""The processes of a run and of a sweep: the command line and environment that each of them sees."""
+"""The command line and environment of each process of a run or sweep."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from hydra._internal.utils import get_args_parser
-from omegaconf import DictConfig
+from hydra.conf import HydraConf
 
 
 @contextmanager
 def process(argv: Sequence[str], **environment: str) -> Iterator[None]:
-    """Another command line and environment for a while; what distributed training left there goes afterwards, so that
-    the next job of a sweep starts processes of its own.
+    """Replace ``sys.argv`` and extend the environment inside the block.
+
+    The previous state is restored afterwards, including what distributed training added, so that
+    the next job of a sweep starts its own processes.
     """
     argv_before, environment_before = sys.argv, dict(os.environ)
     sys.argv = list(argv)
@@ -31,9 +33,11 @@ def process(argv: Sequence[str], **environment: str) -> Iterator[None]:
             distributed.destroy_process_group()
 
 
-def as_single_run(argv: Sequence[str], job: DictConfig) -> list[str]:
-    """The command line of this one job of a sweep. Lightning's DDP starts its other processes with ``sys.argv``: with
-    the sweep's they would run the whole sweep.
+def as_single_run(argv: Sequence[str], job: HydraConf) -> list[str]:
+    """The command line of one `job` of the sweep that `argv` starts.
+
+    Lightning's DDP launches its other processes with ``sys.argv``: given the sweep's command line,
+    they would run the whole sweep.
     """
     overrides = get_args_parser().parse_args(argv).overrides
     flags = [argument for argument in argv if argument not in (*overrides, "-m", "--multirun")]
@@ -43,7 +47,7 @@ def as_single_run(argv: Sequence[str], job: DictConfig) -> list[str]:
     return [*flags, *job.overrides.task, *of_hydra, "hydra.mode=RUN"]
 
 
-# What torchrun, Lightning, SLURM and MPI number the processes of one run by.
+# The ranks that torchrun, Lightning, SLURM and MPI set.
 RANKS = (
     "RANK",
     "LOCAL_RANK",
@@ -56,4 +60,5 @@ RANKS = (
 
 
 def is_first_process() -> bool:
+    """Whether every rank in the environment is 0."""
     return all(os.environ.get(name, "0") == "0" for name in RANKS)

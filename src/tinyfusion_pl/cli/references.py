@@ -1,4 +1,4 @@
-"""Values of a configuration as they are written and as they are read: behind a reference stands a value at another key."""
+"""Values of a configuration as written and as read: a reference leads to another key."""
 
 from __future__ import annotations
 
@@ -6,23 +6,27 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, Node, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tinyfusion_pl.cli.run_identity import items
 
-REFERENCE = re.compile(r"\$\{([^{}]*)\}")  # and nothing beside it
+REFERENCE = re.compile(r"\$\{([^{}]*)\}")  # matches the whole value
 TARGET = "_target_"
 
 
 class Unresolved:
-    """Stands for a value behind a reference that leads nowhere."""
+    """A value behind a reference that cannot be resolved."""
 
 
 def home(cfg: DictConfig, key: str) -> str:
-    """Where the value of `key` stands, behind references: ``data.seed`` -> ``seed``, ``task.evaluate.labels`` -> ``evaluate.labels``."""
+    """The key where the value of `key` is set.
+
+    Follows references: ``data.seed`` -> ``seed``, ``task.evaluate.labels`` -> ``evaluate.labels``.
+    """
     for _ in range(20):
-        node, parts = cfg, key.split(".")
+        node: Any = cfg
+        parts = key.split(".")
         for place, part in enumerate(parts):
             index = int(part) if isinstance(node, ListConfig) else part
             try:
@@ -45,24 +49,26 @@ def home(cfg: DictConfig, key: str) -> str:
 
 
 def raw(node: DictConfig | ListConfig, name: Any) -> Any:
-    """The child of `node`; of a reference, how it is written."""
+    """The child `name` of `node`; a reference as it is written."""
     if OmegaConf.is_missing(node, name):
         return "???"
     return written(node, name) if OmegaConf.is_interpolation(node, name) else node[name]
 
 
 def written(node: DictConfig | ListConfig, name: Any) -> str:
-    """How a reference is written."""
-    return str(node._get_node(name)._value())
+    """A reference as it is written."""
+    child = node._get_node(name)
+    assert isinstance(child, Node)
+    return str(child._value())
 
 
 def get_names(node: DictConfig | ListConfig) -> list[Any]:
-    """Keys or indexes of all children, missing ones too."""
+    """Keys or indices of all children, including missing values."""
     return list(range(len(node))) if isinstance(node, ListConfig) else list(node.keys())
 
 
 def outline(value: Any) -> Any:
-    """A value as plain data; of an object in it only its ``_target_``."""
+    """A value as plain data; objects in it are reduced to their ``_target_``."""
     if isinstance(value, DictConfig) and TARGET in value:
         return {TARGET: _read(value, TARGET)}
     if isinstance(value, DictConfig):
@@ -75,12 +81,12 @@ def outline(value: Any) -> Any:
 def _read(node: DictConfig | ListConfig, name: Any) -> Any:
     try:
         return node[name]
-    except Exception:  # of a resolver too; what cannot be read is told where it stands
+    except Exception:  # from any resolver; reported at the key where it is set
         return raw(node, name)
 
 
 def sharpen(node: DictConfig | ListConfig, name: Any, value: Any, found: Any) -> None:
-    """Put integers, as `found` has them, in the place of whole floats."""
+    """Replace whole floats by the integers in `found`."""
     if isinstance(value, float) and isinstance(found, int):
         node[name] = found
     elif (
@@ -92,7 +98,7 @@ def sharpen(node: DictConfig | ListConfig, name: Any, value: Any, found: Any) ->
 
 
 def words_referred_to(cfg: DictConfig) -> set[str]:
-    """All words in the references of a configuration."""
+    """All names in the references of a configuration."""
     texts = _texts(OmegaConf.to_container(cfg, resolve=False))
     return {word for text in texts if "${" in text for word in re.findall(r"\w+", text)}
 

@@ -1,4 +1,4 @@
-"""What a run is: the part of its configuration that decides its numbers, the hash of it, and the run folder that belongs to it."""
+"""A run's identity: the configuration that determines its results, its hash and its folder."""
 
 from __future__ import annotations
 
@@ -16,26 +16,28 @@ from omegaconf.errors import OmegaConfBaseException
 
 from tinyfusion_pl.cli.processes import is_first_process
 
-# Where a run writes and which of its stages run: no part of what is computed, so no part of the folder's name.
+# Where a run writes and which stages run do not affect results, so they are not in the folder's
+# name.
 NOT_IDENTITY = ("hydra", "run_dir", "paths", "task")
 RESOLVER = re.compile(r"\$\{([\w.]+):")
-PURE_RESOLVERS = {
-    "oc.select",
-    "hydra",
-}  # whose value the configuration decides, or that stay as written
-SHARED = "tinyfusion_pl.tasks.SharedResults"  # says which results other runs use again, which changes none of them
+# Resolvers whose value depends on the configuration alone, or that stay as written.
+PURE_RESOLVERS = {"oc.select", "hydra"}
+SHARED = "tinyfusion_pl.tasks.SharedResults"  # sharing results between runs does not change them
 CONFIG, LOCK = "config.yaml", ".lock"
 PUT_BACK = (
-    "Put back the one that was there; or delete it, and it is written anew from this command's configuration, unless what the folder "
-    "holds is of another."
+    "Restore the original file; or delete it, and it is rewritten from this command's "
+    "configuration, unless the folder belongs to another one."
 )
-SEAL = "# sha256: "  # last line of config.yaml: of all lines before it, the last of which states the configuration's hash
+# The last line of config.yaml: SHA-256 of all lines before it, which end with the configuration's
+# hash.
+SEAL = "# sha256: "
 
 
 def identity(cfg: DictConfig) -> dict[str, Any]:
-    """What decides a run's numbers, as plain data: everything but `NOT_IDENTITY`, and but which results are shared.
+    """The configuration that determines a run's results, as plain data.
 
-    A reference to a single value becomes that value; one to a whole group, or to where the run is, stays as written.
+    Everything but `NOT_IDENTITY` and `SHARED`. A reference to a single value becomes that value;
+    one to a whole group, or to the run's location, stays as written.
     """
     raw = _without_shared(OmegaConf.to_container(cfg, resolve=False))
     written = json.dumps(
@@ -46,7 +48,7 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
     return _settled_now({key: value for key, value in raw.items() if key not in NOT_IDENTITY})
 
 
-@lru_cache(maxsize=16)  # a command asks several times, which takes a tenth of a second each
+@lru_cache(maxsize=16)  # a command calls this several times, at a tenth of a second each
 def _settled(written: str) -> str:
     return json.dumps(_settled_now(json.loads(written)), default=str)
 
@@ -54,7 +56,8 @@ def _settled(written: str) -> str:
 def _settled_now(raw: dict[str, Any]) -> dict[str, Any]:
     kept = OmegaConf.create(raw)
     _settle(kept)
-    return OmegaConf.to_container(kept, resolve=False)
+    container: Any = OmegaConf.to_container(kept, resolve=False)
+    return container
 
 
 def config_hash(cfg: DictConfig) -> str:
@@ -63,11 +66,10 @@ def config_hash(cfg: DictConfig) -> str:
 
 
 def compute_hash(cfg: DictConfig, *names: str) -> str:
-    """The same of the parts `names` of the configuration alone."""
+    """`config_hash` of the parts `names` of the configuration alone."""
     parts = identity(cfg)
-    return hashlib.sha256(_canonical({name: parts[name] for name in names}).encode()).hexdigest()[
-        :8
-    ]
+    canonical = _canonical({name: parts[name] for name in names})
+    return hashlib.sha256(canonical.encode()).hexdigest()[:8]
 
 
 def _without_shared(node: Any) -> Any:
@@ -88,14 +90,15 @@ def _sha256(content: bytes) -> str:
 def _settle(node: DictConfig | ListConfig) -> None:
     for key, written in items(OmegaConf.to_container(node, resolve=False)):
         if OmegaConf.is_interpolation(node, key):
-            with suppress(OmegaConfBaseException):  # it refers to what was taken out
+            with suppress(OmegaConfBaseException):  # refers to a part that is not in the identity
                 if "${hydra:" not in written and not OmegaConf.is_config(value := node[key]):
                     node[key] = value
         elif isinstance(written, (dict, list)):
             _settle(node[key])
 
 
-def items(container: dict | list) -> Iterator[tuple[Any, Any]]:
+def items(container: Any) -> Iterator[tuple[Any, Any]]:
+    """(key, value) of each item of a dict or list."""
     yield from container.items() if isinstance(container, dict) else enumerate(container)
 
 
@@ -112,10 +115,11 @@ def _flat(container: dict | list, prefix: str = "") -> Iterator[tuple[str, str]]
 
 
 def check_folder(run_dir: Path, cfg: DictConfig) -> None:
-    """Find out whether `run_dir` is of the configuration `cfg`, or free.
+    """Check that `run_dir` belongs to the configuration `cfg`, or to none.
 
     Raises:
-        ValueError: when it holds a run of another configuration, or of one that cannot be told; says what differs.
+        ValueError: if it belongs to another configuration, or to an unknown one; states the
+            differences.
     """
     file, here = run_dir / CONFIG, config_hash(cfg)
     if file.exists():
@@ -124,81 +128,89 @@ def check_folder(run_dir: Path, cfg: DictConfig) -> None:
     for mark, there in finished.items():
         if there not in (None, here):
             raise ValueError(
-                f"{mark} is of another configuration: its hash is {there}, the hash of this one is {here}. Give another "
-                "run_dir=PATH, or none: each configuration then gets its own folder."
+                f"{mark} belongs to another configuration (hash {there}; the hash of this one is "
+                f"{here}). Give another run_dir=PATH, or omit it: each configuration gets its own "
+                "folder."
             )
     if file.exists() or here in finished.values():
         return
     if finished:  # by an earlier version, or from Python
         raise ValueError(
-            f"{run_dir} holds {min(finished).relative_to(run_dir)}, but no {CONFIG} that says of which configuration it is. "
-            f"Put {CONFIG} back, or give another run_dir=PATH."
+            f"{run_dir} contains {min(finished).relative_to(run_dir)}, but no {CONFIG}, so its "
+            f"configuration is unknown. Restore {CONFIG}, or give another run_dir=PATH."
         )
 
 
 def _check_config(file: Path, cfg: DictConfig) -> None:
     run_dir = file.parent
     if not (file.is_file() or file.is_dir()):
-        raise ValueError(f"{file} is no regular file. Remove it, or give another run_dir.")
+        raise ValueError(f"{file} is not a regular file. Remove it, or give another run_dir.")
     try:
         content = file.read_bytes()
     except OSError as error:
         raise ValueError(
-            f"{file} cannot be read: {error.strerror}. Give another run_dir."
+            f"Could not read {file}: {error.strerror}. Give another run_dir."
         ) from error
     if SEAL.encode() in content and not _is_sealed(content):
         raise ValueError(
-            f"{file} differs from its own hash: it was changed or damaged after the run wrote it. {PUT_BACK}"
+            f"{file} does not match its own hash: it was changed or damaged after the run wrote "
+            f"it. {PUT_BACK}"
         )
     try:
-        there, here = (
-            dict(_flat(identity(config))) for config in (OmegaConf.create(content.decode()), cfg)
-        )
+        there, here = (dict(_flat(identity(config))) for config in (_parse(content.decode()), cfg))
     except Exception as error:
         if SEAL.encode() not in content:
             raise ValueError(
-                f"{file} does not end with its own hash: it is truncated, or of an earlier version, and {file} is not a "
-                f"readable configuration ({error}). {PUT_BACK}"
+                f"{file} is not a valid configuration ({error}), and does not end with its own "
+                f"hash: it is truncated, or from an earlier version. {PUT_BACK}"
             ) from error
-        raise ValueError(f"{file} is not a readable configuration ({error}). {PUT_BACK}") from error
+        raise ValueError(f"{file} is not a valid configuration ({error}). {PUT_BACK}") from error
     differing = [key for key in {**here, **there} if here.get(key) != there.get(key)]
     if any(key not in there for key in differing) and SEAL.encode() not in content:
         raise ValueError(
-            f"{file} does not end with its own hash, and {sum(key not in there for key in differing)} settings are missing in it: it is "
-            f"truncated, or of an earlier version. {PUT_BACK}"
+            f"{file} does not end with its own hash, and lacks "
+            f"{sum(key not in there for key in differing)} settings: it is truncated, or from an "
+            f"earlier version. {PUT_BACK}"
         )
     if differing:
-        shown = "; ".join(f"{key} is {there.get(key, 'not set')} there and {here.get(key, 'not set')} here"
-                          for key in differing[:3])  # fmt: skip
+        shown = "; ".join(
+            f"{key} is {there.get(key, 'not set')} there and {here.get(key, 'not set')} here"
+            for key in differing[:3]
+        )
         more = f"; {len(differing) - 3} more differ" if len(differing) > 3 else ""
         alone = (
-            f" {file} is all that is in it: delete it to use this folder."
+            f" The folder contains only {file}: delete it to use this folder."
             if _is_alone(file)
             else ""
         )
         raise ValueError(
-            f"{run_dir} holds a run of another configuration ({shown}{more}). Give another run_dir=PATH, or none: each "
-            f"configuration then gets its own folder.{alone}"
+            f"{run_dir} belongs to a run of another configuration ({shown}{more}). Give another "
+            f"run_dir=PATH, or omit it: each configuration gets its own folder.{alone}"
         )
 
 
+def _parse(text: str) -> DictConfig:
+    cfg = OmegaConf.create(text)
+    if not isinstance(cfg, DictConfig):
+        raise TypeError("expected a mapping")
+    return cfg
+
+
 def _is_sealed(content: bytes) -> bool:
-    """Whether the content of a ``config.yaml`` ends with the hash of all that is before it."""
+    """Whether the content of a ``config.yaml`` ends with the hash of everything before it."""
     written, _, stated = content.rpartition(SEAL.encode())
     return stated == f"{_sha256(written)}\n".encode()
 
 
 def _get_configuration(mark: Path) -> str | None:
-    """The hash of the configuration that a finished stage's file states, as `RunFolder.finish` writes it."""
-    from tinyfusion_pl.checksums import (
-        Damaged,
-        read_sealed,
-    )  # imports torch, which --help does not need
+    """The configuration's hash in the file of a finished stage, written by `RunFolder.finish`."""
+    # Imports torch, which --help does not need.
+    from tinyfusion_pl.checksums import Damaged, read_sealed
 
     try:
         return read_sealed(mark).get("configuration")
     except Damaged:
-        return None  # who reads it tells
+        return None  # reported by the stage that reads it
 
 
 def _is_alone(file: Path) -> bool:
@@ -206,12 +218,13 @@ def _is_alone(file: Path) -> bool:
 
 
 def write_config(run_dir: Path, cfg: DictConfig) -> None:
-    """Leave `cfg` as ``config.yaml``, with its hash; one that is there is of the same configuration and stays."""
+    """Write `cfg` with its hash to ``config.yaml``, unless the file exists: then it is the same."""
     from tinyfusion_pl.artifacts import write_text  # imports torch, which --help does not need
 
     if (run_dir / CONFIG).exists() or not is_first_process():
         return
-    raw, where = OmegaConf.to_container(cfg, resolve=False), {}
+    raw: Any = OmegaConf.to_container(cfg, resolve=False)
+    where = {}
     for key in ("run_dir", "paths"):
         if key in cfg:
             where[key] = (
@@ -225,7 +238,7 @@ def write_config(run_dir: Path, cfg: DictConfig) -> None:
 
 
 def forget_config(run_dir: Path) -> None:
-    """Remove ``config.yaml`` where nothing in the folder was written after it: the run left nothing that it would describe."""
+    """Remove ``config.yaml`` if no file in the folder is newer: the run wrote nothing else."""
     config = run_dir / CONFIG
     with suppress(OSError):
         written = config.stat().st_mtime_ns

@@ -1,4 +1,4 @@
-"""The settings that belong to no class: their types; and bounds by name, for what a type alone does not say."""
+"""Types of the settings that belong to no class, and bounds of settings by name."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from tinyfusion_pl.cli.kinds import Built, Kind
 MAX_SEED = 2**32 - 1  # NumPy's, which Lightning seeds too
 NAME = re.compile(r"\w[\w.+-]{0,127}")
 
-# name -> (least, most), wherever a class of this project has a setting of this name. The upper bounds are far beyond what any machine
-# does, and keep a slip of the finger from filling memory.
+# Name -> (least, most), for the settings of all classes of this project. The upper bounds are far
+# beyond what any machine can do; they keep a typo from filling the memory.
 BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "seed": (0, MAX_SEED),
     "batch_size": (1, 2**20),
@@ -62,7 +62,7 @@ BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "weight_feature": (0, 10**6),
     "weight_interval": (0, 10**6),
     "interval_share": (0, 1),
-    # > 0 too, which the classes say
+    # The classes also check that these are > 0.
     "tau_start": (None, 10**6),
     "tau_end": (None, 10**6),
     "scaling": (None, 10**6),
@@ -97,7 +97,7 @@ BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "num_classes": (1, 10**6),
     "activation_checkpointing": (0, 1),
 }
-# target -> name -> (least, most) of others' classes
+# Target -> name -> (least, most), for classes of other packages.
 FOREIGN_BOUNDS: dict[str, dict[str, tuple[float | None, float | None]]] = {
     "peft.tuners.lora.config.LoraConfig": {
         "r": (1, 2**14),
@@ -134,17 +134,16 @@ FOREIGN_BOUNDS: dict[str, dict[str, tuple[float | None, float | None]]] = {
     },
 }
 CHOICES: dict[str, Any] = {"weights": Literal["ema", "raw"]}
-OBJECTS = {
-    ("tinyfusion_pl.objectives.gaussian_diffusion.GaussianDiffusion", "scheduler")
-}  # settings that are one, or null
-LOADERS = "tinyfusion_pl.models."  # whose weights may also be an entry of a file
-BLANK = ("prefix",)  # texts that may be empty
-UNTYPED = ("pattern",)  # an unquoted 1:2 is a number to YAML: the class says what happened
+# Settings that are an object with _target_, or null.
+OBJECTS = {("tinyfusion_pl.objectives.gaussian_diffusion.GaussianDiffusion", "scheduler")}
+LOADERS = "tinyfusion_pl.models."  # whose `weights` may also name an entry of a file
+BLANK = ("prefix",)  # strings that may be empty
+UNTYPED = ("pattern",)  # YAML reads an unquoted 1:2 as a number, which the class explains
 
 
 @dataclass(frozen=True)
 class Plain:
-    """A mapping of settings that makes no object: name -> its kind, or a `Plain` inside."""
+    """A mapping without ``_target_``: name -> the `Kind` of a setting, or a nested `Plain`."""
 
     settings: dict[str, Any]
 
@@ -156,35 +155,70 @@ def _bounds(pair: tuple[float | None, float | None] | None) -> dict[str, Any]:
 _OF_TRAINER = FOREIGN_BOUNDS["lightning.pytorch.trainer.trainer.Trainer"]
 IMAGES = Kind(str | Built, blank=False)
 TRAINER = Kind(Built)
-MAIN = Plain({
-    "name": Kind(str), "seed": Kind(int, least=0, most=MAX_SEED), "recipe": Kind(str | None), "run_dir": Kind(str),
-    "paths": Plain({"output_dir": Kind(str, blank=False), "results": Kind(str | None, blank=False)}),
-    "averaging": Plain({name: Kind(float, least=0, most=1 - 1e-12) for name in ("decay", "gates")}),
-    "search": Plain({"num_steps": Kind(int, least=1, most=10**6), "num_samples": Kind(int, least=2, most=10**8),
-                     "trial_steps": Kind(list[int]), "trials": Kind(dict[str, Any] | None)}),
-    "dry_run": Plain({"num_iterations": Kind(int, least=1, most=10**6)}),
-    "adapter": Plain({"weight_update": Kind(Literal["lora", "full", "frozen"] | Built)}),
-    "logger": Plain({"factory": Kind(Built | None)}),
-    "runtime": Plain({"accelerator": Kind(str, blank=False), "devices": Kind(int | str | list[int], **_bounds(_OF_TRAINER["devices"])),
-                      "num_nodes": Kind(int, **_bounds(_OF_TRAINER["num_nodes"])), "precision": Kind(int | str)}),
-    "trainer": Plain({"strategy": Kind(str, blank=False)}),
-    "measure": Plain({"trainer": TRAINER, "files": Kind(Built), "samples": IMAGES, "reference": IMAGES}),
-    "reference": Plain({"trainer": TRAINER, "files": Kind(Built), "images": IMAGES, "output": Kind(str, blank=False)}),
-    **{name: Kind(Built) for name in ("task", "model", "data", "objective", "pruning", "distill", "metrics", "learn_mask", "recover",
-                                      "evaluate", "train", "extract", "candidates", "activations", "depth_curve")},
-})  # fmt: skip
-NEW_MODEL = "tinyfusion_pl.tasks.train_denoiser"  # makes a model of its name alone
-OF_NEW_MODEL = {
-    "_target_",
-    "name",
-    "checkpoint",
-    "weights",
-    "variant",
-    "prefix",
-}  # unused or unneeded where there are no weights yet
+DEVICES = Kind(int | str | list[int], **_bounds(_OF_TRAINER["devices"]))
+NUM_NODES = Kind(int, **_bounds(_OF_TRAINER["num_nodes"]))
+DECAY = Kind(float, least=0, most=1 - 1e-12)
+PATH = Kind(str, blank=False)
+BUILT = (  # groups with a _target_
+    "task",
+    "model",
+    "data",
+    "objective",
+    "pruning",
+    "distill",
+    "metrics",
+    "learn_mask",
+    "recover",
+    "evaluate",
+    "train",
+    "extract",
+    "candidates",
+    "activations",
+    "depth_curve",
+)
+MAIN = Plain(
+    {
+        "name": Kind(str),
+        "seed": Kind(int, least=0, most=MAX_SEED),
+        "recipe": Kind(str | None),
+        "run_dir": Kind(str),
+        "paths": Plain({"output_dir": PATH, "results": Kind(str | None, blank=False)}),
+        "averaging": Plain({"decay": DECAY, "gates": DECAY}),
+        "search": Plain(
+            {
+                "num_steps": Kind(int, least=1, most=10**6),
+                "num_samples": Kind(int, least=2, most=10**8),
+                "trial_steps": Kind(list[int]),
+                "trials": Kind(dict[str, Any] | None),
+            }
+        ),
+        "dry_run": Plain({"num_iterations": Kind(int, least=1, most=10**6)}),
+        "adapter": Plain({"weight_update": Kind(Literal["lora", "full", "frozen"] | Built)}),
+        "logger": Plain({"factory": Kind(Built | None)}),
+        "runtime": Plain(
+            {
+                "accelerator": Kind(str, blank=False),
+                "devices": DEVICES,
+                "num_nodes": NUM_NODES,
+                "precision": Kind(int | str),
+            }
+        ),
+        "trainer": Plain({"strategy": Kind(str, blank=False)}),
+        "measure": Plain(
+            {"trainer": TRAINER, "files": Kind(Built), "samples": IMAGES, "reference": IMAGES}
+        ),
+        "reference": Plain(
+            {"trainer": TRAINER, "files": Kind(Built), "images": IMAGES, "output": PATH}
+        ),
+        **{name: Kind(Built) for name in BUILT},
+    }
+)
+NEW_MODEL = "tinyfusion_pl.tasks.train_denoiser"  # creates a model from model.name alone
+# The settings of `model` that it does not use, or does not need before there are weights.
+OF_NEW_MODEL = {"_target_", "name", "checkpoint", "weights", "variant", "prefix"}
 IS_MAIN = {"model", "data", "objective", "pruning", "learn_mask", "recover", "evaluate", "train"}
 
-# What a stage gives to what it makes, so that a setting would go unread: key -> names
+# Key -> arguments that the stage passes itself, so that a setting would be ignored.
 GIVEN = {
     "pruning": ("save_dir", "decisions_path", "source"),
     "learn_mask.module": ("denoiser", "objective"),
@@ -195,7 +229,7 @@ GIVEN = {
 
 
 def get_kind(name: str, hint: Any, *, target: str) -> Kind:
-    """The kind of the argument `name` of `target`, a full name."""
+    """The kind of the argument `name` of `target`, given by its full name."""
     if name in UNTYPED:
         return Kind(Any)
     if not target.startswith("tinyfusion_pl."):
@@ -210,17 +244,16 @@ def get_kind(name: str, hint: Any, *, target: str) -> Kind:
 
 
 def check_name(key: str, value: str) -> None:
-    """`ValueError` for a name that is no name of one folder."""
+    """Raise a ValueError unless `value` is a valid name of one folder."""
     if not NAME.fullmatch(value):
         raise ValueError(
-            f"{key} is {value!r}, which names a folder and files. Give letters, digits, '_', '.', '+' and '-', 128 at most, "
-            "the first of them no dot; run_dir=PATH says where a run goes."
+            f"{key} is {value!r}, which is not a valid folder name. Give up to 128 letters, "
+            "digits, '_', '.', '+' and '-', starting with a letter, a digit or '_'; run_dir=PATH "
+            "sets where the run is written."
         )
 
 
 def check_run_dir(key: str, value: str) -> None:
-    """`ValueError` for a path that would fill the present folder."""
+    """Raise a ValueError for an empty path, which would be the current folder."""
     if not value.strip():
-        raise ValueError(
-            f"{key} is empty. Give the path of a folder for this run, or leave it out."
-        )
+        raise ValueError(f"{key} is empty. Give the path of a folder for this run, or omit it.")

@@ -1,13 +1,13 @@
-"""The door: every setting's type and bounds, before anything is built, written or trained.
+"""Validation of all settings before anything is instantiated, written or trained.
 
-Types are the hints of what a ``_target_`` names; those of the settings that make no object, and bounds, are in `schema`.
+Types are the hints of each ``_target_``; `schema` has those of other settings, and bounds.
 """
 
 from __future__ import annotations
 
 import copy
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -26,40 +26,37 @@ from tinyfusion_pl.cli.references import (
 )
 from tinyfusion_pl.cli.wording import hint, shown, unread
 
+if TYPE_CHECKING:
+    from tinyfusion_pl.cli.targets import Parameters
+
 MAX_TOLD = 8
 SPECIAL = {TARGET: str, "_partial_": bool, "_recursive_": bool, "_convert_": str, "_args_": list}
 
 
-def check_complete(node: DictConfig | ListConfig) -> None:
-    """Read every value, also behind references, so that a missing one is found (Hydra leaves it out of a partial)."""
-    for key in get_names(node):
-        if OmegaConf.is_config(value := node[key]):
-            check_complete(value)
-
-
 def checked(cfg: DictConfig) -> DictConfig:
-    """A copy of `cfg` in which every setting has its type: whole floats are integers where integers are meant.
+    """A copy of `cfg` in which each setting has its type: whole floats become integers.
 
     Raises:
-        ValueError: for settings of another type, out of bounds, or that nothing reads; names each by its key.
+        ValueError: for settings of another type, out of bounds, or that nothing reads; names the
+            key of each.
     """
     cfg = copy.deepcopy(cfg)
-    door = _Door(cfg)
-    door.check()
-    if door.problems:
-        told = list(dict.fromkeys(door.problems.values()))
-        more = (
-            [f"({len(told) - MAX_TOLD} more settings are wrong.)"] if len(told) > MAX_TOLD else []
-        )
-        raise ValueError("\n".join([*told[:MAX_TOLD], *more]))
+    validation = _Validation(cfg)
+    validation.check()
+    if validation.problems:
+        problems = list(dict.fromkeys(validation.problems.values()))
+        lines = problems[:MAX_TOLD]
+        if (num_more := len(problems) - MAX_TOLD) > 0:
+            lines.append(f"({num_more} more settings are invalid.)")
+        raise ValueError("\n".join(lines))
     return cfg
 
 
-class _Door:
+class _Validation:
     """One walk over a configuration."""
 
     def __init__(self, cfg: DictConfig) -> None:
-        # Not at the top: they import what a configuration names, and `--help` needs none of it.
+        # Imported here: they import what a configuration names, which --help does not need.
         from tinyfusion_pl.cli import kinds, schema, targets
 
         self.kinds, self.schema, self.targets = kinds, schema, targets
@@ -71,19 +68,19 @@ class _Door:
         if set(self.cfg) >= self.schema.IS_MAIN:
             self.plain(self.cfg, "", self.schema.MAIN)
             self.task()
-        else:  # a configuration of someone's own
+        else:  # a user's own main configuration
             for name in ("name", "seed", "run_dir"):
-                if name in self.cfg.keys():
+                if name in get_names(self.cfg):
                     self.value(self.cfg, name, name, self.schema.MAIN.settings[name])
             self.inside(self.cfg, "")
 
-    def tell(self, key: str, problem: str) -> None:
+    def add(self, key: str, problem: str) -> None:
         self.problems.setdefault(key, problem)
 
-    # -- settings that make no object ---------------------------------------------------------------------------------------------------
+    # -- mappings without _target_ -------------------------------------------------------------
     def plain(self, node: DictConfig, key: str, schema: Any) -> None:
-        for name in node:
-            full = f"{key}.{name}" if key else str(name)
+        for name in get_names(node):
+            full = f"{key}.{name}" if key else name
             kind = schema.settings.get(name)
             if kind is None:
                 if key or (name != "hydra" and name not in self.referred_to):
@@ -91,15 +88,16 @@ class _Door:
                     while isinstance(inner, DictConfig) and len(inner) == 1:  # ++a.b=1 adds both
                         (last,) = inner
                         full, inner = f"{full}.{last}", raw(inner, last)
-                    self.tell(
-                        full, unread(full, schema.settings, "is no setting of this configuration")
+                    self.add(
+                        full,
+                        unread(full, schema.settings, "is not a setting of this configuration"),
                     )
             elif not isinstance(kind, self.schema.Plain):
                 self.value(node, name, full, kind)
             elif isinstance(inner := raw(node, name), DictConfig):
                 self.plain(inner, full, kind)
             else:
-                self.tell(
+                self.add(
                     full, f"{full} is {shown(inner)}; give a mapping ({', '.join(kind.settings)})."
                 )
 
@@ -109,7 +107,7 @@ class _Door:
             ("run_dir", self.schema.check_run_dir),
         ):
             if (
-                key in self.cfg.keys()
+                key in get_names(self.cfg)
                 and isinstance(value := raw(self.cfg, key), str)
                 and "${" not in value
                 and value != "???"
@@ -117,14 +115,14 @@ class _Door:
                 try:
                     check(key, value)
                 except ValueError as error:
-                    self.tell(key, str(error))
+                    self.add(key, str(error))
 
     def task(self) -> None:
-        """What a task takes is what the rest of the configuration says: only that is in a run's identity."""
+        """A task takes its values from the other groups: only those are in a run's identity."""
         task = raw(self.cfg, "task")
         if not isinstance(task, DictConfig):
             return
-        for name in task:
+        for name in get_names(task):
             if name not in (
                 "stages",
                 "overrides",
@@ -132,22 +130,29 @@ class _Door:
                 "settings",
                 *SPECIAL,
             ) and not OmegaConf.is_interpolation(task, name):
-                self.tell(f"task.{name}", f"task.{name} is {shown(raw(task, name))}; a task takes it from the rest of the configuration. "
-                                          f"Leave it out and set {name} there.")  # fmt: skip
+                self.add(
+                    f"task.{name}",
+                    f"task.{name} is {shown(raw(task, name))}, but a task takes its values from "
+                    f"the other groups. Omit it and set {name} there.",
+                )
         model = raw(self.cfg, "model")
         if task.get(TARGET) == self.schema.NEW_MODEL and isinstance(model, DictConfig):
-            for name in set(model) - self.schema.OF_NEW_MODEL:
+            for name in set(get_names(model)) - self.schema.OF_NEW_MODEL:
                 if model[name] not in (None, False):
-                    self.tell(f"model.{name}", f"model.{name} is {shown(model[name])}, but a new model is made from model.name alone. Give "
-                                               f"+task.overrides.{name}={shown(model[name])} instead.")  # fmt: skip
+                    self.add(
+                        f"model.{name}",
+                        f"model.{name} is {shown(model[name])}, but task=train creates its model "
+                        "from model.name alone. Set "
+                        f"+task.overrides.{name}={shown(model[name])} instead.",
+                    )
 
     @cached_property
     def referred_to(self) -> set[str]:
         return words_referred_to(self.cfg)
 
-    # -- settings that make objects -----------------------------------------------------------------------------------------------------
+    # -- objects -------------------------------------------------------------------------------
     def value(self, node: DictConfig | ListConfig, name: Any, key: str, kind: Any) -> None:
-        """Check one setting, and what is inside it."""
+        """Check one setting, and those inside it."""
         if OmegaConf.is_missing(node, name):
             return
         refers = OmegaConf.is_interpolation(node, name)
@@ -156,25 +161,25 @@ class _Door:
             and not REFERENCE.fullmatch(written(node, name))
             and kind.takes(lambda part: part is str)
         ):
-            return  # a text with references in it is a text; to read it may take the hash of everything
+            return  # a string; resolving it may require the hash of the whole configuration
         value = self.resolved(node, name, key)
         if isinstance(value, Unresolved):
             return
         plain = outline(value)
         try:
             found = kind.check(plain)
-        except self.kinds.WrongKind as error:
+        except self.kinds.KindError as error:
             key = ".".join([key, *map(str, error.path)])
             where = home(self.cfg, key)
-            taken = f" ({key} takes it)" if where != key else ""
-            if (
-                where == key or where not in self.problems
-            ):  # what is wrong where it stands says more
+            taken = f" (used by {key})" if where != key else ""
+            # An error at the key where a value is set says more than one at a reference to it.
+            if where == key or where not in self.problems:
                 self.problems[where] = (
-                    f"{where} is {shown(error.value)}{taken}; {error}.{hint(error.value, error.kind)}"
+                    f"{where} is {shown(error.value)}{taken}; "
+                    f"{error}.{hint(error.value, error.kind)}"
                 )
             return
-        if refers:  # its settings are looked at where it stands
+        if refers:  # its settings are checked where it is set
             self.fits(value, home(self.cfg, key), kind)
             return
         if isinstance(value, DictConfig) and TARGET in value:
@@ -185,7 +190,7 @@ class _Door:
         sharpen(node, name, plain, found)
 
     def inside(self, node: DictConfig | ListConfig, key: str, kind: Any = None) -> None:
-        """Objects in lists and mappings that make none themselves."""
+        """Check the objects in a list or in a mapping without ``_target_``."""
         inner = None if kind is None else kind.of_items()
         for name in get_names(node):
             full = f"{key}.{name}" if key else str(name)
@@ -196,20 +201,20 @@ class _Door:
                 self.inside(child, full, inner)
 
     def object(self, node: DictConfig, key: str, kind: Any) -> None:
-        """An object: its class, and each of its arguments."""
+        """Check the class and each argument of an object."""
         name = self.resolved(node, TARGET, f"{key}.{TARGET}")
         if isinstance(name, Unresolved):
             return
         try:
             target = self.targets.locate(name) if isinstance(name, str) else None
         except ValueError as error:
-            self.tell(
+            self.add(
                 f"{key}.{TARGET}",
                 f"{key}.{TARGET}: {error}. Give the full name of a class or function.",
             )
             return
         if target is None:
-            self.tell(
+            self.add(
                 f"{key}.{TARGET}",
                 f"{key}.{TARGET} is {shown(name)}; give the full name of a class or function.",
             )
@@ -219,32 +224,33 @@ class _Door:
         self.arguments(node, key, parameters, of=_full_name(target))
         if not node.get("_partial_") and "_args_" not in node:
             for each in parameters.required:
-                if each not in node.keys():  # a missing value is no member, but a key
-                    self.tell(
+                if each not in get_names(node):  # `in node` is false for a missing value
+                    self.add(
                         f"{key}.{each}", f"{key}.{each} has no value. Give one: {key}.{each}=VALUE."
                     )
 
     def fits(self, value: Any, key: str, kind: Any) -> None:
-        """Whether the object that `value` describes is of the kind that is meant."""
+        """Check that the object that `value` describes is of the expected kind."""
         if not isinstance(value, DictConfig) or not isinstance(value.get(TARGET), str):
             return
         try:
             target = self.targets.locate(value[TARGET])
         except ValueError:
-            return  # told where it stands
+            return  # reported where it is set
         if problem := self.kinds.misfit(target, kind, partial=value.get("_partial_") is True):
-            self.tell(key, f"{key}{problem.format(key=key)}")
+            self.add(key, f"{key}{problem.format(key=key)}")
 
-    def arguments(self, node: DictConfig, key: str, parameters: Any, *, of: str) -> None:
+    def arguments(self, node: DictConfig, key: str, parameters: Parameters, *, of: str) -> None:
+        """Check each argument of an object against the parameters of its class `of`."""
         allowed = list(parameters.hints)
-        for name in node:
+        for name in get_names(node):
             full = f"{key}.{name}"
             if name in SPECIAL:
                 self.value(node, name, full, self.kinds.Kind(SPECIAL[name]))
             elif name in self.schema.GIVEN.get(key, ()):
-                self.tell(
+                self.add(
                     full,
-                    f"{full} is {shown(raw(node, name))}, but it is set by what uses it. Leave it out.",
+                    f"{full} is {shown(raw(node, name))}, but the stage sets it. Omit it.",
                 )
             elif name in allowed:
                 self.value(
@@ -255,12 +261,13 @@ class _Door:
             elif parameters.open:
                 self.value(node, name, full, self.kinds.Kind(Any))
                 if (value := raw(node, name)) != value:
-                    self.tell(full, f"{full} is nan; give a value, or leave it out.")
+                    self.add(full, f"{full} is nan; give a value, or omit it.")
             else:
-                self.tell(full, unread(full, allowed, f"is no setting of {of.rpartition('.')[2]}"))
+                why = f"is not a setting of {of.rpartition('.')[2]}"
+                self.add(full, unread(full, allowed, why))
 
     def sampling(self, node: Any, key: str) -> None:
-        """The options of the objective's ``sample``."""
+        """Check the options of the objective's ``sample``."""
         objective = OmegaConf.select(self.cfg, "objective")
         if (
             not isinstance(node, DictConfig)
@@ -277,10 +284,14 @@ class _Door:
             return
         parameters = self.targets.get_options(options)
         allowed = list(parameters.hints)
-        unknown = [name for name in node if name not in allowed]
-        if len(unknown) > 1:  # not misspelt, but of another objective's sampler
-            self.tell(key, f"{key} has {', '.join(map(str, unknown))}, which sampling from {target.__name__} does not take; it takes "
-                           f"{', '.join(allowed)}. Choose a sampler that goes with the objective: sampler@{key}=NAME.")  # fmt: skip
+        unknown = [name for name in get_names(node) if name not in allowed]
+        if len(unknown) > 1:  # not misspelled: the options of another objective's sampler
+            self.add(
+                key,
+                f"{key} has {', '.join(unknown)}, which are not sampling options of "
+                f"{target.__name__}; its options: {', '.join(allowed)}. Select a sampler for this "
+                f"objective: sampler@{key}=NAME.",
+            )
             return
         self.arguments(node, key, parameters, of=_full_name(target))
 
@@ -293,9 +304,10 @@ class _Door:
                 and "hydra" not in str(written(node, name))
                 and "Missing" not in str(error)
             ):
-                self.tell(
+                self.add(
                     key,
-                    f"{key} refers to {written(node, name)}, which cannot be read: {str(error).splitlines()[0]}.",
+                    f"{key} refers to {written(node, name)}, which could not be resolved: "
+                    f"{str(error).splitlines()[0]}.",
                 )
             return Unresolved()
 

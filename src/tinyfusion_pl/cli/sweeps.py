@@ -1,22 +1,28 @@
-"""``-m`` and what it goes with: values for a sweep without it, or it without any, would run something else than was meant."""
+"""Checks of ``-m``: values of a sweep without it, or ``-m`` without any, are errors."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from hydra._internal.utils import get_args_parser
+from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-WANDB_SWEEP = "WANDB_SWEEP_ID"  # environment variable: set by `wandb agent` for an arm of its sweep
-SWEEP = "TINYFUSION_SWEEP"  # environment variable: the sweep's folder, for the processes that one of its runs starts
+from tinyfusion_pl.cli.paths import absolute_path
+
+# Environment variables: `wandb agent` sets the first for each arm of its sweep; the second is the
+# folder of the sweep, for the processes that one of its runs starts.
+WANDB_SWEEP = "WANDB_SWEEP_ID"
+SWEEP = "TINYFUSION_SWEEP"
 
 
 def check_sweep(arguments: Sequence[str]) -> None:
-    """Refuse ``-m`` where nothing has several values: it would be one run in a sweep's folder."""
+    """Raise a ValueError for ``-m`` with one value per setting: that is a single run."""
     options = get_args_parser().parse_args(list(arguments))
     if not options.multirun or options.config_dir or options.config_name or not options.overrides:
         return
@@ -27,29 +33,30 @@ def check_sweep(arguments: Sequence[str]) -> None:
         for p in parsed
     ):
         raise ValueError(
-            f"-m runs a sweep, but no setting has several values ({' '.join(options.overrides)}). Give values with commas, as "
-            "seed=0,1, or +sweep=NAME; or leave out -m."
+            f"-m runs a sweep, but each setting has one value ({' '.join(options.overrides)}). "
+            "Separate several values by commas, for example seed=0,1, or add +sweep=NAME; for a "
+            "single run, omit -m."
         )
 
 
 def check_single(sweeper: DictConfig) -> None:
-    """Refuse a sweep's values without ``-m``: none of them would be used."""
+    """Raise a ValueError for sweep parameters without ``-m``, which Hydra would ignore."""
     if params := sweeper.get("params"):
         raise ValueError(
-            f"the configuration gives several values ({', '.join(f'{key}={value}' for key, value in params.items())}), but "
-            "without -m one run "
-            "is made, with none of them. Add -m."
+            "the configuration defines a sweep "
+            f"({', '.join(f'{key}={value}' for key, value in params.items())}), but without -m a "
+            "single run would ignore its values. Add -m."
         )
 
 
-def is_arm(job: DictConfig) -> bool:
-    """Whether the run is an arm of a sweep: of Hydra's or of W&B's."""
+def is_arm(job: HydraConf) -> bool:
+    """Whether `job` is an arm of a sweep, Hydra's or W&B's."""
     return job.mode == RunMode.MULTIRUN or WANDB_SWEEP in os.environ
 
 
 def in_sweep(name: str) -> str | None:
-    """Path of `name` in the folder of the sweep that this run is of; None where it is of none."""
+    """Path of `name` in the folder of the current sweep; None outside a sweep."""
     if HydraConfig.initialized() and is_arm(job := HydraConfig.get()):
-        return os.path.join(os.path.abspath(job.sweep.dir), name)
+        return str(Path(absolute_path(job.sweep.dir), name))
     sweep = os.environ.get(SWEEP)
-    return None if sweep is None else os.path.join(sweep, name)
+    return None if sweep is None else str(Path(sweep, name))

@@ -1,4 +1,4 @@
-"""What a ``_target_`` takes: the parameters of a class or function, with their type hints."""
+"""The parameters of a ``_target_``, with their type hints."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from hydra.utils import get_object
 
 SELF = ("self", "cls")
-# Where the ``**kwargs`` of a function go, as far as that does not depend on its arguments
+# Where a function passes its ``**kwargs``, if that does not depend on its arguments.
 PASSED_ON = {
     "tinyfusion_pl.metrics.networks.TimmFeatures": "timm.create_model",
     "tinyfusion_pl.data.vae.load_vae": "tinyfusion_pl.data.VAE",
@@ -22,7 +22,13 @@ PASSED_ON = {
 
 @dataclass(frozen=True)
 class Parameters:
-    """Of a target: name -> hint, the names without a default, and whether names beyond these are taken."""
+    """The parameters of a target.
+
+    Attributes:
+        hints: Name -> type hint.
+        required: Names without a default.
+        open: Whether other names are accepted (``**kwargs``).
+    """
 
     hints: dict[str, Any]
     required: tuple[str, ...]
@@ -31,27 +37,27 @@ class Parameters:
 
 @lru_cache
 def locate(target: str) -> Callable[..., Any]:
-    """The class or function of a dotted name.
+    """The class or function with a dotted name.
 
     Raises:
-        ValueError: when there is none.
+        ValueError: if there is none.
     """
     try:
         found = get_object(target)
-    except Exception as error:  # of many types, also from the import of the module that is named
-        raise ValueError(f"there is no {target!r} to import ({_reason(error)})") from error
+    except Exception as error:  # of any type: importing the module runs its code
+        raise ValueError(f"could not import {target!r} ({_reason(error)})") from error
     if not callable(found):
-        raise ValueError(f"{target!r} is a {type(found).__name__}, no class or function")
+        raise ValueError(f"{target!r} is a {type(found).__name__}, not a class or function")
     return found
 
 
 def get_parameters(target: Callable[..., Any], *, given: typing.Mapping[str, Any]) -> Parameters:
-    """The parameters of `target`; `given` are the arguments, which may decide where the others go."""
+    """The parameters of `target` called with the arguments `given`."""
     return _merged([target, *_passed_on(target, given)])
 
 
 def get_options(function: Callable[..., Any]) -> Parameters:
-    """The parameters of `function` that are given by name alone."""
+    """The keyword-only parameters of `function`."""
     parameters, known = _own(function)
     names = [
         name
@@ -63,13 +69,12 @@ def get_options(function: Callable[..., Any]) -> Parameters:
 
 @lru_cache
 def _own(function: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter], dict[str, Any]]:
-    """Parameters by name, and their hints; none where a builtin does not say them."""
-    if isinstance(function, type) and (function.__init__, function.__new__) == (
-        object.__init__,
-        object.__new__,
-    ):
-        return {}, {}  # object's own says *args, **kwargs, and takes none
-    called = function.__init__ if isinstance(function, type) else function
+    """Parameters by name, and their hints; ``**kwargs`` for a builtin without a signature."""
+    called: Callable[..., Any] = function
+    if isinstance(function, type):
+        called, new = (getattr(function, name) for name in ("__init__", "__new__"))
+        if (called, new) == (object.__init__, object.__new__):
+            return {}, {}  # object's signature has *args and **kwargs, but takes neither
     try:
         parameters = {
             name: p for name, p in inspect.signature(called).parameters.items() if name not in SELF
@@ -82,12 +87,11 @@ def _own(function: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter], di
 def _hints(called: Callable[..., Any], parameters: dict[str, inspect.Parameter]) -> dict[str, Any]:
     try:
         return typing.get_type_hints(called)
-    except Exception:  # a name that is only imported for type checkers: each parameter by itself
+    except Exception:  # a name imported only for type checkers: evaluate each parameter
         pass
     names = vars(typing) | getattr(inspect.unwrap(called), "__globals__", {})
-    names |= vars(
-        sys.modules.get(called.__module__, typing)
-    )  # of a dataclass's __init__, which has globals of its own
+    # A dataclass's __init__ has globals of its own.
+    names |= vars(sys.modules.get(called.__module__, typing))
     found = {}
     for name, parameter in parameters.items():
         try:
@@ -101,13 +105,11 @@ def _hints(called: Callable[..., Any], parameters: dict[str, inspect.Parameter])
 def _passed_on(
     target: Callable[..., Any], given: typing.Mapping[str, Any]
 ) -> list[Callable[..., Any]]:
-    """Where the ``**kwargs`` of `target` go."""
+    """The functions to which `target` passes its ``**kwargs``."""
     name = f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', '')}"
     if name in PASSED_ON:
         return [locate(PASSED_ON[name])]
-    if isinstance(target, type) and name.startswith(
-        "tinyfusion_pl."
-    ):  # those of others may go anywhere
+    if isinstance(target, type) and name.startswith("tinyfusion_pl."):  # others are unknown
         return [
             each for each in target.__mro__[1:] if "__init__" in vars(each) and each is not object
         ]
@@ -115,8 +117,8 @@ def _passed_on(
         from tinyfusion_pl.models.registry import model_class
 
         try:
-            return [model_class(given.get("name"))]
-        except Exception:  # said where the name itself is looked at
+            return [model_class(str(given.get("name")))]
+        except Exception:  # reported when the name itself is checked
             return []
     return []
 

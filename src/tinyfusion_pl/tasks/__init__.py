@@ -1,4 +1,7 @@
-"""What the CLI runs: callables made of instantiated objects, resumable, each in a run folder."""
+"""Tasks of the command line: resumable callables, each in a run folder."""
+
+import warnings
+from typing import Any
 
 from tinyfusion_pl.tasks.activations import Activations, draw_activations
 from tinyfusion_pl.tasks.budget import Budget
@@ -16,7 +19,7 @@ from tinyfusion_pl.tasks.report import Report
 from tinyfusion_pl.tasks.settings import write_settings
 from tinyfusion_pl.tasks.shared_results import SharedResults
 from tinyfusion_pl.tasks.stages import Pipeline
-from tinyfusion_pl.tasks.steps import Unfinished
+from tinyfusion_pl.tasks.steps import UnfinishedError
 from tinyfusion_pl.tasks.tensorboard_tracker import TensorBoardTracker
 from tinyfusion_pl.tasks.tracking import Tracker
 from tinyfusion_pl.tasks.train import Train, train_denoiser
@@ -30,9 +33,9 @@ __all__ = [
     "Evaluate",
     "Extract",
     "Fit",
+    "ImageFiles",
     "Inputs",
     "LearnMask",
-    "ImageFiles",
     "Pipeline",
     "Recover",
     "Report",
@@ -41,7 +44,7 @@ __all__ = [
     "TensorBoardTracker",
     "Tracker",
     "Train",
-    "Unfinished",
+    "UnfinishedError",
     "WandbTracker",
     "csv_logger",
     "draw_activations",
@@ -53,3 +56,17 @@ __all__ = [
     "train_denoiser",
     "write_settings",
 ]
+
+_RENAMED = {"PictureFiles": "ImageFiles", "Unfinished": "UnfinishedError"}  # for one release
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _RENAMED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(
+        f"tinyfusion_pl.tasks.{name} was renamed to {_RENAMED[name]}. The old name will be removed "
+        "in the next release.",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return globals()[_RENAMED[name]]

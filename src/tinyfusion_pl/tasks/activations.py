@@ -1,4 +1,4 @@
-"""Histograms of hidden states of teacher and student at their layer pairs, with lines at k sigma (TinyFusion, figure 8)."""
+"""Histograms of hidden states at the layer pairs of teacher and student (TinyFusion, figure 8)."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
 
 from tinyfusion_pl.artifacts import write_json
+from tinyfusion_pl.data import GenerationDataModule
 from tinyfusion_pl.distill import HiddenStates
 from tinyfusion_pl.models import load_decision, load_shallow
+from tinyfusion_pl.objectives.base import Objective
 from tinyfusion_pl.pruning import get_stack
 from tinyfusion_pl.report import write_activations
 from tinyfusion_pl.tasks.choosing import Draws
@@ -26,12 +27,12 @@ NUM_BINS = 200
 
 @dataclass(kw_only=True)
 class Activations:
-    """What is drawn.
+    """Settings of the histograms.
 
     Args:
         student: Folder of a shallow model (``recovered/`` of a run, or ``shallow/``).
         num_samples: Draws of the training data, >= 1.
-        num_sigma: Widths that are marked, in standard deviations, each > 0.
+        num_sigma: Multiples of the standard deviation to mark, each > 0.
     """
 
     student: str
@@ -41,7 +42,8 @@ class Activations:
     def __post_init__(self) -> None:
         if self.num_samples < 1 or not all(k > 0 for k in self.num_sigma):
             raise ValueError(
-                f"num_samples is {self.num_samples} and num_sigma {list(self.num_sigma)}; give counts and widths > 0."
+                f"num_samples is {self.num_samples} and num_sigma {list(self.num_sigma)}; give "
+                "values > 0."
             )
 
 
@@ -52,18 +54,20 @@ def draw_activations(
     name: str,
     seed: int,
     teacher: nn.Module,
-    objective: Any,
-    data: LightningDataModule,
+    objective: Objective,
+    data: GenerationDataModule,
     activations: Activations,
     begin: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """Compare the hidden states of `teacher` and of a shallow student on the same draws.
 
-    Leaves ``activations.png`` and ``activations.json``: for each layer pair and side mean, sigma, largest magnitude, its multiple of sigma,
-    and the share of values beyond each k sigma, taken over all samples together. `begin` is called when all checks have passed.
+    Writes ``activations.png`` and ``activations.json``: for each layer pair and side mean, sigma,
+    largest magnitude, its multiple of sigma, and the share of values beyond each k sigma, over all
+    samples. `begin` is called once all checks have passed.
 
     Raises:
-        ValueError, ArtifactError: for a student that is not of this teacher's widths.
+        ValueError: for a student that was not pruned from this teacher.
+        ArtifactError: for a student that cannot be read.
     """
     student, decision = load_shallow(activations.student), load_decision(activations.student)
     data.check_fits(teacher)
@@ -71,9 +75,10 @@ def draw_activations(
         widths = [getattr(model, "width", None) for model in (student, teacher)]
         if (depth := len(get_stack(teacher, path))) != stack.num_blocks or widths[0] != widths[1]:
             raise ValueError(
-                f"{activations.student} was cut from a model of {stack.num_blocks} blocks in '{path}', and the teacher has "
-                f"{depth}; hidden states have {widths[0]} and {widths[1]} channels. Give the teacher that it was cut from "
-                "(model=, model.checkpoint=)."
+                f"{activations.student} was pruned from a model with {stack.num_blocks} blocks in "
+                f"'{path}', but the teacher has {depth}; their hidden states have {widths[0]} and "
+                f"{widths[1]} channels. Give the teacher that it was pruned from (model=, "
+                "model.checkpoint=)."
             )
     pairs = {path: stack.layer_pairs() for path, stack in decision.stacks.items()}
     if begin is not None:
@@ -83,13 +88,13 @@ def draw_activations(
         call = Draws(data, objective, next(teacher.parameters()).device)(activations.num_samples)
     found: dict[str, dict[str, Tensor]] = {}
     for path, of_path in pairs.items():
-        sides = {
+        models = {
             "teacher": (teacher, [t for _, t in of_path]),
             "student": (student, [s for s, _ in of_path]),
         }
         states = {
             side: _states(model.eval(), path, blocks, call)
-            for side, (model, blocks) in sides.items()
+            for side, (model, blocks) in models.items()
         }
         for s, t in of_path:
             pair = f"{path}: block {t} of the teacher, {s} of the student"
@@ -108,7 +113,8 @@ def draw_activations(
     )
     for pair, sides in result.items():
         say(
-            f"{pair}: largest {sides['teacher']['largest_in_sigma']:.1f} sigma, {sides['student']['largest_in_sigma']:.1f} sigma"
+            f"{pair}: largest magnitude {sides['teacher']['largest_in_sigma']:.1f} sigma, "
+            f"{sides['student']['largest_in_sigma']:.1f} sigma"
         )
     say(f"Done. Open {figure}")
     return result

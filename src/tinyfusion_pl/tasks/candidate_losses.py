@@ -1,4 +1,4 @@
-"""The calibration losses of all structures, or of many of them, with the choices of criteria marked (TinyFusion, figure 5)."""
+"""Calibration losses of the structures of a budget, with criteria marked (TinyFusion, figure 5)."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
 from torch import nn
 
 from tinyfusion_pl.artifacts import write_json, write_text
+from tinyfusion_pl.data import GenerationDataModule
 from tinyfusion_pl.models import load_decision
 from tinyfusion_pl.models.records import RECORD
+from tinyfusion_pl.objectives.base import Objective
 from tinyfusion_pl.report import write_candidate_losses
 from tinyfusion_pl.selection import CRITERIA, Problem, Selection
 from tinyfusion_pl.selection.candidates import get_candidates, num_structures
 from tinyfusion_pl.selection.criteria.sensitivity import check_measure
 from tinyfusion_pl.selection.problem import CANDIDATES
 from tinyfusion_pl.selection.structures import open_structures
-from tinyfusion_pl.tasks.choosing import Draws
+from tinyfusion_pl.tasks.choosing import Draws, describe_kept
 from tinyfusion_pl.tasks.folder import say
 
 LOSSES, RESULT, FIGURE = "candidate_losses.csv", "candidate_losses.json", "candidate_losses.png"
@@ -30,13 +31,13 @@ LOSSES, RESULT, FIGURE = "candidate_losses.csv", "candidate_losses.json", "candi
 
 @dataclass(kw_only=True)
 class CandidateLosses:
-    """What is scored, and what is marked.
+    """The structures to score, and the selections to mark.
 
     Args:
-        num_candidates: Structures that are scored, >= 1: all where there are no more, else so many drawn at random.
+        num_candidates: Structures to score, >= 1: all of them, or a random subset of this size.
         measure: ``"loss"`` of the objective, or ``"distance"`` to the teacher's output.
-        criteria: Names of criteria whose choices are marked (`CRITERIA`).
-        chosen: Name -> run folder or shallow folder, whose choices are marked too.
+        criteria: Names of criteria (`CRITERIA`) whose selections are marked.
+        chosen: Name -> run folder or shallow folder whose selection is marked.
     """
 
     num_candidates: int = 100_000
@@ -46,11 +47,11 @@ class CandidateLosses:
 
     def __post_init__(self) -> None:
         if self.num_candidates < 1:
-            raise ValueError(f"num_candidates is {self.num_candidates}; give 1 or more.")
+            raise ValueError(f"num_candidates is {self.num_candidates}; give a count >= 1.")
         check_measure(self.measure)
         if unknown := [name for name in self.criteria if name not in CRITERIA]:
             raise ValueError(
-                f"criteria names {unknown}; available criteria: {', '.join(CRITERIA)}."
+                f"Unknown criteria {unknown}; available criteria: {', '.join(CRITERIA)}."
             )
 
 
@@ -60,25 +61,28 @@ def score_candidates(
     name: str,
     seed: int,
     teacher: nn.Module,
-    objective: Any,
-    data: LightningDataModule,
+    objective: Objective,
+    data: GenerationDataModule,
     pruning: Callable[..., Selection],
     candidates: CandidateLosses,
     begin: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
-    """Score the structures that the budget of `pruning` allows, and mark choices among them.
+    """Score the structures that the budget of `pruning` allows, and mark selections among them.
 
-    Leaves ``candidate_losses.csv`` (a line for each structure), ``candidate_losses.json`` (the marked choices: kept blocks, loss, share of
-    the structures that lose less) and ``candidate_losses.png``. `begin` is called when all checks have passed.
+    Writes ``candidate_losses.csv`` (a line for each structure), ``candidate_losses.json`` (the
+    marked
+    selections: kept blocks, loss, share of structures with a smaller loss) and
+    ``candidate_losses.png``. `begin` is called once all checks have passed.
 
     Raises:
-        ValueError: for a budget that does not fit the teacher, or a choice that does not fit the budget.
+        ValueError: for a budget that does not fit the teacher, or a selection that does not fit the
+            budget.
     """
     selection, folder, start = pruning(), Path(run_dir), time.perf_counter()
     if not isinstance(selection, Selection):
         raise ValueError(
-            "Candidates are those of a budget, which pruning=learned states by groups. Give pruning=index and pruning.keep or "
-            "pruning.pattern."
+            "Candidates need a budget over all blocks, but pruning=learned has one for each group. "
+            "Give pruning=index and pruning.keep or pruning.pattern."
         )
     space = selection.space(teacher)
     data.check_fits(teacher)
@@ -87,7 +91,8 @@ def score_candidates(
     if begin is not None:
         begin()
     say(
-        f"{name}: {num_structures(space):,} structures; {min(num_structures(space), candidates.num_candidates):,} are scored"
+        f"{name}: scoring {min(num_structures(space), candidates.num_candidates):,} of "
+        f"{num_structures(space):,} structures"
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = teacher.to(device).eval()
@@ -106,14 +111,14 @@ def score_candidates(
         for criterion in candidates.criteria:
             try:
                 chosen[criterion] = CRITERIA[criterion]()(problem).structure
-            except ValueError as error:  # a rule that has no structure for this budget
+            except ValueError as error:  # the criterion does not support this budget
                 say(f"{criterion}: {error}")
         marked = (
             structures.means(problem.fixed, torch.stack(list(chosen.values())), candidates.measure)
             if chosen
             else torch.empty(0)
         )
-    marks = {
+    marks: dict[str, dict[str, Any]] = {
         mark: {
             "kept_blocks": space.kept_blocks(structure),
             "loss": float(loss),
@@ -152,10 +157,12 @@ def score_candidates(
     )
     for mark, each in sorted(marks.items(), key=lambda item: item[1]["loss"]):
         say(
-            f"{each['loss']:.5g}  {mark}: {each['kept_blocks']}, {100 * each['share_below']:.2g}% of the structures lose less"
+            f"{each['loss']:.5g}  {mark}: {describe_kept(each['kept_blocks'])}; "
+            f"{100 * each['share_below']:.2g}% of the structures have a smaller loss"
         )
     say(
-        f"Done, for {cost:,} runs of a block on a sample ({one_by_one / max(cost, 1):.1f}x fewer than one by one). Open {figure}"
+        f"Done: {cost:,} block evaluations ({one_by_one / max(cost, 1):.1f}x fewer than one by "
+        f"one). Open {figure}"
     )
     return result
 
@@ -165,7 +172,7 @@ def _units(space: Any) -> list[Sequence[int]]:
 
 
 def _chosen(mark: str, path: str, space: Any) -> torch.Tensor:
-    """The choice in a run or shallow folder, as a structure of `space`."""
+    """The selection in a run or shallow folder, as a structure of `space`."""
     folder = Path(path) / "shallow" if (Path(path) / "shallow" / RECORD).exists() else Path(path)
     kept = load_decision(folder).kept_blocks
     units = [

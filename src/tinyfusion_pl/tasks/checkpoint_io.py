@@ -1,4 +1,4 @@
-"""Lightning's checkpoints, written whole or not at all, and verified when they are read."""
+"""Atomic writing of Lightning's checkpoints, with a checksum that is verified on loading."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 from tinyfusion_pl.artifacts import ArtifactError, atomic_path
 from tinyfusion_pl.checksums import Origin, differences
 
-# A torch checkpoint is a zip file, which ends with a comment: 2 bytes of length, here 0, and the text.
+# A torch checkpoint is a zip file, which ends with a comment: its length in 2 bytes, here 0, and
+# text.
 ZIP_END, ZIP_END_SIZE, NO_COMMENT = b"PK\x05\x06", 22, b"\0\0"
 MADE_FROM = "made_from"  # of a checkpoint
 SEAL = b"sha256:"
@@ -23,17 +24,18 @@ SEAL_LENGTH = SEAL_SIZE.to_bytes(2, "little")
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
-    """Writes beside the checkpoint's place and renames; reports in a sentence what cannot be written or read.
+    """Writes a checkpoint to a temporary file beside it, then renames it.
 
-    Lightning's own writes into the system's temporary folder; where that is another file system, the file is copied to its place bit by
-    bit, over the last good one.
+    Lightning's own plugin writes to the system's temporary folder; on another file system, copying
+    the file from there may leave a partial one in place of the last good checkpoint.
 
-    The file carries the SHA-256 of its content as the comment of the zip file that it is, so that
-    content and checksum are replaced together. torch reads it like any other.
+    The comment of the zip file is the SHA-256 of its content, so that content and checksum are
+    replaced together. torch reads the file like any other.
 
     Args:
-        made_from: What the training starts from, name -> checksum. It goes into each checkpoint; one of another
-            origin is refused before anything is restored from it. None: neither.
+        made_from: Origin of the training, name -> checksum, saved in each checkpoint; loading one
+        of
+            another origin raises an error. None: not saved or checked.
     """
 
     def __init__(self, made_from: Origin | None = None) -> None:
@@ -43,12 +45,13 @@ class WholeCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
+        """Write the checkpoint and its checksum."""
         if self.made_from is not None:
             checkpoint = {**checkpoint, MADE_FROM: self.made_from}
-        with atomic_path(path) as temporary, open(temporary, "wb") as opened:
+        with atomic_path(path) as temporary, Path(temporary).open("wb") as opened:
             file = _HashedFile(opened)
             try:
-                torch.save(checkpoint, file)
+                torch.save(checkpoint, file)  # type: ignore[arg-type]  # only writes
                 opened.seek(-len(NO_COMMENT), os.SEEK_END)
                 opened.write(SEAL_LENGTH + SEAL + file.digest.hexdigest().encode())
             except Exception:
@@ -60,7 +63,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
         """Read the checkpoint at `path`.
 
         Raises:
-            ArtifactError: when its content is not what was written, or it was made from something else.
+            ArtifactError: if it is damaged, or has another origin.
         """
         sealed = verify(path)
         try:
@@ -69,15 +72,15 @@ class WholeCheckpointIO(TorchCheckpointIO):
             raise _unreadable(path) from error
         if not sealed:
             warnings.warn(
-                f"{path} has no checksum (an earlier version wrote it): damage to it would not be noticed.",
+                f"{path} has no checksum (an earlier version wrote it): damage cannot be detected.",
                 stacklevel=2,
             )
         if self.made_from is not None and (
             found := differences(content.get(MADE_FROM), self.made_from)
         ):
             raise ArtifactError(
-                f"{path} cannot be resumed: it was made from something else ({found}). Put back what it was made "
-                "from, or delete it, and its stage begins anew."
+                f"Cannot resume from {path}: it has another origin ({found}). Restore its inputs, "
+                "or delete it to start the stage again."
             )
         return content
 
@@ -86,12 +89,12 @@ def verify(path: str | Path) -> bool:
     """Compare the checkpoint at `path` with its checksum; returns whether it has one.
 
     Raises:
-        ArtifactError: when it does not match, or the file ends with neither a checksum nor as a zip file does.
+        ArtifactError: if it does not match, or the file does not end like a checkpoint.
     """
     tail = len(SEAL_LENGTH) + SEAL_SIZE
     if not Path(path).is_file():
         raise _unreadable(path)
-    with open(path, "rb") as file:
+    with Path(path).open("rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - tail))
         end = file.read()
@@ -104,25 +107,28 @@ def verify(path: str | Path) -> bool:
         while rest and (chunk := file.read(min(1 << 20, rest))):
             digest.update(chunk)
             rest -= len(chunk)
-    digest.update(NO_COMMENT)  # what stood there when the checksum was made
+    digest.update(NO_COMMENT)  # which the checksum has replaced
     if end != SEAL_LENGTH + SEAL + digest.hexdigest().encode():
         raise ArtifactError(
-            f"{path} is damaged: its content does not match its checksum. Delete it, and its stage begins anew."
+            f"{path} is damaged: its content does not match its checksum. Delete it to start the "
+            "stage again."
         )
     return True
 
 
 def _unreadable(path: str | Path) -> ArtifactError:
     return ArtifactError(
-        f"{path} cannot be read: it is truncated or no checkpoint. Delete it, and its stage begins anew."
+        f"Could not read {path}: it is truncated or not a checkpoint. Delete it to start the stage "
+        "again."
     )
 
 
 class _HashedFile:
-    """A file that hashes what it is given, and remembers why it could not be written: torch does not report it."""
+    """A file that hashes its content and keeps write errors, which torch does not report."""
 
     def __init__(self, file: BinaryIO) -> None:
-        self.file, self.error, self.digest = file, None, hashlib.sha256()
+        self.file, self.digest = file, hashlib.sha256()
+        self.error: OSError | None = None
 
     def write(self, data: bytes) -> int:
         try:

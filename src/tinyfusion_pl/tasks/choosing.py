@@ -1,11 +1,11 @@
-"""A criterion in place of mask learning: chooses, cuts, and leaves the shallow model."""
+"""Block selection by a criterion instead of mask learning; saves the shallow model."""
 
 from __future__ import annotations
 
 import copy
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,13 +32,14 @@ DECISIONS, SELECTION, PROGRESS = (
 
 
 class Draws:
-    """Samples of a data module, noised by an objective, drawn with the global generator."""
+    """Draws samples of a data module, noised by an objective, with the global generator."""
 
     def __init__(self, data: LightningDataModule, objective: Any, device: torch.device) -> None:
         self.dataset, self.objective, self.device = data.train_set(), objective, device
         self.takes_draws = getattr(self.dataset, "takes_draws", False)
 
     def __call__(self, num_samples: int) -> Calibration:
+        """Draw `num_samples` samples."""
         indices = torch.randint(len(self.dataset), (num_samples,)).tolist()
         draws = torch.randint(2**31, (num_samples,)).tolist()
         keys = list(zip(draws, indices)) if self.takes_draws else indices
@@ -55,30 +56,35 @@ class Draws:
 
 
 def choose(
-    selection: Selection | WidthPruning, folder: RunFolder, inputs: Inputs, device: torch.device, *, made_from: Origin,
+    selection: Selection | WidthPruning, folder: RunFolder, inputs: Inputs, device: torch.device, *,
+    made_from: Origin,
     logger: Callable[..., Logger] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Choose, cut a copy of the teacher, and leave it in ``shallow/``; returns what the stage is marked with.
+    """Select blocks, prune a copy of the teacher and save it to ``shallow/``.
 
-    The steps of a search are logged as those of mask learning: ``search/loss`` (mean log of the distance to the teacher),
-    ``gates/entropy``, ``gates/confidence``, and of each block its probability and whether it is kept.
+    The steps of a search are logged like those of mask learning: ``search/loss`` (mean log of the
+    distance to the teacher), ``gates/entropy``, ``gates/confidence``, and for each block its
+    probability and whether it is kept.
 
     Args:
-        selection: The criterion and its budget, or what makes the teacher narrower.
-        folder: Where it goes.
+        selection: The criterion and its budget, or width pruning.
+        folder: The run.
         inputs: The teacher, objective and data.
-        device: Where it computes.
-        logger: Makes the stage's logger, as `Fit.logger`.
-        made_from: What the choice starts from: an interrupted one resumes where that is the same.
+        device: Device of the computation.
+        made_from: Origin of the selection; an interrupted one of the same origin resumes.
+        logger: Factory of the stage's logger, see `Fit.logger`.
+
+    Returns:
+        The result of the stage.
     """
     start = time.perf_counter()
     name = selection.name
-    say(f"learn_mask: {name} chooses what stays; the shallow model goes to {folder.shallow}")
+    say(f"learn_mask: selecting blocks by {name}; saving the shallow model to {folder.shallow}")
     model = copy.deepcopy(inputs.teacher).to(device).eval()
     loggers = stage_loggers(logger, folder / "logs" / "learn_mask", "learn_mask")
     for each in loggers:
         if isinstance(each, StepLogger):
-            each.drop_after(0)  # a resumed search gives all its steps again
+            each.drop_after(0)  # a resumed search reports all its steps again
 
     def watch(entry: dict[str, Any]) -> None:
         metrics = {"search/loss": entry["loss"], **gate_metrics(entry["decision"])}
@@ -101,16 +107,22 @@ def choose(
         else found.shallow
     )
     save_shallow(folder.shallow, shallow, {
-        "stacks": found.decision.as_dict(), "source": dict(getattr(inputs.teacher, "source", None) or {}), "model_factory": None,
-        "configuration": {"criterion": name, "num_block_runs": found.num_block_runs}, "seed": inputs.seed,
-        **({} if found.width is None else {"width": found.width}),
+        "stacks": found.decision.as_dict(), "source": dict(getattr(inputs.teacher, "source", None)
+        or {}), "model_factory": None, "configuration": {"criterion": name, "num_block_runs":
+        found.num_block_runs}, "seed": inputs.seed, **({} if found.width is None else {"width":
+        found.width}),
     })  # fmt: skip
     _write(folder, found, name)
     progress.delete()
     if (width := found.width) is not None:
-        say(f"learn_mask: {name} made it narrower, {width['dense_hidden_size']} to {width['hidden_size']} channels; "
-            f"{width['removed']:.1%} of the parameters went")  # fmt: skip
-    say(f"learn_mask: {name} kept {kept}, for {found.num_block_runs:,} runs of a block on a sample")
+        say(
+            f"learn_mask: {name} reduced the width from {width['dense_hidden_size']} to "
+            f"{width['hidden_size']} channels and removed {width['removed']:.1%} of the parameters"
+        )
+    say(
+        f"learn_mask: {name} kept {describe_kept(kept)} (cost: {found.num_block_runs:,} block "
+        "evaluations)"
+    )
     return {
         "seconds": time.perf_counter() - start,
         "kept_blocks": kept,
@@ -119,8 +131,13 @@ def choose(
     }
 
 
+def describe_kept(kept: Mapping[str, Sequence[int]]) -> str:
+    """The kept blocks of each stack: ``blocks 0, 2, 5``."""
+    return "; ".join(f"{path} {', '.join(map(str, blocks))}" for path, blocks in kept.items())
+
+
 def _write(folder: RunFolder, found: Selected, name: str) -> None:
-    """What the report shows of the choice."""
+    """Write what the report shows of the selection."""
     (folder / DECISIONS).parent.mkdir(parents=True, exist_ok=True)
     if found.history:
         lines = [
@@ -128,10 +145,26 @@ def _write(folder: RunFolder, found: Selected, name: str) -> None:
             for each in found.history
         ]
         write_text(folder / DECISIONS, "".join(json.dumps(line) + "\n" for line in lines))
-    rounds = [[{"kept_units": each["structure"].nonzero().flatten().tolist(), "distance": each["distance"]} for each in of_round]
-              for of_round in found.rounds]  # fmt: skip
-    write_json(folder / SELECTION, {
-        "criterion": name, "kept_blocks": found.decision.kept_blocks, "num_block_runs": found.num_block_runs, "shortgpt": found.simple_rule,
-        "scores": {path: stack.scores for path, stack in found.decision.stacks.items()}, "rounds": rounds,
-        **({} if found.width is None else {"width": {**found.width, "intervals": found.intervals}}),
-    })  # fmt: skip
+    rounds = [
+        [
+            {
+                "kept_units": each["structure"].nonzero().flatten().tolist(),
+                "distance": each["distance"],
+            }
+            for each in candidates
+        ]
+        for candidates in found.rounds
+    ]
+    width = {} if found.width is None else {"width": {**found.width, "intervals": found.intervals}}
+    write_json(
+        folder / SELECTION,
+        {
+            "criterion": name,
+            "kept_blocks": found.decision.kept_blocks,
+            "num_block_runs": found.num_block_runs,
+            "shortgpt": found.simple_rule,
+            "scores": {path: stack.scores for path, stack in found.decision.stacks.items()},
+            "rounds": rounds,
+            **width,
+        },
+    )

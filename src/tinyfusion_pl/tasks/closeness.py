@@ -1,4 +1,4 @@
-"""How near a model is to its teacher, on fixed draws: what sampling does not have to be run for."""
+"""Loss of a model and distance to its teacher on fixed draws, without sampling."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ BATCH_SIZE = 256
 def closeness(
     model: nn.Module, inputs: Inputs, num_draws: int, *, device: torch.device
 ) -> dict[str, float]:
-    """The objective's loss and the distance to the teacher's output, averaged over `num_draws` fixed draws of the training data.
+    """Loss and distance to the teacher's output, averaged over fixed draws of the training data.
 
     Returns:
-        ``"calibration_loss"``, and ``"teacher_distance"`` (mean squared difference of what distillation compares; 0 for the teacher).
+        ``"calibration_loss"``, and ``"teacher_distance"``: mean squared difference of the outputs
+        that distillation compares, 0 for the teacher.
     """
     model, teacher = model.to(device).eval(), inputs.teacher.to(device).eval()
     draw, loss, distance = Draws(inputs.data, inputs.objective, device), 0.0, 0.0

@@ -1,4 +1,4 @@
-"""One run, many depths: quality over depth of a student that takes runs of the teacher's blocks back (PPCL, arXiv 2511.16156)."""
+"""Quality over depth of a student that restores runs of the teacher's blocks (PPCL, 2511.16156)."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule
 from torch import nn
 
 from tinyfusion_pl.artifacts import write_text
+from tinyfusion_pl.data import GenerationDataModule
 from tinyfusion_pl.distill import depths
 from tinyfusion_pl.models import load_decision, load_shallow, save_shallow
+from tinyfusion_pl.objectives.base import Objective
 from tinyfusion_pl.pruning import Decision, get_stack
 from tinyfusion_pl.report import write_depth_curve
 from tinyfusion_pl.report.reading import read_metrics
@@ -41,13 +42,13 @@ COLUMNS = (
 
 @dataclass(kw_only=True)
 class DepthCurve:
-    """What is measured.
+    """Settings of a depth curve.
 
     Args:
-        student: Folder of a recovered model (``recovered/`` of a run), best one that was recovered by
-            ``distill=interval``: only then does each of its blocks map what enters a run of the
-            teacher's blocks to what leaves it.
-        num_samples: Draws of the training data by which the order of the runs is decided, >= 1.
+        student: Folder of a recovered model (``recovered/`` of a run), preferably recovered with
+            ``distill=interval``: only then does each block map the input of a run of the teacher's
+            blocks to its output.
+        num_samples: Draws of the training data that determine the order of the runs, >= 1.
     """
 
     student: str
@@ -55,7 +56,7 @@ class DepthCurve:
 
     def __post_init__(self) -> None:
         if self.num_samples < 1:
-            raise ValueError(f"depth_curve.num_samples is {self.num_samples}; give 1 or more.")
+            raise ValueError(f"depth_curve.num_samples is {self.num_samples}; give a count >= 1.")
 
 
 def measure_depths(
@@ -64,26 +65,28 @@ def measure_depths(
     name: str,
     seed: int,
     teacher: nn.Module,
-    objective: Any,
-    data: LightningDataModule,
+    objective: Objective,
+    data: GenerationDataModule,
     depth_curve: DepthCurve,
     evaluate: Evaluate,
     begin: Callable[[], None] | None = None,
 ) -> None:
-    """Put the teacher's runs back one at a time, without training, and evaluate the model of each depth.
+    """Restore the teacher's runs one at a time, without training, and evaluate each depth.
 
-    Leaves ``depths/<depth>/`` (shallow folders), ``metrics.json`` (as an evaluation leaves it),
-    ``depth_curve.csv`` and ``depth_curve.png``. The run whose interval loss is largest goes back
-    first. `begin` is called when all checks have passed.
+    Writes ``depths/<depth>/`` (shallow folders), ``metrics.json`` (see `Evaluate`),
+    ``depth_curve.csv`` and ``depth_curve.png``. The run with the largest interval loss is restored
+    first. `begin` is called once all checks have passed.
 
     Raises:
-        ValueError, ArtifactError: for a student that was not cut from this teacher, or a setting of
-            the evaluation that does not fit.
+        ValueError: for a student that was not pruned from this teacher, or an invalid setting of
+        the
+            evaluation.
+        ArtifactError: for a student that cannot be read.
     """
     if evaluate.models:
         raise ValueError(
-            f"evaluate.models names {', '.join(evaluate.models)}, but the models of a depth curve are those of "
-            "depth_curve.student. Leave evaluate.models empty."
+            f"evaluate.models is {', '.join(evaluate.models)}, but a depth curve evaluates the "
+            "models of depth_curve.student. Leave evaluate.models empty."
         )
     student, decision = load_shallow(depth_curve.student), load_decision(depth_curve.student)
     _check(depth_curve.student, student, decision, teacher)
@@ -115,16 +118,16 @@ def measure_depths(
 
 
 def _check(path: str, student: nn.Module, decision: Decision, teacher: nn.Module) -> None:
-    """Raise a ValueError unless `student` was cut from a model like `teacher`."""
+    """Raise a ValueError unless `student` was pruned from a model like `teacher`."""
     for stack_path, stack in decision.stacks.items():
-        depth, widths = (
-            len(get_stack(teacher, stack_path)),
-            [getattr(model, "width", None) for model in (student, teacher)],
-        )
+        depth = len(get_stack(teacher, stack_path))
+        widths = [getattr(model, "width", None) for model in (student, teacher)]
         if depth != stack.num_blocks or widths[0] != widths[1]:
             raise ValueError(
-                f"{path} was cut from a model of {stack.num_blocks} blocks in '{stack_path}', and the teacher has {depth}; hidden "
-                f"states have {widths[0]} and {widths[1]} channels. Give the teacher that it was cut from (model=, model.checkpoint=)."
+                f"{path} was pruned from a model with {stack.num_blocks} blocks in '{stack_path}', "
+                f"but the teacher has {depth}; their hidden states have {widths[0]} and "
+                f"{widths[1]} channels. Give the teacher that it was pruned from (model=, "
+                "model.checkpoint=)."
             )
 
 

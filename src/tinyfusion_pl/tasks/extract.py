@@ -1,4 +1,4 @@
-"""Images to VAE latents, once, before any training: shards that `ImageNetLatents` reads."""
+"""Extraction of VAE latents from images, once: shards that `ImageNetLatents` reads."""
 
 from __future__ import annotations
 
@@ -41,27 +41,30 @@ NUM_REASONS = 5
 
 @dataclass(kw_only=True)
 class Extract:
-    """What is extracted, and how.
+    """Settings of an extraction.
 
     Args:
-        images: Folder of class folders with images (ImageNet's ``train/``), or an npz file of image files (`PackedImages`).
-        output: Folder for the latents: new, or of this very extraction, which then goes on.
-        vae: Makes the `VAE`.
-        trainer: Makes a Trainer; its devices share the shards.
-        image_size: Of the ADM centre crop.
-        content: ``"moments"``: mean and log-variance, so that each training draw takes a sample of its own; ``"sample"``: one sample, half
-            the size.
-        dtype: ``"float32"``, or ``"float16"`` at half the size: a relative error of up to 5e-4.
-        shard_size: Images a shard.
-        save_every: Images of a process between two savings: the most that an interruption costs it.
-        batch_size: Images read at once; the VAE has a batch size of its own.
-        num_workers: Processes that read image files.
-        num_images: Only the first so many; None: all.
-        seed: Of the noise of kept samples.
-        class_to_idx: Labels of the class folders: ``"imagenet"``, ``"order"`` or a JSON file, see `label_classes`; None: ImageNet's where
-            the names are its wnids, else their order.
-        skip_broken: Leave out images that cannot be read, instead of an error; they are counted and named in ``latents.json``.
-        max_pixels: Width times height that an image may have.
+        images: Folder of class folders with images (ImageNet's ``train/``), or an npz file of image
+            files (`PackedImages`).
+        output: Folder for the latents: a new one, or that of this extraction, which then resumes.
+        vae: Factory of the `VAE`.
+        trainer: Factory of a Trainer, whose devices share the shards.
+        image_size: Side of the ADM center crop, in pixels.
+        content: ``"moments"`` saves mean and log-variance, so that each training draw samples anew;
+            ``"sample"`` saves one sample, at half the size.
+        dtype: ``"float32"``, or ``"float16"`` at half the size, with a relative error up to 5e-4.
+        shard_size: Images per shard.
+        save_every: Images of a process between saves: the most that an interruption loses.
+        batch_size: Images to read at once; the VAE has its own batch size.
+        num_workers: Worker processes that read image files.
+        num_images: Extract only the first images; None: all.
+        seed: Seed of the noise of saved samples.
+        class_to_idx: Labels of the class folders: ``"imagenet"``, ``"order"`` or a JSON file, see
+            `label_classes`; None: ImageNet's labels if the names are its wnids, otherwise their
+            order.
+        skip_broken: Skip images that cannot be read instead of raising an error; ``latents.json``
+            lists them.
+        max_pixels: Maximum width times height of an image.
     """
 
     images: str
@@ -93,28 +96,32 @@ class Extract:
         }.items():
             if getattr(self, name) < least:
                 raise ValueError(
-                    f"extract.{name} is {getattr(self, name)}; give a whole number >= {least}."
+                    f"extract.{name} is {getattr(self, name)}; give an integer >= {least}."
                 )
-        for name, choices in {"content": CONTENTS, "dtype": DTYPES}.items():
+        for name, choices in (("content", tuple(CONTENTS)), ("dtype", tuple(DTYPES))):
             if getattr(self, name) not in choices:
                 raise ValueError(
-                    f"extract.{name} is {getattr(self, name)!r}; give {' or '.join(map(repr, choices))}."
+                    f"extract.{name} is {getattr(self, name)!r}; give "
+                    f"{' or '.join(map(repr, choices))}."
                 )
 
 
 def extract_latents(
     *, run_dir: str | Path, extract: Extract, begin: Callable[[], None] | None = None
 ) -> Path:
-    """Extract the latents of ``extract.images`` and of their mirror images into ``extract.output``; returns that folder.
+    """Extract the latents of ``extract.images`` and their mirror images to ``extract.output``.
 
-    Finished shards, and finished parts of others, are passed over. Files do not depend on the number of processes. `begin` is called
-    when all checks have passed, before anything is written.
+    Resumes after finished shards, and finished parts of others. The files do not depend on the
+    number of processes. `begin` is called once all checks have passed, before anything is written.
+
+    Returns:
+        The folder of the latents.
 
     Raises:
-        ValueError, ArtifactError: for images that cannot be read, more processes than shards, or an output that holds something else or
-            that another extraction is writing.
+        ValueError: for more processes than shards, or an output folder of something else.
+        ArtifactError: for images that cannot be read, or an output that another process is writing.
     """
-    # The processes that the first one starts write into the folder that it holds.
+    # Processes that the first one launches share the folder that it locks.
     with (
         sole_writer(extract.output, setting="extract.output")
         if rank_zero_only.rank == 0
@@ -167,13 +174,15 @@ def _extract_latents(root: Path, extract: Extract, *, begin: Callable[[], None] 
                 inventory.write(root, info)  # images that were copied have other times
             _leave_out_what_is_gone(root, info, inventory)
         say(
-            f"extract: done before; the latents of {info.num_samples} images are in {root} (headers and sizes of their files were looked "
-            "at, not the values)"
+            f"extract: already finished; the latents of {info.num_samples} images are in {root} "
+            "(checked headers and sizes of the files, not the values)"
         )
         return root
     say(
-        f"extract: {info.num_samples} images of {extract.images} and their mirror images through the VAE {vae.source}: {info.content} of "
-        f"{info.latent_shape}, {len(missing_shards(root, info))} of {info.num_shards} shards to do; they go to {root}"
+        f"extract: encoding {info.num_samples} images of {extract.images} and their mirror images "
+        f"with the VAE {vae.source}: {info.content} of {info.latent_shape}, "
+        f"{len(missing_shards(root, info))} of {info.num_shards} shards remaining; they will be "
+        f"saved to {root}"
     )
     say(f"extract: {_describe_labels(info)}")
     if trainer.is_global_zero:
@@ -201,14 +210,14 @@ def _extract_latents(root: Path, extract: Extract, *, begin: Callable[[], None] 
         LatentShards(root)  # reads every header
         _say_skipped(skipped, module.broken)
     say(
-        f"Done. {root}: {info.num_samples} images in {info.num_shards} shards; this process made {module.num_done} in {seconds:.1f} s, "
-        f"{module.num_done / seconds:.2f} images/s."
+        f"Done. {root}: {info.num_samples} images in {info.num_shards} shards; this process "
+        f"encoded {module.num_done} in {seconds:.1f} s, {module.num_done / seconds:.2f} images/s."
     )
     return root
 
 
 def _leave_out_what_is_gone(root: Path, info: LatentsInfo, inventory: Inventory) -> None:
-    """Bring ``latents.json`` up to date where images were removed, or put back, after the extraction was finished."""
+    """Update ``latents.json`` if images were removed or restored since the extraction finished."""
     held = LatentsInfo.from_dict(read_json(root / FINISHED), root / FINISHED)
     if held.skipped or inventory.gone:
         skipped = left_out(root, info, inventory)
@@ -227,7 +236,8 @@ def _say_skipped(skipped: dict[str, int], reasons: list[str]) -> None:
             else ""
         )
         say(
-            f"extract: {len(skipped)} images were left out ({named(list(skipped))}); {FINISHED} names all of them{why}"
+            f"extract: skipped {len(skipped)} images ({named(list(skipped))}); {FINISHED} lists "
+            f"all of them{why}"
         )
 
 
@@ -238,21 +248,24 @@ def _describe_labels(info: LatentsInfo) -> str:
     )
     how = {
         "imagenet": "ImageNet's",
-        "order": "by the order of the class folders",
-        "file": "those of the file",
+        "order": "in the order of the class folders",
+        "file": "from the file",
         "class_to_idx": "as given",
     }
-    return f"{len(labels)} classes, labels {how[info.labelled_by]} ({pairs}{', ...' if len(labels) > NUM_REASONS else ''})"
+    more = ", ..." if len(labels) > NUM_REASONS else ""
+    return f"{len(labels)} classes, labels {how[info.labelled_by]} ({pairs}{more})"
 
 
 def _check_processes(num_processes: int, num_samples: int, shard_size: int) -> None:
     num_shards = -(-num_samples // shard_size)
     if num_processes > num_samples:
         raise ValueError(
-            f"There are {num_processes} processes, but only {num_samples} images. Give fewer devices."
+            f"There are {num_processes} processes, but only {num_samples} images. Give fewer "
+            "devices."
         )
     if num_processes > num_shards:
         raise ValueError(
-            f"There are {num_processes} processes, but only {num_shards} shards of {shard_size} images to share out. Give "
-            f"extract.shard_size={num_samples // num_processes} or less, or fewer devices."
+            f"There are {num_processes} processes, but only {num_shards} shards of {shard_size} "
+            f"images. Give extract.shard_size={num_samples // num_processes} or less, or fewer "
+            "devices."
         )

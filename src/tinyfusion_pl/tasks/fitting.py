@@ -1,4 +1,4 @@
-"""One resumable fit: a Trainer with what every stage needs, going on from the stage's last checkpoint."""
+"""One resumable fit: the Trainer of a stage, which resumes from the stage's last checkpoint."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import TorchCheckpointIO
@@ -17,6 +17,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 
 from tinyfusion_pl.callbacks import Clock
 from tinyfusion_pl.checksums import Origin
+from tinyfusion_pl.data import GenerationDataModule
 from tinyfusion_pl.modules import Denoising
 from tinyfusion_pl.tasks.budget import Budget
 from tinyfusion_pl.tasks.checkpoint_io import WholeCheckpointIO
@@ -35,21 +36,24 @@ from tinyfusion_pl.tasks.trainer_checks import (
 
 @dataclass(kw_only=True)
 class Fit:
-    """How a stage trains.
+    """The training of a stage.
 
     Args:
-        trainer: Makes the Trainer from callbacks, logger and default_root_dir.
-        callbacks: Further callbacks by name, as in a config; one that is None is left out.
-        logger: Makes a logger from ``folder=`` and ``stage=`` (`csv_logger`, `WandbTracker`, `TensorBoardTracker`), beside which csv files
-            are always written; None: none.
-        checkpoint_every_n_steps: Optimizer steps between checkpoints: the most work that a killed process loses.
-        budget: Length and batch; its batch goes before the data module's. The Trainer's max_steps, where it is not -1, goes before its
-            length. None: the Trainer's max_steps and the data module's batch.
-        compile: Whether blocks run compiled, each by itself. The first steps then take minutes; it pays on GPUs.
+        trainer: Factory of the Trainer, called with callbacks, logger and default_root_dir.
+        callbacks: Name -> additional callback; None disables one.
+        logger: Factory of a logger, called with ``folder=`` and ``stage=`` (`csv_logger`,
+            `WandbTracker`, `TensorBoardTracker`); csv files are written as well. None: no logging.
+        checkpoint_every_n_steps: Optimizer steps between checkpoints: a killed process loses at
+        most
+            these.
+        budget: Length and batch size. Its batch size overrides the data module's; the Trainer's
+            max_steps, unless it is -1, overrides its length. None: the Trainer's max_steps and the
+            data module's batch size.
+        compile: Whether to compile each block. The first steps then take minutes; pays off on GPUs.
     """
 
     trainer: Callable[..., Trainer]
-    callbacks: Mapping[str, Callback | None] = field(default_factory=dict)
+    callbacks: Mapping[str, Callback] = field(default_factory=dict)
     logger: Callable[..., Logger] | None = None
     checkpoint_every_n_steps: int = 50
     budget: Budget | None = None
@@ -61,16 +65,21 @@ class Fit:
         }
 
     def check(self, stage: str, module: Denoising) -> Trainer:
-        """Build the Trainer, which is returned, and the optimizer of `module` once, to find wrong settings before anything is trained.
+        """Build the Trainer, which is returned, and the optimizer of `module` once.
+
+        Finds invalid settings before anything is trained.
 
         Raises:
-            ValueError: when the number of steps is not stated, the budget's batch cannot be divided, or a setting of the Trainer would end
-                the training before its last step or leave it without checkpoints; whatever Trainer, optimizer and scheduler refuse.
+            ValueError: if the number of steps is missing, the budget's batch cannot be divided, or
+            a
+                setting would stop the training before its last step or disable checkpoints; and for
+                whatever Trainer, optimizer and scheduler reject.
         """
         for name, each in self.callbacks.items():
             if not isinstance(each, Callback):
                 raise ValueError(
-                    f"{stage}.fit.callbacks.{name} is {each!r}; give a Lightning callback, or null for none."
+                    f"{stage}.fit.callbacks.{name} is {each!r}; give a Lightning callback, or null "
+                    "to disable it."
                 )
         every = self.checkpoint_every_n_steps
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
@@ -90,8 +99,10 @@ class Fit:
         check_optimizer(stage, module, num_steps=num_steps)
         check_sharded(stage, probe, self.callbacks, module)
         if self.compile and isinstance(probe.strategy, ModelParallelStrategy):
-            raise ValueError(f"{stage}.fit.compile is True, but FSDP2 gathers the weights of a block inside the call that would be "
-                             "compiled. Set it to false, or trainer=ddp.")  # fmt: skip
+            raise ValueError(
+                f"{stage}.fit.compile is True, but FSDP2 gathers the weights of a block inside the "
+                "call to be compiled. Set it to false, or use trainer=ddp."
+            )
         return probe
 
     def _num_steps(self, stage: str, trainer: Trainer) -> int:
@@ -99,7 +110,8 @@ class Fit:
             return trainer.max_steps
         if self.budget is None or trainer.max_steps != -1:
             raise ValueError(
-                f"{stage}.fit.trainer.max_steps is {trainer.max_steps}; give a count of optimizer steps >= 1, or a budget."
+                f"{stage}.fit.trainer.max_steps is {trainer.max_steps}; give a number of optimizer "
+                "steps >= 1, or a budget."
             )
         return self.budget.num_steps
 
@@ -108,29 +120,30 @@ class Fit:
             return None
         if trainer.accumulate_grad_batches != 1:
             raise ValueError(
-                f"{stage}.fit.trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}, but the budget "
-                "divides its global_batch_size by itself. Leave it at 1 and set budget.max_device_batch_size."
+                f"{stage}.fit.trainer.accumulate_grad_batches is "
+                f"{trainer.accumulate_grad_batches}, but the budget computes it from "
+                "global_batch_size. Leave it at 1 and set budget.max_device_batch_size."
             )
         return self.budget.divide(num_processes(trainer))
 
     def check_weights(self, stage: str, weights: str) -> None:
-        """Raise a ValueError unless `weights`, ``"ema"`` or ``"raw"``, are ones that this fit leaves in its checkpoint."""
+        """Raise a ValueError unless the checkpoints have `weights`, ``"ema"`` or ``"raw"``."""
         if weights not in ("ema", "raw"):
             raise ValueError(f"{stage}.weights is {weights!r}; give 'ema' or 'raw'.")
         if weights == "ema" and not any(
             isinstance(callback, WeightAveraging) for callback in self.callbacks.values()
         ):
             raise ValueError(
-                f"{stage}.weights is 'ema', but no callback in {stage}.fit.callbacks averages weights. Set "
-                f"{stage}.weights=raw, or callbacks@{stage}.fit.callbacks=ema."
+                f"{stage}.weights is 'ema', but no callback in {stage}.fit.callbacks averages "
+                f"weights. Set {stage}.weights=raw, or callbacks@{stage}.fit.callbacks=ema."
             )
 
     def num_steps(self, stage: str) -> int:
-        """Optimizer steps that it trains."""
+        """The number of optimizer steps."""
         return self._num_steps(stage, self._bare_trainer())
 
-    def num_images(self, stage: str, data: LightningDataModule) -> int:
-        """Images of all steps, devices and accumulated batches."""
+    def num_images(self, stage: str, data: GenerationDataModule) -> int:
+        """The number of images of all steps, devices and accumulated batches."""
         probe = self._bare_trainer()
         size = data.batch_size * probe.accumulate_grad_batches * num_processes(probe)
         return self._num_steps(stage, probe) * (
@@ -138,11 +151,11 @@ class Fit:
         )
 
     def num_processes(self) -> int:
-        """Processes that it trains on."""
+        """The number of processes that train."""
         return num_processes(self._bare_trainer())
 
     def device(self) -> torch.device:
-        """Where its first process computes."""
+        """The device of the first process."""
         return self._bare_trainer().strategy.root_device
 
     def _bare_trainer(self) -> Trainer:
@@ -153,37 +166,49 @@ class Fit:
         stage: str,
         folder: RunFolder,
         module: Denoising,
-        data: LightningDataModule,
+        data: GenerationDataModule,
         *,
         first: Sequence[Callback] = (),
         made_from: Origin | None = None,
     ) -> float:
-        """Fit `module` on `data`, from the stage's last checkpoint where there is one; returns the seconds of training.
+        """Fit `module` on `data`, resuming from the stage's last checkpoint if there is one.
 
-        `first` are callbacks that must come before all others of the stage. `made_from` is what the training starts from: a checkpoint
-        that started from something else is refused.
+        Args:
+            stage: Name of the stage.
+            folder: The run.
+            module: The module to fit.
+            data: Its data.
+            first: Callbacks that must precede all others of the stage.
+            made_from: Origin of the training; a checkpoint of another origin raises an error.
+
+        Returns:
+            The seconds of training.
 
         Raises:
-            Unfinished: when the training stopped before its last step, as ``max_time`` makes it.
-            Preempted: when a signal asked for it; the step that was being trained is in the checkpoint.
+            UnfinishedError: if training stopped before its last step, for example by ``max_time``.
+            Preempted: after a signal; the checkpoint contains the step that was being trained.
         """
         clock = Clock()
         checkpoint = folder.checkpoint(stage)
         probe = self._bare_trainer()
         settings: dict[str, Any] = {"max_steps": (steps := self._num_steps(stage, probe))}
         if self.budget is not None:
-            data.batch_size, settings["accumulate_grad_batches"] = self._shares(stage, probe)
-            whole = (
-                ""
+            shares = self._shares(stage, probe)
+            assert shares is not None
+            data.batch_size, accumulated = shares
+            settings["accumulate_grad_batches"] = accumulated
+            length = (
+                f"{steps:,} steps"
                 if steps == self.budget.num_steps
-                else f", instead of the budget's {self.budget.num_steps}"
+                else f"max_steps={steps} overrides the budget ({self.budget.num_steps:,} steps)"
             )
             say(
-                f"{stage}: {steps} steps{whole} of {self.budget.global_batch_size} images: {data.batch_size} a device and batch, "
-                f"{num_processes(probe)} devices, {settings['accumulate_grad_batches']} batches a step"
+                f"{stage}: {length}; global batch {self.budget.global_batch_size} = "
+                f"{data.batch_size} per device x {_count(num_processes(probe), 'device')} x "
+                f"{_count(accumulated, 'accumulation step')}"
             )
         trainer = self.trainer(
-            # Copies: what a callback knows of this Trainer and its models must not outlive them.
+            # Copies: the state of a callback must not outlive this Trainer and its models.
             callbacks=[
                 FullLength(stage, steps),
                 LogsFollowSteps(folder / stage / "decisions.jsonl"),
@@ -221,6 +246,10 @@ def _compiled(module: Denoising, compiles: bool) -> Iterator[None]:
             module.uncompile()
 
 
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def num_processes(trainer: Trainer) -> int:
-    """Processes of `trainer`, before it has started them."""
+    """The number of processes of `trainer`, before it launches them."""
     return trainer.num_nodes * trainer.num_devices

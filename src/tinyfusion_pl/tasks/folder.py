@@ -1,4 +1,4 @@
-"""A run folder: where each stage writes, what is done, and what a stranger reads."""
+"""A run folder: where each stage writes, and which stages are finished."""
 
 from __future__ import annotations
 
@@ -8,46 +8,55 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_only
-from torch import nn
 
 from tinyfusion_pl.artifacts import ArtifactError
 from tinyfusion_pl.checksums import Damaged, read_sealed, write_sealed
+from tinyfusion_pl.data import GenerationDataModule
+from tinyfusion_pl.objectives.base import Objective
 from tinyfusion_pl.printable import for_terminal
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """What every stage works on: the experiment's name and seed, the trained denoiser, its objective and the data."""
+    """The inputs of every stage.
+
+    Args:
+        name: Name of the experiment.
+        seed: Seed of the run.
+        teacher: The trained denoiser.
+        objective: The objective that it was trained with.
+        data: The data that it was trained on.
+    """
 
     name: str
     seed: int
-    teacher: nn.Module
-    objective: Any
-    data: LightningDataModule
+    teacher: Any
+    objective: Objective
+    data: GenerationDataModule
 
 
 class RunFolder:
-    """Paths of a run and the stages that are finished.
+    """The paths of a run, and its finished stages.
 
-    A stage is finished once ``stages/<stage>.json`` exists; it is written last and whole, so an interrupted stage is run again, from its
-    last checkpoint. It carries its own checksum and the hash of the configuration that it belongs to.
+    A stage is finished once ``stages/<stage>.json`` exists. The file is written last and
+    atomically, so an interrupted stage resumes from its last checkpoint. It contains its own
+    checksum and the hash of the configuration.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.configuration = read_configuration(self / "config.yaml")
-        """Hash of the configuration that this run is of, for what it leaves; None where it was not started by the command line."""
+        """Hash of the run's configuration; None for a run that the command line did not start."""
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
 
     def result(self, stage: str) -> dict[str, Any] | None:
-        """What `stage` left when it finished; None if it has not.
+        """The result of `stage`; None if it is not finished.
 
         Raises:
-            ArtifactError: for a damaged mark, or one of another configuration.
+            ArtifactError: if the file is damaged, or belongs to another configuration.
         """
         if not (file := self / "stages" / f"{stage}.json").exists():
             return None
@@ -55,27 +64,37 @@ class RunFolder:
             content = read_sealed(file)
         except Damaged as error:
             raise Damaged(
-                f"{error} Delete it: the stage then resumes from what it left, and marks itself again."
+                f"{error} Delete it: the stage then resumes from its files and writes it again."
             ) from error
         if (
             None not in (self.configuration, of := content.pop("configuration", None))
             and of != self.configuration
         ):
             raise ArtifactError(
-                f"{file} belongs to another configuration (hash {of}; this one's is {self.configuration}). Give another "
-                "run_dir=PATH, or none: each configuration then gets its own folder."
+                f"{file} belongs to another configuration (hash {of}; the hash of this one is "
+                f"{self.configuration}). Give another run_dir=PATH, or omit it: each configuration "
+                "gets its own folder."
             )
         return content
 
+    def get_result(self, stage: str) -> dict[str, Any]:
+        """The result of a finished stage."""
+        done = self.result(stage)
+        assert done is not None, f"{stage} is not finished"
+        return done
+
     def finish(self, stage: str, result: dict[str, Any]) -> None:
-        """Mark `stage` finished with `result`; every process calls it, and none goes on before the mark is there for all to see."""
+        """Mark `stage` as finished with `result`.
+
+        Every process calls it, and returns once the file is visible to all of them.
+        """
         content = {"configuration": self.configuration, **result}
         rank_zero_only(write_sealed)(self / "stages" / f"{stage}.json", content)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.barrier()
 
     def checkpoint(self, stage: str) -> Path:
-        """The file that `stage` goes on from."""
+        """The checkpoint that `stage` resumes from."""
         return self / stage / "checkpoints" / "last.ckpt"
 
     @property
@@ -90,7 +109,7 @@ class RunFolder:
 
 
 def read_configuration(file: Path) -> str | None:
-    """The configuration's hash that a ``config.yaml`` states in a comment at its end; None where it states none, or is not there."""
+    """The configuration's hash in the last comment of a ``config.yaml``; None if there is none."""
     if not file.is_file():
         return None
     stated = re.findall(
@@ -103,5 +122,5 @@ def read_configuration(file: Path) -> str | None:
 
 @rank_zero_only
 def say(line: str) -> None:
-    """One line for the person who watches."""
+    """Print one line of progress, in the first process."""
     print(for_terminal(line), flush=True)

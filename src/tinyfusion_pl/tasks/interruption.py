@@ -1,4 +1,4 @@
-"""Signals to the processes of a run: how all of them end when one is asked to, and what is saved before that."""
+"""Signals: how all processes of a run stop when one of them gets a signal, and what they save."""
 
 from __future__ import annotations
 
@@ -25,15 +25,16 @@ _launched: list[list[subprocess.Popen]] = []  # by this process, for each Traine
 
 @contextmanager
 def interruptible(trainer: Trainer, *, at_steps: bool = False) -> Iterator[None]:
-    """Inside, `trainer` may run, and a signal ends it in one way, whatever it is doing.
+    """Handle signals while `trainer` runs inside the block.
 
-    Ctrl-C raises KeyboardInterrupt, which Lightning would turn into an exit. SIGTERM and SIGUSR1 (or
-    what SLURM is told to send) raise `Preempted`: at once, or with `at_steps` where the fit asks for
-    them, `end_if_asked`. A signal to one of several processes ends all of them, wherever they are.
+    Ctrl-C raises KeyboardInterrupt, which Lightning would turn into an exit. SIGTERM and SIGUSR1
+    (or what SLURM is told to send) raise `Preempted`: at once, or with `at_steps` where the fit
+    asks for them, `end_if_asked`. A signal to one of several processes ends all of them, wherever
+    they are.
 
     Lightning's own handlers are not used. That of SIGTERM ends a fit within a step, and of several
-    processes it makes one wait for the others for ever; that of SLURM saves wherever in a step the signal
-    arrives. Its requeueing is, see `end_if_asked`.
+    processes it makes one wait for the others for ever; that of SLURM saves wherever in a step the
+    signal arrives. Its requeueing is, see `end_if_asked`.
 
     Args:
         trainer: It has not run yet.
@@ -68,8 +69,8 @@ def interruptible(trainer: Trainer, *, at_steps: bool = False) -> Iterator[None]
 def end_if_asked(trainer: Trainer, checkpoint: Path) -> None:
     """Where any process of `trainer` was asked to end: save `checkpoint` and raise `Preempted`.
 
-    All processes call it, when a step has ended. What asks a SLURM job to requeue itself goes to Lightning,
-    which saves and requeues.
+    All processes call it, when a step has ended. What asks a SLURM job to requeue itself goes to
+    Lightning, which saves and requeues.
     """
     signum, slurm = requested(), _slurm(trainer)
     asked = trainer.strategy.reduce_boolean_decision
@@ -98,7 +99,7 @@ def _slurm(trainer: Trainer) -> SLURMEnvironment | None:
 
 
 def _take_children() -> list[subprocess.Popen]:
-    """The processes that this one launched. Lightning, which kills this one when another has ended, forgets them."""
+    """The processes launched by this one, forgotten so that Lightning does not handle them."""
     children = [child for procs in _launched for child in procs]
     for procs in _launched:
         procs.clear()
@@ -108,8 +109,8 @@ def _take_children() -> list[subprocess.Popen]:
 def _end_at_once(signum: int) -> None:
     """End this process and the others of its run.
 
-    It must not wait for the device or for another process's collective, so it leaves without cleaning
-    up. Nothing is lost by that: files are written whole or not at all.
+    It must not wait for the device or for another process's collective, so it leaves without
+    cleaning up. Nothing is lost by that: files are written whole or not at all.
     """
     signal.signal(signum, signal.SIG_IGN)
     children = _take_children()

@@ -1,4 +1,4 @@
-"""Finished batches of an evaluation on disk, until it is whole: what an interrupted one resumes from."""
+"""Finished batches of an evaluation on disk, from which an interrupted evaluation resumes."""
 
 from __future__ import annotations
 
@@ -24,15 +24,16 @@ from tinyfusion_pl.tasks.folder import say
 
 
 class KeptBatches:
-    """One safetensors file a batch: numbers, labels and features of its samples, and the images where they are asked for later.
+    """One safetensors file per batch: indices, labels and features of its samples.
 
-    Features of 50,000 samples take about 1 GB; the folder is deleted when the evaluation is whole. Each file carries its checksum and
-    what it was made from: `check`, before they are used, deletes damaged ones and those of another origin.
+    Features of 50,000 samples take about 1 GB; the folder is deleted when the evaluation finishes.
+    Each file contains its checksum and origin: `check` deletes damaged files and those of another
+    origin before they are used.
 
     Args:
-        folder: Where they are kept.
-        images: Whether to keep the images too.
-        made_from: What decides their content, name -> checksum.
+        folder: Folder of the files.
+        images: Whether to save the images as well.
+        made_from: Origin of the content, name -> checksum.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class KeptBatches:
         self.folder, self.images, self.made_from = folder, images, made_from or {}
 
     def write(self, indices: Tensor, labels: Tensor, features: Features, images: Tensor) -> None:
-        """Keep a batch: numbers (N,), labels (N,), features, uint8 images (N, C, H, W)."""
+        """Save a batch: indices (N,), labels (N,), features, uint8 images (N, C, H, W)."""
         tensors = {
             "indices": indices,
             "labels": labels,
@@ -55,7 +56,7 @@ class KeptBatches:
 
     @rank_zero_only
     def check(self) -> None:
-        """Delete the batches that cannot be used, and say which and why; other processes wait for it."""
+        """Delete and report the batches that cannot be used; other processes wait for it."""
         reasons: dict[str, int] = {}
         for path in self._paths():
             if reason := self._reason(path):
@@ -63,8 +64,8 @@ class KeptBatches:
                 reasons[reason] = reasons.get(reason, 0) + 1
         for reason, num in reasons.items():
             say(
-                f"evaluate: {num} finished {'batches' if num > 1 else 'batch'} in {self.folder} cannot be used and will be made again: "
-                f"{reason}"
+                f"evaluate: discarding {num} finished {'batches' if num > 1 else 'batch'} in "
+                f"{self.folder}, to be sampled again: {reason}"
             )
 
     def _reason(self, path: Path) -> str:
@@ -73,31 +74,28 @@ class KeptBatches:
         except Damaged as error:
             return str(error)
         if found := differences(made_from, self.made_from):
-            return f"made from something else ({found})"
+            return f"another origin ({found})"
         return (
-            "without the images, which are asked for now"
+            "the images, which are now required, were not saved"
             if self.images and "images" not in tensors
             else ""
         )
 
     def indices(self) -> Tensor:
-        """Numbers of the samples that are kept, ascending."""
+        """Indices of the saved samples, ascending."""
         numbers = [tensors["indices"] for tensors in self._files(only=("indices",))]
         return torch.cat([torch.empty(0, dtype=torch.long), *numbers]).sort().values
 
     def batches(
         self, *, rank: int = 0, world_size: int = 1
     ) -> Iterator[tuple[Tensor, Tensor, Features]]:
-        """The share of process `rank` of `world_size`: numbers, labels, features."""
+        """Indices, labels and features of the batches of process `rank` of `world_size`."""
         for tensors in self._files(rank, world_size):
-            yield (
-                tensors["indices"],
-                tensors["labels"],
-                Features(*(tensors.get(name) for name in Features._fields)),
-            )
+            features = Features(tensors["features"], tensors.get("logits"), tensors.get("spatial"))
+            yield tensors["indices"], tensors["labels"], features
 
     def numbered_images(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Numbers and images of all batches."""
+        """Indices and images of all batches."""
         for tensors in self._files(only=("indices", "images")):
             yield tensors["indices"], tensors["images"]
 
@@ -105,7 +103,7 @@ class KeptBatches:
     def delete(self) -> None:
         """Delete the folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
-        with suppress(OSError):  # of another model's batches, too
+        with suppress(OSError):  # may contain the batches of another model
             self.folder.parent.rmdir()
 
     def _paths(self) -> list[Path]:

@@ -1,17 +1,19 @@
-"""Stage 1: learn which blocks can go, and freeze the answer into a shallow model."""
+"""Stage 1: learn which blocks to remove, and save the shallow model."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-from lightning.pytorch import LightningDataModule, seed_everything
+from lightning.pytorch import seed_everything
 
 from tinyfusion_pl.callbacks import DepthPruningCallback
+from tinyfusion_pl.data import GenerationDataModule
 from tinyfusion_pl.modules import MaskLearning
 from tinyfusion_pl.selection import Selection, WidthPruning
-from tinyfusion_pl.tasks.choosing import DECISIONS, SELECTION, choose
+from tinyfusion_pl.tasks.choosing import DECISIONS, SELECTION, choose, describe_kept
 from tinyfusion_pl.tasks.fitting import Fit
 from tinyfusion_pl.tasks.folder import Inputs, RunFolder, say
 from tinyfusion_pl.tasks.origins import (
@@ -28,13 +30,15 @@ from tinyfusion_pl.tasks.processes import first_alone
 
 @dataclass(kw_only=True)
 class LearnMask:
-    """Mask learning on a copy of the teacher; leaves the shallow model in ``shallow/``.
+    """Mask learning on a copy of the teacher; saves the shallow model to ``shallow/``.
 
     Args:
-        module: Makes `MaskLearning` from a denoiser and ``objective=``.
-        pruning: Makes `DepthPruningCallback` from ``save_dir=``, ``decisions_path=`` and ``source=``; or a `Selection` or
-            `WidthPruning`: then nothing is trained, and a criterion chooses.
-        fit: How it trains.
+        module: Factory of `MaskLearning`, called with a denoiser and ``objective=``.
+        pruning: Factory of `DepthPruningCallback`, called with ``save_dir=``, ``decisions_path=``
+        and
+            ``source=``; or of a `Selection` or `WidthPruning`, whose criterion selects blocks
+            without training.
+        fit: The training.
     """
 
     module: Callable[..., MaskLearning]
@@ -42,24 +46,22 @@ class LearnMask:
     fit: Fit
 
     def __post_init__(self) -> None:
-        made = self.pruning()  # a wrong pattern or temperature is found before anything runs
+        made = self.pruning()  # finds an invalid pattern or temperature before anything runs
         self.selection = made if isinstance(made, (Selection, WidthPruning)) else None
 
     def check(self, inputs: Inputs) -> None:
-        """Find out whether the settings hold and the pattern fits the teacher, before anything is trained.
+        """Check the settings, and the pattern against the teacher, before anything is trained.
 
         Raises:
-            ValueError: when they do not; says what would.
+            ValueError: for invalid settings; states valid ones.
         """
         if self.selection is not None:
             self.selection.check(inputs.teacher)
-            module = self.module(
-                inputs.teacher, objective=inputs.objective, label_dropout=0.0
-            )  # no labels are dropped
-            self.fit.check("learn_mask", module)  # its Trainer says where a criterion computes
+            module = self.module(inputs.teacher, objective=inputs.objective, label_dropout=0.0)
+            self.fit.check("learn_mask", module)  # the criterion runs on the Trainer's device
         else:
             module = self.module(inputs.teacher, objective=inputs.objective)
-            callback = self.pruning()
+            callback = self._callback()
             callback.check(module)
             callback.check_strategy(self.fit.check("learn_mask", module))
 
@@ -69,18 +71,28 @@ class LearnMask:
         return isinstance(self.selection, WidthPruning)
 
     def num_processes(self) -> int | None:
-        """Processes that it runs on; None for a criterion, which runs in the first one before others are started."""
+        """The number of processes; None for a criterion, which runs in the first process only."""
         return None if self.selection is not None else self.fit.num_processes()
 
     def run(self, folder: RunFolder, inputs: Inputs) -> None:
+        """Save the shallow model, unless the stage is finished."""
         if self.selection is None:
-            return self._run(folder, inputs)
+            self._run(folder, inputs)
+            return
         with first_alone(self.fit.trainer) as is_first:
             if is_first:
-                return self._run(folder, inputs)
+                self._run(folder, inputs)
+                return
         if folder.result("learn_mask") is None:
-            raise ValueError(f"{self.selection.name} chooses in one process, and this is not the first. Run task=learn_mask in one "
-                             "process, then the other stages.")  # fmt: skip
+            raise ValueError(
+                f"{self.selection.name} runs in the first process only, and this is another one. "
+                "Run task=learn_mask in one process, then the other stages."
+            )
+
+    def _callback(self, **arguments: Any) -> DepthPruningCallback:
+        callback = self.pruning(**arguments)
+        assert isinstance(callback, DepthPruningCallback)
+        return callback
 
     def _run(self, folder: RunFolder, inputs: Inputs) -> None:
         made_from, asked = make_origin(folder, inputs), {"seed": inputs.seed}
@@ -98,7 +110,8 @@ class LearnMask:
                 repeats=self.selection is not None,
             ):
                 say(
-                    f"learn_mask: done before, kept {done['kept_blocks']}; shallow model in {folder.shallow}"
+                    f"learn_mask: already finished, kept {describe_kept(done['kept_blocks'])}; the "
+                    f"shallow model is in {folder.shallow}"
                 )
                 return
         if self.selection is not None:
@@ -114,14 +127,23 @@ class LearnMask:
                 SELECTION,
                 *(log for log in (DECISIONS, get_log_dir("learn_mask")) if (folder / log).exists()),
             ]
-            folder.finish("learn_mask", {**result, **asked, "made_from": made_from, "files": files_left(folder.path, [folder.shallow.name]),
-                                         "logs": files_left(folder.path, left)})  # fmt: skip
+            folder.finish(
+                "learn_mask",
+                {
+                    **result,
+                    **asked,
+                    "made_from": made_from,
+                    "files": files_left(folder.path, [folder.shallow.name]),
+                    "logs": files_left(folder.path, left),
+                },
+            )
             return
         say(
-            f"learn_mask: learning which blocks can go; decisions go to {folder / 'learn_mask'}, the shallow model to {folder.shallow}"
+            f"learn_mask: learning which blocks to remove; decisions will be saved to "
+            f"{folder / 'learn_mask'}, the shallow model to {folder.shallow}"
         )
         seed_everything(inputs.seed, workers=True)
-        callback = self.pruning(
+        callback = self._callback(
             save_dir=folder.shallow,
             decisions_path=folder / DECISIONS,
             source=getattr(inputs.teacher, "source", None),
@@ -130,6 +152,7 @@ class LearnMask:
         seconds = self.fit.run(
             "learn_mask", folder, module, inputs.data, first=[callback], made_from=made_from
         )
+        assert callback.decision is not None
         folder.finish(
             "learn_mask",
             {
@@ -144,8 +167,12 @@ class LearnMask:
             },
         )
 
-    def _num_block_runs(self, callback: DepthPruningCallback, data: LightningDataModule) -> int:
-        """Cost of mask learning in runs of a block on a sample: of kept blocks with a backward pass (two more), of dropped ones without."""
+    def _num_block_runs(self, callback: DepthPruningCallback, data: GenerationDataModule) -> int:
+        """Cost of mask learning in block evaluations per sample.
+
+        A forward pass counts 1, and a backward pass, which only kept blocks have, 2.
+        """
+        assert callback.decision is not None
         stacks = callback.decision.stacks.values()
         runs = sum(stack.num_blocks + 2 * len(stack.kept_blocks) for stack in stacks)
         if callback.search_loss == "teacher":

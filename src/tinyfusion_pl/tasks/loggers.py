@@ -1,4 +1,4 @@
-"""The logs of a stage: one file each, one row a step, without gaps or repetitions after an interruption."""
+"""The logs of a stage: one row per step, without gaps or duplicates after an interruption."""
 
 from __future__ import annotations
 
@@ -21,9 +21,8 @@ from tinyfusion_pl.artifacts import atomic_path, write_text
 from tinyfusion_pl.checksums import content_sha256
 from tinyfusion_pl.tasks.folder import say
 
-LOGS = (
-    "logs_sha256"  # of a checkpoint: name of a log -> checksum of what it held of the steps before
-)
+# Entry of a checkpoint: name of a log -> checksum of its rows up to the checkpoint's step.
+LOGS = "logs_sha256"
 
 
 class StepLogger(Logger):
@@ -47,14 +46,17 @@ class StepLogger(Logger):
 
     @property
     def save_dir(self) -> str:
+        """The folder of the files."""
         return str(self.folder)
 
     @property
     def log_dir(self) -> str:
+        """The folder of the files."""
         return str(self.folder)
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Write `metrics` to the row of `step`; None: the last one."""
         if self._columns is None:
             self._open()
         step = int(self._last.get("step", 0) if step is None else step)
@@ -80,6 +82,7 @@ class StepLogger(Logger):
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Add `params` to ``hparams.yaml``."""
         self._hyperparams.update(vars(params) if isinstance(params, Namespace) else params or {})
         with atomic_path(self.folder / "hparams.yaml") as temporary:
             save_hparams_to_yaml(temporary, self._hyperparams)
@@ -91,7 +94,7 @@ class StepLogger(Logger):
         self._columns = None
 
     def _open(self) -> None:
-        """Find the columns and the last whole row; a file that is missing or has no header begins anew."""
+        """Find the columns and the last complete row; rewrite a file without a header."""
         lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
         if not lines or not lines[0].startswith(b"step") or not lines[0].endswith(b"\n"):
             write_text(self.path, "step\n")
@@ -127,7 +130,8 @@ class LogsFollowSteps(Callback):
     """A resumed fit continues its logs where its checkpoint was made.
 
     What the interrupted attempt logged after that is dropped from `StepLogger`s and from
-    `decisions`, a file with a line of JSON a step. What belongs to a checkpoint's own step is logged
+    `decisions`, a file with a line of JSON a step. What belongs to a checkpoint's own step is
+    logged
     before the checkpoint is written: Lightning does it after that, where a kill would lose it. The
     checkpoint holds checksums of the logs up to there, and it is reported where they do not match.
     """
@@ -139,9 +143,11 @@ class LogsFollowSteps(Callback):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
+        """Read the checksums of the logs."""
         self._expected = dict(checkpoint.get(LOGS) or {})
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Drop what was logged after the checkpoint, and compare the checksums."""
         if not trainer.is_global_zero:
             return
         step, expected = trainer.global_step, self._expected
@@ -149,8 +155,8 @@ class LogsFollowSteps(Callback):
             drop_lines_after(path, step, step_of=read)
             if expected.get(path.name, found := log_sha256(path, step)) != found:
                 say(
-                    f"{path} is {'changed or damaged' if path.exists() else 'gone'} since the checkpoint of step {step} was written: "
-                    "the report may show other curves than there were"
+                    f"{path} is {'changed or damaged' if path.exists() else 'missing'} since the "
+                    f"checkpoint of step {step} was written: the curves in the report may be wrong"
                 )
         for logger in _step_loggers(trainer):
             logger.drop_after(step)
@@ -158,6 +164,7 @@ class LogsFollowSteps(Callback):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
+        """Log the metrics of this step, and save the checksums of the logs."""
         step, metrics, every = (
             trainer.global_step,
             dict(trainer.logged_metrics),
@@ -204,7 +211,7 @@ def drop_lines_after(path: Path, step: int, *, step_of: Callable[[str], int | No
 
 
 def log_sha256(path: Path, step: int) -> str:
-    """The checksum of what the log at `path` holds of steps before `step`, which nothing is added to any more."""
+    """Checksum of the rows of the log at `path` before `step`, which are final."""
     if not path.exists():
         return content_sha256([])
     with path.open(encoding="utf-8", errors="replace", newline="") as file:
@@ -240,5 +247,5 @@ def _csv_step(line: str) -> int | None:
 
 
 def csv_logger(*, folder: Path, stage: str) -> Logger:
-    """One ``metrics.csv`` a stage, which a resumed stage continues."""
+    """Create the logger of a stage, which writes ``metrics.csv``; a resumed stage appends to it."""
     return StepLogger(folder)

@@ -1,4 +1,4 @@
-"""Measuring images that are already there, and making reference files of them."""
+"""Metrics of existing images, and reference files made from them."""
 
 from __future__ import annotations
 
@@ -44,14 +44,16 @@ Source = str | Path | Dataset | GenerationDataModule  # of images
 
 @dataclass(kw_only=True)
 class ImageFiles:
-    """How images are read from a folder, an npz file or a dataset.
+    """Options for reading images from a folder, an npz file or a dataset.
 
     Args:
-        image_size, num_channels, max_pixels: Of images in folders, in npz files of image files, and of PIL images in a dataset, see
-            `ImageReader`.
-        skip_broken: Leave out those that cannot be read, and count them.
-        batch_size: Images that go through the feature network at once.
-        num_workers: Processes that read a folder.
+        image_size: Side of the center crop of image files and PIL images, in pixels, see
+            `ImageReader`; None: no crop.
+        num_channels: Channels of image files and PIL images, 1 or 3.
+        skip_broken: Whether to skip images that cannot be read, and count them.
+        max_pixels: Maximum width times height of an image.
+        batch_size: Images per batch of the feature network.
+        num_workers: Worker processes that read a folder.
     """
 
     image_size: int | None = None
@@ -62,12 +64,17 @@ class ImageFiles:
     num_workers: int = 0
 
     def batches(self, source: Source) -> ImageBatches:
-        """The images of a folder, of the ``arr_0`` or the image files of an npz file, of a dataset, or a data module's reference images.
+        """Batches of the images in `source`.
+
+        Args:
+            source: Folder, npz file with ``arr_0`` or image files, dataset, or data module, whose
+                reference images are read.
 
         Raises:
-            ValueError, ArtifactError: when there are none.
+            ValueError: if it has no images.
+            ArtifactError: if it cannot be read.
         """
-        reading = {
+        reading: dict[str, Any] = {
             "image_size": self.image_size,
             "num_channels": self.num_channels,
             "max_pixels": self.max_pixels,
@@ -86,7 +93,8 @@ class ImageFiles:
                 dataset = ImageArray(images)
             else:
                 raise ArtifactError(
-                    f"{source} holds no images (arr_0), so nothing can be measured of it; as a reference it may do."
+                    f"{source} contains no images (arr_0), so it cannot be measured; it may serve "
+                    "as a reference."
                 )
         else:
             dataset = UnlabelledImageFolder(source, **reading)
@@ -103,14 +111,22 @@ def measure(
     trainer: Callable[..., Trainer],
     begin: Callable[[], None] | None = None,
 ) -> dict[str, float]:
-    """Measure images that are already there: `samples` against `reference`, either a folder, an npz, a dataset or a data module;
-    `reference` may be a reference file too.
+    """Compute metrics of existing images against reference images.
 
-    Writes ``measure.json`` (results, what was measured, protocol) into `run_dir` and prints the numbers. `begin` is called when all
-    checks have passed, before anything is measured or written.
+    Writes ``measure.json`` (results, inputs, protocol) to `run_dir` and prints the results.
+
+    Args:
+        run_dir: The run folder.
+        samples: Images: a folder, an npz file, a dataset or a data module.
+        reference: The same, or a reference file.
+        metrics: The metrics.
+        files: How to read the images.
+        trainer: Factory of a Trainer, whose device is used.
+        begin: Called once all checks have passed, before anything is measured or written.
 
     Raises:
-        ValueError, ArtifactError: for files that cannot be read or do not fit the feature network, before anything is measured.
+        ValueError: for images that do not fit the feature network.
+        ArtifactError: for files that cannot be read.
     """
     device = _device("measure", trainer)
     found = files.batches(samples)
@@ -131,8 +147,8 @@ def measure(
     if begin is not None:
         begin()
     say(
-        f"measure: {len(found.dataset)} images of {_name(samples)} against {_name(reference)}; numbers go to "
-        f"{Path(run_dir) / 'measure.json'}"
+        f"measure: measuring {len(found.dataset):,} images of {_name(samples)} against "
+        f"{_name(reference)}; metrics will be saved to {Path(run_dir) / 'measure.json'}"
     )
     if held is not None:
         metrics.set_reference(held, batch_size=files.batch_size)
@@ -172,12 +188,23 @@ def make_reference(
     trainer: Callable[..., Trainer],
     begin: Callable[[], None] | None = None,
 ) -> Path:
-    """Write a reference file of `images` (a folder, an npz, a dataset or a data module) once: statistics for the distances, features
-    for precision and recall. `begin` is called when all checks have passed, before anything is computed or written.
+    """Write a reference file: statistics for distances, features for precision and recall.
+
+    Args:
+        run_dir: The run folder.
+        images: Images: a folder, an npz file, a dataset or a data module.
+        output: The file, which must not exist yet.
+        metrics: The metrics that the reference is for.
+        files: How to read the images.
+        trainer: Factory of a Trainer, whose device is used.
+        begin: Called once all checks have passed, before anything is computed or written.
+
+    Returns:
+        The path of the file.
 
     Raises:
-        ValueError: when `output` exists or is no ``.npz``; nothing is written over.
-        ArtifactError: when another process is making it.
+        ValueError: if `output` exists or does not end in ``.npz``.
+        ArtifactError: if another process is writing it.
     """
     path = Path(output)
     if path.suffix != ".npz":
@@ -205,7 +232,7 @@ def _make_reference(
     metrics.to(device)
     if begin is not None:
         begin()
-    say(f"reference: {len(found.dataset)} images of {_name(images)}; the file is {path}")
+    say(f"reference: reading {len(found.dataset):,} images of {_name(images)}; writing {path}")
     rows: list[torch.Tensor] = []
     keep = metrics.needs_reference_features
 
@@ -221,9 +248,8 @@ def _make_reference(
         path=path, statistics=metrics.statistics(), network=metrics.fingerprint(), num_images=num
     )
     replace(reference, features=torch.cat(rows) if rows else None).write()
-    say(
-        f"Done. {path}: {num} images{f', {found.num_skipped} broken ones skipped' if found.num_skipped else ''}"
-    )
+    skipped = f", {found.num_skipped} broken images skipped" if found.num_skipped else ""
+    say(f"Done. {path}: {num} images{skipped}")
     return path
 
 
@@ -235,21 +261,22 @@ def _device(task: str, trainer: Callable[..., Trainer]) -> torch.device:
     made = check_sampling_trainer(f"{task}.trainer", trainer)
     if made.world_size > 1:
         raise ValueError(
-            f"Existing images are measured by one process, but {task}.trainer has {made.world_size}. Give "
-            f"{task}.trainer.devices=1, and {task}.files.num_workers to read a folder faster."
+            f"Existing images are measured by one process, but {task}.trainer has "
+            f"{made.world_size}. Give {task}.trainer.devices=1, and {task}.files.num_workers to "
+            "read a folder faster."
         )
     return made.strategy.root_device
 
 
 def holds_image_files(path: str | Path) -> bool:
-    """Whether an npz file holds the bytes of image files, see `PackedImages`."""
+    """Whether an npz file contains image files, see `PackedImages`."""
     return "blob" in read_npz(path, only=())[1]
 
 
 def _run(
     what: str, batches: ImageBatches, use: Callable[[torch.Tensor, torch.Tensor], None]
 ) -> tuple[int, str]:
-    """Pass all images to `use`; returns their number and the SHA-256 of their sequence, however they were stored and batched."""
+    """Pass all images to `use`; returns their number, and a SHA-256 of their pixels."""
     num, digest = 0, hashlib.sha256()
     columns = (
         TextColumn("{task.description}"),

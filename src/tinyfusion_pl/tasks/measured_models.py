@@ -1,4 +1,4 @@
-"""The models that an evaluation measures: a run's own, or others by path."""
+"""The models that an evaluation measures: the run's own, or others by path."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tinyfusion_pl.tasks.folder import Inputs, RunFolder
 
 
 def own_models(folder: RunFolder, inputs: Inputs) -> dict[str, nn.Module]:
-    """Role -> model of the run's own, as far as they are there."""
+    """Role -> model, for the run's own models that exist."""
     paths = {"pruned": folder.shallow, "recovered": folder.recovered}
     shallow = {
         role: load_shallow(path) for role, path in paths.items() if (path / RECORD).exists()
@@ -23,10 +23,16 @@ def own_models(folder: RunFolder, inputs: Inputs) -> dict[str, nn.Module]:
 
 
 def load_model(path: str, inputs: Inputs) -> nn.Module:
-    """A shallow or diffusers folder, a published name, or a checkpoint of the configured model, of its depth or shallower.
+    """Load a model for evaluation.
+
+    Args:
+        path: A shallow or diffusers folder, a published name, or a checkpoint of the configured
+            model, of its depth or shallower.
+        inputs: The configured model, and the data whose latents it must take.
 
     Raises:
-        ValueError, ArtifactError: when there is none at `path`, or it does not take the data's latents.
+        ValueError: if the model does not take the data's latents.
+        ArtifactError: if there is no model at `path`.
     """
     teacher = inputs.teacher
     if not Path(path).is_file() or (

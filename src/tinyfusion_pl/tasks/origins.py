@@ -1,4 +1,4 @@
-"""What a finished stage was made from and what it left, held against what is there now."""
+"""Checks of finished stages: their origins and files against the current ones."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ files_left = rank_zero_only(files_sha256)
 
 
 def make_origin(folder: RunFolder, inputs: Inputs, **more: str | None) -> Origin:
-    """What a training in `folder` starts from: configuration, teacher, training samples, and `more`."""
+    """Origin of a training: configuration, teacher, training samples, and `more`."""
     parts = {
         CONFIGURATION: folder.configuration,
         TEACHER: model_sha256(inputs.teacher),
@@ -37,7 +37,7 @@ def make_origin(folder: RunFolder, inputs: Inputs, **more: str | None) -> Origin
 
 
 def shallow_sha256(path: Path) -> str:
-    """The checksum of the shallow model in folder `path`: of its weights, as its record has it, and of the kept blocks."""
+    """Checksum of the shallow model in `path`, of recorded weights and kept blocks."""
     record = read_record(path, decided=True)
     return content_sha256({"weights": record["weights"]["sha256"], "stacks": record["stacks"]})
 
@@ -50,25 +50,25 @@ def check_origin(
     *,
     of: Sequence[str] | None = None,
 ) -> None:
-    """Refuse to build on the finished `stage`, which left `done`, where it was made from something else than is there now.
+    """Check that the origin of the finished `stage`, whose result is `done`, is the current one.
 
     Raises:
-        ArtifactError: names what differs with both checksums.
+        ArtifactError: if it is not; names the differences with both checksums.
     """
     if found := differences(done.get("made_from"), now, of=of):
         raise ArtifactError(
-            f"{stage} in {folder.path} was made from something else than is there now ({found}). What is made of both "
-            "would belong to neither. Put back what it was made from, or give another run_dir=PATH."
+            f"{stage} in {folder.path} has another origin ({found}): its inputs have changed "
+            "since. Restore them, or give another run_dir=PATH."
         )
 
 
 def check_asked(
     folder: RunFolder, stage: str, done: Mapping[str, Any], asked: Mapping[str, int]
 ) -> None:
-    """Refuse the finished `stage`, which left `done`, where `asked` (steps, seed) is another: it was not trained so.
+    """Check that `stage`, whose result is `done`, was trained as `asked` (steps, seed).
 
     Raises:
-        ArtifactError: names what differs.
+        ArtifactError: if it was not; names the differences.
     """
     if found := [
         f"{name} {done[name]} then, {value} now"
@@ -76,17 +76,18 @@ def check_asked(
         if done.get(name, value) != value
     ]:
         raise ArtifactError(
-            f"{stage} in {folder.path} was finished with other settings ({', '.join(found)}). Give another run_dir=PATH."
+            f"{stage} in {folder.path} was finished with other settings ({', '.join(found)}). Give "
+            "another run_dir=PATH."
         )
 
 
 def missing_files(
     folder: RunFolder, stage: str, done: Mapping[str, Any], *, below: str = ""
 ) -> list[str]:
-    """Files that the finished `stage` left below the folder `below` and that are gone; the others are verified.
+    """Missing files of the finished `stage` in the folder `below`; the others are verified.
 
     Raises:
-        ArtifactError: when one is not what the stage left.
+        ArtifactError: if a file does not match its checksum.
     """
     expected = {
         name: checksum for name, checksum in done.get("files", {}).items() if name.startswith(below)
@@ -98,8 +99,8 @@ def missing_files(
             for name in differing[:3]
         )
         raise ArtifactError(
-            f"{named}: not what {stage} left there: damaged, or replaced. Put it back; or delete it, and rerun "
-            f"task={stage}: it is made again from the stage's last checkpoint."
+            f"{named}: damaged or replaced since {stage} wrote it. Restore it; or delete it and "
+            f"rerun task={stage}, which recreates it from the stage's last checkpoint."
         )
     return [name for name in expected if name not in found]
 
@@ -107,56 +108,63 @@ def missing_files(
 def needs_remaking(
     folder: RunFolder, stage: str, done: Mapping[str, Any], *, below: str, repeats: bool = False
 ) -> bool:
-    """Whether the finished `stage` has to make its model in the folder `below` again, from its last checkpoint; says so.
+    """Whether the finished `stage` must recreate its model in the folder `below`; reports it if so.
 
-    With `repeats`, it has none and does its work again, to the same result.
+    It does so from its last checkpoint, or with `repeats`, where there is none, by running again.
 
     Raises:
-        ArtifactError: when a file is not what the stage left, or one is gone and so is the checkpoint.
+        ArtifactError: if a file does not match its checksum, or a file and the checkpoint are
+        missing.
     """
     if not (missing := missing_files(folder, stage, done, below=below)):
         return False
-    what = f"{', '.join(missing[:3])} {'are' if len(missing) > 1 else 'is'} gone from {folder.path}, though {stage} was finished"
+    verb = "are" if len(missing) > 1 else "is"
+    what = (
+        f"{', '.join(missing[:3])} {verb} missing from {folder.path}, although {stage} was finished"
+    )
     if repeats:
-        say(f"{stage}: {what}: it is made again")
+        say(f"{stage}: {what}; running it again")
         return True
     if not folder.checkpoint(stage).exists():
         raise ArtifactError(
-            f"{what}, and so is its last checkpoint. Put it back; or delete {folder / 'stages' / stage}.json, and {stage} "
-            "begins anew."
+            f"{what}, and so is its last checkpoint. Restore it; or delete "
+            f"{folder / 'stages' / stage}.json to run {stage} again."
         )
-    say(f"{stage}: {what}: it is made again from {folder.checkpoint(stage)}")
+    say(f"{stage}: {what}; recreating it from {folder.checkpoint(stage)}")
     return True
 
 
 def changed_files(folder: RunFolder, expected: Mapping[str, str]) -> dict[str, str]:
-    """Files of `expected` (name -> checksum) that are not what they were -> ``"gone"`` or ``"changed or damaged"``."""
+    """Files of `expected` that differ: name -> ``"missing"`` or ``"changed or damaged"``."""
     found = files_sha256(folder.path, list(expected))
     return {
-        name: "changed or damaged" if name in found else "gone"
+        name: "changed or damaged" if name in found else "missing"
         for name in expected
         if found.get(name) != expected[name]
     }
 
 
 def get_log_dir(stage: str) -> str:
-    """What `csv_logger` leaves of `stage`."""
+    """The file that `csv_logger` writes for `stage`."""
     return f"logs/{stage}/metrics.csv"
 
 
 def check_logs(folder: RunFolder, stage: str, done: Mapping[str, Any]) -> None:
-    """Say where a log of the finished `stage`, which only the report reads, is not what the stage left."""
+    """Report logs of the finished `stage` that are missing or changed."""
     for name, what in changed_files(folder, done.get("logs", {})).items():
         say(
-            f"{stage}: {folder / name} is {what} since the stage finished: the report may show other curves than there were"
+            f"{stage}: {folder / name} is {what} since the stage finished: the curves in the "
+            "report may be wrong"
         )
 
 
 def check_own_models(folder: RunFolder, inputs: Inputs) -> None:
-    """Verify what the finished stages left, and that they are of this teacher and of each other; say which model is gone.
+    """Verify that the models of the finished stages belong to this teacher and to each other.
+
+    A missing model is reported.
 
     Raises:
-        ArtifactError: when they are not.
+        ArtifactError: if they do not.
     """
     stages = {"learn_mask": ("pruned", folder.shallow), "recover": ("recovered", folder.recovered)}
     for stage, (role, path) in stages.items():
@@ -165,8 +173,9 @@ def check_own_models(folder: RunFolder, inputs: Inputs) -> None:
         check_origin(folder, stage, done, {TEACHER: model_sha256(inputs.teacher)})
         if missing := missing_files(folder, stage, done, below=path.name):
             say(
-                f"evaluate: {', '.join(missing[:3])} gone from {folder.path}, though {stage} was finished; task={stage} makes it again"
-                + ("" if (path / RECORD).exists() else f". There is no {role} model to measure")
+                f"evaluate: {', '.join(missing[:3])} missing from {folder.path}, although {stage} "
+                f"was finished; rerun task={stage} to recreate it"
+                + ("" if (path / RECORD).exists() else f". The {role} model is not measured")
             )
         elif stage == "recover" and (folder.shallow / RECORD).exists():
             check_origin(folder, stage, done, {SHALLOW: shallow_sha256(folder.shallow)})

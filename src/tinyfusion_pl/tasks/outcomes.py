@@ -1,4 +1,4 @@
-"""What a finished stage left in the run folder, as a tracker shows it."""
+"""The outcome of a finished stage, as a tracker shows it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SHOWN = ("samples", "overview", "decisions", "block_probabilities", "scores")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a stage left.
+    """The outcome of a stage.
 
     Attributes:
         config: Further entries of the configuration: blocks kept, protocol.
@@ -70,7 +70,7 @@ def get_outcome(run_dir: Path, stage: str) -> Outcome | None:
 
 
 def get_final_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """``final/<name>`` of the recovered model, or of the pruned one where none was recovered; of other models none."""
+    """``final/<name>`` of the recovered model, or of the pruned one if there is no other."""
     if (role := get_student(metrics)) is None:
         return {}
     speedup = numbers(metrics.get("speedup"))
@@ -80,7 +80,7 @@ def get_final_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def get_objective(run_dir: Path) -> float | None:
-    """What a sweep minimizes of the run in `run_dir`: its ``final/fid``, or the distance that was measured in its place."""
+    """What a sweep minimizes: the run's ``final/fid``, or the first of `DISTANCES` it has."""
     if not (run_dir / METRICS).exists():
         return None
     final = get_final_metrics(read_metrics(run_dir / METRICS))

@@ -1,4 +1,4 @@
-"""Stage 2: recover the shallow model by (masked) distillation from the teacher."""
+"""Stage 2: recover the shallow model by distillation from the teacher."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lightning.pytorch import LightningDataModule, seed_everything
+from lightning.pytorch import seed_everything
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tinyfusion_pl.artifacts import ArtifactError
 from tinyfusion_pl.callbacks import NonFiniteGuard
 from tinyfusion_pl.checksums import Origin, content_sha256, files_sha256, model_sha256
+from tinyfusion_pl.data import GenerationDataModule
 from tinyfusion_pl.models import (
     load_checkpoint,
     load_decision,
@@ -51,18 +52,23 @@ from tinyfusion_pl.tasks.shared_results import SharedResults, copy_files
 
 @dataclass(kw_only=True)
 class Recover:
-    """Recovery of the model in ``shallow/``; leaves it in ``recovered/``.
+    """Recovery of the model in ``shallow/``; saves it to ``recovered/``.
 
     Args:
-        module: Makes `Recovery` from a student and ``teacher=``, ``decision=``, ``objective=``.
-        fit: How it trains; weight averaging is among its callbacks where averaged weights are wanted.
-        weights: ``"ema"`` or ``"raw"``: which weights the recovered model gets.
-        teacher: Weights of another teacher than the model that was pruned, as `load_pretrained` takes them (TinyFusion, table 7); None:
-            that model. Hidden states are then paired by `distillation` alone.
-        replace: ``"linear"``: each removed run of blocks leaves a linear map, fitted in closed form before training, which is trained with
-            the rest (see `tinyfusion_pl.pruning.run_fitting`). None: runs leave nothing.
-        num_replace_samples: Training samples that the maps are fitted on, >= 1.
-        shared: Results of other runs: a shallow model that was recovered there in the same way is not trained again.
+        module: Factory of `Recovery`, called with a student and ``teacher=``, ``decision=``,
+            ``objective=``.
+        fit: The training; needs a weight averaging callback for averaged weights.
+        weights: Weights of the recovered model, ``"ema"`` or ``"raw"``.
+        teacher: Weights of a teacher other than the pruned model, as `load_pretrained` takes them
+            (TinyFusion, table 7); None: the pruned model. With another teacher, only the layer
+            pairs of `distillation` are used.
+        replace: ``"linear"`` replaces each removed run of blocks by a linear map, fitted in closed
+            form before training and then trained (see `tinyfusion_pl.pruning.run_fitting`). None:
+            no replacement.
+        num_replace_samples: Training samples to fit the maps on, >= 1.
+        shared: Results of other runs: a shallow model recovered there in the same way is not
+        trained
+            again.
     """
 
     module: Callable[..., Recovery]
@@ -77,7 +83,7 @@ class Recover:
         self.fit.check_weights("recover", self.weights)
         if self.replace not in (None, "linear"):
             raise ValueError(
-                f"recover.replace is {self.replace!r}; give 'linear', or null for none."
+                f"recover.replace is {self.replace!r}; give 'linear', or null for no replacement."
             )
         if self.num_replace_samples < 1:
             raise ValueError(
@@ -85,12 +91,13 @@ class Recover:
             )
 
     def check(self, inputs: Inputs) -> None:
-        """Find out whether the settings hold, before anything is trained; layer pairs that are given are held against the teacher.
+        """Check the settings, and given layer pairs against the teacher, before any training.
 
         Raises:
-            ValueError: when they do not.
+            ValueError: for invalid settings.
         """
-        # The student is not there yet; the teacher has at least its blocks. A copy: `Recovery` freezes it, and mask learning may train it.
+        # The teacher stands in for the student, which does not exist yet. A copy: `Recovery`
+        # freezes it, and mask learning may train it.
         student = copy.deepcopy(inputs.teacher)
         teacher = student if self.teacher is None else self._other_teacher(inputs)
         module = self.module(
@@ -101,14 +108,14 @@ class Recover:
             losses.weight_interval or (losses.weight_feature and not module.pairs)
         ):
             raise ValueError(
-                "recover.teacher is another model than the one that is pruned, so that its blocks are not paired with the "
-                "student's. Give distill=output, or distill.pairs where hidden states are to be compared."
+                "recover.teacher is not the pruned model, so its blocks are not paired with the "
+                "student's. Use distill=output, or give distill.pairs to compare hidden states."
             )
         trainer = self.fit.check("recover", module)
         if self.replace and isinstance(trainer.strategy, ModelParallelStrategy):
             raise ValueError(
-                f"recover.replace is {self.replace!r}: linear maps in place of blocks are not trained with weights that are "
-                "shared out over processes. Set recover.replace=null, or trainer=ddp."
+                f"recover.replace is {self.replace!r}, but linear maps cannot be trained with "
+                "sharded weights. Set recover.replace=null, or trainer=ddp."
             )
         if self.replace:
             check_replacing(inputs)
@@ -117,30 +124,33 @@ class Recover:
         )
 
     def check_follows(self, learn_mask: LearnMask) -> None:
-        """After `check`: find out whether what `learn_mask` leaves can be recovered so.
+        """Check, after `check`, that the model of `learn_mask` can be recovered.
 
         Raises:
-            ValueError: hidden states are compared, and their widths will not be equal.
+            ValueError: if hidden states of unequal widths would be compared.
         """
         if learn_mask.changes_width and self.compares_hidden_states:
             raise ValueError(UNEQUAL_WIDTHS)
 
     def _other_teacher(self, inputs: Inputs) -> nn.Module:
-        """The teacher that is not the model that was pruned."""
+        """The teacher that is not the pruned model."""
+        assert self.teacher is not None
         teacher = load_pretrained(self.teacher)
         inputs.data.check_fits(teacher)
         inputs.objective.check_fits(teacher)
         return teacher
 
     def num_processes(self) -> int:
-        """Processes that it runs on."""
+        """The number of processes of this stage."""
         return self.fit.num_processes()
 
     def run(self, folder: RunFolder, inputs: Inputs) -> None:
+        """Save the recovered model, unless the stage is finished."""
         done, learned = self.shared.own(folder.result("recover")), folder.result("learn_mask")
         if done is None and learned is None and not (folder.shallow / RECORD).exists():
             raise ValueError(
-                f"There is no shallow model in {folder.path}; run task=learn_mask (or task=pipeline) there first."
+                f"There is no shallow model in {folder.path}; run task=learn_mask (or "
+                "task=pipeline) there first."
             )
         made_from, asked = (
             make_origin(folder, inputs),
@@ -158,12 +168,12 @@ class Recover:
             check_asked(folder, "recover", done, asked)
             check_logs(folder, "recover", done)
             if not needs_remaking(folder, "recover", done, below=folder.recovered.name):
-                say(f"recover: done before; recovered model in {folder.recovered}")
+                say(f"recover: already finished; the recovered model is in {folder.recovered}")
                 return
         if learned is not None and missing:
             raise ArtifactError(
-                f"{', '.join(missing[:3])} gone from {folder.path}, which recovery starts from. Put it back; or rerun "
-                "task=learn_mask, which makes it again."
+                f"{', '.join(missing[:3])} missing from {folder.path}, where recovery starts. "
+                "Restore it; or rerun task=learn_mask, which recreates it."
             )
         if (
             done is None
@@ -173,7 +183,8 @@ class Recover:
             folder.finish("recover", {**found, "made_from": made_from, **asked})
             return
         say(
-            f"recover: the shallow model learns from the teacher; checkpoints go to {folder / 'recover'}, the model to {folder.recovered}"
+            "recover: training the shallow model; checkpoints will be saved to "
+            f"{folder / 'recover'}, the recovered model to {folder.recovered}"
         )
         seed_everything(inputs.seed + 1, workers=True)
         student = self._student(folder, inputs).train()
@@ -187,7 +198,7 @@ class Recover:
         if self.teacher is None:
             teacher, decision = inputs.teacher, load_decision(folder.shallow)
         else:
-            decision = Decision({})  # of another model's blocks
+            decision = Decision({})  # the pruned model's, not this teacher's
         module = self.module(
             student, teacher=teacher, decision=decision, objective=inputs.objective
         )
@@ -209,7 +220,7 @@ class Recover:
 
     @staticmethod
     def _shared(folder: RunFolder, made_from: Origin) -> Origin:
-        """What decides the recovered weights: of the choice its weights and layer pairs alone, not who made it."""
+        """What determines the recovered weights: of the selection only weights and layer pairs."""
         pairs = {
             path: stack.layer_pairs()
             for path, stack in load_decision(folder.shallow).stacks.items()
@@ -222,46 +233,43 @@ class Recover:
     def _from_other_run(
         self, folder: RunFolder, inputs: Inputs, made_from: Origin
     ) -> dict[str, Any] | None:
-        """The recovered model of a run that trained the same; None where there is none, or it has changed since."""
+        """The result of a run with the same origin; None if there is none, or if it has changed."""
         if (found := self.shared.find(made_from)) is None:
             return None
         files, other = {**found["files"], **found["logs"]}, RunFolder(found["run_dir"])
         if files_sha256(other.path, list(files)) != files:
-            say(f"recover: what {other.path} recovered has changed since; it is trained again")
+            say(f"recover: the recovered model of {other.path} has changed; training it again")
             return None
         say(
-            f"recover: the same was recovered in {other.path}, which saves {found['seconds']:.0f} s "
-            "(recover.shared.reuse=false trains it again)"
+            f"recover: reusing the recovered model of {other.path}, which saves "
+            f"{found['seconds']:.0f} s (recover.shared.reuse=false trains it again)"
         )
         rank_zero_only(copy_files)(other.path, folder.path, found["logs"])
         self.save(folder, inputs, load_shallow(other.recovered).state_dict())
         return {**found, "files": files_left(folder.path, [folder.recovered.name])}
 
-    def _num_block_runs(self, module: Recovery, data: LightningDataModule) -> int:
-        """Cost in runs of a block on a sample, a backward pass counted as two."""
-        losses, depths = (
-            module.distillation,
-            [
-                sum(map(len, find_stacks(model).values()))
-                for model in (module.denoiser, module.teacher)
-                if model is not None
-            ],
-        )
-        beside = (
-            bool(losses.weight_interval) and losses.interval_share is None
-        )  # the student's blocks run on the teacher's inputs too
-        runs = 3 * depths[0] * (1 + beside) + (depths[1] if losses.needs_teacher else 0)
+    def _num_block_runs(self, module: Recovery, data: GenerationDataModule) -> int:
+        """Cost in block evaluations, a backward pass counted as two."""
+        losses = module.distillation
+        depths = [
+            sum(map(len, find_stacks(model).values()))
+            for model in (module.denoiser, module.teacher)
+            if model is not None
+        ]
+        # With intervals in every step, the student's blocks also run on the teacher's inputs.
+        both = bool(losses.weight_interval) and losses.interval_share is None
+        runs = 3 * depths[0] * (1 + both) + (depths[1] if losses.needs_teacher else 0)
         fitted = self.num_replace_samples * depths[1] if self.replace else 0
         return self.fit.num_images("recover", data) * runs + fitted
 
     def _student(self, folder: RunFolder, inputs: Inputs) -> nn.Module:
-        """The model in ``shallow/``, with maps in place of its removed runs where they are asked for."""
+        """The model in ``shallow/``, with linear maps for its removed runs if `replace` is set."""
         student = load_shallow(folder.shallow)
         return with_replacements(student, folder, inputs) if self.replace else student
 
     @rank_zero_only
     def save(self, folder: RunFolder, inputs: Inputs, weights: Mapping[str, Tensor]) -> None:
-        """Leave the student with these weights in ``recovered/``."""
+        """Save the student with `weights` to ``recovered/``."""
         student = self._student(folder, inputs)
         load_weights(student, weights)
         record = {

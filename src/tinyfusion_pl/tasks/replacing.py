@@ -1,4 +1,4 @@
-"""Linear maps in place of removed runs: checked on the teacher, fitted on training samples at the start of recovery."""
+"""Linear maps for removed runs of blocks, fitted at the start of recovery."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ BATCH_SIZE = 32
 
 
 def check_replacing(inputs: Inputs) -> dict[str, int]:
-    """The width of the maps in each stack of the teacher, which is run on two samples.
+    """Width of the maps in each stack of the teacher, found by running it on two samples.
 
     Raises:
-        ValueError: when runs of its blocks cannot be replaced by linear maps.
+        ValueError: if runs of its blocks cannot be replaced by linear maps.
     """
     teacher = inputs.teacher
     device = next(teacher.parameters()).device
@@ -32,7 +32,7 @@ def check_replacing(inputs: Inputs) -> dict[str, int]:
 
 
 def with_replacements(student: nn.Module, folder: RunFolder, inputs: Inputs) -> nn.Module:
-    """`student`, the model in ``shallow/``, with a map, zero at first, in place of each removed run."""
+    """`student`, the model in ``shallow/``, with a zero map for each removed run."""
     decision, widths = load_decision(folder.shallow), check_replacing(inputs)
     num_blocks = {path: stack.num_blocks for path, stack in decision.stacks.items()}
     return attach_maps(student, maps_for(decision.kept_blocks, num_blocks, widths))
@@ -41,9 +41,9 @@ def with_replacements(student: nn.Module, folder: RunFolder, inputs: Inputs) -> 
 def fit_replacements(
     student: nn.Module, folder: RunFolder, inputs: Inputs, device: torch.device, *, num_samples: int
 ) -> None:
-    """Fit the maps of `student` to what the removed runs of the teacher add, on samples that the seed decides."""
+    """Fit the maps of `student` to the output of the teacher's removed runs, on seeded samples."""
     kept = load_decision(folder.shallow).kept_blocks
-    say(f"recover: linear maps are fitted to the removed runs of blocks on {num_samples} samples")
+    say(f"recover: fitting linear maps to the removed runs of blocks on {num_samples} samples")
     teacher = copy.deepcopy(inputs.teacher).to(device).eval()
     fill_maps(
         student, kept, fit_maps(teacher, kept, calls(inputs, device, num_samples=num_samples))
@@ -53,7 +53,7 @@ def fit_replacements(
 def calls(
     inputs: Inputs, device: torch.device, *, num_samples: int
 ) -> Iterator[tuple[tuple, dict[str, Any]]]:
-    """Calls of the denoiser on noised training samples, a batch at a time; the global generators are left as they are."""
+    """Calls of the denoiser on batches of noised training samples; keeps the global generators."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(inputs.seed)

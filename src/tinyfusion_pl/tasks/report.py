@@ -1,4 +1,4 @@
-"""Stage 4: figures and a page that a browser opens offline."""
+"""Stage 4: figures, and a report page that a browser opens offline."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ READ = (DECISIONS, METRICS, RECORD, SAMPLES)  # and all logs
 
 @dataclass(kw_only=True)
 class Report:
-    """Draws what the run folder holds."""
+    """The report of the run folder."""
 
     def check(self, inputs: Inputs) -> None:
-        """Nothing can be wrong beforehand."""
+        """Do nothing: the report has no settings."""
 
     @rank_zero_only
     def run(self, folder: RunFolder, inputs: Inputs) -> None:
+        """Write the figures and the page."""
         self.check_files(folder)
-        say(f"report: figures and page go to {folder / 'report.html'}")
+        say(f"report: writing figures and {folder / 'report.html'}")
         say(f"Done. Open {write_report(folder.path)}")
 
     def check_files(self, folder: RunFolder) -> None:
-        """Say which of the files that the page is drawn from are not what the finished stages left."""
+        """Report files of finished stages that are missing or have changed."""
         for stage in ("learn_mask", "recover", "evaluate"):
             try:
                 done = folder.result(stage) or {}
@@ -41,5 +42,6 @@ class Report:
             } | done.get("logs", {})
             for name, what in changed_files(folder, left).items():
                 say(
-                    f"report: {folder / name} is {what} since {stage} finished: the page shows what is there now; rerun task={stage}"
+                    f"report: {folder / name} is {what} since {stage} finished; the page shows the "
+                    f"current content. Rerun task={stage}"
                 )

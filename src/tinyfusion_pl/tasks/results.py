@@ -1,4 +1,4 @@
-"""What an evaluation records; results that are there already are used again only where they are whole and of what would be measured now."""
+"""Results of an evaluation; earlier ones are reused only if they are complete and current."""
 
 from __future__ import annotations
 
@@ -18,53 +18,49 @@ from tinyfusion_pl.tasks.folder import RunFolder, say
 from tinyfusion_pl.tasks.origins import changed_files
 
 METRICS = "metrics.json"
-OF_THE_MARK = (
-    "made_from",
-    "files",
-    "seconds",
-    "run_dir",
-)  # what a model's mark holds beside its numbers
+# Entries of a model's stage file besides its metrics.
+OF_THE_MARK = ("made_from", "files", "seconds", "run_dir")
 
 
 def get_mark(role: str) -> str:
-    """The stage that is marked when the model `role` is measured."""
+    """The stage that is finished when the model `role` has been measured."""
     return f"evaluate_{role}"
 
 
 def kept_result(folder: RunFolder, role: str, now: Origin) -> dict[str, Any] | None:
-    """What was measured of the model `role` before; None, and the reason is said, where it has to be measured anew."""
+    """The earlier result of the model `role`; None, reported, if it is invalid."""
     if (done := _mark(folder, get_mark(role))) is None:
         return None
     if found := differences(done.get("made_from"), now):
-        say(f"evaluate: {role} was measured of something else ({found}); it is measured anew")
+        say(f"evaluate: measuring {role} again: its origin has changed ({found})")
         return None
     if wrong := changed_files(folder, done.get("files", {})):
         say(
-            f"evaluate: {', '.join(f'{folder / name} is {what}' for name, what in wrong.items())}; {role} is measured anew"
+            f"evaluate: measuring {role} again: "
+            f"{', '.join(f'{folder / name} is {what}' for name, what in wrong.items())}"
         )
         return None
     return done
 
 
 def is_whole(folder: RunFolder, models: list[str]) -> bool:
-    """Whether `models`, whose results are there, were evaluated together, and what that left is whole. ``metrics.json`` is written again
-    where it is not; of other files it is said that they have to be made again.
+    """Whether `models`, which have results, were evaluated together and all files are intact.
+
+    ``metrics.json`` is rewritten if it is not; other files are reported.
     """
     if (done := _mark(folder, "evaluate")) is None or done.get("models") != models:
         return False
     wrong = changed_files(folder, done.get("files", {}))
     if METRICS in wrong:
-        say(
-            f"evaluate: {folder / METRICS} is {wrong.pop(METRICS)}; it is written again from what was measured"
-        )
+        say(f"evaluate: {folder / METRICS} is {wrong.pop(METRICS)}; rewriting it from the results")
         rank_zero_only(write_json)(folder / METRICS, done["results"])
     for name, what in wrong.items():
-        say(f"evaluate: {folder / name} is {what}; it is made again")
+        say(f"evaluate: {folder / name} is {what}; recreating it")
     return not wrong
 
 
 def get_figures(done: Mapping[str, Any]) -> dict[str, Any]:
-    """The numbers in a model's mark: what goes into ``metrics.json``."""
+    """The entries of a model's stage file that go into ``metrics.json``."""
     return {name: value for name, value in done.items() if name not in OF_THE_MARK}
 
 
@@ -74,25 +70,27 @@ def gathered(
     speed: Mapping[str, float],
     teacher_images: int | None = None,
 ) -> dict[str, Any]:
-    """What the marks of the stages and of the models `roles` hold, as ``metrics.json`` has it.
+    """The results of all stages and of the models `roles`, for ``metrics.json``.
 
     Args:
         folder: The run.
-        roles: Names of the models that were measured.
-        speed: Images per second of those that were timed.
-        teacher_images: Images that the teacher was trained on, where that is known.
+        roles: Names of the measured models.
+        speed: Images per second of the timed models.
+        teacher_images: Images that the teacher was trained on; None: unknown.
     """
     trained = {
         stage: done
         for stage in ("learn_mask", "recover")
         if (done := folder.result(stage)) is not None
     }
-    measured = {role: folder.result(get_mark(role)) for role in roles}
+    measured = {role: folder.get_result(get_mark(role)) for role in roles}
     results: dict[str, Any] = {role: get_figures(done) for role, done in measured.items()}
     for role, images_per_second in speed.items():
         results[role]["images_per_second"] = images_per_second
-    results["seconds"] = {**{stage: done["seconds"] for stage, done in trained.items()},
-                          "evaluate": sum(done["seconds"] for done in measured.values())}  # fmt: skip
+    results["seconds"] = {
+        **{stage: done["seconds"] for stage, done in trained.items()},
+        "evaluate": sum(done["seconds"] for done in measured.values()),
+    }
     if runs := {
         stage: done["num_block_runs"] for stage, done in trained.items() if "num_block_runs" in done
     }:
@@ -109,7 +107,7 @@ def gathered(
         for name, done in {**trained, **measured}.items()
         if "run_dir" in done
     }:
-        results["shared"] = others  # whose seconds are those of another run
+        results["shared"] = others  # their seconds are those of another run
     last = next((role for role in ("recovered", "pruned") if role in results), None)
     if last is not None and "teacher" in results:
         results["speedup"] = speedup(results["teacher"], results[last])
@@ -118,7 +116,7 @@ def gathered(
 
 
 def plain(sampling: Mapping[str, Any]) -> dict[str, Any]:
-    """`sampling` as JSON can hold it: a scheduler of diffusers as its class and settings."""
+    """`sampling` as plain data: a scheduler of diffusers becomes its class name and settings."""
     settings = {}
     for name, value in sampling.items():
         if hasattr(value, "config"):
@@ -140,7 +138,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
-    """Depth (blocks in all stacks), width (channels of the hidden states, where known), parameters and the weights' checksum of a model."""
+    """Depth (blocks of all stacks), width (if known), parameters and checksum of a model."""
     width = getattr(model, "width", None)
     return {
         "depth": sum(len(stack) for stack in find_stacks(model).values()),
@@ -151,8 +149,10 @@ def describe(model: nn.Module) -> dict[str, Any]:
 
 
 def speedup(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> dict[str, float]:
-    """How much faster the student samples: measured, where both were timed; and ideally, the ratio of depths, where its blocks are as
-    wide as the teacher's.
+    """The student's speed-up in sampling.
+
+    ``"measured"`` if both models were timed; ``"ideal"``, the ratio of depths, if their widths are
+    equal.
     """
     timed = "images_per_second" in teacher and "images_per_second" in student
     found = (
@@ -167,5 +167,5 @@ def _mark(folder: RunFolder, stage: str) -> dict[str, Any] | None:
     try:
         return folder.result(stage)
     except Damaged as error:
-        say(f"evaluate: {str(error).partition(' Delete it')[0]} It is made again")
+        say(f"evaluate: {str(error).partition(' Delete it')[0]} Measuring again")
         return None

@@ -14,7 +14,7 @@ from tinyfusion_pl.tasks.folder import RunFolder, say
 def write_settings(
     *, run_dir: str | Path, settings: Mapping[str, Any], begin: Callable[[], None] | None = None
 ) -> None:
-    """Write `settings`, name -> value, where the table of a sweep reads them.
+    """Write `settings`, name -> value, to the file that the table of a sweep reads.
 
     `begin` is called first.
     """

@@ -1,4 +1,4 @@
-"""Features of the real images that samples are held against, computed once for all runs of a sweep."""
+"""Features of the reference images, computed once for all runs of a sweep."""
 
 from __future__ import annotations
 
@@ -26,15 +26,16 @@ def set_shared_reference(
     world_size: int,
     batch_size: int,
 ) -> None:
-    """`GenerationMetrics.set_reference`, whose features of images are kept in `folder` and taken from there.
+    """Call `GenerationMetrics.set_reference`, with features cached in `folder`.
 
     Args:
-        metrics: They get the reference.
-        reference: Images, or a file's statistics, which are not kept: they are in a file already.
-        folder: Where results of runs are shared; None: nowhere.
-        made_from: Has the checksum of the reference.
-        rank, world_size: This process's number, and how many there are; each has its share of the images.
-        batch_size: Images at once.
+        metrics: Metrics that get the reference.
+        reference: Images, which are cached; or the statistics of a file, which are not.
+        folder: Folder of shared results; None: no cache.
+        made_from: Origin with the checksum of the reference.
+        rank: Rank of this process, which computes its share of the images.
+        world_size: Number of processes.
+        batch_size: Images per batch.
     """
     share = {"rank": rank, "world_size": world_size, "batch_size": batch_size}
     in_a_file = reference.statistics or reference.features is not None
@@ -51,11 +52,11 @@ def set_shared_reference(
     try:
         state, found = load_sealed_tensors(file) if file.exists() else ({}, {})
     except ArtifactError as error:
-        say(f"{error} The features of the reference images are computed again")
+        say(f"{error} Computing the features of the reference images again")
         state, found = {}, {}
     if state and not differences(found, origin):
         metrics.load_reference_state(state)
-        say(f"evaluate: features of the {reference.num_images} reference images from {file}")
+        say(f"evaluate: reusing features of {reference.num_images:,} reference images from {file}")
         return
     metrics.set_reference(reference, **share)
     save_sealed_tensors(file, metrics.reference_state(), made_from=origin)

@@ -1,12 +1,11 @@
-"""Results that runs share: what was measured or trained of the same inputs in the same way is not done again.
+"""Results that runs share, so that the same inputs are not measured or trained twice.
 
-A teacher is measured once for all arms of a sweep, and a choice that several criteria make is recovered once for each seed. Results
-are kept beside the runs, by the checksum of everything that decides them.
+A teacher is measured once for all arms of a sweep, and a selection that several criteria make is
+recovered once per seed. Results are saved beside the runs, under the checksum of their origin.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterable, Mapping
 from functools import cache
@@ -28,12 +27,12 @@ from tinyfusion_pl.tasks.folder import say
 
 
 class SharedResults:
-    """Results of finished stages by what they were made from.
+    """Results of finished stages by origin.
 
     Args:
-        folder: Where they are kept; None: nowhere, nothing is found.
-        reuse: Whether to use what is there; False: results are made again, and replace it.
-        settings: Checksum of the settings that decide results beside what they are made from.
+        folder: Folder of the results; None disables sharing.
+        reuse: Whether to reuse results; if False, new ones replace them.
+        settings: Checksum of the settings that results depend on besides their origin.
     """
 
     def __init__(
@@ -43,8 +42,8 @@ class SharedResults:
             raise ValueError(f"reuse is {reuse!r}; give true or false.")
         if folder is not None and not settings:
             raise ValueError(
-                "Shared results need settings=, a checksum of the settings that decide them: without it, results of other "
-                "settings would be used."
+                "Shared results need settings=, a checksum of the settings that they depend on: "
+                "without it, results of other settings would be reused."
             )
         self.folder, self.reuse, self.settings = (
             None if folder is None else Path(folder),
@@ -53,34 +52,35 @@ class SharedResults:
         )
 
     def find(self, made_from: Origin) -> dict[str, Any] | None:
-        """What was kept of this origin, with the entry ``"run_dir"``; None where there is none, or it is damaged (which is reported)."""
+        """The result of this origin, with its ``"run_dir"``; None if it is missing or damaged."""
         if self.folder is None or not self.reuse or not (file := self._file(made_from)).exists():
             return None
         try:
             return read_sealed(file)["result"]
         except (Damaged, KeyError) as error:
-            say(f"{file} cannot be used ({error}); the result is made again")
+            say(f"{file} cannot be reused ({error}); computing the result again")
             return None
 
     def own(self, done: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-        """The finished result `done` of a run; None where it was another run's and that is not wanted any more."""
+        """The finished result `done`; None if it came from another run and `reuse` is off."""
         return None if done is not None and "run_dir" in done and not self.reuse else done
 
     @rank_zero_only
     def keep(self, made_from: Origin, result: Mapping[str, Any], *, run_dir: Path) -> None:
-        """Keep `result`, of the run in `run_dir`."""
+        """Save `result` of the run in `run_dir`."""
         if self.folder is not None:
             content = {
                 "made_from": self._shared(made_from),
-                "result": {**result, "run_dir": os.path.abspath(run_dir)},
+                "result": {**result, "run_dir": str(Path(run_dir).absolute())},
             }
             write_sealed(self._file(made_from), content)
 
     def _file(self, made_from: Origin) -> Path:
+        assert self.folder is not None
         return self.folder / f"{content_sha256(self._shared(made_from))[:16]}.json"
 
     def _shared(self, made_from: Origin) -> Origin:
-        """Without the run's own configuration: other settings may lead to the same."""
+        """The origin without the run's configuration: other settings may give the same result."""
         parts = {name: checksum for name, checksum in made_from.items() if name != "configuration"}
         return {
             **parts,
@@ -92,7 +92,7 @@ class SharedResults:
 
 @cache
 def _code_sha256() -> str:
-    """Of this package's sources: what a correction may change."""
+    """Checksum of this package's sources: a bug fix may change results."""
     root = Path(__file__).parents[1]
     return content_sha256(
         files_sha256(root, [path.relative_to(root).as_posix() for path in root.rglob("*.py")])

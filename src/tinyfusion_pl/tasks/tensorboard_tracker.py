@@ -17,23 +17,27 @@ from tinyfusion_pl.tasks.tracking import OncePerStep, Tracker
 class TensorBoardTracker(Tracker):
     """Scalars of each stage, then the final figures, images and the table of metrics.
 
-    ``tensorboard --logdir runs/NAME`` shows all runs of an experiment beside each other. Metrics keep
+    ``tensorboard --logdir runs/NAME`` shows all runs of an experiment beside each other. Metrics
+    keep
     their names: TensorBoard shows the folder of the stage beside them.
     """
 
     kind = "tensorboard"
 
     def check(self) -> None:
+        """Raise a ValueError if the package tensorboard is missing."""
         if not _TENSORBOARD_AVAILABLE:
             raise ValueError(
-                "logger=tensorboard needs the package tensorboard, which is not installed. Install the extra: "
-                "pip install 'tinyfusion_pl[tensorboard]'."
+                "logger=tensorboard needs the package tensorboard, which is not installed. Install "
+                "the extra: pip install 'tinyfusion_pl[tensorboard]'."
             )
 
     def __call__(self, *, folder: Path, stage: str) -> Logger:
+        """The logger of `stage`."""
         return _StageLogger(self, Path(folder), stage)
 
     def show(self, run_dir: Path, stage: str, outcome: Outcome) -> None:
+        """Write final metrics, table and figures as event files."""
         from torchvision.io import read_image
 
         writer = self(folder=run_dir / "logs" / stage, stage=stage).experiment

@@ -15,15 +15,18 @@ from tinyfusion_pl.objectives.image_sampler import ImageSampler
 def images_per_second(
     samplers: Mapping[str, ImageSampler], labels: Tensor, *, num_rounds: int, device: torch.device
 ) -> dict[str, float]:
-    """Images per second of each model, sampled in turn in the same run, so that whatever slows the machine slows all of them.
+    """Images per second of each model.
+
+    The models take turns, so that other load on the machine affects all of them.
 
     Args:
-        samplers: By the name of their model.
-        labels: Of one batch (N,).
-        num_rounds: Batches of each model; 0: none, and nothing is returned.
-        device: Where they run.
+        samplers: Name of the model -> sampler.
+        labels: Labels of one batch (N,).
+        num_rounds: Batches of each model; 0 returns an empty dict.
+        device: Device of the models.
     """
-    indices, seconds = torch.arange(len(labels)), {role: [] for role in samplers}
+    indices = torch.arange(len(labels))
+    seconds: dict[str, list[float]] = {role: [] for role in samplers}
     for _ in range(num_rounds):
         for role, sampler in samplers.items():
             on_device(sampler, device)

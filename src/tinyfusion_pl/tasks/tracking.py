@@ -1,4 +1,4 @@
-"""Trackers show a run elsewhere than in its folder, in W&B or TensorBoard, beside the files there."""
+"""Trackers, which show a run in W&B or TensorBoard in addition to its files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LAST_FITS = ("recover", "train")
 
 
 class Tracker(ABC):
-    """What the group ``logger`` names: makes the logger of each stage, then shows what the stages left.
+    """Creates the logger of each stage, and shows the outcome of finished stages.
 
     A run is one run of the tracker. Metrics of a stage have its name before theirs
     (``recover/train/loss``), but for ``val/*`` of `LAST_FITS`, which sweeps optimize.
@@ -53,14 +53,14 @@ class Tracker(ABC):
 
     @rank_zero_only
     def stage_ended(self, run_dir: Path, stage: str) -> None:
-        """Show what the finished `stage` left, once; also where it was finished before this tracker's run."""
+        """Show the outcome of the finished `stage`, unless the tracker's run has it."""
         logger = self(folder=run_dir / "logs" / stage, stage=stage)
         if isinstance(logger, OncePerStep):
             logger.catch_up()
-        if (outcome := get_outcome(run_dir, stage)) is not None:
-            if self.marks(run_dir).get(stage) != outcome.sha256:
-                self.show(run_dir, stage, outcome)
-                self.marks(run_dir).set(stage, outcome.sha256)
+        outcome = get_outcome(run_dir, stage)
+        if outcome is not None and self.marks(run_dir).get(stage) != outcome.sha256:
+            self.show(run_dir, stage, outcome)
+            self.marks(run_dir).set(stage, outcome.sha256)
 
 
 class Marks:
@@ -75,9 +75,11 @@ class Marks:
         self.content: dict[str, Any] = content if isinstance(content, dict) else {}
 
     def get(self, name: str) -> Any:
+        """The entry `name`, or None."""
         return self.content.get(name)
 
     def set(self, name: str, value: Any) -> None:
+        """Set the entry `name` and write the file."""
         self.content[name] = value
         write_json(self.path, self.content)
 
@@ -89,7 +91,7 @@ class Marks:
 
 
 class OncePerStep:
-    """Mixin of a stage's logger that logs each metric of a step once, however often the stage was interrupted.
+    """Mixin of a logger that logs each metric of a step once, despite interruptions.
 
     A tracker cannot drop what an interrupted attempt logged after its last checkpoint, so the steps
     that ``metrics.csv`` has are not logged again. A run of the tracker that has none of them, as
@@ -161,7 +163,7 @@ def named(metric: str, stage: str) -> str:
 
 
 def stage_loggers(factory: Callable[..., Logger] | None, folder: Path, stage: str) -> list[Logger]:
-    """The loggers of a stage: the one that `factory` makes, and csv files beside it, which the report reads."""
+    """The logger that `factory` makes, and csv files, which the report reads."""
     if factory is None:
         return []
     made = factory(folder=folder, stage=stage)

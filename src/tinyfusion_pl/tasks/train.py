@@ -1,4 +1,4 @@
-"""Training a denoiser, from scratch or from another one: how the digits teachers were made."""
+"""Training of a denoiser, from scratch or from other weights, as for the digits teachers."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningDataModule, seed_everything
+from lightning.pytorch import seed_everything
 from torch import nn
 
 from tinyfusion_pl.artifacts import save_tensors, sha256, write_json
 from tinyfusion_pl.callbacks import NonFiniteGuard
 from tinyfusion_pl.checksums import model_sha256
+from tinyfusion_pl.data import GenerationDataModule
 from tinyfusion_pl.models import (
     create_model,
     library_versions,
@@ -23,6 +24,7 @@ from tinyfusion_pl.models import (
 )
 from tinyfusion_pl.models.records import TRAINING_IMAGES
 from tinyfusion_pl.modules import Denoising
+from tinyfusion_pl.objectives.base import Objective
 from tinyfusion_pl.pruning import find_stacks
 from tinyfusion_pl.tasks.checkpoint_io import verify
 from tinyfusion_pl.tasks.evaluate import Evaluate
@@ -47,12 +49,13 @@ class Train:
     """Training of a model.
 
     Args:
-        module: Makes `Denoising` from a denoiser and ``objective=``.
-        fit: How it trains.
-        weights: ``"ema"`` or ``"raw"``: which weights the model gets.
-        start_from: Weights that training starts from, as `load_pretrained` takes them; None: random.
-        block_order: With `start_from`, for each block the number of the one whose weights it starts from, through all stacks: a
-            permutation leaves what every block does, and moves it. None: as they are.
+        module: Factory of `Denoising`, called with a denoiser and ``objective=``.
+        fit: The training.
+        weights: Weights of the trained model, ``"ema"`` or ``"raw"``.
+        start_from: Initial weights, as `load_pretrained` takes them; None: random.
+        block_order: With `start_from`, for each block the index of the block whose weights it
+        starts
+            from, counted over all stacks: a permutation. None: the original order.
     """
 
     module: Callable[..., Denoising]
@@ -65,11 +68,12 @@ class Train:
         self.fit.check_weights("train", self.weights)
         if self.block_order is not None and self.start_from is None:
             raise ValueError(
-                "train.block_order is given, but train.start_from is not: there are no blocks to order."
+                "train.block_order is given without train.start_from, so there are no blocks to "
+                "order. Set train.start_from."
             )
 
     def create(self, model: str, **arguments: Any) -> nn.Module:
-        """The model that training starts with.
+        """The model at the start of training.
 
         Raises:
             ValueError: for an unknown model, or weights or an order that do not fit it.
@@ -83,16 +87,17 @@ class Train:
 
 
 def reorder_blocks(model: nn.Module, order: Sequence[int]) -> None:
-    """Put block ``order[i]`` in the place of block i, counted through all stacks, in place.
+    """Copy the weights of block ``order[i]`` to block i, counted over all stacks, in place.
 
     Raises:
-        ValueError: unless `order` is a permutation of the blocks, and blocks that change places are of one kind.
+        ValueError: unless `order` is a permutation, and moves blocks only to places of their kind.
     """
     stacks = list(find_stacks(model).values())
     blocks = [block for stack in stacks for block in stack]
     if sorted(order) != list(range(len(blocks))):
         raise ValueError(
-            f"train.block_order is {list(order)}; give each of 0..{len(blocks) - 1} once, the model has {len(blocks)} blocks."
+            f"train.block_order is {list(order)}, but the model has {len(blocks)} blocks; give "
+            f"each of 0..{len(blocks) - 1} once."
         )
     states = [
         {name: tensor.clone() for name, tensor in block.state_dict().items()} for block in blocks
@@ -112,18 +117,18 @@ def train_denoiser(
     name: str,
     seed: int,
     model: str,
-    objective: Any,
-    data: LightningDataModule,
+    objective: Objective,
+    data: GenerationDataModule,
     train: Train,
     evaluate: Evaluate,
     recipe: str | None,
     overrides: dict[str, Any] | None = None,
     begin: Callable[[], None] | None = None,
 ) -> None:
-    """Train a new `model` and leave ``trained/model.safetensors`` with ``trained/record.json``: recipe, seed, metrics.
+    """Train a new `model` and save ``trained/model.safetensors`` and ``trained/record.json``.
 
-    The folder is what ``model.checkpoint`` takes and what the package ships. `begin` is called when all checks have passed, before
-    anything is written.
+    The record has recipe, seed and metrics; ``model.checkpoint`` takes the folder. `begin` is
+    called once all checks have passed, before anything is written.
     """
     seed_everything(seed, workers=True)
     denoiser = train.create(model, **(overrides or {}))
@@ -149,9 +154,9 @@ def _train(
     recipe: str | None,
 ) -> None:
     name, seed, objective, data = inputs.name, inputs.seed, inputs.objective, inputs.data
-    before = (
-        0 if train.start_from is None else denoiser.source.get(TRAINING_IMAGES)
-    )  # None: not known
+    # Images that the initial weights were trained on; None: unknown.
+    source: Any = getattr(denoiser, "source", {})
+    before = 0 if train.start_from is None else source.get(TRAINING_IMAGES)
     started_from = None if train.start_from is None else model_sha256(denoiser)
     parts = {
         CONFIGURATION: folder.configuration,
@@ -166,11 +171,11 @@ def _train(
         check_logs(folder, "train", done)
     if done is None or needs_remaking(folder, "train", done, below="trained"):
         say(
-            f"train: {name}; checkpoints go to {folder / 'train'}, the model to {folder / 'trained'}"
+            f"train: training {name}; checkpoints will be saved to {folder / 'train'}, the model "
+            f"to {folder / 'trained'}"
         )
-        module = train.module(
-            copy.deepcopy(denoiser), objective=objective
-        )  # a strategy may share out its weights
+        # A copy: a strategy may shard its weights.
+        module = train.module(copy.deepcopy(denoiser), objective=objective)
         seconds = train.fit.run(
             "train", folder, module, data, first=[NonFiniteGuard()], made_from=made_from
         )
@@ -189,7 +194,7 @@ def _train(
             },
         )
     load_weights(denoiser, folder / "trained" / "model.safetensors")
-    say(f"train: measuring {evaluate.num_samples} samples")
+    say(f"train: measuring {evaluate.num_samples:,} samples")
     protocol = evaluate.protocol(inputs)
     results, _ = evaluate.measure(
         evaluate.sampler(denoiser, inputs),
@@ -211,7 +216,7 @@ def _train(
                 else {TRAINING_IMAGES: before + train.fit.num_images("train", data)}
             ),
             "metrics": metrics,
-            "seconds": folder.result("train")["seconds"],
+            "seconds": folder.get_result("train")["seconds"],
             "protocol": protocol,
             "versions": library_versions(),
             "weights": {

@@ -1,4 +1,4 @@
-"""Settings of a stage's Trainer that would break the stage, found before anything is trained."""
+"""Checks of a stage's Trainer settings before anything is trained."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ SHARDED_PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-true")
 def check_trainer(
     stage: str, factory: Callable[..., Trainer], callbacks: Mapping[str, Callback]
 ) -> Trainer:
-    """Make the Trainer that `factory` makes, and return it.
+    """Create and return the Trainer of a stage.
 
     Raises:
-        ValueError: for a setting that is ignored, that the Trainer refuses, or under which the stage would not be trained in full, or
-            not resume as it was; names it.
+        ValueError: for a setting that would be ignored, that the Trainer rejects, or that keeps the
+            stage from training in full or from resuming; names it.
     """
     key = f"{stage}.fit.trainer"
     given = getattr(factory, "keywords", {})
@@ -40,24 +40,25 @@ def check_trainer(
         if name in given:
             instead = OWN[name].format(stage=stage)
             raise ValueError(
-                f"{key}.{name} is {given[name]!r}, but the stage sets it. Leave it out; give {instead}."
+                f"{key}.{name} is {given[name]!r}, but the stage sets it. Omit it; set {instead}."
             )
     for name, callback in callbacks.items():
         if isinstance(callback, EarlyStopping):
             raise ValueError(
-                f"{stage}.fit.callbacks.{name} is {type(callback).__name__}, which ends the training before its last "
-                f"step, while temperature and learning rate are scheduled up to that. Remove it, and set {key}.max_steps."
+                f"{stage}.fit.callbacks.{name} is {type(callback).__name__}, which stops training "
+                "before its last step, up to which temperature and learning rate are scheduled. "
+                f"Remove it, and set {key}.max_steps."
             )
     _check_off(key, given)
     bars = [name for name, callback in callbacks.items() if isinstance(callback, ProgressBar)]
     if bars and given.get("enable_progress_bar") is False:
         raise ValueError(
-            f"{key}.enable_progress_bar is False, but {stage}.fit.callbacks.{bars[0]} is a progress bar. Leave it out, and set "
-            f"{stage}.fit.callbacks.{bars[0]}=null."
+            f"{key}.enable_progress_bar is False, but {stage}.fit.callbacks.{bars[0]} is a "
+            f"progress bar. Omit it, and set {stage}.fit.callbacks.{bars[0]}=null."
         )
     try:
         trainer = factory(callbacks=list(callbacks.values()), logger=False)
-    except Exception as error:  # Lightning refuses wrong settings by errors of many types
+    except Exception as error:  # Lightning raises errors of many types
         wrong = [
             f"{key}.{name} is {value!r}"
             for name, value in given.items()
@@ -65,8 +66,8 @@ def check_trainer(
         ]
         raise ValueError(f"{', '.join(wrong) or key}: {error}") from error
     _check_off(key, {
-        "fast_dev_run": trainer.fast_dev_run, "overfit_batches": trainer.overfit_batches, "barebones": trainer.barebones,
-        "enable_checkpointing": bool(trainer.checkpoint_callbacks),
+        "fast_dev_run": trainer.fast_dev_run, "overfit_batches": trainer.overfit_batches,
+        "barebones": trainer.barebones, "enable_checkpointing": bool(trainer.checkpoint_callbacks),
     })  # fmt: skip
     for name, value, least in (
         ("accumulate_grad_batches", trainer.accumulate_grad_batches, 1),
@@ -81,55 +82,56 @@ def check_trainer(
         )
     if isinstance(launcher := trainer.strategy.launcher, _MultiProcessingLauncher):
         raise ValueError(
-            f"{key}.strategy is {given.get('strategy')!r}, which trains in processes made by {launcher._start_method}: "
-            "what they learn does not come back to the stage. Give strategy=ddp or auto."
+            f"{key}.strategy is {given.get('strategy')!r}, which trains in processes launched by "
+            f"{launcher._start_method}: the stage does not get their results. Give strategy=ddp or "
+            "auto."
         )
     for timer in (each for each in trainer.callbacks if isinstance(each, Timer)):
         if (limit := timer.time_remaining()) is not None and limit <= 0:
-            raise ValueError(
-                f"{key}.max_time leaves no time for a single step. Give a longer one, or null."
-            )
+            raise ValueError(f"{key}.max_time allows no step at all. Give a longer time, or null.")
     return trainer
 
 
 def check_sharded(
     stage: str, trainer: Trainer, callbacks: Mapping[str, Callback], module: Denoising
 ) -> None:
-    """`ValueError` for what does not go with weights that are shared out over processes (``trainer=fsdp2``)."""
+    """Raise a ValueError for settings that sharded weights (``trainer=fsdp2``) do not support."""
     if not isinstance(trainer.strategy, ModelParallelStrategy):
         return
-    if (
-        trainer.precision not in SHARDED_PRECISIONS
-    ):  # Lightning looks only where it is given the strategy as an object
+    # Lightning checks it only if the strategy is given as an object.
+    if trainer.precision not in SHARDED_PRECISIONS:
         raise ValueError(
-            f"{stage}.fit.trainer.precision is {trainer.precision!r}, which Lightning does not have for sharded weights. Give "
-            f"one of {', '.join(SHARDED_PRECISIONS)}, or trainer=ddp."
+            f"{stage}.fit.trainer.precision is {trainer.precision!r}, which Lightning does not "
+            f"support for sharded weights. Give one of {', '.join(SHARDED_PRECISIONS)}, or "
+            "trainer=ddp."
         )
     module.check_sharded()
     for name, callback in callbacks.items():
         key = f"{stage}.fit.callbacks.{name}"
         if isinstance(callback, EvaluationCallback):
             raise ValueError(
-                f"{key} samples during training, with a number of batches that may differ between processes, while each call "
-                f"of a shared block needs all of them. Set {key}=null, or trainer=ddp."
+                f"{key} samples during training, with numbers of batches that may differ between "
+                "processes, but each call of a sharded block needs all of them. Set "
+                f"{key}=null, or trainer=ddp."
             )
         if isinstance(callback, WeightAveraging) and not isinstance(callback, EMAWithWarmup):
             raise ValueError(
-                f"{key} is {type(callback).__name__}, which copies the whole model on every process. Give "
-                "tinyfusion_pl.callbacks.EMAWithWarmup, whose average is shared out as the weights are; or trainer=ddp."
+                f"{key} is {type(callback).__name__}, which copies the whole model in every "
+                "process. Use tinyfusion_pl.callbacks.EMAWithWarmup, whose average is sharded like "
+                "the weights; or trainer=ddp."
             )
 
 
 def check_sampling_trainer(key: str, factory: Callable[..., Trainer]) -> Trainer:
-    """Make the Trainer of a task that trains nothing, and return it.
+    """Create and return the Trainer of a task without training.
 
     Raises:
-        ValueError: for a setting that the Trainer refuses, or under which not all samples would be made; names it.
+        ValueError: for a setting that the Trainer rejects, or that would skip samples; names it.
     """
     given = getattr(factory, "keywords", {})
     try:
         trainer = factory()
-    except Exception as error:  # Lightning refuses wrong settings by errors of many types
+    except Exception as error:  # Lightning raises errors of many types
         wrong = [
             f"{key}.{name} is {value!r}"
             for name, value in given.items()
@@ -137,44 +139,45 @@ def check_sampling_trainer(key: str, factory: Callable[..., Trainer]) -> Trainer
         ]
         raise ValueError(f"{', '.join(wrong) or key}: {error}") from error
     reasons = {
-        "fast_dev_run": (False, "makes a single batch"),
-        "limit_test_batches": (1.0, "leaves samples out"),
-        "barebones": (False, "leaves out what is written"),
+        "fast_dev_run": (False, "runs a single batch"),
+        "limit_test_batches": (1.0, "skips samples"),
+        "barebones": (False, "disables the results"),
         "overfit_batches": (0, "is for training"),
-        "default_root_dir": (None, "is the run's own folder"),
-        "enable_checkpointing": (False, "has nothing to save"),
+        "default_root_dir": (None, "the run folder determines"),
+        "enable_checkpointing": (False, "has no effect here"),
     }
     for name, (allowed, reason) in reasons.items():
         if (value := given.get(name)) is not None and value != allowed:
-            raise ValueError(f"{key}.{name} is {value!r}, which {reason}. Leave it out.")
+            raise ValueError(f"{key}.{name} is {value!r}, which {reason}. Omit it.")
     if given.get("logger") not in (None, False):
         raise ValueError(
-            f"{key}.logger is {given['logger']!r}, but numbers go to the run's own files. Leave it at false."
+            f"{key}.logger is {given['logger']!r}, but metrics are saved to the run's own files. "
+            "Leave it at false."
         )
     if isinstance(launcher := trainer.strategy.launcher, _MultiProcessingLauncher):
         raise ValueError(
-            f"{key}.strategy is {given.get('strategy')!r}, whose processes are started from within this one "
-            f"({launcher._start_method}): they would keep the numbers to themselves. Give strategy=ddp or auto."
+            f"{key}.strategy is {given.get('strategy')!r}, whose processes are launched by "
+            f"{launcher._start_method} and do not return their metrics. Give strategy=ddp or auto."
         )
     return trainer
 
 
 def check_optimizer(stage: str, module: Denoising, *, num_steps: int) -> None:
-    """Make the optimizer and the scheduler of `module` once.
+    """Create the optimizer and the scheduler of `module` once.
 
     Raises:
-        ValueError: for settings that they refuse; names them.
+        ValueError: for settings that they reject; names them.
     """
     parameters = [nn.Parameter(torch.zeros(1))]
     try:
         module.make_optimizers(parameters, num_steps=num_steps)
-    except Exception as error:  # torch refuses settings by errors of several types
+    except Exception as error:  # torch raises errors of several types
         factory = module.optimizer_factory
         key, given = f"{stage}.module.optimizer", getattr(factory, "keywords", {})
         wrong = [
             name
             for name, value in given.items()
-            if _fails(factory.func, parameters, **{name: value})
+            if _fails(getattr(factory, "func"), parameters, **{name: value})  # noqa: B009
         ]
         if wrong:
             raise ValueError(
@@ -198,7 +201,7 @@ def _fails(function: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
 
 
 def _is_refused(factory: Any, setting: dict[str, Any]) -> bool:
-    """Whether the Trainer refuses `setting` by itself."""
+    """Whether the Trainer rejects `setting` alone."""
     try:
         factory.func(**{"logger": False, "enable_checkpointing": False} | setting)
     except Exception:
@@ -207,18 +210,18 @@ def _is_refused(factory: Any, setting: dict[str, Any]) -> bool:
 
 
 def _check_off(key: str, given: Mapping[str, Any]) -> None:
-    """Raise a ValueError for the first setting of `given` that no stage can have."""
+    """Raise a ValueError for the first setting of `given` that no stage supports."""
     reasons = {
         "fast_dev_run": (
             False,
-            "trains a single batch and saves nothing. Set max_steps, or +debug=default, for a short run",
+            "runs single batches and saves nothing. Set max_steps or +debug=default",
         ),
         "overfit_batches": (
             0,
-            "replaces the order of samples, which the checkpoint holds. Set max_steps for a short run",
+            "replaces the resumable order of samples. Set max_steps for a short run",
         ),
-        "barebones": (False, "leaves out checkpoints and logs"),
-        "enable_checkpointing": (True, "leaves the stage without a checkpoint to resume from"),
+        "barebones": (False, "disables checkpoints and logs"),
+        "enable_checkpointing": (True, "leaves no checkpoint to resume from"),
     }
     for name, (allowed, reason) in reasons.items():
         if (value := given.get(name)) is not None and value != allowed:
@@ -226,14 +229,13 @@ def _check_off(key: str, given: Mapping[str, Any]) -> None:
 
 
 def check_length(stage: str, trainer: Trainer, *, num_steps: int, accumulate: int) -> None:
-    """Raise a ValueError where epochs, or a limit of their batches, keep `trainer` from `num_steps` whole steps."""
+    """Raise a ValueError if epochs or limits keep `trainer` from `num_steps` steps."""
     key = f"{stage}.fit.trainer"
-    endless = (
-        trainer.max_steps == -1 and trainer.max_epochs == 1000
-    )  # what Lightning sets where neither is given
+    # Lightning's defaults.
+    endless = trainer.max_steps == -1 and trainer.max_epochs == 1000
     if trainer.max_epochs not in (None, -1) and not endless:
         raise ValueError(
-            f"{key}.max_epochs is {trainer.max_epochs}, but the stage's length is its {num_steps} steps. "
+            f"{key}.max_epochs is {trainer.max_epochs}, but the stage has {num_steps} steps. "
             "Leave max_epochs at -1."
         )
     limit = trainer.limit_train_batches
@@ -241,10 +243,11 @@ def check_length(stage: str, trainer: Trainer, *, num_steps: int, accumulate: in
     num_batches = limit if isinstance(limit, int) else int(num_batches * limit)
     if num_batches < 1:
         raise ValueError(
-            f"{key}.limit_train_batches is {limit}, which leaves no batch to train on. Leave it at 1.0."
+            f"{key}.limit_train_batches is {limit}, which leaves no batch. Leave it at 1.0."
         )
     if num_batches < num_steps * accumulate and num_batches % accumulate:
         raise ValueError(
-            f"{key}.limit_train_batches is {limit}: every {num_batches} batches a step would see fewer than the "
-            f"{accumulate} batches that are accumulated. Give a multiple of {accumulate}, or leave it at 1.0."
+            f"{key}.limit_train_batches is {limit}, so that every {num_batches} batches a step "
+            f"would accumulate fewer than {accumulate} batches. Give a multiple of {accumulate}, "
+            "or leave it at 1.0."
         )

@@ -32,14 +32,15 @@ _ended: set[str] = set()  # and ended
 class WandbTracker(Tracker):
     """One W&B run for one run folder, whichever of its stages a command runs.
 
-    The stages share a W&B run because a sweep optimizes one figure of one run. Each stage has a step
-    metric of its own (``recover/step``), so that no step is dropped where the next stage starts at 1.
-    The run's id is in ``logs/wandb.json``: a resumed command resumes the W&B run. Under `wandb agent`
-    the id is the agent's.
+    The stages share a W&B run because a sweep optimizes one figure of one run. Each stage has a
+    step metric of its own (``recover/step``), so that no step is dropped where the next stage
+    starts at 1. The run's id is in ``logs/wandb.json``: a resumed command resumes the W&B run.
+    Under `wandb agent` the id is the agent's.
 
     Args:
         project: W&B project.
-        experiment: Name of the experiment: the group, and with the run folder's name the run's name.
+        experiment: Name of the experiment: the group, and with the run folder's name the run's
+        name.
         offline: Only write files below ``wandb/`` of the run folder, for `wandb sync`.
         log_models: Also upload the shallow and the recovered model as artifacts.
         entity: W&B user or team; None: the account's default.
@@ -64,6 +65,7 @@ class WandbTracker(Tracker):
         self.log_models, self.entity, self.tags, self.notes = log_models, entity, tags, notes
 
     def check(self) -> None:
+        """Raise a ValueError if there is no W&B account to log to."""
         import wandb  # takes seconds, and only this logger needs it
 
         if (
@@ -82,13 +84,16 @@ class WandbTracker(Tracker):
             ) from error
         if not is_known:
             raise ValueError(
-                f"logger=wandb needs a W&B account, and there is no API key on this machine. {LOG_IN}"
+                "logger=wandb needs a W&B account, and there is no API key on this machine. "
+                f"{LOG_IN}"
             )
 
     def __call__(self, *, folder: Path, stage: str) -> Logger:
+        """The logger of `stage`."""
         return _StageLogger(self, Path(folder), stage)
 
     def marks(self, run_dir: Path) -> Marks:
+        """What the open W&B run has of the run in `run_dir`."""
         marks, wandb = super().marks(run_dir), sys.modules.get("wandb")
         if wandb is not None and wandb.run is not None:
             marks.belong_to(wandb.run.id)
@@ -131,6 +136,7 @@ class WandbTracker(Tracker):
         return f"{self.experiment}-{run_dir.resolve().name}"
 
     def show(self, run_dir: Path, stage: str, outcome: Outcome) -> None:
+        """Log final metrics, table, figures and models."""
         import wandb
 
         run = self.open(run_dir)
@@ -151,6 +157,7 @@ class WandbTracker(Tracker):
 
     @rank_zero_only
     def finish(self, exit_code: int) -> None:
+        """End the W&B run that this process opened."""
         wandb = sys.modules.get("wandb")
         if wandb is not None and wandb.run is not None and wandb.run.id in _opened:
             _opened.discard(wandb.run.id)
@@ -159,7 +166,7 @@ class WandbTracker(Tracker):
 
     @rank_zero_only
     def fail(self, run_dir: Path, error: str) -> None:
-        """Record an arm of a W&B sweep that failed before it logged anything: its W&B run says why."""
+        """Record the error of an arm of a W&B sweep that failed before it logged anything."""
         if os.environ.get(RUN_ID) in _ended:
             return  # it did log, and is marked as failed
         run = self.open(run_dir)
