@@ -6,6 +6,7 @@ Architecture, weights and TensorFlow-1 resizing are torch-fidelity's, which repr
 import os
 import tempfile
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ class InceptionFeatures(nn.Module):
 
     def __init__(self, weights_path: str | os.PathLike | None = None) -> None:
         super().__init__()
+        _check_installed()
         if str(weights_path) == RANDOM:
             warnings.warn(
                 "InceptionV3 is randomly initialised: every number that is measured with it means nothing.",
@@ -65,6 +67,14 @@ class InceptionFeatures(nn.Module):
         return Features(
             features, logits, spatial_features(maps[0])
         )  # (N, 2048), (N, 1008), (N, 2023)
+
+
+def _check_installed() -> None:
+    if find_spec("torch_fidelity") is None:
+        raise ValueError(
+            "InceptionFeatures needs torch-fidelity, which is not installed. Install it with the "
+            "extra: pip install 'tinyfusion_pl[eval]'."
+        )
 
 
 def _network(path: Path) -> nn.Module:
