@@ -1,4 +1,6 @@
-"""What steps of a small DiT really cost, beside the prediction of `cost_model`: FLOPs by torch's counter, bytes by tensors."""
+"""Measure steps of a small DiT and compare with `cost_model`: FLOPs by torch's counter, bytes by
+tensors.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""A long search in one process: resident memory and open files, from the end of the warm-up to the last step.
+"""Run a long search in one process and measure resident memory and open files after the warm-up.
 
-Mask learning of the digits teacher by the settings of `pruning=learned`, through `Fit` with its logs, averaged weights and checkpoints.
-Memory is resident memory after a garbage collection; its growth is that between the means of the first and of the last ten
-measurements after the warm-up.
+Mask learning on the digits teacher with the settings of `pruning=learned`, through `Fit` with its
+logs, averaged weights and checkpoints. Memory is resident memory after a garbage collection; its
+growth compares the means of the first and last ten measurements after the warm-up.
 
     python benchmarks/soak.py [--steps 2000] [--batch-size 128] [--every 20] [--warm-up 200]
 """

@@ -1,8 +1,10 @@
-"""What sharing prefixes saves: block runs of many structures in shared forward passes, against each structure by itself.
+"""Compare shared forward passes of many structures with one pass per structure.
 
-Counts runs of a block on a sample, which do not depend on the machine, and times both on the same model in this process.
+Counts block runs (one block on one sample), which do not depend on the machine, and times both on
+the same model in this process.
 
-    python benchmarks/structures.py [--model dit_digits] [--pattern 1:2 | --keep 6] [--num-structures 0] [--max-rows 4096] [--samples 8]
+    python benchmarks/structures.py [--model dit_digits] [--pattern 1:2 | --keep 6]
+        [--num-structures 0] [--max-rows 4096] [--samples 8]
 """
 
 from __future__ import annotations

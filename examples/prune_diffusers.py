@@ -3,18 +3,20 @@
     python examples/prune_diffusers.py [--output-dir outputs/flux]
     python examples/prune_diffusers.py --model FLUX_FOLDER --data cached.safetensors --precision bf16-true
 
-Without --model a tiny FLUX is made and trained first, on synthetic latents with one prompt a class: about two minutes on 2 cores.
+Without --model, a tiny FLUX is created and trained first, on synthetic latents with one prompt per
+class: about two minutes on 2 cores.
 
-`--model` is a folder that `FluxTransformer2DModel.from_pretrained` opens, or a pipeline's folder with that model in `transformer/`.
-`--data` is a safetensors file of N samples, which the text encoders and the VAE made beforehand:
+`--model` is a folder that `FluxTransformer2DModel.from_pretrained` opens, or a pipeline's folder
+with that model in `transformer/`. `--data` is a safetensors file of N samples, which the text
+encoders and the VAE made beforehand:
 
     latents                (N, C, H, W)  as the VAE gives them, shifted and scaled; H and W even
     prompt_embeds          (N, L, D)     last hidden states of T5
     pooled_prompt_embeds   (N, P)        pooled output of CLIP
 
-Ends with a table: blocks, parameters and distance to the teacher, of the teacher, the cut and the recovered model. The distance is
-the mean square of the difference of the predicted velocities over that of the teacher's, on held-out samples with fixed noise.
-"""
+Ends with a table: blocks, parameters and distance to the teacher, of the teacher, the cut and the
+recovered model. The distance is the mean square of the difference of the predicted velocities over
+that of the teacher's, on held-out samples with fixed noise."""
 
 from __future__ import annotations
 
@@ -45,7 +47,7 @@ TINY = dict(
 
 
 class FlowMatching(LightningModule):
-    """An ordinary LightningModule that trains FLUX by flow matching: nothing in it knows of pruning or distillation."""
+    """Flow matching on FLUX: an ordinary LightningModule, unaware of pruning and distillation."""
 
     def __init__(self, transformer: nn.Module, *, lr: float) -> None:
         super().__init__()
@@ -102,7 +104,8 @@ def predict(
     )[0]  # fmt: skip
 
 
-# -- model and data ---------------------------------------------------------------------------------
+# -- model and data
+# ---------------------------------------------------------------------------------
 def open_model(path: str | None) -> FluxTransformer2DModel:
     if path is None:
         return FluxTransformer2DModel(**TINY)
@@ -136,7 +139,9 @@ def open_data(path: str, config: Mapping) -> dict[str, Tensor]:
 def make_data(
     config: Mapping, *, num_samples: int = 1024, num_classes: int = 8, size: int = 8
 ) -> dict[str, Tensor]:
-    """Waves whose direction and channels are their class's, the phase and strength their own; one prompt a class."""
+    """Waves whose direction and channels are their class's, the phase and strength their own; one
+    prompt a class.
+    """
     y = torch.arange(num_samples) % num_classes
     prompts = torch.randn(num_classes, 6, config["joint_attention_dim"])
     pooled = torch.randn(num_classes, config["pooled_projection_dim"])
@@ -150,7 +155,8 @@ def make_data(
     return {"latents": waves, "prompt_embeds": prompts[y], "pooled_prompt_embeds": pooled[y]}
 
 
-# -- measuring --------------------------------------------------------------------------------------
+# -- measuring
+# --------------------------------------------------------------------------------------
 @torch.no_grad()
 def velocities(transformer: nn.Module, held_out: list[Tensor]) -> Tensor:
     """What the model predicts for held-out samples at eight timesteps, with fixed noise."""
@@ -190,7 +196,8 @@ def print_table(rows: list[dict]) -> None:
         print(f"{each['model']:24}{blocks:>10}{each['parameters']:>16,}{each['distance']:>26.4f}")
 
 
-# -- the job ----------------------------------------------------------------------------------------
+# -- the job
+# ----------------------------------------------------------------------------------------
 def main(args: argparse.Namespace) -> list[dict]:
     seed_everything(0)
     dense = open_model(args.model)
@@ -251,7 +258,7 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--output-dir", default="outputs/flux", help="folder of the cut and of the recovered model"
+        "--output-dir", default="outputs/flux", help="folder of the shallow and the recovered model"
     )
     parser.add_argument(
         "--model", help="folder of a FLUX in diffusers' format; default: a tiny one, trained first"
@@ -275,7 +282,7 @@ def parser() -> argparse.ArgumentParser:
         "--lr", type=float, default=1e-3, help="of search and recovery; far lower for a real model"
     )
     parser.add_argument("--accelerator", default="auto")
-    parser.add_argument("--precision", default="32-true", help="as the Trainer takes it")
+    parser.add_argument("--precision", default="32-true", help="precision of the Trainer")
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument(
         "--offload-teacher", action="store_true", help="keep the teacher on the CPU between batches"
