@@ -50,7 +50,8 @@ def measure(args: argparse.Namespace, *, compiled: bool, gated: bool) -> None:
         seconds.append(time.perf_counter() - start)
     kind = f"{'compiled' if compiled else 'eager'}{' with gates' if gated else ''}"
     print(
-        f"{args.model} depth {args.depth} batch {args.batch_size} on {args.device}, {kind:19s}: first steps "
+        f"{args.model} depth {args.depth} batch {args.batch_size} on {args.device}, {kind:19s}: "
+        f"first steps "
         f"{', '.join(f'{s:.2f}' for s in seconds)} s; {counters['stats']['unique_graphs']} graphs",
         flush=True,
     )

@@ -109,8 +109,14 @@ def step_bytes(model: Model, step: Step, *, devices: int = 1) -> dict[str, float
     trained, all_params = trained_params(model, step), student_params(model, step)
     divided = devices if step.sharded else 1
     share = step.kept if step.stage == "recovery" or step.gather else 1.0
-    live = step.batch * share * ((1 - step.checkpointing) * model.activations(mixed=step.mixed)
-                                 + step.checkpointing * model.boundaries(mixed=step.mixed))  # fmt: skip
+    live = (
+        step.batch
+        * share
+        * (
+            (1 - step.checkpointing) * model.activations(mixed=step.mixed)
+            + step.checkpointing * model.boundaries(mixed=step.mixed)
+        )
+    )
     if step.stage == "search":  # what each block added, for the gradient of its mask
         live += step.batch * sum(s.num * 4 * s.num_tokens * s.width for s in model.stacks)
     if step.mixed:  # weights as autocast casts them
@@ -118,11 +124,15 @@ def step_bytes(model: Model, step: Step, *, devices: int = 1) -> dict[str, float
     if step.checkpointing:  # and one block at work
         live += step.batch * max(s.activations(mixed=step.mixed) for s in model.stacks)
     return {
-        "weights": 4 * all_params / divided, "gradients": 4 * trained / divided, "optimizer": step.optimizer_bytes * trained / divided,
+        "weights": 4 * all_params / divided,
+        "gradients": 4 * trained / divided,
+        "optimizer": step.optimizer_bytes * trained / divided,
         "averaged": 4 * trained / divided if step.ema else 0.0,
-        "teacher": (step.teacher_bytes * model.params() / divided) if step.stage == "recovery" else 0.0,
+        "teacher": (step.teacher_bytes * model.params() / divided)
+        if step.stage == "recovery"
+        else 0.0,
         "activations": live,
-    }  # fmt: skip
+    }
 
 
 def step_seconds(
@@ -150,6 +160,8 @@ def step_seconds(
         else 0.0
     )
     return {
-        "compute": step_flops(model, step) / peak, "optimizer and EMA": moved / machine.bandwidth,
-        "communication": sent * (devices - 1) / devices / link, "teacher to the device": offload,
-    }  # fmt: skip
+        "compute": step_flops(model, step) / peak,
+        "optimizer and EMA": moved / machine.bandwidth,
+        "communication": sent * (devices - 1) / devices / link,
+        "teacher to the device": offload,
+    }

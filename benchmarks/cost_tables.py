@@ -125,7 +125,8 @@ def check() -> None:
 
     for name, predicted, measured in cases():
         print(
-            f"{name}: predicted {predicted:,.0f}, measured {measured:,.0f} ({predicted / measured - 1:+.1%})"
+            f"{name}: predicted {predicted:,.0f}, measured {measured:,.0f} "
+            f"({predicted / measured - 1:+.1%})"
         )
 
 

@@ -15,8 +15,10 @@ Each measurement is a process of its own, in turn with the others, so that peaks
 ratios hold for one state of the machine. Peak memory is what the measured call added to the
 resident set (Linux).
 
-    python benchmarks/evaluation.py [--only features|frechet|precision_recall] [--rounds 1] [--threads 2]
-    python benchmarks/evaluation.py --num-images 8 --image-size 64 --num-points 500 --dim 64    # whether it runs
+    python benchmarks/evaluation.py [--only features|frechet|precision_recall] [--rounds 1]
+        [--threads 2]
+    python benchmarks/evaluation.py --num-images 8 --image-size 64 --num-points 500
+        --dim 64    # whether it runs
 """
 
 from __future__ import annotations
@@ -237,7 +239,8 @@ def compare(args: argparse.Namespace, group: str, row: int) -> None:
         result = "  ".join(f"{x:.9g}" for x in runs[0]["result"])
         peak = max(run["peak"] for run in runs) / 2**20
         print(
-            f"  {kind:40s} {seconds[kind]:9.2f} {seconds[kind] / seconds[kinds[0]]:7.2f} {peak:9.0f}  {result}",
+            f"  {kind:40s} {seconds[kind]:9.2f} {seconds[kind] / seconds[kinds[0]]:7.2f} "
+            f"{peak:9.0f}  {result}",
             flush=True,
         )
 

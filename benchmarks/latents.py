@@ -7,7 +7,8 @@ both views (64 KiB an image), each draw takes a sample of its own; or one sample
 KiB). The other layout holds one sample (16 KiB) and one label, a file each. "cold" empties the page
 cache of these files first (Linux). docs/latents.md has the numbers.
 
-    python benchmarks/latents.py [--num-images 16384] [--workers 0 2] [--rounds 3] [--folder FOLDER] [--others]
+    python benchmarks/latents.py [--num-images 16384] [--workers 0 2] [--rounds 3]
+        [--folder FOLDER] [--others]
 
 `--others` also reads plain samples, neither drawn nor mirrored, from memory-mapped npy and, where
 they are installed, from webdataset, litdata and HF datasets; with a warm cache only, since mapped
@@ -250,7 +251,8 @@ def main() -> None:
                 for name, each in speeds.items():
                     speed = statistics.median(each)
                     print(
-                        f"{workers} workers, {cache}: {name:18s} {speed:8.0f} items/s, {speed / base:.2f}x one file an image",
+                        f"{workers} workers, {cache}: {name:18s} {speed:8.0f} items/s, "
+                        f"{speed / base:.2f}x one file an image",
                         flush=True,
                     )
 

@@ -124,12 +124,28 @@ def dit(
     d, inside, out = width, patch**2 * channels, patch**2 * 2 * channels
     embed = inside * d + 256 * d + d * d
     last = d * out + 2 * d * d
-    return Model(name, (Blocks("dit", depth, d, (tokens,)),), embed + last + (classes + 1) * d,
-                 2 * (tokens * inside * d + 256 * d + d * d + tokens * d * out + 2 * d * d))  # fmt: skip
+    return Model(
+        name,
+        (Blocks("dit", depth, d, (tokens,)),),
+        embed + last + (classes + 1) * d,
+        2 * (tokens * inside * d + 256 * d + d * d + tokens * d * out + 2 * d * d),
+    )
 
 
-def mmdit(name: str, *, num_joint: int, num_single: int, width: int, image: int, text: int, pooled: int, guidance: bool, ends_image: bool,
-          patch: int = 64, context: int = 4096) -> Model:  # fmt: skip
+def mmdit(
+    name: str,
+    *,
+    num_joint: int,
+    num_single: int,
+    width: int,
+    image: int,
+    text: int,
+    pooled: int,
+    guidance: bool,
+    ends_image: bool,
+    patch: int = 64,
+    context: int = 4096,
+) -> Model:
     """SD3 and FLUX: joint blocks, then single ones; `ends_image`: the last joint block has no text
     stream out.
     """
@@ -140,7 +156,8 @@ def mmdit(name: str, *, num_joint: int, num_single: int, width: int, image: int,
         patch * d + context * d + vectors + last,
         image * patch * d + text * context * d + vectors + image * d * patch + 2 * d * d,
     )
-    if ends_image:  # the text stream of the last block: two modulations instead of six, q, k, v but no projection and MLP
+    # Text stream of the last block: two modulations instead of six; q, k, v but no projection, no MLP.
+    if ends_image:
         params -= (4 + 1 + 8) * d * d
         flops -= 4 * d * d + text * (1 + 8) * d * d
     stacks = [Blocks("joint", num_joint, d, (image, text))]
@@ -172,5 +189,5 @@ MODELS = {
         pooled=768,
         guidance=True,
         ends_image=False,
-    ),  # fmt: skip
+    ),
 }

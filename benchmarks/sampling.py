@@ -58,8 +58,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     for name, default in (
-        ("width", 1152), ("input-size", 32), ("batch-size", 1), ("steps", 1), ("rounds", 3)
-    ):  # fmt: skip
+        ("width", 1152),
+        ("input-size", 32),
+        ("batch-size", 1),
+        ("steps", 1),
+        ("rounds", 3),
+    ):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--depths", type=int, nargs="+", default=[28, 19, 14, 7])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])

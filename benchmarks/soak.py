@@ -51,10 +51,20 @@ def soak(folder: Path, *, steps: int, batch_size: int, every: int) -> list[tuple
     seed_everything(0)
     watch = Watch(every)
     fit = Fit(
-        trainer=partial(Trainer, accelerator="cpu", max_steps=steps, max_epochs=-1, gradient_clip_val=1.0, log_every_n_steps=5,
-                        enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False),
-        callbacks={"ema": EMAWithWarmup(decay=0.99), "watch": watch}, logger=csv_logger,
-    )  # fmt: skip
+        trainer=partial(
+            Trainer,
+            accelerator="cpu",
+            max_steps=steps,
+            max_epochs=-1,
+            gradient_clip_val=1.0,
+            log_every_n_steps=5,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+        ),
+        callbacks={"ema": EMAWithWarmup(decay=0.99), "watch": watch},
+        logger=csv_logger,
+    )
     module = MaskLearning(
         load_pretrained("shipped", name="dit_digits").train(), objective=GaussianDiffusion()
     )
@@ -94,8 +104,11 @@ def main() -> None:
     for step, memory, files in found[:: max(1, len(found) // 10)]:
         print(f"step {step}: {memory / 2**20:.1f} MiB, {files} open files")
     memory, files = growth(found, warm_up=args.warm_up)
-    print(f"{args.steps} steps of {args.batch_size} in {time.monotonic() - start:.0f} s: memory {memory:+.2%} and {files:+d} open files "
-          f"after step {args.warm_up}")  # fmt: skip
+    print(
+        f"{args.steps} steps of {args.batch_size} in {time.monotonic() - start:.0f} s: memory "
+        f"{memory:+.2%} and {files:+d} open files "
+        f"after step {args.warm_up}"
+    )
 
 
 if __name__ == "__main__":

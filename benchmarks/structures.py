@@ -65,8 +65,10 @@ def main() -> None:
             )
     (shared, runs, seconds), (single, runs_single, seconds_single) = results.values()
     print(
-        f"{len(structures)} structures of {args.model} depth {args.depth}: block runs {runs_single} -> {runs} ({runs_single / runs:.2f}x "
-        f"fewer); {seconds_single:.1f} -> {seconds:.1f} s ({seconds_single / seconds:.2f}x faster); relative difference of losses "
+        f"{len(structures)} structures of {args.model} depth {args.depth}: block runs "
+        f"{runs_single} -> {runs} ({runs_single / runs:.2f}x "
+        f"fewer); {seconds_single:.1f} -> {seconds:.1f} s ({seconds_single / seconds:.2f}x "
+        f"faster); relative difference of losses "
         f"{((shared - single).abs() / single).max():.1e}"
     )
 

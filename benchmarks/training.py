@@ -8,8 +8,11 @@ states only while they count. Both take turns in this process, so that the ratio
 the machine's load; with --rounds 0 only memory is measured. Peak memory is that of a process of its
 own (of the allocator on a GPU), beyond what the models hold.
 
-    python benchmarks/training.py [--width 768 --heads 12 --depth 4 --batch-size 4 --input-size 32] [--rounds 5] [--device cpu] [--compile]
-    python benchmarks/training.py --width 1152 --heads 16 --depth 28 --batch-size 64 --device cuda --mixed    # DiT-XL/2
+    python benchmarks/training.py
+        [--width 768 --heads 12 --depth 4 --batch-size 4 --input-size 32]
+        [--rounds 5] [--device cpu] [--compile]
+    python benchmarks/training.py --width 1152 --heads 16 --depth 28 --batch-size 64
+        --device cuda --mixed    # DiT-XL/2
 """
 
 from __future__ import annotations
@@ -171,8 +174,15 @@ class Recover(Side):
         # The published code collects and compares hidden states to the end, where their weight is
         # 0.
         pairs = self.pairs if self.counts or not self.ours else {}
-        losses = self.distill.losses(self.model, self.teacher, self.objective, self.draw, self.y, pairs=pairs,
-                                     feature_weight=1e-2 if pairs else 0.0)  # fmt: skip
+        losses = self.distill.losses(
+            self.model,
+            self.teacher,
+            self.objective,
+            self.draw,
+            self.y,
+            pairs=pairs,
+            feature_weight=1e-2 if pairs else 0.0,
+        )
         return losses["loss"].mean()
 
 
@@ -206,7 +216,8 @@ def measure(args: argparse.Namespace, case: str) -> None:
             f"peak memory {peaks[0]:.0f} -> {peaks[1]:.0f} MiB ({peaks[1] / peaks[0]:.2f}x)"
         )
     print(
-        f"width {args.width} depth {args.depth} batch {args.batch_size} on {args.device}, {case}: {'; '.join(said)}",
+        f"width {args.width} depth {args.depth} batch {args.batch_size} on {args.device}, "
+        f"{case}: {'; '.join(said)}",
         flush=True,
     )
 
