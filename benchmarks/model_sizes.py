@@ -156,7 +156,7 @@ def mmdit(
         patch * d + context * d + vectors + last,
         image * patch * d + text * context * d + vectors + image * d * patch + 2 * d * d,
     )
-    # Text stream of the last block: two modulations instead of six; q, k, v but no projection, no MLP.
+    # Text stream of the last block: two modulations instead of six; q, k, v, no projection, no MLP.
     if ends_image:
         params -= (4 + 1 + 8) * d * d
         flops -= 4 * d * d + text * (1 + 8) * d * d
