@@ -187,8 +187,8 @@ def test_the_steps_of_a_search_are_logged(tmp_path):
 
 
 @pytest.mark.usefixtures("_there")
-@pytest.mark.slow  # W&B keeps its settings for the process: it depends on what ran before
 def test_without_an_account_nothing_is_trained(tmp_path, monkeypatch, capfd):
+    wandb.teardown()  # W&B keeps the settings of earlier runs for the process
     monkeypatch.setattr(wandb, "login", lambda **_: False)
     monkeypatch.setattr("sys.stdin", None)
     command = [each for each in SMALL if "offline" not in each]

@@ -47,7 +47,9 @@ class Calibration:
         return cls(
             (draw.x_t, draw.t, y), num_samples=len(x), context=draw,
             loss=lambda output, draw: objective.losses(output, draw)["loss"],
-            distance=lambda output, target, draw: objective.distillation_losses(output, target, draw)["loss_kd"],
+            distance=lambda output, target, draw: prediction_distances(
+                objective.distillation_losses(output, target, draw)
+            ),
         )  # fmt: skip
 
     @property
@@ -82,6 +84,15 @@ class Calibration:
                 "This choice needs a loss of the model's output, and none was given: pass loss=."
             )
         return self._loss(output, take_rows(self.context, index, self.num_samples))
+
+
+def prediction_distances(terms: Mapping[str, Tensor]) -> Tensor:
+    """Per-sample distance (N,) of predictions, from the terms of an objective's `distillation_losses`.
+
+    Of a model with a learned variance it is "mse_kd" alone: "vb_kd" at t = 0 is the likelihood of the data, which is not
+    0 where student and teacher are equal.
+    """
+    return terms["mse_kd"] if "mse_kd" in terms else terms["loss_kd"]
 
 
 def mean_square(output: Any, target: Any, context: Any = None) -> Tensor:
