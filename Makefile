@@ -1,14 +1,15 @@
-# Each target does all the set-up that it needs: `make demo`, `make test`, `make test-all`, `make lint`, and `make test-oldest` and
-# `make test-newest`, which test the oldest and the newest versions of all libraries in environments of their own.
+# Each target installs what it needs: `make demo`, `make test`, `make test-all`, `make lint`, `make docs`.
+# `make test-oldest` and `make test-newest` test the oldest and newest supported versions of all
+# dependencies, each in a separate environment.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Processes that run tests; each test itself uses one thread.
+# Number of test processes; each test uses one thread.
 WORKERS ?= 2
-# Of test-oldest and test-newest: a part of the tests, e.g. TESTS=tests/pruning.
+# Limits test-oldest and test-newest to some tests, e.g. TESTS=tests/pruning.
 TESTS ?=
 
-.PHONY: demo test test-all test-oldest test-newest lint
+.PHONY: demo test test-all test-oldest test-newest lint docs
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -28,8 +29,14 @@ test-oldest test-newest: test-%: $(BIN)/python
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/python -m ruff check
+	$(BIN)/python -m ruff format --check
+	$(BIN)/python -m mypy
 
-# The stamps make an installation happen again only when pyproject.toml has changed. pip < 21.3 installs no editable packages.
+# Builds the site into site/, which is not committed. Any warning fails the build.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# The stamps repeat an installation only when pyproject.toml has changed. Editable installs need pip >= 21.3.
 $(VENV)/.installed: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet "pip>=21.3"
 	$(BIN)/python -m pip install --editable ".[test]"
@@ -39,9 +46,13 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	@touch $@
 
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
+	@touch $@
+
 $(BIN)/python:
 	@command -v "$(PYTHON)" > /dev/null \
-	  || { echo "There is no $(PYTHON). Install Python 3.10 or newer, or name it: make PYTHON=/path/to/python3" >&2; exit 1; }
+	  || { echo "$(PYTHON) was not found. Install Python 3.10 or newer, or set PYTHON: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
-	  || { echo "$(PYTHON) is $$("$(PYTHON)" -V 2>&1), but 3.10 or newer is needed. Name one: make PYTHON=python3.12" >&2; exit 1; }
+	  || { echo "$(PYTHON) is $$("$(PYTHON)" -V 2>&1), but Python 3.10 or newer is required. Set PYTHON: make PYTHON=python3.12" >&2; exit 1; }
 	"$(PYTHON)" -m venv $(VENV) || { rm -rf $(VENV); exit 1; }

@@ -1,9 +1,11 @@
-"""What `torch.compile` costs on a gated model: the first training steps of a tiny model, eager, compiled, and compiled with gates.
+"""Measure the cost of `torch.compile` on a gated model: eager, compiled, and compiled with gates.
 
-Masks change with every batch, so gates are never traced: while they are on, each block is compiled by itself, and one graph serves all
-blocks of a class. Prints the seconds of the first step (which compiles), of the next two, and how many graphs were compiled.
+Masks change with every batch, so gates are never traced: while they are installed, each block is
+compiled separately, and one graph serves all blocks of a class. Prints the seconds of the first
+training step (which compiles) and of the next two, and the number of compiled graphs.
 
-    python benchmarks/compiled_gates.py [--model dit_digits] [--depth 4] [--batch-size 16] [--device cpu]
+    python benchmarks/compiled_gates.py [--model dit_digits] [--depth 4] [--batch-size 16]
+        [--device cpu]
 """
 
 from __future__ import annotations
@@ -48,7 +50,8 @@ def measure(args: argparse.Namespace, *, compiled: bool, gated: bool) -> None:
         seconds.append(time.perf_counter() - start)
     kind = f"{'compiled' if compiled else 'eager'}{' with gates' if gated else ''}"
     print(
-        f"{args.model} depth {args.depth} batch {args.batch_size} on {args.device}, {kind:19s}: first steps "
+        f"{args.model} depth {args.depth} batch {args.batch_size} on {args.device}, {kind:19s}: "
+        f"first steps "
         f"{', '.join(f'{s:.2f}' for s in seconds)} s; {counters['stats']['unique_graphs']} graphs",
         flush=True,
     )

@@ -1,8 +1,8 @@
 """FLOPs, memory and time of a training step, predicted from a model's sizes, on 1 or more H100s.
 
 FLOPs and bytes of parameters are exact, activations counted operation by operation (see
-`model_sizes`; tests/benchmarks/test_cost_model.py holds them against the counter of torch and against
-real tensors); times assume a share of the peak (`Machine`).
+`model_sizes`; tests/benchmarks/test_cost_model.py holds them against the counter of torch and
+against real tensors); times assume a share of the peak (`Machine`).
 
     python benchmarks/cost_tables.py              # the tables of docs/scaling.md
     python benchmarks/cost_tables.py --check      # against measured small models on this machine
@@ -20,13 +20,10 @@ class Machine:
     """An H100 SXM, and what of it a step is assumed to reach.
 
     Attributes:
-        flops: Peak of dense bf16, a second.
-        precise: Peak of float32 products as tf32.
-        share: Of the peak that matrix products reach: an assumption, not a measurement.
-        bandwidth: Bytes of memory a second.
-        inside, across: Bytes a second that a device sends to others of its node of 8, and of other nodes.
-        host: Bytes a second to the CPU's memory.
-        memory: Bytes.
+        flops: Peak of dense bf16, a second. precise: Peak of float32 products as tf32. share: Of
+        the peak that matrix products reach: an assumption, not a measurement. bandwidth: Bytes of
+        memory a second. inside, across: Bytes a second that a device sends to others of its node of
+        8, and of other nodes. host: Bytes a second to the CPU's memory. memory: Bytes.
     """
 
     flops: float = 989e12
@@ -44,18 +41,15 @@ class Step:
     """One step on one device.
 
     Attributes:
-        stage: ``"search"`` (gates on the dense model) or ``"recovery"`` (a shallow student and the dense teacher).
-        batch: Samples on a device.
-        kept: Share of the blocks that stay.
-        update: ``"full"``, ``"lora"`` or ``"frozen"``: of the search's weights, and of the student's.
-        gather: Whether dropped samples skip the block's backward pass.
-        mixed: bf16 autocast beside float32 weights.
-        checkpointing: Share of blocks whose activations are computed again.
-        optimizer_bytes: Of AdamW's averages, a trained parameter: 8, or 2 of 8-bit AdamW.
-        ema: Whether averaged weights are kept.
-        teacher_bytes: Of a teacher's parameter: 4, 2 in bf16, 0 on the CPU.
-        lora_rank: Rank of the adapters, which are on every linear layer.
-        sharded: Whether parameters, gradients and optimizer are divided over the devices (FSDP2).
+        stage: ``"search"`` (gates on the dense model) or ``"recovery"`` (a shallow student and the
+        dense teacher). batch: Samples on a device. kept: Share of the blocks that stay. update:
+        ``"full"``, ``"lora"`` or ``"frozen"``: of the search's weights, and of the student's.
+        gather: Whether dropped samples skip the block's backward pass. mixed: bf16 autocast beside
+        float32 weights. checkpointing: Share of blocks whose activations are computed again.
+        optimizer_bytes: Of AdamW's averages, a trained parameter: 8, or 2 of 8-bit AdamW. ema:
+        Whether averaged weights are kept. teacher_bytes: Of a teacher's parameter: 4, 2 in bf16, 0
+        on the CPU. lora_rank: Rank of the adapters, which are on every linear layer. sharded:
+        Whether parameters, gradients and optimizer are divided over the devices (FSDP2).
     """
 
     stage: str
@@ -88,10 +82,11 @@ def student_params(model: Model, step: Step) -> float:
 
 
 def step_flops(model: Model, step: Step) -> float:
-    """FLOPs of a step on one device: a backward pass is two forward passes, one where weights are frozen.
+    """FLOPs of a step on one device: a backward pass is two forward passes, one where weights are
+    frozen.
 
-    In the search, `kept` of the rows of each block have a backward pass where samples are gathered; all of them run forward.
-    """
+    In the search, `kept` of the rows of each block have a backward pass where samples are gathered;
+    all of them run forward."""
     f, rest = model.block_flops(), 3 * model.rest_flops
     backward = 2.0 if step.update == "full" else 1.0
     again = step.checkpointing
@@ -114,8 +109,14 @@ def step_bytes(model: Model, step: Step, *, devices: int = 1) -> dict[str, float
     trained, all_params = trained_params(model, step), student_params(model, step)
     divided = devices if step.sharded else 1
     share = step.kept if step.stage == "recovery" or step.gather else 1.0
-    live = step.batch * share * ((1 - step.checkpointing) * model.activations(mixed=step.mixed)
-                                 + step.checkpointing * model.boundaries(mixed=step.mixed))  # fmt: skip
+    live = (
+        step.batch
+        * share
+        * (
+            (1 - step.checkpointing) * model.activations(mixed=step.mixed)
+            + step.checkpointing * model.boundaries(mixed=step.mixed)
+        )
+    )
     if step.stage == "search":  # what each block added, for the gradient of its mask
         live += step.batch * sum(s.num * 4 * s.num_tokens * s.width for s in model.stacks)
     if step.mixed:  # weights as autocast casts them
@@ -123,17 +124,23 @@ def step_bytes(model: Model, step: Step, *, devices: int = 1) -> dict[str, float
     if step.checkpointing:  # and one block at work
         live += step.batch * max(s.activations(mixed=step.mixed) for s in model.stacks)
     return {
-        "weights": 4 * all_params / divided, "gradients": 4 * trained / divided, "optimizer": step.optimizer_bytes * trained / divided,
+        "weights": 4 * all_params / divided,
+        "gradients": 4 * trained / divided,
+        "optimizer": step.optimizer_bytes * trained / divided,
         "averaged": 4 * trained / divided if step.ema else 0.0,
-        "teacher": (step.teacher_bytes * model.params() / divided) if step.stage == "recovery" else 0.0,
+        "teacher": (step.teacher_bytes * model.params() / divided)
+        if step.stage == "recovery"
+        else 0.0,
         "activations": live,
-    }  # fmt: skip
+    }
 
 
 def step_seconds(
     model: Model, step: Step, *, devices: int = 1, machine: Machine | None = None
 ) -> dict[str, float]:
-    """Seconds of a step, by where they go; communication is counted as if nothing of it overlapped with computing."""
+    """Seconds of a step, by where they go; communication is counted as if nothing of it overlapped
+    with computing.
+    """
     machine = machine or Machine()
     peak = machine.share * (machine.flops if step.mixed else machine.precise)
     trained, params = trained_params(model, step), student_params(model, step)
@@ -144,7 +151,8 @@ def step_seconds(
         else 2 * (3 * params + (model.params() if step.stage == "recovery" else 0))
     )
     stepped = trained / (devices if step.sharded else 1)
-    # Weights and averages are read and written, gradients read, averaged weights read and written beside the weights.
+    # Weights and averages are read and written, gradients read, averaged weights read and written
+    # beside the weights.
     moved = stepped * (4 * 3 + 2 * step.optimizer_bytes + (12 if step.ema else 0))
     offload = (
         4 * model.params() / machine.host
@@ -152,6 +160,8 @@ def step_seconds(
         else 0.0
     )
     return {
-        "compute": step_flops(model, step) / peak, "optimizer and EMA": moved / machine.bandwidth,
-        "communication": sent * (devices - 1) / devices / link, "teacher to the device": offload,
-    }  # fmt: skip
+        "compute": step_flops(model, step) / peak,
+        "optimizer and EMA": moved / machine.bandwidth,
+        "communication": sent * (devices - 1) / devices / link,
+        "teacher to the device": offload,
+    }

@@ -1,4 +1,4 @@
-"""The tables of docs/scaling.md, and the cost model held against what small models measure.
+"""Print the tables of docs/scaling.md, or compare the cost model with measured small models.
 
 python benchmarks/cost_tables.py
 python benchmarks/cost_tables.py --check
@@ -125,7 +125,8 @@ def check() -> None:
 
     for name, predicted, measured in cases():
         print(
-            f"{name}: predicted {predicted:,.0f}, measured {measured:,.0f} ({predicted / measured - 1:+.1%})"
+            f"{name}: predicted {predicted:,.0f}, measured {measured:,.0f} "
+            f"({predicted / measured - 1:+.1%})"
         )
 
 
@@ -134,7 +135,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--check", action="store_true", help="hold the prediction against small models"
+        "--check", action="store_true", help="compare the prediction with small models"
     )
     if parser.parse_args().check:
         return check()

@@ -1,16 +1,24 @@
-"""What evaluation costs beside the well-known ways: time, peak memory, and the number each gives.
+"""Compare evaluation with well-known tools: time, peak memory, and result.
 
-features           InceptionFeatures alone and with every metric updated, against torch-fidelity's extraction loop: 256x256 images in
-                   batches of 32, the same random weights (nothing is downloaded), the same two outputs.
-frechet            The distance at D = 2048, against scipy's sqrtm (pytorch-fid, clean-fid, ADM evaluator) and torchmetrics' eigvals; once
-                   with regular covariances (10,000 images) and once with singular ones (a tenth of them).
-precision_recall   10,000 x 10,000 x 2048 in float32, against three whole distance matrices, written plainly here, and torch-fidelity's.
+features           InceptionFeatures alone and with every metric updated, compared with
+torch-fidelity's extraction loop: 256x256 images in
+                   batches of 32, the same random weights (nothing is downloaded), the same two
+                   outputs.
+frechet            The distance at D = 2048, against scipy's sqrtm (pytorch-fid, clean-fid, ADM
+evaluator) and torchmetrics' eigvals; once
+                   with regular covariances (10,000 images) and once with singular ones (a tenth of
+                   them).
+precision_recall   10,000 x 10,000 x 2048 in float32, against three whole distance matrices, written
+plainly here, and torch-fidelity's.
 
-Each measurement is a process of its own, in turn with the others, so that peaks are apart and the ratios hold for one state of the machine.
-Peak memory is what the measured call added to the resident set (Linux).
+Each measurement is a process of its own, in turn with the others, so that peaks are apart and the
+ratios hold for one state of the machine. Peak memory is what the measured call added to the
+resident set (Linux).
 
-    python benchmarks/evaluation.py [--only features|frechet|precision_recall] [--rounds 1] [--threads 2]
-    python benchmarks/evaluation.py --num-images 8 --image-size 64 --num-points 500 --dim 64    # whether it runs
+    python benchmarks/evaluation.py [--only features|frechet|precision_recall] [--rounds 1]
+        [--threads 2]
+    python benchmarks/evaluation.py --num-images 8 --image-size 64 --num-points 500
+        --dim 64    # whether it runs
 """
 
 from __future__ import annotations
@@ -101,7 +109,9 @@ class Images(torch.utils.data.Dataset):
 
 
 def made_up(num: int, *, seed: int) -> Tensor:
-    """Features (num, dim) with a spectrum that falls like that of real ones: 64 directions, a rectifier, little noise."""
+    """Features (num, dim) with a spectrum that falls like that of real ones: 64 directions, a
+    rectifier, little noise.
+    """
     generator = torch.Generator().manual_seed(0)
     directions = torch.randn(64, SIZES["dim"], generator=generator) / torch.arange(
         1, 65
@@ -229,7 +239,8 @@ def compare(args: argparse.Namespace, group: str, row: int) -> None:
         result = "  ".join(f"{x:.9g}" for x in runs[0]["result"])
         peak = max(run["peak"] for run in runs) / 2**20
         print(
-            f"  {kind:40s} {seconds[kind]:9.2f} {seconds[kind] / seconds[kinds[0]]:7.2f} {peak:9.0f}  {result}",
+            f"  {kind:40s} {seconds[kind]:9.2f} {seconds[kind] / seconds[kinds[0]]:7.2f} "
+            f"{peak:9.0f}  {result}",
             flush=True,
         )
 
@@ -243,7 +254,7 @@ def main() -> None:
         "--rounds",
         type=int,
         default=1,
-        help="of each measurement; the median of their times is shown",
+        help="rounds per measurement; the median time is shown",
     )
     parser.add_argument("--threads", type=int, default=2)
     for name, size in SIZES.items():
@@ -252,7 +263,7 @@ def main() -> None:
         "--measure",
         nargs=3,
         metavar=("GROUP", "ROW", "KIND"),
-        help="print one measurement as JSON, and end",
+        help="print one measurement as JSON, then exit",
     )
     args = parser.parse_args()
     SIZES.update({name: getattr(args, name) for name in SIZES})

@@ -1,15 +1,17 @@
-"""What gating costs: a training step with samples gathered, against the plain formula m*block(x) + (1-m)*x on the same blocks.
+"""Compare a training step that gathers samples with the plain formula m*block(x) + (1-m)*x on the
+same blocks.
 
-Both run in this process on the same model, batch and noise, alternately, so that their ratio does not depend on the machine's load.
-Prints, for full updates and for LoRA beside frozen weights: the time of a step (forward and backward, median), the bytes that autograd
-saves for the backward (the activations), and the peak memory of a step beyond what the process held before (on a CPU by the resident
-set, in a process of its own for each of the two; on a GPU by the allocator).
+Both run in this process on the same model, batch and noise, alternately, so that their ratio does
+not depend on the machine's load. Prints, for full updates and for LoRA beside frozen weights: the
+time of a step (forward and backward, median), the bytes that autograd saves for the backward (the
+activations), and the peak memory of a step beyond what the process held before (on a CPU by the
+resident set, in a process of its own for each of the two; on a GPU by the allocator).
 
-    python benchmarks/gated_blocks.py [--model dit_digits] [--batch-size 128] [--pattern 1:2] [--rounds 15] [--device cpu]
+    python benchmarks/gated_blocks.py [--model dit_digits] [--batch-size 128] [--pattern 1:2]
+        [--rounds 15] [--device cpu]
 
-``--against SRC`` compares the gathered step with that of another checkout instead (its ``src`` folder): both run in a process of their own
-and take turns, step by step.
-"""
+``--against SRC`` compares the gathered step with that of another checkout instead (its ``src``
+folder): both run in a process of their own and take turns, step by step."""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ from tinyfusion_pl.pruning import DepthGates, WeightUpdate
 
 
 class SavedBytes:
-    """Bytes that autograd keeps for the backward, each storage counted once, parameters not at all."""
+    """Bytes that autograd keeps for the backward, each storage counted once, parameters not at
+    all.
+    """
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -153,9 +157,11 @@ def measure(args: argparse.Namespace, weight_update: str) -> None:
         for g in (True, False)
     }
     print(
-        f"{args.model} batch {args.batch_size} pattern {args.pattern} {weight_update:6s} on {args.device}, plain -> gathered: "
+        f"{args.model} batch {args.batch_size} pattern {args.pattern} {weight_update:6s} on "
+        f"{args.device}, plain -> gathered: "
         f"step {plain * 1e3:.0f} -> {gathered * 1e3:.0f} ms ({plain / gathered:.2f}x faster); "
-        f"saved activations {saved[False]:.0f} -> {saved[True]:.0f} MiB ({saved[True] / saved[False]:.2f}x); "
+        f"saved activations {saved[False]:.0f} -> {saved[True]:.0f} MiB "
+        f"({saved[True] / saved[False]:.2f}x); "
         f"peak memory {peak[False]:.0f} -> {peak[True]:.0f} MiB ({peak[True] / peak[False]:.2f}x)",
         flush=True,
     )
@@ -193,7 +199,8 @@ def compare(args: argparse.Namespace, weight_update: str) -> None:
         process.communicate()
     ours, theirs = (statistics.median(each[2:]) for each in times.values())
     print(
-        f"{args.model} batch {args.batch_size} pattern {args.pattern} {weight_update:6s} on {args.device}, gathered: "
+        f"{args.model} batch {args.batch_size} pattern {args.pattern} {weight_update:6s} on "
+        f"{args.device}, gathered: "
         f"step {theirs * 1e3:.0f} -> {ours * 1e3:.0f} ms (ratio {ours / theirs:.2f})",
         flush=True,
     )
@@ -212,7 +219,7 @@ def main() -> None:
         "--peak",
         nargs=2,
         metavar=("UPDATE", "KIND"),
-        help="print the peak memory of one kind in bytes, and end",
+        help="print the peak memory of one kind in bytes, then exit",
     )
     parser.add_argument(
         "--against", metavar="SRC", help="compare with another checkout's src folder"

@@ -1,16 +1,18 @@
-"""How fast latents are read for training: our shards against one file an image, the layout of the published extraction.
+"""Compare reading speed of our shards with one file per image, the published layout.
 
-Both hold random latents of ImageNet's size at 256 pixels and are read in the same order through the same `ImageNetLatents` loader
-(batches of 128, the same number of workers), alternately in one run, so that their ratio does not depend on the machine's load. Our
-shards hold mean and log-variance of both views (64 KiB an image), each draw takes a sample of its own; or one sample of each view
-(32 KiB). The other layout holds one sample (16 KiB) and one label, a file each. "cold" empties the page cache of these files first
-(Linux). docs/latents.md has the numbers.
+Both hold random latents of ImageNet's size at 256 pixels and are read in the same order through the
+same `ImageNetLatents` loader (batches of 128, the same number of workers), alternately in one run,
+so that their ratio does not depend on the machine's load. Our shards hold mean and log-variance of
+both views (64 KiB an image), each draw takes a sample of its own; or one sample of each view (32
+KiB). The other layout holds one sample (16 KiB) and one label, a file each. "cold" empties the page
+cache of these files first (Linux). docs/latents.md has the numbers.
 
-    python benchmarks/latents.py [--num-images 16384] [--workers 0 2] [--rounds 3] [--folder FOLDER] [--others]
+    python benchmarks/latents.py [--num-images 16384] [--workers 0 2] [--rounds 3]
+        [--folder FOLDER] [--others]
 
-`--others` also reads plain samples, neither drawn nor mirrored, from memory-mapped npy and, where they are installed, from webdataset,
-litdata and HF datasets; with a warm cache only, since mapped pages stay where they are when it is emptied.
-"""
+`--others` also reads plain samples, neither drawn nor mirrored, from memory-mapped npy and, where
+they are installed, from webdataset, litdata and HF datasets; with a warm cache only, since mapped
+pages stay where they are when it is emptied."""
 
 from __future__ import annotations
 
@@ -215,7 +217,7 @@ def main() -> None:
     parser.add_argument("--num-images", type=int, default=16384)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--folder", help="where to write; default: a temporary folder")
+    parser.add_argument("--folder", help="output folder; default: a temporary folder")
     parser.add_argument("--others", action="store_true")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as place:
@@ -249,7 +251,8 @@ def main() -> None:
                 for name, each in speeds.items():
                     speed = statistics.median(each)
                     print(
-                        f"{workers} workers, {cache}: {name:18s} {speed:8.0f} items/s, {speed / base:.2f}x one file an image",
+                        f"{workers} workers, {cache}: {name:18s} {speed:8.0f} items/s, "
+                        f"{speed / base:.2f}x one file an image",
                         flush=True,
                     )
 

@@ -1,4 +1,6 @@
-"""What steps of a small DiT really cost, beside the prediction of `cost_model`: FLOPs by torch's counter, bytes by tensors."""
+"""Measure steps of a small DiT and compare with `cost_model`: FLOPs by torch's counter, bytes by
+tensors.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,16 @@ BATCH = 8
 def small() -> torch.nn.Module:
     """A DiT of `SIZES`, its blocks no longer the identity that they start as."""
     torch.manual_seed(0)
-    model = create_model("dit_digits", depth=SIZES["depth"], hidden_size=SIZES["width"], num_heads=4, patch_size=2,
-                         in_channels=SIZES["channels"], input_size=16, num_classes=SIZES["classes"])  # fmt: skip
+    model = create_model(
+        "dit_digits",
+        depth=SIZES["depth"],
+        hidden_size=SIZES["width"],
+        num_heads=4,
+        patch_size=2,
+        in_channels=SIZES["channels"],
+        input_size=16,
+        num_classes=SIZES["classes"],
+    )
     for block in model.blocks:
         torch.nn.init.normal_(block.adaLN_modulation[1].weight, std=0.02)
     return model.train()
@@ -63,7 +73,8 @@ def recovery_loss():
     x, y = batch()
     draw, distill = objective.draw(x), Distillation(weight_feature=0.0)
     return student, lambda: distill.losses(
-        student, teacher, objective, draw, y, pairs={}, feature_weight=0.0)["loss"].mean()  # fmt: skip
+        student, teacher, objective, draw, y, pairs={}, feature_weight=0.0
+    )["loss"].mean()
 
 
 def flops_of(loss) -> int:
@@ -98,7 +109,10 @@ def cases() -> Iterator[tuple[str, float, float]]:
     yield "recovery: FLOPs", step_flops(predicted, Step("recovery", BATCH)), flops_of(loss)
     for mixed in (False, True):
         step = Step("recovery", BATCH, mixed=mixed)
-        yield f"recovery, {'bf16' if mixed else 'float32'}: bytes", step_bytes(predicted, step)["activations"], saved_by(
-            model, loss, mixed=mixed)  # fmt: skip
+        yield (
+            f"recovery, {'bf16' if mixed else 'float32'}: bytes",
+            step_bytes(predicted, step)["activations"],
+            saved_by(model, loss, mixed=mixed),
+        )
     whole = small()
     yield "parameters", predicted.params(), sum(p.numel() for p in whole.parameters())

@@ -14,7 +14,8 @@ class Blocks:
     """A stack of equal blocks.
 
     Attributes:
-        kind: ``"dit"`` (one stream), ``"joint"`` (one set of weights for each stream, attention over all) or ``"single"`` (attention and
+        kind: ``"dit"`` (one stream), ``"joint"`` (one set of weights for each stream, attention
+        over all) or ``"single"`` (attention and
             MLP side by side, all streams in one).
         num: How many.
         width: Channels D.
@@ -61,10 +62,9 @@ class Blocks:
     def activations(self, *, mixed: bool) -> float:
         """Bytes that the backward pass of one block needs for one sample.
 
-        In units of T x D: the inputs of both norms, their outputs, the modulated inputs of qkv and MLP; q, k, v; the attention's output
-        and its projection; the MLP's two hidden activations and its output. `mixed`: what autocast keeps in 2 bytes, beside
-        normalisations in 4.
-        """
+        In units of T x D: the inputs of both norms, their outputs, the modulated inputs of qkv and
+        MLP; q, k, v; the attention's output and its projection; the MLP's two hidden activations
+        and its output. `mixed`: what autocast keeps in 2 bytes, beside normalisations in 4."""
         d, t, r = self.width, self.num_tokens, self.mlp_ratio
         if self.kind == "single":  # one norm for both, and one projection
             precise, cast = 2, 1 + 3 + 2 * r + 1 + 1
@@ -93,7 +93,9 @@ class Model:
         return self.block_flops() + self.rest_flops
 
     def activations(self, *, mixed: bool) -> float:
-        """Bytes for one sample; of the rest, the last layer's input, its norm and what the modulation makes of that."""
+        """Bytes for one sample; of the rest, the last layer's input, its norm and what the
+        modulation makes of that.
+        """
         last = self.stacks[-1]
         return (
             sum(s.num * s.activations(mixed=mixed) for s in self.stacks)
@@ -122,13 +124,31 @@ def dit(
     d, inside, out = width, patch**2 * channels, patch**2 * 2 * channels
     embed = inside * d + 256 * d + d * d
     last = d * out + 2 * d * d
-    return Model(name, (Blocks("dit", depth, d, (tokens,)),), embed + last + (classes + 1) * d,
-                 2 * (tokens * inside * d + 256 * d + d * d + tokens * d * out + 2 * d * d))  # fmt: skip
+    return Model(
+        name,
+        (Blocks("dit", depth, d, (tokens,)),),
+        embed + last + (classes + 1) * d,
+        2 * (tokens * inside * d + 256 * d + d * d + tokens * d * out + 2 * d * d),
+    )
 
 
-def mmdit(name: str, *, num_joint: int, num_single: int, width: int, image: int, text: int, pooled: int, guidance: bool, ends_image: bool,
-          patch: int = 64, context: int = 4096) -> Model:  # fmt: skip
-    """SD3 and FLUX: joint blocks, then single ones; `ends_image`: the last joint block has no text stream out."""
+def mmdit(
+    name: str,
+    *,
+    num_joint: int,
+    num_single: int,
+    width: int,
+    image: int,
+    text: int,
+    pooled: int,
+    guidance: bool,
+    ends_image: bool,
+    patch: int = 64,
+    context: int = 4096,
+) -> Model:
+    """SD3 and FLUX: joint blocks, then single ones; `ends_image`: the last joint block has no text
+    stream out.
+    """
     d = width
     vectors = (256 * d + d * d) * (2 if guidance else 1) + pooled * d + d * d
     last = d * patch + 2 * d * d
@@ -136,7 +156,8 @@ def mmdit(name: str, *, num_joint: int, num_single: int, width: int, image: int,
         patch * d + context * d + vectors + last,
         image * patch * d + text * context * d + vectors + image * d * patch + 2 * d * d,
     )
-    if ends_image:  # the text stream of the last block: two modulations instead of six, q, k, v but no projection and MLP
+    # Text stream of the last block: two modulations instead of six; q, k, v, no projection, no MLP.
+    if ends_image:
         params -= (4 + 1 + 8) * d * d
         flops -= 4 * d * d + text * (1 + 8) * d * d
     stacks = [Blocks("joint", num_joint, d, (image, text))]
@@ -168,5 +189,5 @@ MODELS = {
         pooled=768,
         guidance=True,
         ends_image=False,
-    ),  # fmt: skip
+    ),
 }

@@ -84,7 +84,9 @@ def to_markdown(cells: dict[Cell, dict[str, list[dict[str, str]]]]) -> str:
             "| criterion | seeds | distance x 1000 | FID | cost, block runs | kept blocks |",
             "|---|---|---|---|---|---|",
         ]
-        for name, arms in sorted(criteria.items(), key=lambda item: mean(column(item[1], DISTANCE))):
+        for name, arms in sorted(
+            criteria.items(), key=lambda item: mean(column(item[1], DISTANCE))
+        ):
             kept = list(dict.fromkeys(blocks(arm) for arm in arms))
             lines.append(
                 f"| {name} | {len(arms)} | {spread(column(arms, DISTANCE, 1000), 2)} "
@@ -122,7 +124,10 @@ def draw(cells: dict[Cell, dict[str, list[dict[str, str]]]], path: Path) -> None
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     for axes in list(figure.axes)[len(cells) :]:
         axes.set_visible(False)
-    figure.supxlabel("distance to the teacher after 100 steps of recovery, x 1000 (dots: seeds, bars: means)", fontsize=10)
+    figure.supxlabel(
+        "distance to the teacher after 100 steps of recovery, x 1000 (dots: seeds, bars: means)",
+        fontsize=10,
+    )
     figure.savefig(path, dpi=110)
 
 

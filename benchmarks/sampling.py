@@ -1,9 +1,10 @@
-"""Sampling speed of D28, D19, D14 and D7 against the ideal by depth: as many times faster as there are fewer blocks.
+"""Measure the sampling speed of D28, D19, D14 and D7 against the ideal speed-up by depth.
 
-All depths take turns in this process, so that ratios do not depend on the machine's load. Depth is all that differs: weights are
-random, and quality is not measured.
+All depths take turns in this process, so ratios do not depend on the load of the machine. Only the
+depth differs: weights are random, and quality is not measured.
 
-    python benchmarks/sampling.py [--width 1152] [--input-size 32] [--batch-size 1] [--steps 1] [--rounds 3] [--figure PATH]
+    python benchmarks/sampling.py [--width 1152] [--input-size 32] [--batch-size 1] [--steps 1]
+        [--rounds 3] [--figure PATH]
 """
 
 from __future__ import annotations
@@ -57,8 +58,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     for name, default in (
-        ("width", 1152), ("input-size", 32), ("batch-size", 1), ("steps", 1), ("rounds", 3)
-    ):  # fmt: skip
+        ("width", 1152),
+        ("input-size", 32),
+        ("batch-size", 1),
+        ("steps", 1),
+        ("rounds", 3),
+    ):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--depths", type=int, nargs="+", default=[28, 19, 14, 7])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])

@@ -1,8 +1,8 @@
-"""A long search in one process: resident memory and open files, from the end of the warm-up to the last step.
+"""Run a long search in one process and measure resident memory and open files after the warm-up.
 
-Mask learning of the digits teacher by the settings of `pruning=learned`, through `Fit` with its logs, averaged weights and checkpoints.
-Memory is resident memory after a garbage collection; its growth is that between the means of the first and of the last ten
-measurements after the warm-up.
+Mask learning on the digits teacher with the settings of `pruning=learned`, through `Fit` with its
+logs, averaged weights and checkpoints. Memory is resident memory after a garbage collection; its
+growth compares the means of the first and last ten measurements after the warm-up.
 
     python benchmarks/soak.py [--steps 2000] [--batch-size 128] [--every 20] [--warm-up 200]
 """
@@ -51,10 +51,20 @@ def soak(folder: Path, *, steps: int, batch_size: int, every: int) -> list[tuple
     seed_everything(0)
     watch = Watch(every)
     fit = Fit(
-        trainer=partial(Trainer, accelerator="cpu", max_steps=steps, max_epochs=-1, gradient_clip_val=1.0, log_every_n_steps=5,
-                        enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False),
-        callbacks={"ema": EMAWithWarmup(decay=0.99), "watch": watch}, logger=csv_logger,
-    )  # fmt: skip
+        trainer=partial(
+            Trainer,
+            accelerator="cpu",
+            max_steps=steps,
+            max_epochs=-1,
+            gradient_clip_val=1.0,
+            log_every_n_steps=5,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+        ),
+        callbacks={"ema": EMAWithWarmup(decay=0.99), "watch": watch},
+        logger=csv_logger,
+    )
     module = MaskLearning(
         load_pretrained("shipped", name="dit_digits").train(), objective=GaussianDiffusion()
     )
@@ -94,8 +104,11 @@ def main() -> None:
     for step, memory, files in found[:: max(1, len(found) // 10)]:
         print(f"step {step}: {memory / 2**20:.1f} MiB, {files} open files")
     memory, files = growth(found, warm_up=args.warm_up)
-    print(f"{args.steps} steps of {args.batch_size} in {time.monotonic() - start:.0f} s: memory {memory:+.2%} and {files:+d} open files "
-          f"after step {args.warm_up}")  # fmt: skip
+    print(
+        f"{args.steps} steps of {args.batch_size} in {time.monotonic() - start:.0f} s: memory "
+        f"{memory:+.2%} and {files:+d} open files "
+        f"after step {args.warm_up}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""What sharing prefixes saves: block runs of many structures in shared forward passes, against each structure by itself.
+"""Compare shared forward passes of many structures with one pass per structure.
 
-Counts runs of a block on a sample, which do not depend on the machine, and times both on the same model in this process.
+Counts block runs (one block on one sample), which do not depend on the machine, and times both on
+the same model in this process.
 
-    python benchmarks/structures.py [--model dit_digits] [--pattern 1:2 | --keep 6] [--num-structures 0] [--max-rows 4096] [--samples 8]
+    python benchmarks/structures.py [--model dit_digits] [--pattern 1:2 | --keep 6]
+        [--num-structures 0] [--max-rows 4096] [--samples 8]
 """
 
 from __future__ import annotations
@@ -63,8 +65,10 @@ def main() -> None:
             )
     (shared, runs, seconds), (single, runs_single, seconds_single) = results.values()
     print(
-        f"{len(structures)} structures of {args.model} depth {args.depth}: block runs {runs_single} -> {runs} ({runs_single / runs:.2f}x "
-        f"fewer); {seconds_single:.1f} -> {seconds:.1f} s ({seconds_single / seconds:.2f}x faster); relative difference of losses "
+        f"{len(structures)} structures of {args.model} depth {args.depth}: block runs "
+        f"{runs_single} -> {runs} ({runs_single / runs:.2f}x "
+        f"fewer); {seconds_single:.1f} -> {seconds:.1f} s ({seconds_single / seconds:.2f}x "
+        f"faster); relative difference of losses "
         f"{((shared - single).abs() / single).max():.1e}"
     )
 

@@ -1,13 +1,18 @@
-"""One step of the search and of recovery, against a plain PyTorch loop of the published recipe on the same batch.
+"""Compare steps of search and recovery with a plain PyTorch loop of the published recipe.
 
-The plain loop was written for this comparison: every block runs on all samples and is blended by float32 masks; AdamW steps one
-tensor after the other, and so do averaged weights; the teacher is in float32, its hidden states are collected in every step. Ours are
-samples gathered by mask, fused AdamW where the device has it, averages in one kernel, a teacher in the precision of the fit, hidden
-states only while they count. Both take turns in this process, so that the ratio does not depend on the machine's load; with --rounds 0
-only memory is measured. Peak memory is that of a process of its own (of the allocator on a GPU), beyond what the models hold.
+The plain loop was written for this comparison: every block runs on all samples and is blended by
+float32 masks; AdamW steps one tensor after the other, and so do averaged weights; the teacher is in
+float32, its hidden states are collected in every step. Ours are samples gathered by mask, fused
+AdamW where the device has it, averages in one kernel, a teacher in the precision of the fit, hidden
+states only while they count. Both take turns in this process, so that the ratio does not depend on
+the machine's load; with --rounds 0 only memory is measured. Peak memory is that of a process of its
+own (of the allocator on a GPU), beyond what the models hold.
 
-    python benchmarks/training.py [--width 768 --heads 12 --depth 4 --batch-size 4 --input-size 32] [--rounds 5] [--device cpu] [--compile]
-    python benchmarks/training.py --width 1152 --heads 16 --depth 28 --batch-size 64 --device cuda --mixed    # DiT-XL/2
+    python benchmarks/training.py
+        [--width 768 --heads 12 --depth 4 --batch-size 4 --input-size 32]
+        [--rounds 5] [--device cpu] [--compile]
+    python benchmarks/training.py --width 1152 --heads 16 --depth 28 --batch-size 64
+        --device cuda --mixed    # DiT-XL/2
 """
 
 from __future__ import annotations
@@ -166,10 +171,18 @@ class Recover(Side):
                 compile_blocks([*self.model.blocks, *self.teacher.blocks])
 
     def loss(self) -> torch.Tensor:
-        # The published code collects and compares hidden states to the end, where their weight is 0.
+        # The published code collects and compares hidden states to the end, where their weight is
+        # 0.
         pairs = self.pairs if self.counts or not self.ours else {}
-        losses = self.distill.losses(self.model, self.teacher, self.objective, self.draw, self.y, pairs=pairs,
-                                     feature_weight=1e-2 if pairs else 0.0)  # fmt: skip
+        losses = self.distill.losses(
+            self.model,
+            self.teacher,
+            self.objective,
+            self.draw,
+            self.y,
+            pairs=pairs,
+            feature_weight=1e-2 if pairs else 0.0,
+        )
         return losses["loss"].mean()
 
 
@@ -203,7 +216,8 @@ def measure(args: argparse.Namespace, case: str) -> None:
             f"peak memory {peaks[0]:.0f} -> {peaks[1]:.0f} MiB ({peaks[1] / peaks[0]:.2f}x)"
         )
     print(
-        f"width {args.width} depth {args.depth} batch {args.batch_size} on {args.device}, {case}: {'; '.join(said)}",
+        f"width {args.width} depth {args.depth} batch {args.batch_size} on {args.device}, "
+        f"{case}: {'; '.join(said)}",
         flush=True,
     )
 

@@ -1,10 +1,11 @@
-"""CIFAR-10's test images held against its training images in the features of a small ResNet: what real images score.
+"""Compare CIFAR-10's test images with its training images in the features of a small ResNet.
 
-FOLDER holds ``cifar10_train_jpegbytes.npz`` and ``cifar10_test_jpegbytes.npz`` (``blob``, ``offsets``, ``labels``: JPEG files end to end)
-and ``resnet56-4bfd9763.th``, akamaster's CIFAR-10 ResNet-56. `load_cifar_resnet`
-shows how another network becomes a feature network:
+FOLDER contains ``cifar10_train_jpegbytes.npz`` and ``cifar10_test_jpegbytes.npz`` (``blob``,
+``offsets``, ``labels``: concatenated JPEG files) and ``resnet56-4bfd9763.th``, akamaster's CIFAR-10
+ResNet-56. `load_cifar_resnet` shows how to wrap another network as a feature network:
 
-    python examples/measure_cifar10.py FOLDER [--num-reference 50000] [--num-samples 10000] [--threads 2]
+    python examples/measure_cifar10.py FOLDER [--num-reference 50000] [--num-samples 10000]
+        [--threads 2]
 """
 
 from __future__ import annotations

@@ -1,20 +1,23 @@
 """Depth pruning of a text-to-image model of diffusers: search, freeze, distil, save, reopen.
 
     python examples/prune_diffusers.py [--output-dir outputs/flux]
-    python examples/prune_diffusers.py --model FLUX_FOLDER --data cached.safetensors --precision bf16-true
+    python examples/prune_diffusers.py --model FLUX_FOLDER --data cached.safetensors
+        --precision bf16-true
 
-Without --model a tiny FLUX is made and trained first, on synthetic latents with one prompt a class: about two minutes on 2 cores.
+Without --model, a tiny FLUX is created and trained first, on synthetic latents with one prompt per
+class: about two minutes on 2 cores.
 
-`--model` is a folder that `FluxTransformer2DModel.from_pretrained` opens, or a pipeline's folder with that model in `transformer/`.
-`--data` is a safetensors file of N samples, which the text encoders and the VAE made beforehand:
+`--model` is a folder that `FluxTransformer2DModel.from_pretrained` opens, or a pipeline's folder
+with that model in `transformer/`. `--data` is a safetensors file of N samples, which the text
+encoders and the VAE made beforehand:
 
     latents                (N, C, H, W)  as the VAE gives them, shifted and scaled; H and W even
     prompt_embeds          (N, L, D)     last hidden states of T5
     pooled_prompt_embeds   (N, P)        pooled output of CLIP
 
-Ends with a table: blocks, parameters and distance to the teacher, of the teacher, the cut and the recovered model. The distance is
-the mean square of the difference of the predicted velocities over that of the teacher's, on held-out samples with fixed noise.
-"""
+Ends with a table: blocks, parameters and distance to the teacher, of the teacher, the cut and the
+recovered model. The distance is the mean square of the difference of the predicted velocities over
+that of the teacher's, on held-out samples with fixed noise."""
 
 from __future__ import annotations
 
@@ -39,13 +42,20 @@ from tinyfusion_pl import DepthPruningCallback, DistillationCallback
 STACKS = ("transformer_blocks", "single_transformer_blocks")
 KEYS = ("latents", "prompt_embeds", "pooled_prompt_embeds")
 TINY = dict(
-    in_channels=16, num_layers=4, num_single_layers=8, attention_head_dim=16, num_attention_heads=4, joint_attention_dim=24,
-    pooled_projection_dim=16, axes_dims_rope=(4, 6, 6), guidance_embeds=True,
-)  # fmt: skip
+    in_channels=16,
+    num_layers=4,
+    num_single_layers=8,
+    attention_head_dim=16,
+    num_attention_heads=4,
+    joint_attention_dim=24,
+    pooled_projection_dim=16,
+    axes_dims_rope=(4, 6, 6),
+    guidance_embeds=True,
+)
 
 
 class FlowMatching(LightningModule):
-    """An ordinary LightningModule that trains FLUX by flow matching: nothing in it knows of pruning or distillation."""
+    """Flow matching on FLUX: an ordinary LightningModule, unaware of pruning and distillation."""
 
     def __init__(self, transformer: nn.Module, *, lr: float) -> None:
         super().__init__()
@@ -96,13 +106,19 @@ def predict(
     img_ids = torch.stack([torch.zeros_like(rows), rows, columns], -1).view(-1, 3)
     guided = transformer.config.guidance_embeds
     return transformer(
-        hidden_states=pack(x_t), timestep=t.to(x_t.dtype), guidance=torch.full_like(t, 3.5) if guided else None,
-        encoder_hidden_states=prompt_embeds, pooled_projections=pooled, img_ids=img_ids.to(x_t),
-        txt_ids=x_t.new_zeros(prompt_embeds.shape[1], 3), return_dict=False,
-    )[0]  # fmt: skip
+        hidden_states=pack(x_t),
+        timestep=t.to(x_t.dtype),
+        guidance=torch.full_like(t, 3.5) if guided else None,
+        encoder_hidden_states=prompt_embeds,
+        pooled_projections=pooled,
+        img_ids=img_ids.to(x_t),
+        txt_ids=x_t.new_zeros(prompt_embeds.shape[1], 3),
+        return_dict=False,
+    )[0]
 
 
-# -- model and data ---------------------------------------------------------------------------------
+# -- model and data
+# ---------------------------------------------------------------------------------
 def open_model(path: str | None) -> FluxTransformer2DModel:
     if path is None:
         return FluxTransformer2DModel(**TINY)
@@ -117,18 +133,23 @@ def open_data(path: str, config: Mapping) -> dict[str, Tensor]:
         raise ValueError(
             f"{path} has no {missing}; it holds {sorted(data)}. See --help for the format."
         )
-    channels = {"latents": config["in_channels"] // 4, "prompt_embeds": config["joint_attention_dim"],
-                "pooled_prompt_embeds": config["pooled_projection_dim"]}  # fmt: skip
+    channels = {
+        "latents": config["in_channels"] // 4,
+        "prompt_embeds": config["joint_attention_dim"],
+        "pooled_prompt_embeds": config["pooled_projection_dim"],
+    }
     axis = {"latents": 1, "prompt_embeds": 2, "pooled_prompt_embeds": 1}
     for key, num in channels.items():
         shape = tuple(data[key].shape)
         if len(shape) <= axis[key] or shape[axis[key]] != num or shape[0] != len(data["latents"]):
             raise ValueError(
-                f"'{key}' of {path} is {shape}; {num} was expected on axis {axis[key]}, and as many samples in all three."
+                f"'{key}' of {path} is {shape}; {num} was expected on axis {axis[key]}, and as "
+                f"many samples in all three."
             )
     if data["latents"].ndim != 4 or any(size % 2 for size in data["latents"].shape[2:]):
         raise ValueError(
-            f"'latents' of {path} is {tuple(data['latents'].shape)}; (N, C, H, W) with even H and W was expected."
+            f"'latents' of {path} is {tuple(data['latents'].shape)}; (N, C, H, W) with even H "
+            f"and W was expected."
         )
     return {key: data[key] for key in KEYS}
 
@@ -136,7 +157,9 @@ def open_data(path: str, config: Mapping) -> dict[str, Tensor]:
 def make_data(
     config: Mapping, *, num_samples: int = 1024, num_classes: int = 8, size: int = 8
 ) -> dict[str, Tensor]:
-    """Waves whose direction and channels are their class's, the phase and strength their own; one prompt a class."""
+    """Waves whose direction and channels are their class's, the phase and strength their own; one
+    prompt a class.
+    """
     y = torch.arange(num_samples) % num_classes
     prompts = torch.randn(num_classes, 6, config["joint_attention_dim"])
     pooled = torch.randn(num_classes, config["pooled_projection_dim"])
@@ -150,7 +173,8 @@ def make_data(
     return {"latents": waves, "prompt_embeds": prompts[y], "pooled_prompt_embeds": pooled[y]}
 
 
-# -- measuring --------------------------------------------------------------------------------------
+# -- measuring
+# --------------------------------------------------------------------------------------
 @torch.no_grad()
 def velocities(transformer: nn.Module, held_out: list[Tensor]) -> Tensor:
     """What the model predicts for held-out samples at eight timesteps, with fixed noise."""
@@ -190,7 +214,8 @@ def print_table(rows: list[dict]) -> None:
         print(f"{each['model']:24}{blocks:>10}{each['parameters']:>16,}{each['distance']:>26.4f}")
 
 
-# -- the job ----------------------------------------------------------------------------------------
+# -- the job
+# ----------------------------------------------------------------------------------------
 def main(args: argparse.Namespace) -> list[dict]:
     seed_everything(0)
     dense = open_model(args.model)
@@ -210,9 +235,17 @@ def main(args: argparse.Namespace) -> list[dict]:
     def fit(module: LightningModule, num_steps: int, *callbacks) -> None:
         module.train()
         Trainer(
-            max_steps=num_steps, max_epochs=-1, callbacks=list(callbacks), precision=args.precision, gradient_clip_val=1.0, devices=1,
-            accelerator=args.accelerator, logger=False, enable_checkpointing=False, enable_model_summary=False,
-        ).fit(module, loader)  # fmt: skip
+            max_steps=num_steps,
+            max_epochs=-1,
+            callbacks=list(callbacks),
+            precision=args.precision,
+            gradient_clip_val=1.0,
+            devices=1,
+            accelerator=args.accelerator,
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+        ).fit(module, loader)
 
     if args.model is None:
         fit(FlowMatching(dense, lr=2e-3), args.pretrain_steps)
@@ -236,12 +269,20 @@ def main(args: argparse.Namespace) -> list[dict]:
     recovered = FluxTransformer2DModel.from_pretrained(
         output_dir / "recovered"
     )  # the plain class: the folder is all it takes
-    rows = [row("teacher", teacher, 0.0), row("cut", recovered, distance(cut, teacher_velocities)),
-            row("cut and recovered", recovered, distance(velocities(recovered, held_out), teacher_velocities))]  # fmt: skip
+    rows = [
+        row("teacher", teacher, 0.0),
+        row("cut", recovered, distance(cut, teacher_velocities)),
+        row(
+            "cut and recovered",
+            recovered,
+            distance(velocities(recovered, held_out), teacher_velocities),
+        ),
+    ]
     print_table(rows)
     kept = ", ".join(f"{path} {blocks}" for path, blocks in pruning.decision.kept_blocks.items())
     print(
-        f"kept blocks: {kept}\nsaved in {output_dir / 'recovered'}, opened by FluxTransformer2DModel.from_pretrained"
+        f"kept blocks: {kept}\nsaved in {output_dir / 'recovered'}, opened by "
+        f"FluxTransformer2DModel.from_pretrained"
     )
     return rows
 
@@ -251,7 +292,7 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--output-dir", default="outputs/flux", help="folder of the cut and of the recovered model"
+        "--output-dir", default="outputs/flux", help="folder of the shallow and the recovered model"
     )
     parser.add_argument(
         "--model", help="folder of a FLUX in diffusers' format; default: a tiny one, trained first"
@@ -275,7 +316,7 @@ def parser() -> argparse.ArgumentParser:
         "--lr", type=float, default=1e-3, help="of search and recovery; far lower for a real model"
     )
     parser.add_argument("--accelerator", default="auto")
-    parser.add_argument("--precision", default="32-true", help="as the Trainer takes it")
+    parser.add_argument("--precision", default="32-true", help="precision of the Trainer")
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument(
         "--offload-teacher", action="store_true", help="keep the teacher on the CPU between batches"

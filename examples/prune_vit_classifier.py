@@ -1,9 +1,10 @@
-"""Depth pruning of a model that this project knows nothing of: a timm ViT that classifies digits, in a LightningModule of one's own.
+"""Prune a timm ViT that classifies digits, in your own LightningModule.
 
     python examples/prune_vit_classifier.py [--output-dir outputs/vit]
 
-Trains 8 blocks, learns which 4 to keep (two added lines: the callback and its path), freezes, fine-tunes the shallow model, and prints the
-accuracy on held-out digits at each stage. About a minute on 2 cores.
+Trains 8 blocks, learns which 4 to keep (two added lines: the callback and its path), creates the
+shallow model, fine-tunes it, and prints the accuracy on held-out digits at each stage. About a
+minute on 2 cores.
 """
 
 from __future__ import annotations

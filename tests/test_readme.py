@@ -1,4 +1,4 @@
-"""What README and docs tell people to type works, and what README shows of the API is the API."""
+"""The commands of the README and docs run, and the README's table matches the API."""
 
 import re
 import runpy
@@ -29,7 +29,8 @@ LAUNCHED = [
 ]
 COMMANDS = [
     line for line in LINES if line.startswith("tinyfusion") and line.split()[1] not in cli.COMMANDS
-] + LAUNCHED
+]
+COMMANDS = list(dict.fromkeys(COMMANDS + LAUNCHED))  # pages repeat the README's
 
 
 PLUGINS = {
@@ -52,7 +53,7 @@ def test_every_command_line_composes(command, capfd, monkeypatch, tmp_path):
     assert "pruning:" in capfd.readouterr().out or "--help" in words
 
 
-def test_what_the_page_on_evaluation_names_is_there():
+def test_files_named_by_the_evaluation_page_exist():
     groups = set(re.findall(r"`metrics=(\w+)", EVALUATION))
     assert {"inception", "kid", "fd_dinov2", "cmmd", "timm", "digits"} <= groups
     assert all((ROOT / "conf" / "metrics" / f"{name}.yaml").exists() for name in groups)
@@ -62,7 +63,7 @@ def test_what_the_page_on_evaluation_names_is_there():
     )
 
 
-def test_the_sweeps_that_the_docs_name_are_there():
+def test_sweep_files_named_by_the_docs_exist():
     text = (ROOT / "docs" / "sweeps.md").read_text()
     files = re.findall(r"wandb sweep (\S+)", text)
     assert files and all((ROOT / file).exists() for file in files)
@@ -81,7 +82,7 @@ def test_the_make_targets_exist():
     )
 
 
-def test_every_argument_in_the_table_is_one_of_the_callback_with_that_default():
+def test_argument_table_matches_the_callback_and_its_defaults():
     import inspect
 
     from tinyfusion_pl import DepthPruningCallback
@@ -105,7 +106,7 @@ def test_every_argument_in_the_table_is_one_of_the_callback_with_that_default():
 
 
 @pytest.mark.slow
-def test_the_vit_example_prunes_and_heals_a_model_that_the_project_does_not_know(tmp_path):
+def test_vit_example_prunes_and_recovers_a_foreign_model(tmp_path):
     example = runpy.run_path(str(ROOT / "examples" / "prune_vit_classifier.py"))
     results = example["main"](str(tmp_path), 250)
     dense, pruned, healed = results.values()

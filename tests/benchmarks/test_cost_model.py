@@ -35,7 +35,8 @@ def test_steps_of_a_small_dit_cost_what_is_predicted(measured, kind):
 
 
 def test_gathering_halves_the_backward_of_blocks(measured):
-    """A backward pass is two forward passes, and half of the rows are dropped: (1 + 2) / (1 + 1)."""
+    """A backward pass is two forward passes, and half of the rows are dropped: (1 + 2) / (1 + "
+    "1)."""
     real = {name: value for name, _, value in measured}
     assert real["search, full, plain: FLOPs"] / real[
         "search, full, gathered: FLOPs"
@@ -71,14 +72,32 @@ def test_two_stream_models_cost_what_is_predicted(name):
     width = heads * head
     with torch.device("meta"):
         if name == "sd3":
-            model = SD3Transformer2DModel(sample_size=16, patch_size=2, in_channels=16, num_layers=4, attention_head_dim=head,
-                                          num_attention_heads=heads, joint_attention_dim=context, caption_projection_dim=width,
-                                          pooled_projection_dim=pooled, out_channels=16, pos_embed_max_size=16)  # fmt: skip
+            model = SD3Transformer2DModel(
+                sample_size=16,
+                patch_size=2,
+                in_channels=16,
+                num_layers=4,
+                attention_head_dim=head,
+                num_attention_heads=heads,
+                joint_attention_dim=context,
+                caption_projection_dim=width,
+                pooled_projection_dim=pooled,
+                out_channels=16,
+                pos_embed_max_size=16,
+            )
             arguments = {"hidden_states": torch.zeros(1, 16, 16, 16), "timestep": torch.zeros(1)}
         else:
-            model = FluxTransformer2DModel(in_channels=64, num_layers=2, num_single_layers=3, attention_head_dim=head,
-                                           num_attention_heads=heads, joint_attention_dim=context, pooled_projection_dim=pooled,
-                                           guidance_embeds=True, axes_dims_rope=(16, 24, 24))  # fmt: skip
+            model = FluxTransformer2DModel(
+                in_channels=64,
+                num_layers=2,
+                num_single_layers=3,
+                attention_head_dim=head,
+                num_attention_heads=heads,
+                joint_attention_dim=context,
+                pooled_projection_dim=pooled,
+                guidance_embeds=True,
+                axes_dims_rope=(16, 24, 24),
+            )
             arguments = {
                 "hidden_states": torch.zeros(1, image, 64),
                 "timestep": torch.zeros(1),
@@ -94,8 +113,18 @@ def test_two_stream_models_cost_what_is_predicted(name):
             {k: torch.zeros(v.shape) for k, v in arguments.items()},
         )
         arguments |= {"img_ids": torch.zeros(image, 3), "txt_ids": torch.zeros(text, 3)}
-    predicted = mmdit(name, num_joint=4 if name == "sd3" else 2, num_single=0 if name == "sd3" else 3, width=width, image=image, text=text,
-                      pooled=pooled, guidance=name == "flux", ends_image=name == "sd3", context=context)  # fmt: skip
+    predicted = mmdit(
+        name,
+        num_joint=4 if name == "sd3" else 2,
+        num_single=0 if name == "sd3" else 3,
+        width=width,
+        image=image,
+        text=text,
+        pooled=pooled,
+        guidance=name == "flux",
+        ends_image=name == "sd3",
+        context=context,
+    )
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

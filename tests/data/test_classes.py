@@ -230,9 +230,7 @@ def test_labels_are_sampled_of_the_classes_given():
         assert torch.equal(
             get_labels(kind, 50, 10, seed=3), get_labels(kind, 50, 10, seed=3, classes=range(10))
         )
-    with pytest.raises(
-        ValueError, match="classes are 0 to 701, but the model has classes 0 to 9"
-    ):
+    with pytest.raises(ValueError, match="classes are 0 to 701, but the model has classes 0 to 9"):
         get_labels("balanced", 12, 10, seed=0, classes=classes)
 
 

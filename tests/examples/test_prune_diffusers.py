@@ -67,19 +67,46 @@ def test_a_model_and_data_of_ones_own(example, tmp_path):
     diffusers.FluxTransformer2DModel(**example["TINY"]).save_pretrained(
         tmp_path / "pipeline" / "transformer"
     )
-    data = {"latents": torch.randn(24, 4, 4, 6), "prompt_embeds": torch.randn(24, 5, 24).bfloat16(),
-            "pooled_prompt_embeds": torch.randn(24, 16)}  # fmt: skip
+    data = {
+        "latents": torch.randn(24, 4, 4, 6),
+        "prompt_embeds": torch.randn(24, 5, 24).bfloat16(),
+        "pooled_prompt_embeds": torch.randn(24, 16),
+    }
     save_file(data, tmp_path / "data.safetensors")
-    rows = run(example, "--model", tmp_path / "pipeline", "--data", tmp_path / "data.safetensors", "--output-dir", tmp_path / "out",
-               "--pattern", "1:2", "1:4", "--search-steps", 2, "--recovery-steps", 2, "--batch-size", 8, "--gradient-checkpointing",
-               "--offload-teacher", "--precision", "bf16-mixed")  # fmt: skip
+    rows = run(
+        example,
+        "--model",
+        tmp_path / "pipeline",
+        "--data",
+        tmp_path / "data.safetensors",
+        "--output-dir",
+        tmp_path / "out",
+        "--pattern",
+        "1:2",
+        "1:4",
+        "--search-steps",
+        2,
+        "--recovery-steps",
+        2,
+        "--batch-size",
+        8,
+        "--gradient-checkpointing",
+        "--offload-teacher",
+        "--precision",
+        "bf16-mixed",
+    )
     assert rows[2]["depth"] == [1, 1] and rows[2]["distance"] > 0
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"prompt_embeds": None}, "has no \\['prompt_embeds'\\]"), ({"prompt_embeds": (8, 5, 20)}, "24 was expected on axis 2"),
-    ({"latents": (8, 4, 4, 5)}, "even H and W"), ({"pooled_prompt_embeds": (7, 16)}, "as many samples"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"prompt_embeds": None}, "has no \\['prompt_embeds'\\]"),
+        ({"prompt_embeds": (8, 5, 20)}, "24 was expected on axis 2"),
+        ({"latents": (8, 4, 4, 5)}, "even H and W"),
+        ({"pooled_prompt_embeds": (7, 16)}, "as many samples"),
+    ],
+)
 def test_data_of_the_wrong_shape_is_refused(example, tmp_path, change, message):
     shapes = {
         "latents": (8, 4, 4, 4),

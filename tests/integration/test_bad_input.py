@@ -108,7 +108,11 @@ def test_a_wrong_setting(tell, setting, expected):
     [
         (
             ["model.name=sit_s_2"],
-            ["sit_s_2 predicts 1 channels for 1-channel latents", "needs 2 channels", "sit for SiT"],
+            [
+                "sit_s_2 predicts 1 channels for 1-channel latents",
+                "needs 2 channels",
+                "sit for SiT",
+            ],
         ),
         (
             ["model.name=dit_s_2", "objective=sit", "sampler@evaluate.sampling=sit_sde"],

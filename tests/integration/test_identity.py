@@ -99,9 +99,7 @@ def test_kept_batches_of_a_replaced_model_are_not_used(run, tmp_path, monkeypatc
         run(*EVALUATE)
     torch.save({"ema": state(0.5)}, "last.pt")
     code, said = run(*EVALUATE)
-    assert (
-        code == 0 and "3 finished batches" in said and "its origin has changed (weights" in said
-    )
+    assert code == 0 and "3 finished batches" in said and "its origin has changed (weights" in said
     assert run(*EVALUATE, run_dir="fresh")[0] == 0
     assert mine(tmp_path / "out") == mine(tmp_path / "fresh")
 
@@ -113,11 +111,9 @@ def test_a_teacher_replaced_after_mask_learning_is_refused(run, tmp_path):
     torch.save({"ema": state(0.5)}, "teacher.pt")
     for task in ("recover", "evaluate"):
         code, said = run(*given, f"task={task}")
-        assert (
-            code == 1
-            and "learn_mask in out has another origin" in said
-            and "teacher" in said
-        ), task
+        assert code == 1 and "learn_mask in out has another origin" in said and "teacher" in said, (
+            task
+        )
     assert (
         not (tmp_path / "out" / "recover").exists()
         and not (tmp_path / "out" / "metrics.json").exists()
@@ -132,10 +128,7 @@ def test_a_teacher_replaced_during_mask_learning_is_refused(run, tmp_path):
     (tmp_path / "out" / "stages" / "learn_mask.json").unlink()
     torch.save({"ema": state(0.5)}, "teacher.pt")
     code, said = run(*given)
-    assert (
-        code == 1
-        and "last.ckpt: it has another origin (teacher" in said
-    )
+    assert code == 1 and "last.ckpt: it has another origin (teacher" in said
 
 
 # -- a shallow model of another run
@@ -156,10 +149,7 @@ def test_a_shallow_model_put_in_during_recovery_is_refused(run, out, tmp_path):
     )  # whatever is done about the mark, the checkpoint knows where it started
     write_sealed(mark, {**read_sealed(mark), "files": {}})
     code, said = run("task=recover")
-    assert (
-        code == 1
-        and "last.ckpt: it has another origin (shallow" in said
-    )
+    assert code == 1 and "last.ckpt: it has another origin (shallow" in said
 
 
 # -- what is there already is looked at
@@ -337,10 +327,7 @@ def test_an_interrupted_run_is_not_taken_over_after_config_yaml_is_lost(run, out
         path.unlink()
     before = {path: sha256(path) for path in out.rglob("*") if path.is_file()}
     code, said = run("seed=1", "task=learn_mask")
-    assert (
-        code == 1
-        and "last.ckpt: it has another origin (configuration" in said
-    )
+    assert code == 1 and "last.ckpt: it has another origin (configuration" in said
     assert {path: sha256(path) for path in out.rglob("*") if path.is_file()} == before
     assert run("task=learn_mask")[0] == 0
 

@@ -62,5 +62,7 @@ def test_a_second_command_in_a_run_folder_is_refused(running, tmp_path, capfd):
     (tmp_path / "go").touch()
     running.join(100)
     assert running.exitcode == 0 and (tmp_path / "out" / "shallow" / "record.json").exists()
-    assert "belongs to a run of another configuration (seed is 0 there and 1 here" in refused("seed=1")
+    assert "belongs to a run of another configuration (seed is 0 there and 1 here" in refused(
+        "seed=1"
+    )
     assert not list((tmp_path / "out").rglob(".*"))

@@ -299,7 +299,8 @@ def test_a_model_for_other_latents_is_refused_before_anything_is_sampled(tmp_pat
         tmp_path / "other", create_model("dit_digits", input_size=16, depth=1), {"stacks": {}}
     )
     with pytest.raises(
-        ValueError, match=r"latents are \(C, H, W\) = \(1, 8, 8\), but the model expects \(1, 16, 16\)"
+        ValueError,
+        match=r"latents are \(C, H, W\) = \(1, 8, 8\), but the model expects \(1, 16, 16\)",
     ):
         evaluate(models={"mine": str(tmp_path / "other")}).check(inputs())
 

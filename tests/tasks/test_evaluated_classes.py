@@ -101,9 +101,7 @@ def test_a_model_of_fewer_classes_is_refused():
         ValueError, match="The data's classes are 3 to 701, but the model has classes 0 to 9"
     ):
         evaluate().check(inputs(num_classes=10))
-    with pytest.raises(
-        ValueError, match="has labels 3 to 701, but the model has classes 0 to 9"
-    ):
+    with pytest.raises(ValueError, match="has labels 3 to 701, but the model has classes 0 to 9"):
         FewDigits().check_fits(denoiser(10))
 
 

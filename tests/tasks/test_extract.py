@@ -338,7 +338,9 @@ def test_an_output_that_holds_another_extraction_is_left_as_it_is(made):
 def test_a_broken_image_is_named(made, tmp_path, num_workers):
     images = write_images(tmp_path / "images")
     (images / "n02" / "4.png").write_bytes((images / "n02" / "4.png").read_bytes()[:60])
-    with pytest.raises(ValueError, match="n02/4.png is not a readable image .* Replace or remove it"):
+    with pytest.raises(
+        ValueError, match="n02/4.png is not a readable image .* Replace or remove it"
+    ):
         extract(made, images, tmp_path / "out", num_workers=num_workers)
 
 
@@ -435,8 +437,7 @@ def test_broken_images_are_skipped_counted_and_named(made, tmp_path, capsys, num
     extract(made, images, tmp_path / "out", skip_broken=True, num_workers=num_workers)
     out = capsys.readouterr().out
     assert (
-        "skipped 1 images (n10/5.png); latents.json lists all of them" in out
-        and "5.png: " in out
+        "skipped 1 images (n10/5.png); latents.json lists all of them" in out and "5.png: " in out
     )
     assert read_json(tmp_path / "out" / "latents.json")["skipped"] == {"n10/5.png": 8}
     assert other_samples(tmp_path / "out", made)

@@ -75,9 +75,7 @@ def test_batches_without_checksum_or_images_are_made_again(tmp_path, capsys):
     KeptBatches(tmp_path, images=True, made_from=ORIGIN).check()
     said = capsys.readouterr().out
     assert (
-        "damaged" in said
-        and "were not saved" in said
-        and not list(tmp_path.glob("*.safetensors"))
+        "damaged" in said and "were not saved" in said and not list(tmp_path.glob("*.safetensors"))
     )
 
 
@@ -119,7 +117,8 @@ def test_a_mark_of_another_configuration_is_refused(tmp_path):
     folder.finish("recover", {"seconds": 1.0})
     folder.configuration = "89abcdef"
     with pytest.raises(
-        ArtifactError, match="another configuration .hash 01234567; the hash of this one is 89abcdef"
+        ArtifactError,
+        match="another configuration .hash 01234567; the hash of this one is 89abcdef",
     ):
         folder.result("recover")
 

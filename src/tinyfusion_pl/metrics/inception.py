@@ -7,6 +7,7 @@ reference implementation.
 import os
 import tempfile
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ class InceptionFeatures(nn.Module):
 
     def __init__(self, weights_path: str | os.PathLike | None = None) -> None:
         super().__init__()
+        _check_installed()
         if str(weights_path) == RANDOM:
             warnings.warn(
                 "InceptionV3 is randomly initialized: metrics computed with it are meaningless.",
@@ -68,6 +70,14 @@ class InceptionFeatures(nn.Module):
         finally:
             handle.remove()
         return Features(features, logits, spatial_features(maps[0]))  # 2048, 1008, 2023 wide
+
+
+def _check_installed() -> None:
+    if find_spec("torch_fidelity") is None:
+        raise ValueError(
+            "InceptionFeatures needs torch-fidelity, which is not installed. Install it with the "
+            "extra: pip install 'tinyfusion_pl[eval]'."
+        )
 
 
 def _network(path: Path) -> nn.Module:

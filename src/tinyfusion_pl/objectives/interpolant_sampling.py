@@ -11,11 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
-from torchdiffeq import odeint
 
 from tinyfusion_pl.objectives.guidance import check_guidance, guided
 from tinyfusion_pl.objectives.interpolant_process import InterpolantProcess
@@ -89,6 +89,11 @@ class SamplingOptions:
                 raise ValueError(
                     f"{name} is {getattr(self, name)!r}; give one of {', '.join(map(repr, known))}."
                 )
+        if self.sampler == "dopri5" and find_spec("torchdiffeq") is None:
+            raise ValueError(
+                "sampler='dopri5' needs torchdiffeq, which is not installed. Install it with the "
+                "extra: pip install 'tinyfusion_pl[eval]'."
+            )
         check_guidance(self.guidance_channels, self.guidance_scale)
         for name in ("atol", "rtol"):
             if not getattr(self, name) > 0:
@@ -253,6 +258,8 @@ def sample_interpolant(
 
 
 def _dopri5(field: _Guided, z: Tensor, start: float, end: float) -> Tensor:
+    from torchdiffeq import odeint  # in the extra `eval`
+
     options, ends = field.options, torch.tensor([start, end], device=z.device)
     try:
         # Force a step onto the end: by default the solver steps past it, where the paths are not
