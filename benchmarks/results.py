@@ -1,7 +1,7 @@
 """Summarize the tables in docs/results: a Markdown table and a figure of criteria over teachers and depths.
 
-Reads the CSV files that sweeps write (one line per arm), groups arms that differ only in their seed, and writes
-`docs/results/summary.md` and `docs/results/criteria.png`.
+Reads the CSV files that sweeps write (one line per arm), groups arms that differ only in their
+seed, and writes `docs/results/summary.md` and `docs/results/criteria.png`.
 
     python benchmarks/results.py [--folder docs/results]
 """

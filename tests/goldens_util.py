@@ -1,7 +1,7 @@
 """Reads golden folders: numbers of the published reference code (see goldens/README.md).
 
-The folder is that of the environment variable TINYFUSION_GOLDENS (default: tests/goldens). Shapes, patterns and numbers of layers come
-from its cases.json and the tensors.
+The folder is that of the environment variable TINYFUSION_GOLDENS (default: tests/goldens). Shapes,
+patterns and numbers of layers come from its cases.json and the tensors.
 """
 
 import json
@@ -43,7 +43,8 @@ def depth_of(state):
 
 def new_dit(state, family=DiT):
     """A DiT, or another family built like one, of the folder's sizes, in evaluation mode, with the weights of a published-layout state
-    dict, gates left out."""
+    dict, gates left out.
+    """
     c = CASES["config"]
     state = {k: v for k, v in state.items() if not k.startswith("gumbel_gates")}
     out_features = state["final_layer.linear.weight"].shape[0]

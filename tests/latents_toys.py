@@ -37,7 +37,9 @@ def autoencoder(*, seed=0, **overrides):
         "sample_size": 16,
     }
     model = AutoencoderKL(**{**settings, **overrides})
-    with torch.no_grad():  # means of the scale of Stable Diffusion's, so that scaled ones have a standard deviation of about 1
+    # means of the scale of Stable Diffusion's, so that scaled ones have a standard deviation of
+    # about 1
+    with torch.no_grad():
         for parameter in model.quant_conv.parameters():
             parameter[: model.config.latent_channels] *= 6
     return model

@@ -1,5 +1,6 @@
 """The command line's checks without its processes: a configuration is composed once, overrides are put into it, and what would run stops
-where a run begins."""
+where a run begins.
+"""
 
 import copy
 import shlex

@@ -481,7 +481,9 @@ def test_a_shard_that_goes_missing_in_training_names_itself(root, num_workers):
     batches = iter(module.train_dataloader())
     for path in root.glob("shard-*"):
         path.unlink()
-    if num_workers:  # a worker opens files when it starts on its first batch; those that it has open it goes on reading
+    # a worker opens files when it starts on its first batch; those that it has open it goes on
+    # reading
+    if num_workers:
         batches = iter(module.train_dataloader())
     with pytest.raises(
         ArtifactError,

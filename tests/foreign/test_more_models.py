@@ -745,7 +745,9 @@ TRANSFORMERS |= {
         encoder_ffn_dim=32, vocab_size=100, num_mel_bins=8, max_source_positions=16, pad_token_id=0, bos_token_id=1, eos_token_id=2,
         decoder_start_token_id=1), lambda b: dict(input_features=g(b, 8, 32))),
 }
-REFUSED = {  # what ties blocks to their place: frames' embedding, text and face features given to each block by its index
+# what ties blocks to their place: frames' embedding, text and face features given to each block by
+# its index
+REFUSED = {
     "latte": ("LatteTransformer3DModel", dict(sample_size=8, num_layers=4, patch_size=2, attention_head_dim=4, num_attention_heads=2,
         caption_channels=8, in_channels=4, cross_attention_dim=8, out_channels=8, activation_fn="gelu-approximate",
         num_embeds_ada_norm=1000, norm_type="ada_norm_single", norm_elementwise_affine=False, video_length=2),

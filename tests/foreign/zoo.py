@@ -1,14 +1,16 @@
 """Tiny random models of other libraries, called with the inputs that their pipelines give them.
 
-``ZOO[name]`` is a `Row`: ``row.build()`` gives the model, the function that makes its inputs, and the paths of its stacks:
+``ZOO[name]`` is a `Row`: ``row.build()`` gives the model, the function that makes its inputs, and
+the paths of its stacks:
 
     model, make_inputs, stacks = ZOO["flux"].build()
     args, kwargs = make_inputs(3)  # a batch of three
     output = sample_of(model(*args, **kwargs))
 
-``build(**config)`` passes settings of the library's own configuration on, so ``build(**row.shallow(kept_blocks))`` is the shallow
-model as the library itself makes it. Every parameter is drawn anew (`randomize`), so that no block is the identity. `COUPLED` holds
-calls and settings that tie blocks to their index.
+``build(**config)`` passes settings of the library's own configuration on, so
+``build(**row.shallow(kept_blocks))`` is the shallow model as the library itself makes it. Every
+parameter is drawn anew (`randomize`), so that no block is the identity. `COUPLED` holds calls and
+settings that tie blocks to their index.
 """
 
 from __future__ import annotations
@@ -101,7 +103,7 @@ def diffusers_model(name: str, defaults: Mapping[str, Any], config: Mapping[str,
     return randomize(of("diffusers", name)(**{**defaults, **config}))
 
 
-# -- one stream --------------------------------------------------------------------------------------------------------------------
+# -- one stream ------------------------------------------------------------------------------------
 def dit(**config) -> Foreign:
     model = diffusers_model(
         "DiTTransformer2DModel",
@@ -430,7 +432,7 @@ def lumina2(**config) -> Foreign:
     return Foreign(model, make_inputs, ["layers"])
 
 
-# -- two streams -------------------------------------------------------------------------------------------------------------------
+# -- two streams -----------------------------------------------------------------------------------
 def sd3(**config) -> Foreign:
     model = diffusers_model(
         "SD3Transformer2DModel",
@@ -683,7 +685,7 @@ def qwen_image(**config) -> Foreign:
     return Foreign(model, make_inputs, ["transformer_blocks"])
 
 
-# -- lists inside stages -----------------------------------------------------------------------------------------------------------
+# -- lists inside stages ---------------------------------------------------------------------------
 def unet2d(**config) -> Foreign:
     model = diffusers_model(
         "UNet2DConditionModel",
@@ -718,7 +720,7 @@ def unet2d(**config) -> Foreign:
     )
 
 
-# -- timm, transformers, torch -----------------------------------------------------------------------------------------------------
+# -- timm, transformers, torch ---------------------------------------------------------------------
 def timm_model(
     name: str, stacks: Sequence[str], defaults: Mapping[str, Any], config: Mapping[str, Any]
 ) -> Foreign:
@@ -897,7 +899,7 @@ ZOO: dict[str, Row] = {
 }
 
 
-# -- blocks tied to their index by a call or a setting -----------------------------------------------------------------------------
+# -- blocks tied to their index by a call or a setting ---------------------------------------------
 def with_inputs(foreign: Foreign, **extra: Callable[[int], Any]) -> Foreign:
     """The same model, called with further keyword arguments, each a function of the batch size."""
 

@@ -1,5 +1,7 @@
 """Two real processes (gloo), started once for all fits: what must differ by rank and what must not, and that two processes of b samples
-learn what one of 2b does, whether the weights are whole (``ddp``, which wants a gradient for every parameter) or shared out (``fsdp2``)."""
+learn what one of 2b does, whether the weights are whole (``ddp``, which wants a gradient for every
+parameter) or shared out (``fsdp2``).
+"""
 
 import json
 import os

@@ -11,7 +11,8 @@ from tasks.toy_fit import same
 from tinyfusion_pl.preemption import EXIT_CODE
 
 NUM_STEPS = 7
-# Real model, data and stages; only fewer and smaller steps. A checkpoint every 3 steps: SIGKILL loses some.
+# Real model, data and stages; only fewer and smaller steps. A checkpoint every 3 steps: SIGKILL
+# loses some.
 SETTINGS = [
     "pruning=learned", "+debug=default", "data.batch_size=4", "evaluate.batch_size=5", "evaluate.sampling.num_sampling_steps=2",
     "evaluate.shared.reuse=false", "recover.shared.reuse=false",

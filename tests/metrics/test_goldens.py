@@ -67,7 +67,8 @@ def test_against_reference_metrics_fed_in_uneven_batches(case):
             part = Features(*(None if x is None else x[rows] for x in features))
             for metric in metrics.values():
                 metric.update(part, real=side == "ref")
-    # Where the distance is small, the rounding of the evaluator's means, which are float32, shows beside it.
+    # Where the distance is small, the rounding of the evaluator's means, which are float32, shows
+    # beside it.
     rounding = 1e-6 * max(1.0, float(given["ref"].features.double().mean(0).square().sum()) / 10)
     for name in ("FID", "sFID", "IS"):
         assert metrics[name].compute().item() == pytest.approx(
@@ -106,7 +107,8 @@ def test_against_reference_half_precision_is_near_the_evaluators(case):
         *(torch.from_numpy(found[f"{side}.pool"]) for side in ("ref", "gen")),
         precision="adm_float16",
     )
-    # Its own third digit is noise: up to 0.03 was seen. On the two cases that are shipped ours are its very numbers.
+    # Its own third digit is noise: up to 0.03 was seen. On the two cases that are shipped ours are
+    # its very numbers.
     assert [x.item() for x in both] == pytest.approx(
         [expected[f"{name}[adm]"] for name in ("Precision", "Recall")], abs=0.03
     )

@@ -207,7 +207,7 @@ def test_latents_of_another_size_are_refused():
         small()(*batch(size=16))
 
 
-# -- pruning by stage ----------------------------------------------------------------------------------------------------------------------
+# -- pruning by stage ------------------------------------------------------------------------------
 def test_the_stages_are_the_stacks_and_each_keeps_its_own_depth():
     model = small(depth_encoder_2=3, depth_latent=4)
     assert list(find_stacks(model)) == STAGES

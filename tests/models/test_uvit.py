@@ -154,7 +154,7 @@ def test_sizes_that_do_not_fit_are_named(wrong, said):
         UViT(**{**SMALL, **wrong})
 
 
-# -- pruning in mirrored pairs -------------------------------------------------------------------------------------------------------------
+# -- pruning in mirrored pairs ---------------------------------------------------------------------
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("keep", [0, 3, 5])  # of the six ways to keep two of the four pairs
 def test_the_pruned_model_computes_what_the_gated_one_decided(keep, checkpointing):

@@ -42,7 +42,7 @@ class EncoderModule(Base):
         return self.train_dataloader()
 
 
-# -- where they may go -----------------------------------------------------------------------------------------------------------------
+# -- where they may go -----------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "targets", [["out_proj"], ["self_attn"], ["linear1", "out_proj"], r".*self_attn\.out_proj"]
 )
@@ -133,7 +133,7 @@ def test_fused_experts_keep_their_adapters_out(tmp_path):
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
-# -- evaluation while they are on ------------------------------------------------------------------------------------------------------
+# -- evaluation while they are on ------------------------------------------------------------------
 def test_validation_during_fit_sees_the_adapters_where_torch_fuses_the_layer(tmp_path):
     module = EncoderModule()
     fit(module, DepthPruningCallback("1:2", weight_update="lora"), folder=tmp_path, num_sanity_val_steps=0, limit_val_batches=1,
@@ -152,7 +152,7 @@ def test_the_fused_path_is_back_when_the_adapters_are_gone():
     assert [layer.activation_relu_or_gelu for layer in model.layers] == before and before[0]
 
 
-# -- the user's own --------------------------------------------------------------------------------------------------------------------
+# -- the user's own --------------------------------------------------------------------------------
 @pytest.mark.parametrize("delta_w", ["discard", "merge"])
 @pytest.mark.parametrize(
     "update", ["lora", "full", "frozen", LoraConfig(r=2, target_modules=["fc", "head"])]

@@ -421,7 +421,7 @@ def test_masks_differ_by_rank_under_equal_seeds():
     assert not torch.equal(*masks)
 
 
-# -- what only looks like what it is ---------------------------------------------------------------------------------------------------
+# -- what only looks like what it is ---------------------------------------------------------------
 class Dropping(nn.Module):
     """Records what its dropout let through."""
 

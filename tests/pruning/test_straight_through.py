@@ -42,7 +42,8 @@ def test_in_a_model_dropped_units_give_their_sample_no_gradient(gather):
     ]
     gates.fix_noise({"blocks": noise})
     model(x, c).square().mean().backward()
-    # By hand: the gradient of each mask entry of the plain formula, those of dropped blocks taken out, into the soft choice.
+    # By hand: the gradient of each mask entry of the plain formula, those of dropped blocks taken
+    # out, into the soft choice.
     own = [p.detach().clone().requires_grad_() for p in gates.logits()]
     soft = [
         ((10 * p + n) / 2.0).softmax(-1) for p, n in zip(own, noise)

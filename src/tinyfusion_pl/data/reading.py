@@ -1,8 +1,9 @@
 """The one reader of image files: extraction, reference images and measurements see the same pixels of the same file.
 
-Each mode of PIL has one rule (docs/evaluation.md has the table): what is not 8 bits is scaled to 8 bits where the file format says what
-its numbers mean, and refused, with both readings, where it does not. Nothing is decoded before the file's own size was held against a
-bound.
+Each mode of PIL has one rule (docs/evaluation.md has the table): what is not 8 bits is scaled to 8
+bits where the file format says what
+its numbers mean, and refused, with both readings, where it does not. Nothing is decoded before the
+file's own size was held against a bound.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ from torch import Tensor
 from tinyfusion_pl.arrays import check_regular
 from tinyfusion_pl.artifacts import ArtifactError
 
-FORMATS = {  # of PIL, and the endings of their files; formats that start other programs (EPS, WMF) are not among them
+# of PIL, and the endings of their files; formats that start other programs (EPS, WMF) are not among
+# them
+FORMATS = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
     "PNG": (".png", ".apng"),
     "WEBP": (".webp",),
@@ -102,7 +105,8 @@ class ImageReader:
     Args:
         image_size: Center crop to this size as the ADM data loader does; None: as they are.
         num_channels: 3, or 1 for gray.
-        max_pixels: Width times height that a file may have; larger ones are refused before they are decoded.
+        max_pixels: Width times height that a file may have; larger ones are refused before they are
+            decoded.
     """
 
     image_size: int | None = None
@@ -144,7 +148,9 @@ class ImageReader:
             if error.errno not in OF_THIS_FILE:
                 raise ArtifactError(f"Cannot read {file}: {error.strerror}.") from error
             raise BrokenImageError(_said(error)) from error
-        except Exception as error:  # for bytes that are no image PIL's decoders raise whatever they run into, MemoryError included
+        # for bytes that are no image PIL's decoders raise whatever they run into, MemoryError
+        # included
+        except Exception as error:
             raise BrokenImageError(
                 self._too_large(error) if _is_bomb(error) else _said(error)
             ) from error

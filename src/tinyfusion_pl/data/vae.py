@@ -1,7 +1,9 @@
 """The autoencoder between images and latents: diffusers' AutoencoderKL from a folder, the Hugging Face hub or a CompVis checkpoint.
 
-Published: DiT, SiT, U-ViT and U-DiT work on Stable Diffusion's VAE (8 times smaller, 4 channels, scaled by 0.18215; Rombach et al.,
-arXiv 2112.10752), MAR on a KL-16 of its own (16 times smaller, 16 channels, scaled by 0.2325; Li et al., arXiv 2406.11838).
+Published: DiT, SiT, U-ViT and U-DiT work on Stable Diffusion's VAE (8 times smaller, 4 channels,
+scaled by 0.18215; Rombach et al.,
+arXiv 2112.10752), MAR on a KL-16 of its own (16 times smaller, 16 channels, scaled by 0.2325; Li et
+al., arXiv 2406.11838).
 """
 
 from __future__ import annotations
@@ -173,12 +175,15 @@ def load_vae(
     """A `VAE`.
 
     Args:
-        source: A folder as diffusers writes it, or of a pipeline that has ``vae/``; a checkpoint file in CompVis's layout (MAR's
-            ``kl16.ckpt``) or of diffusers' names, those of its attention layers older or newer; the name of a hub repository
+        source: A folder as diffusers writes it, or of a pipeline that has ``vae/``; a checkpoint
+            file in CompVis's layout (MAR's ``kl16.ckpt``) or of diffusers' names, those of its
+            attention layers older or newer; the name of a hub repository
             (``stabilityai/sd-vae-ft-ema``); or ``"random"``.
-        architecture: ``"sd"`` or ``"mar"``: what a file, or ``"random"``, is built as. A folder or repository says it itself.
-        variant: Of a folder or repository, ``"fp16"`` for ``diffusion_pytorch_model.fp16.safetensors``; None: the plain file or, in a
-            folder that has none, its only variant.
+        architecture: ``"sd"`` or ``"mar"``: what a file, or ``"random"``, is built as. A folder or
+            repository says it itself.
+        variant: Of a folder or repository, ``"fp16"`` for
+            ``diffusion_pytorch_model.fp16.safetensors``; None: the plain file or, in a folder that
+            has none, its only variant.
         options: See `VAE`.
 
     Raises:

@@ -18,7 +18,8 @@ from tinyfusion_pl.models.fitting import fit_weights
 from tinyfusion_pl.models.weight_sets import NUM_NAMED, WEIGHTS, choose
 
 DENOISER = "denoiser."
-MAX_TIES = 4  # how often the tensors of a file may be larger together than the file: tied weights are there once
+# how often the tensors of a file may be larger together than the file: tied weights are there once
+MAX_TIES = 4
 # How torch names what it refused to unpickle.
 UNSAFE = re.compile(r"unsupported global:? (?:GLOBAL )?([\w.]+)", re.IGNORECASE)
 
@@ -30,9 +31,11 @@ class Checkpoint:
     Args:
         state: By name.
         weights: ``"ema"``, ``"raw"`` or, where the file does not say, ``"unstated"``.
-        key: The entry of the file that they are from, e.g. ``"model_ema"``; None: the file is nothing but them.
-        stated: What the file says of its model: ``model``, the name it was trained as, and ``config``, its arguments as JSON. The training
-            code of DiT, SiT and MAR keeps the name in its ``argparse.Namespace``; `export_model` writes both into safetensors files.
+        key: The entry of the file that they are from, e.g. ``"model_ema"``; None: the file is
+            nothing but them.
+        stated: What the file says of its model: ``model``, the name it was trained as, and
+            ``config``, its arguments as JSON. The training code of DiT, SiT and MAR keeps the name
+            in its ``argparse.Namespace``; `export_model` writes both into safetensors files.
     """
 
     state: dict[str, Tensor]
@@ -54,19 +57,25 @@ def load_checkpoint(
 ) -> dict[str, Tensor]:
     """The state dict in a file.
 
-    Read are ``.safetensors``; ``.pt`` and ``.pth``, bare, as ``{"ema": ..., "model": ...}`` (DiT, SiT) or as
-    ``{"model_ema": ..., "model": ...}`` (MAR) and the like (docs/checkpoints.md has the names), an ``argparse.Namespace`` beside them
-    allowed; and Lightning's ``.ckpt``, where weight averaging keeps the averaged weights under ``state_dict``, the raw under
-    ``current_model_state``. Weights of the other kind than was asked for are taken with a warning where the file has no others.
+    Read are ``.safetensors``; ``.pt`` and ``.pth``, bare, as ``{"ema": ..., "model": ...}`` (DiT,
+    SiT) or as ``{"model_ema": ..., "model": ...}`` (MAR) and the like (docs/checkpoints.md has the
+    names), an ``argparse.Namespace`` beside them allowed; and Lightning's ``.ckpt``, where weight
+    averaging keeps the averaged weights under ``state_dict``, the raw under
+    ``current_model_state``. Weights of the other kind than was asked for are taken with a warning
+    where the file has no others.
 
     Args:
         path: The file.
-        weights: ``"ema"``, ``"raw"``, or the name of the file's entry that is meant, e.g. ``"ema_0.9999"`` or ``"teacher.state_dict"``.
-        prefix: Take only keys that start with it, without it; checkpoints of this project's modules need none.
+        weights: ``"ema"``, ``"raw"``, or the name of the file's entry that is meant, e.g.
+            ``"ema_0.9999"`` or ``"teacher.state_dict"``.
+        prefix: Take only keys that start with it, without it; checkpoints of this project's modules
+            need none.
 
     Raises:
-        ValueError: for another `weights`, where it cannot be told which weights are meant, or when no key has the prefix.
-        ArtifactError: for a file that is missing, truncated, without a state dict, or that would execute code.
+        ValueError: for another `weights`, where it cannot be told which weights are meant, or when
+            no key has the prefix.
+        ArtifactError: for a file that is missing, truncated, without a state dict, or that would
+            execute code.
     """
     return read_checkpoint(path, weights=weights, prefix=prefix).state
 
@@ -159,13 +168,15 @@ def _unpickle(path: Path) -> Any:
                 f"{path} is refused: it is a compressed archive, and torch writes plain ones. Save it with torch.save."
             )
         with torch.serialization.safe_globals([argparse.Namespace]):
-            # Mapped where the format allows: of a training's checkpoint only the weights asked for are read, not the optimizer's state.
+            # Mapped where the format allows: of a training's checkpoint only the weights asked for
+            # are read, not the optimizer's state.
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except ArtifactError:
         raise
     except OSError as error:
         raise ArtifactError(f"Cannot read {path}: {error.strerror}.") from error
-    except Exception as error:  # broken files show as errors of many types: RuntimeError, EOFError, IndexError, struct.error
+    # broken files show as errors of many types: RuntimeError, EOFError, IndexError, struct.error
+    except Exception as error:
         if found := UNSAFE.search(str(error)):
             raise ArtifactError(
                 f"{path} is refused: it holds a pickled {found[1]}, and reading that could execute code. Only tensors, plain "
@@ -191,8 +202,9 @@ def load_weights(
 ) -> nn.Module:
     """Put weights into `model`; every key and shape must fit.
 
-    What training codes and wrappers put before names (``module.``, ``_orig_mod.``, ``model.``, nested in any order) is taken off, with a
-    warning, where every key fits then, and in one way only.
+    What training codes and wrappers put before names (``module.``, ``_orig_mod.``, ``model.``,
+    nested in any order) is taken off, with a warning, where every key fits then, and in one way
+    only.
 
     Args:
         model: Changed in place, and returned.
@@ -200,8 +212,8 @@ def load_weights(
         weights, prefix: See `load_checkpoint`.
 
     Raises:
-        ValueError: names missing and unexpected keys and tensors of another shape; the model is then unchanged. Also for weights that are
-            all zero or not finite.
+        ValueError: names missing and unexpected keys and tensors of another shape; the model is
+            then unchanged. Also for weights that are all zero or not finite.
     """
     if isinstance(source, Mapping):
         return fit_weights(

@@ -46,9 +46,9 @@ def export_model(
       names; for MAR, under ``model`` and ``model_ema``.
     - ``"safetensors"``: the same names, with the model's name and arguments as metadata, so that
       `load_pretrained` needs nothing else.
-    - ``"diffusers"`` (DiT only): a folder for ``DiTTransformer2DModel.from_pretrained``; with `vae`,
-      one for ``DiTPipeline.from_pretrained``: ``transformer/``, ``scheduler/`` (DDIM with DiT's
-      schedule), ``vae/`` and ``model_index.json``.
+    - ``"diffusers"`` (DiT only): a folder for ``DiTTransformer2DModel.from_pretrained``; with
+      `vae`, one for ``DiTPipeline.from_pretrained``: ``transformer/``, ``scheduler/`` (DDIM with
+      DiT's schedule), ``vae/`` and ``model_index.json``.
 
     diffusers embeds timesteps with a frequency shift of 1. A model with ``frequency_shift=0``, as
     all published ones except diffusers' own, has other outputs there (docs/checkpoints.md has the
@@ -59,8 +59,8 @@ def export_model(
         path: File or folder to write; a folder must be new or empty.
         format: See above; by default from the suffix of `path`, a folder without one.
         vae: Folder of diffusers' AutoencoderKL, or of a pipeline with ``vae/``; it is copied.
-        id2label: Class names for DiTPipeline, several names of a class separated by commas. Default:
-            ImageNet's for 1000 classes, otherwise the numbers.
+        id2label: Class names for DiTPipeline, several names of a class separated by commas.
+            Default: ImageNet's for 1000 classes, otherwise the numbers.
 
     Returns:
         `path`.

@@ -15,7 +15,9 @@ from tinyfusion_pl.models.fitting import fitting_state
 from tinyfusion_pl.models.notices import first_line
 from tinyfusion_pl.pruning import remove_blocks
 
-MAX_DEPTH = 1000  # of a dense model; its record states no weights of the blocks that were dropped, so that no tensor bounds it
+# of a dense model; its record states no weights of the blocks that were dropped, so that no tensor
+# bounds it
+MAX_DEPTH = 1000
 # Arguments of timm.create_model that would read other files, or the network.
 FOREIGN = (
     "checkpoint_path",
@@ -37,8 +39,8 @@ def from_factory(
 ) -> nn.Module:
     """The cut of the dense model that ``{"name": "timm/<model>", "kwargs": {...}}`` states, randomly initialised.
 
-    `prepare` gives the cut model what the record states besides (linear maps). It is cut without memory first, and held against `state`,
-    the weights that it shall get.
+    `prepare` gives the cut model what the record states besides (linear maps). It is cut without
+    memory first, and held against `state`, the weights that it shall get.
 
     Raises:
         ValueError: for an unknown factory, or weights that do not fit.

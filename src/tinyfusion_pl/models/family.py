@@ -100,7 +100,8 @@ class Family:
         model: The class.
         sizes: Registered name -> arguments.
         published_names: Registered name -> the name in the paper, which `create_model` takes too.
-        signs: Keys that only checkpoints of this family have; equal for families that share a layout.
+        signs: Keys that only checkpoints of this family have; equal for families that share a
+            layout.
         label_tables: Keys of label tables that have a last row for the null label.
         read_sizes: Reads name and arguments from a state dict; without it, loading an unnamed
             checkpoint asks for the model's name.

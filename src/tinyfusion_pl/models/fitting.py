@@ -19,7 +19,8 @@ def fit_weights(
     """`load_weights` of a state dict that came from `where`.
 
     Args:
-        fresh: `model` was just initialised, so that a tensor which is zero in `state` and not in the model is suspicious.
+        fresh: `model` was just initialised, so that a tensor which is zero in `state` and not in
+            the model is suspicious.
     """
     state = fitting_state(model, state, where)
     own = model.state_dict()
@@ -83,7 +84,8 @@ def check_values(state: Mapping[str, Tensor], where: str | Path) -> None:
     """Refuse weights that no training leaves.
 
     Raises:
-        ArtifactError: some are not finite, or all are zero. `ValueError` where they are from no file.
+        ArtifactError: some are not finite, or all are zero. `ValueError` where they are from no
+            file.
     """
     kind = ArtifactError if Path(where).exists() else ValueError
     wrong = [

@@ -57,8 +57,8 @@ class HubMixin(ModelHubMixin):
             record: Entries of the record, see `save_shallow`. Default: those of the record that the
                 model was loaded with, or its source.
             metrics: The run's ``metrics.json``, whose figures go into the card. Default: the one in
-                the folder that the model was loaded from, or in the folder above, if the weights are
-                unchanged since.
+                the folder that the model was loaded from, or in the folder above, if the weights
+                are unchanged since.
             push_to_hub: Call ``push_to_hub`` afterwards.
             repo_id: Repository for `push_to_hub`; default: the name of the folder.
             config: Unused; the record has the arguments.

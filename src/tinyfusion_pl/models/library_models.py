@@ -1,7 +1,8 @@
 """Shallow models of diffusers and transformers on disk: as their own libraries save and open them.
 
-The library's own ``save_pretrained`` writes the folder, so that its plain ``from_pretrained`` opens it. Neither library is imported to
-save; to load, a record's class is looked up in the library that it names, which must be one of `LIBRARIES`, and nothing else is called.
+The library's own ``save_pretrained`` writes the folder, so that its plain ``from_pretrained`` opens
+it. Neither library is imported to save; to load, a record's class is looked up in the library that
+it names, which must be one of `LIBRARIES`, and nothing else is called.
 """
 
 from __future__ import annotations
@@ -106,11 +107,12 @@ def load_library_model(
     Args:
         folder: Where it is.
         entry: The library and the class.
-        state: Its weights: the config must be that of a model which has them, all of them and no more.
+        state: Its weights: the config must be that of a model which has them, all of them and no
+            more.
 
     Raises:
-        ArtifactError: for a library that is not one of `LIBRARIES`, a class that it does not have, or a config that is broken or of
-            another model.
+        ArtifactError: for a library that is not one of `LIBRARIES`, a class that it does not have,
+            or a config that is broken or of another model.
         ValueError: when the library is not installed.
     """
     library, name = entry.get("library"), entry.get("class")

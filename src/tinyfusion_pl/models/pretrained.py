@@ -93,22 +93,23 @@ def load_pretrained(
 ) -> nn.Module:
     """Load a trained model in evaluation mode; its ``source`` states where the weights are from.
 
-    The model is determined by the first of these that applies: a record beside the weights or inside
+    The model is determined by the first of these that applies: a record beside the weights or
+    inside
     a safetensors file; a published name; `name`, with only the depths read from the file, so that a
-    shallow checkpoint of ``dit_xl_2`` loads as such. Otherwise all sizes are read from the file, for
-    DiT (number of heads: that of the registered model of equal width) and published MARs.
+    shallow checkpoint of ``dit_xl_2`` loads as such. Otherwise all sizes are read from the file,
+    for DiT (number of heads: that of the registered model of equal width) and published MARs.
 
     SiT files have DiT's keys and shapes: give ``name="sit_xl_2"``. A file that states its model (by
     its published name, training arguments or record) is never loaded as another family. One that
-    states nothing is loaded as a DiT, unless the variance half of its final layer is all zeros, which
-    is a SiT's; loading it as a SiT warns where that half is not zero.
+    states nothing is loaded as a DiT, unless the variance half of its final layer is all zeros,
+    which is a SiT's; loading it as a SiT warns where that half is not zero.
 
     Args:
-        name_or_path: A published name (docs/checkpoints.md; downloaded once to torch's cache folder),
-            ``"shipped"`` for weights in the package, a ``.safetensors``, ``.pt``, ``.pth`` or
-            ``.ckpt`` file, a folder with ``model.safetensors`` and ``record.json``, or a folder of
-            diffusers. An existing path takes precedence. ``"random"``: untrained weights, to try a
-            recipe.
+        name_or_path: A published name (docs/checkpoints.md; downloaded once to torch's cache
+            folder), ``"shipped"`` for weights in the package, a ``.safetensors``, ``.pt``, ``.pth``
+            or ``.ckpt`` file, a folder with ``model.safetensors`` and ``record.json``, or a folder
+            of diffusers. An existing path takes precedence. ``"random"``: untrained weights, to try
+            a recipe.
         name: Registered name, see `list_models`.
         weights: ``"ema"`` or ``"raw"``, where the file has both, or an entry of the file (see
             `load_checkpoint`). ``source`` states under ``weights`` what was taken, ``"unstated"``
@@ -120,8 +121,8 @@ def load_pretrained(
         overrides: Arguments of the model, e.g. ``activation_checkpointing=True``.
 
     Raises:
-        ValueError: The weights do not fit the model or belong to another family, or the model is not
-            recognized.
+        ValueError: The weights do not fit the model or belong to another family, or the model is
+            not recognized.
         ArtifactError: A file is missing or broken, or could not be downloaded.
     """
     own = None if name is None else registered_name(name)

@@ -73,7 +73,8 @@ def field(
     """The value at the dotted `path` of a file's `content`.
 
     Raises:
-        ArtifactError: it is missing, or not what is `expected` (a key of `CHECKS`); names file and field.
+        ArtifactError: it is missing, or not what is `expected` (a key of `CHECKS`); names file and
+            field.
     """
     value = content
     for name in path.split("."):

@@ -55,10 +55,12 @@ def save_shallow(folder: str | Path, model: nn.Module, record: Mapping[str, Any]
 
     Args:
         folder: Made if missing.
-        model: The shallow model. One of this project's models (``model_name``, ``config``) states how to build it; one of diffusers or
-            transformers is saved by its library besides, so that its plain ``from_pretrained`` opens the folder.
-        record: ``stacks`` (see `Decision.as_dict`), ``width`` where it is another, ``source``, ``configuration``, ``seed``,
-            ``model_factory``. How to build the model, versions, size, the weights' checksum and the places of linear maps are added.
+        model: The shallow model. One of this project's models (``model_name``, ``config``) states
+            how to build it; one of diffusers or transformers is saved by its library besides, so
+            that its plain ``from_pretrained`` opens the folder.
+        record: ``stacks`` (see `Decision.as_dict`), ``width`` where it is another, ``source``,
+            ``configuration``, ``seed``, ``model_factory``. How to build the model, versions, size,
+            the weights' checksum and the places of linear maps are added.
 
     Returns:
         The folder.
@@ -128,13 +130,16 @@ def load_shallow(
 
     Args:
         path: Folder with ``model.safetensors`` and ``record.json``.
-        model: A dense model of the same kind, for models that the record cannot build (no model of this project, of diffusers or of
-            transformers, no `model_factory`); it is copied, not changed.
-        overrides: Arguments of a model of this project that its record does not say, e.g. ``activation_checkpointing=True``.
+        model: A dense model of the same kind, for models that the record cannot build (no model of
+            this project, of diffusers or of transformers, no `model_factory`); it is copied, not
+            changed.
+        overrides: Arguments of a model of this project that its record does not say, e.g.
+            ``activation_checkpointing=True``.
 
     Raises:
         ArtifactError: for a missing, truncated or altered file.
-        ValueError: when the record cannot build the model and none is given, or the weights do not fit.
+        ValueError: when the record cannot build the model and none is given, or the weights do not
+            fit.
     """
     folder = Path(path)
     record = read_record(folder, decided=True)

@@ -15,7 +15,8 @@ from tinyfusion_pl.models.published import DIFFUSERS_WEIGHTS
 from tinyfusion_pl.models.records import NAMES, check, field
 
 STEM = DIFFUSERS_WEIGHTS[0].partition(".")[0]
-# diffusion_pytorch_model[.VARIANT].safetensors, and the index of several: diffusion_pytorch_model.safetensors.index[.VARIANT].json
+# diffusion_pytorch_model[.VARIANT].safetensors, and the index of several:
+# diffusion_pytorch_model.safetensors.index[.VARIANT].json
 SINGLE = re.compile(rf"{STEM}(?:\.(?P<variant>[^.]+))?\.(?P<kind>safetensors|bin)")
 INDEX = re.compile(rf"{STEM}\.(?P<kind>safetensors|bin)\.index(?:\.(?P<variant>[^.]+))?\.json")
 
@@ -26,8 +27,8 @@ def read_folder_weights(
     """The state dict in `folder`, and the file that it is from (the index, of several).
 
     Args:
-        variant: The ``fp16`` of ``diffusion_pytorch_model.fp16.safetensors``; None: the plain file or, where there is none, the only
-            variant that is there, which is then said.
+        variant: The ``fp16`` of ``diffusion_pytorch_model.fp16.safetensors``; None: the plain file
+            or, where there is none, the only variant that is there, which is then said.
 
     Raises:
         ArtifactError: nothing is there, or not that variant, or a part is missing or broken.

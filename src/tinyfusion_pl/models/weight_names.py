@@ -10,8 +10,9 @@ from torch import Tensor
 
 EMA, RAW, UNSTATED = "ema", "raw", "unstated"
 
-# An entry is of averaged weights when its name has one of these words: ema, model_ema, state_dict_ema, EMACallback, ema_0.9999,
-# shadow_params, average_model_state, swa_model, avg_model, ...
+# An entry is of averaged weights when its name has one of these words: ema, model_ema,
+# state_dict_ema, EMACallback, ema_0.9999, shadow_params, average_model_state, swa_model, avg_model,
+# ...
 AVERAGED = frozenset({"ema", "average", "averaged", "averaging", "avg", "shadow", "polyak", "swa"})
 NEGATIONS = frozenset({"non", "no", "not", "without"})  # non_ema
 NOT_AVERAGED = frozenset(
@@ -45,7 +46,8 @@ RAW_NAMES = frozenset(
         "state",
     }
 )
-# Entries that hold tensors by name as well, and no weights: optimizers (Adam's exp_avg), schedulers, scalers, generators.
+# Entries that hold tensors by name as well, and no weights: optimizers (Adam's exp_avg),
+# schedulers, scalers, generators.
 NO_MODEL = frozenset(
     {
         "opt",
@@ -77,7 +79,8 @@ FIXED = frozenset(
         "relative_position_index",
     }
 )
-SEARCH_STATE = "DepthPruningCallback"  # its state in a checkpoint holds the weights that the search started from
+# its state in a checkpoint holds the weights that the search started from
+SEARCH_STATE = "DepthPruningCallback"
 # What wrappers put inside names, anywhere: torch.compile, FSDP, activation checkpointing.
 WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 

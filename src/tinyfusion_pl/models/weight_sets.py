@@ -34,7 +34,8 @@ def choose(content: Any, weights: str, path: Path, *, prefix: str = "") -> Weigh
         prefix: Names are wanted that start with it: a state dict that has such is not taken apart.
 
     Raises:
-        ValueError: for a `weights` that is none of these, or when it cannot be told which set is meant; names the sets.
+        ValueError: for a `weights` that is none of these, or when it cannot be told which set is
+            meant; names the sets.
         ArtifactError: when there is none.
     """
     try:

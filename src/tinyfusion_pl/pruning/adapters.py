@@ -31,8 +31,9 @@ class WeightUpdate:
     """What trains beside the gates, and the original values to go back to.
 
     Args:
-        kind: ``"lora"`` (rank 8, alpha 16, every Linear, through peft), ``"full"``, ``"frozen"`` (gates alone), or any peft config; one
-            that names no target modules gets every Linear. The user's own adapters stay as they are.
+        kind: ``"lora"`` (rank 8, alpha 16, every Linear, through peft), ``"full"``, ``"frozen"``
+            (gates alone), or any peft config; one that names no target modules gets every Linear.
+            The user's own adapters stay as they are.
 
     Raises:
         ValueError: for another word, or a config that replaces whole modules (``modules_to_save``).
@@ -71,7 +72,8 @@ class WeightUpdate:
         """Find out whether the adapters go onto `model`, which is not changed.
 
         Raises:
-            ValueError: for a peft config that peft refuses, or whose adapters would have no effect, or only in training.
+            ValueError: for a peft config that peft refuses, or whose adapters would have no effect,
+                or only in training.
         """
         if self.kind in ("full", "frozen"):
             return
@@ -105,8 +107,9 @@ class WeightUpdate:
             if not (names := linear_names(model)):
                 raise ValueError(f"{type(model).__name__} has no linear layer for the adapters of weight_update={self.kind!r:.80}. Use "
                                  "weight_update='full' or 'frozen'.")  # fmt: skip
-            # A pattern of whole names: of a list peft takes the names for endings, and "0" would be every first block. In a holder
-            # without a config, by which peft would give some mixtures of experts other targets.
+            # A pattern of whole names: of a list peft takes the names for endings, and "0" would be
+            # every first block. In a holder without a config, by which peft would give some
+            # mixtures of experts other targets.
             target = nn.ModuleDict({"model": model})
             config.target_modules = "|".join(re.escape(f"model.{name}") for name in names)
         users = {
@@ -116,7 +119,8 @@ class WeightUpdate:
         }
         try:
             inject_adapter_in_model(config, target, adapter_name=ADAPTER)
-        except Exception as error:  # peft refuses settings by errors of several types, some with a part of the layers wrapped
+        # peft refuses settings by errors of several types, some with a part of the layers wrapped
+        except Exception as error:
             _take_back(model, users)
             # Without the printed modules that some of its messages hold.
             reason = (
@@ -137,7 +141,8 @@ class WeightUpdate:
         except ValueError:
             _take_back(model, users)
             raise
-        # torch's fused encoder path reads the linear layers' weights, not their adapters; this is what it asks for.
+        # torch's fused encoder path reads the linear layers' weights, not their adapters; this is
+        # what it asks for.
         for layer in _fused_layers(model):
             layer.__dict__["_tinyfusion_activation"] = layer.activation_relu_or_gelu
             layer.activation_relu_or_gelu = 0

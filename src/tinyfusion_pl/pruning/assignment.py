@@ -1,7 +1,9 @@
 """Many structures in one forward pass, each row of the batch under one of them.
 
-Rows whose kept blocks so far are the same hold the same hidden states, so a block runs once for each distinct prefix and its output
-goes to all rows that share it: candidates are walked as a tree, whatever the model around the blocks is.
+Rows whose kept blocks so far are the same hold the same hidden states, so a block runs once for
+each distinct prefix and its output
+goes to all rows that share it: candidates are walked as a tree, whatever the model around the
+blocks is.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ class Run:
     Attributes:
         rows: Rows of the batch that are run (R,).
         kept: Rows whose structure keeps the block (K,), K >= R.
-        source: For each kept row, its place among those run (K,); None where they are the same rows.
+        source: For each kept row, its place among those run (K,); None where they are the same
+            rows.
     """
 
     rows: Tensor
@@ -32,9 +35,11 @@ class Assignment:
     """Which structure each row of a batch is run under: row ``structure * num_samples + sample``.
 
     Args:
-        kept: For each stack path, the units that each structure keeps: (num_structures, num_units) bool.
+        kept: For each stack path, the units that each structure keeps: (num_structures, num_units)
+            bool.
         num_samples: Rows of each structure.
-        shared: Whether all structures are given the same samples in the same order, so that rows may share what they compute.
+        shared: Whether all structures are given the same samples in the same order, so that rows
+            may share what they compute.
 
     Attributes:
         num_runs: Block runs so far, in blocks times samples.
@@ -66,7 +71,8 @@ class Assignment:
         self._num_states += len(states)
         self.num_runs += len(states) * self.num_samples
         one_to_one = len(states) == len(kept)
-        # In the order of the kept structures where each is run: then nothing has to be put in order again.
+        # In the order of the kept structures where each is run: then nothing has to be put in order
+        # again.
         rows = self._rows(kept if one_to_one else kept[first])
         return Run(rows, self._rows(kept), None if one_to_one else self._rows(source))
 

@@ -94,7 +94,8 @@ class _Blend(torch.autograd.Function):
                     "The masks were drawn anew between a checkpointed forward pass and its backward pass. Call gates.redraw() only after "
                     "the backward pass of the batch before."
                 )
-            # In float32 at least: the candidates' gradients nearly cancel, and half precision would leave only rounding of them.
+            # In float32 at least: the candidates' gradients nearly cancel, and half precision would
+            # leave only rounding of them.
             dtype = torch.promote_types(torch.promote_types(g.dtype, delta.dtype), torch.float32)
             parts = (t.movedim(ctx.axis, 0).flatten(1).to(dtype) for t in (g, delta))
             grad_mask = torch.einsum("nd,nd->n", *parts).to(mask_dtype)

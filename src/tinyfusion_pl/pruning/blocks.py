@@ -1,8 +1,10 @@
 """Stacks of blocks in a model by their paths, and what a pattern counts in them.
 
-A *stack* is an ``nn.ModuleList`` (or ``nn.Sequential``) of blocks, keyed by its path in the model ("blocks", "decoder.layers"). Lists of
-one module that form one stack are joined by a plus sign in the path's last part ("in_blocks+out_blocks", "model.in_blocks+out_blocks").
-A *unit* is what a pattern counts: one block, or several that only go together (mirrored pairs under long skips). Modules compiled in place
+A *stack* is an ``nn.ModuleList`` (or ``nn.Sequential``) of blocks, keyed by its path in the model
+("blocks", "decoder.layers"). Lists of one module that form one stack are joined by a plus sign in
+the path's last part ("in_blocks+out_blocks", "model.in_blocks+out_blocks").
+A *unit* is what a pattern counts: one block, or several that only go together (mirrored pairs under
+long skips). Modules compiled in place
 are seen through: paths never have ``_orig_mod``.
 """
 
@@ -148,7 +150,8 @@ def get_units(model: nn.Module, path: str, given: Sequence[Sequence[int]] | None
     """What a pattern counts in the stack at `path`: the units given, else those its owner states (`stated_units`), else every block.
 
     Raises:
-        ValueError: for units with a block twice or out of range, and for what `stated_units` refuses.
+        ValueError: for units with a block twice or out of range, and for what `stated_units`
+            refuses.
     """
     num_blocks = len(get_stack(model, path))
     units = stated_units(model, path) if given is None else given

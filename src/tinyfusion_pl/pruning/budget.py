@@ -14,16 +14,18 @@ class Budget:
 
     Args:
         pattern: ``"N:M"``, or a mapping from stack path.
-        keep: Units that stay, all units of a stack being one group: a count, or a share in (0, 1) of each stack; or a mapping from
-            stack path.
-        enumerated: Whether the candidates of each group are enumerated, so that their number is bounded (`MAX_CANDIDATES`).
+        keep: Units that stay, all units of a stack being one group: a count, or a share in (0, 1)
+            of each stack; or a mapping from stack path.
+        enumerated: Whether the candidates of each group are enumerated, so that their number is
+            bounded (`MAX_CANDIDATES`).
 
     Attributes:
         what: ``"pattern"`` or ``"keep"``.
         stated: What was given for it.
 
     Raises:
-        ValueError: for neither or both, for anything but a pattern or a number, and for a pattern that keeps every block.
+        ValueError: for neither or both, for anything but a pattern or a number, and for a pattern
+            that keeps every block.
     """
 
     def __init__(self, pattern: Any = None, keep: Any = None, *, enumerated: bool = True) -> None:
@@ -74,7 +76,8 @@ class Budget:
             path: Its path, for messages.
 
         Raises:
-            ValueError: for a count or share that leaves none or all of the units, and for too many candidates.
+            ValueError: for a count or share that leaves none or all of the units, and for too many
+                candidates.
         """
         if self.what == "pattern":
             return Pattern.parse(stated, enumerated=self.enumerated)

@@ -79,7 +79,8 @@ def open_compiled(modules: Iterable[nn.Module], opened: Opened) -> Compiler | No
 
     Args:
         modules: Outer ones first.
-        opened: Gets each that was compiled, with its compiler; those in it already count as compiled.
+        opened: Gets each that was compiled, with its compiler; those in it already count as
+            compiled.
 
     Returns:
         The compiler of the innermost compiled one; None where none is.

@@ -1,7 +1,9 @@
 """Finding what makes the config of another library's model that of its cut.
 
-Which settings hold the depth of a stack is not guessed from their names: the settings that fit are tried, the model is built from them,
-and its keys and shapes must be those of the cut model. Lists of indices and of one entry a layer follow the kept blocks.
+Which settings hold the depth of a stack is not guessed from their names: the settings that fit are
+tried, the model is built from them,
+and its keys and shapes must be those of the cut model. Lists of indices and of one entry a layer
+follow the kept blocks.
 """
 
 from __future__ import annotations
@@ -187,7 +189,8 @@ def _renamed(name: str, kept: Mapping[str, Kept]) -> str | None:
                 if index.isdigit():
                     new = blocks.new_index(int(index) + start)
                     return None if new is None else f"{prefix}{new}{'.' if rest else ''}{rest}"
-        # a stack of several joined lists is one of this project's models, which state their depth themselves
+        # a stack of several joined lists is one of this project's models, which state their depth
+        # themselves
     return name
 
 

@@ -62,8 +62,9 @@ def choices(
 ) -> Iterator[dict[tuple, Any]]:
     """Changes of `settings` for the cut of `stacks` together, likely ones first.
 
-    Each has the new depth in one of the settings that hold it (`depths`, for each stack; one for all where they share it), and lists by
-    layer and by index follow or stay. After these, integers below the depth that say how many first blocks are of a kind follow too.
+    Each has the new depth in one of the settings that hold it (`depths`, for each stack; one for
+    all where they share it), and lists by layer and by index follow or stay. After these, integers
+    below the depth that say how many first blocks are of a kind follow too.
     """
     options = [
         lists for path, value in settings.items() if (lists := _list_options(path, value, stacks))

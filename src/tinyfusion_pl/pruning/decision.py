@@ -10,8 +10,9 @@ from typing import Any
 class GroupDecision:
     """One group: its place among the units, the units kept, and the distribution over candidates.
 
-    `confidence` is the largest candidate probability, `entropy` that of the distribution in nats, None where nothing was learned;
-    `probabilities` is None where there are too many candidates to list.
+    `confidence` is the largest candidate probability, `entropy` that of the distribution in nats,
+    None where nothing was learned; `probabilities` is None where there are too many candidates to
+    list.
     """
 
     start: int
@@ -27,7 +28,8 @@ class GroupDecision:
 class StackDecision:
     """One stack: pattern, blocks kept (ascending), the probability of each block to stay, and its groups.
 
-    `criterion` names what chose, None for learned masks; `scores` has its value of each unit, higher where the unit should stay.
+    `criterion` names what chose, None for learned masks; `scores` has its value of each unit,
+    higher where the unit should stay.
     """
 
     pattern: str
@@ -42,10 +44,13 @@ class StackDecision:
     def layer_pairs(self) -> list[tuple[int, int]]:
         """(student block, teacher block) pairs for representation distillation.
 
-        The last kept block of each group, at its place in the shallow stack, goes with the last block of that group in the teacher. Units
-        of several blocks give a pair for each place in the unit: of mirrored pairs, the in blocks one and the out blocks one.
+        The last kept block of each group, at its place in the shallow stack, goes with the last
+        block of that group in the teacher. Units
+        of several blocks give a pair for each place in the unit: of mirrored pairs, the in blocks
+        one and the out blocks one.
 
-        Where a `criterion` chose, pairs are spaced evenly, the same for every criterion: block i of k with block (i + 1) n / k - 1 of n,
+        Where a `criterion` chose, pairs are spaced evenly, the same for every criterion: block i of
+        k with block (i + 1) n / k - 1 of n,
         rounded down.
         """
         if self.criterion is not None:

@@ -1,7 +1,7 @@
 """Finding the stacks of a model that states none: lists of equal blocks at one width and resolution, among the modules that train.
 
-What only looks like a stack is left out and said (frozen modules, refiners, embedders, parts inside another part); where several readings
-remain, they are refused with the paths to choose from.
+What only looks like a stack is left out and said (frozen modules, refiners, embedders, parts inside
+another part); where several readings remain, they are refused with the paths to choose from.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ class Discovery:
 def discover(model: nn.Module) -> Discovery:
     """Find the stacks of `model`.
 
-    A module that states them (attribute ``STACKS``, its paths) is believed, `model` itself or the outermost in it. Where none does: lists
-    of at least two equal blocks, of the outermost module that owns such lists; several of them when they have one width (FLUX's two
-    stacks).
+    A module that states them (attribute ``STACKS``, its paths) is believed, `model` itself or the
+    outermost in it. Where none does: lists of at least two equal blocks, of the outermost module
+    that owns such lists; several of them when they have one width (FLUX's two stacks).
 
     Raises:
         ValueError: when it cannot be told which lists are meant; names them.
@@ -82,7 +82,8 @@ def discover(model: nn.Module) -> Discovery:
             candidates = main
     if not candidates:
         return Discovery({}, left_out)
-    # Of owners inside one another the outermost has the main stacks: embedders and refiners lie deeper.
+    # Of owners inside one another the outermost has the main stacks: embedders and refiners lie
+    # deeper.
     owners = list(dict.fromkeys(c.owner for c in candidates))
     outermost = [o for o in owners if not any(inside(o, other) for other in owners if other != o)]
     for c in candidates:

@@ -109,7 +109,8 @@ class CandidateDistribution(nn.Module):
         if self.straight_through == "kept":
             soft, hard = soft @ self.candidates, hard @ self.candidates  # (N, M)
             return hard + (soft - soft.detach()) * hard
-        # In this order the value is exactly 0 or 1: soft - soft is zero, while hard - soft + soft rounds.
+        # In this order the value is exactly 0 or 1: soft - soft is zero, while hard - soft + soft
+        # rounds.
         return (hard + (soft - soft.detach())) @ self.candidates  # (N, M)
 
     def probabilities(self, logits: Tensor) -> Tensor:

@@ -36,7 +36,9 @@ class FirstCallCheck:
     def _hook(self, owner: str, own: nn.Module):
         def before_call(called: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             if called is not own or _is_redirected(called):
-                return  # a copy, on which the hook is too; or a strategy has routed a whole training step through it
+                # a copy, on which the hook is too; or a strategy has routed a whole training step
+                # through it
+                return
             start = f"{owner}." if owner else ""
             inside = {own: path.removeprefix(start) for own, path in self.paths.items()
                       if own in self.unverified and path.startswith(start)}  # fmt: skip

@@ -30,23 +30,27 @@ from tinyfusion_pl.pruning.stack_gates import DistributionFactory, StackGates
 class DepthGates(nn.Module):
     """Gates on the blocks of `model`: installs them on construction, holds their logits and masks, states the decision.
 
-    Blocks keep their place, class and parameter names; only their ``forward`` is replaced on the instance. In training mode each
-    sample of a batch has a mask of its own, drawn by `redraw`, which must be called at the start of each batch (the callback does
-    it); forward passes of equal batch size share the masks of their batch. In evaluation mode the current decision holds. The
-    logits are in `parameters()` but not in `state_dict()`, so that a model's checkpoint keeps its keys: `gate_state` has them.
+    Blocks keep their place, class and parameter names; only their ``forward`` is replaced on the
+    instance. In training mode each sample of a batch has a mask of its own, drawn by `redraw`,
+    which must be called at the start of each batch (the callback does it); forward passes of equal
+    batch size share the masks of their batch. In evaluation mode the current decision holds. The
+    logits are in `parameters()` but not in `state_dict()`, so that a model's checkpoint keeps its
+    keys: `gate_state` has them.
 
     Args:
         model: The model.
         pattern: ``"N:M"`` (N kept of M), or a mapping from stack path to pattern.
         stacks: Path or paths of the block lists in `model`; default: found.
-        units: For a stack, lists of block indices that only go together (a mapping from path, or one for all); default: what the
-            model states, else every block on its own.
-        streams: For a stack path, the names of the block's arguments that are hidden states, in the order in which the block
-            returns them; default: found (see `find_streams`).
+        units: For a stack, lists of block indices that only go together (a mapping from path, or
+            one for all); default: what the model states, else every block on its own.
+        streams: For a stack path, the names of the block's arguments that are hidden states, in the
+            order in which the block returns them; default: found (see `find_streams`).
         scaling, init, average_decay, distribution: See `StackGates`.
         tau: Temperature to start with, > 0; set the attribute to anneal (published: 4 -> 0.1).
-        rank: Rank of this process: processes with equally seeded generators still draw different masks.
-        gather: Run dropped samples without a graph (exact, cheaper). False: the plain formula throughout.
+        rank: Rank of this process: processes with equally seeded generators still draw different
+            masks.
+        gather: Run dropped samples without a graph (exact, cheaper). False: the plain formula
+            throughout.
 
     Raises:
         ValueError: for a pattern that does not fit, a missing stack, or numbers out of range.
@@ -87,7 +91,8 @@ class DepthGates(nn.Module):
         self._without_graph: set[str] = (
             set()
         )  # blocks of which reentrant checkpointing ran a forward in this batch
-        self.opened: Opened = []  # compiled modules that run eagerly while gates are on their blocks
+        # compiled modules that run eagerly while gates are on their blocks
+        self.opened: Opened = []
         self._install(model)
 
     # -- installation ---------------------------------------------------------------------------
@@ -131,7 +136,8 @@ class DepthGates(nn.Module):
                     )
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy's compiled modules are made anew, and compiled; they hold its blocks, which must not be asked for while they are copied.
+        # A copy's compiled modules are made anew, and compiled; they hold its blocks, which must
+        # not be asked for while they are copied.
         return {**self.__dict__, "_without_graph": set(), "opened": []}
 
     @contextmanager

@@ -63,7 +63,8 @@ class GatedForward:
         return {**self.__dict__, "_compiled": None}  # bound to this block, not to its copy
 
     def install(self) -> None:
-        # A bound method, not a closure: copy.deepcopy then binds the copy to the copied block and gates.
+        # A bound method, not a closure: copy.deepcopy then binds the copy to the copied block and
+        # gates.
         self.block.forward = types.MethodType(GatedForward.forward, self)
 
     def remove(self) -> None:

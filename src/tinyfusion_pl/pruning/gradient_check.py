@@ -26,7 +26,8 @@ def check_gradients(gated: GatedForward, call: Call) -> None:
         mask = bits.to(torch.float32).requires_grad_()
         parameters = [p for p in gated.block.parameters() if p.requires_grad]
         for way in (split, None):
-            # Streams as they come out of another block: no leaves, which a block could not write into.
+            # Streams as they come out of another block: no leaves, which a block could not write
+            # into.
             copies = {n: leaf.view_as(leaf) for n, leaf in leaves.items()}
             again = (
                 Call(gated.signature, *call.replace(copies))
@@ -47,7 +48,8 @@ def check_gradients(gated: GatedForward, call: Call) -> None:
         eps = max(
             torch.finfo(dtype).eps for dtype in (plain.dtype, computed)
         )  # the coarser one rounds
-        # A gradient that is zero but for rounding (a bias of attention's keys) is as exact as the others are large.
+        # A gradient that is zero but for rounding (a bias of attention's keys) is as exact as the
+        # others are large.
         allowed = max(size * max(1e-2, 100 * eps), max(sizes) * max(1e-4, 10 * eps), 1e-8)
         if plain.numel() and (ours.float() - plain.float()).abs().max().item() > allowed:
             raise ValueError(f"Block {gated.name}: gradients with its samples gathered differ from those of the plain formula. Pass "

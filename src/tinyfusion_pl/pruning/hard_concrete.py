@@ -1,7 +1,7 @@
 """Hard concrete gates: one logit for each unit, their expected number held to the budget by multipliers.
 
-The gate's distribution is that of Louizos et al. 2018 (arXiv 1712.01312, section 2.2), the constraint
-that of Wang et al. 2020 (arXiv 1910.04732, section 3.2).
+The gate's distribution is that of Louizos et al. 2018 (arXiv 1712.01312, section 2.2), the
+constraint that of Wang et al. 2020 (arXiv 1910.04732, section 3.2).
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ class HardConcreteDistribution(nn.Module):
 
     In the paper z itself multiplies what it gates. Here a mask is exactly 0 or 1, because blocks
     that a sample drops are not run for it: the mask is 1 where z > 1/2, and has the gradient of z
-    (straight-through), which is 0 where z is clamped. So a unit is kept with probability P(z > 1/2) =
-    sigmoid(log_alpha), where the paper's P(z > 0) = sigmoid(log_alpha - beta * log(-gamma / zeta)) is
-    that of a gate which lets anything through. The decision keeps the units of the k largest logits,
-    whatever their expected number is.
+    (straight-through), which is 0 where z is clamped. So a unit is kept with probability P(z > 1/2)
+    = sigmoid(log_alpha), where the paper's P(z > 0) = sigmoid(log_alpha - beta * log(-gamma /
+    zeta)) is that of a gate which lets anything through. The decision keeps the units of the k
+    largest logits, whatever their expected number is.
 
-    E, the expected number of units that a mask keeps, is held to the k units that are to stay by the penalty
-    lambda_1 * (E - k) + lambda_2 * (E - k)^2. Its gradient is added to that of the loss when the
-    logits step (`GateOptimizer`), and the multipliers, 0 at first, ascend: lambda_1 by multiplier_lr *
-    (E - k), lambda_2 by multiplier_lr * (E - k)^2. Wang et al. constrain the share of the
-    parameters; units are alike, so here it is their number.
+    E, the expected number of units that a mask keeps, is held to the k units that are to stay by
+    the penalty lambda_1 * (E - k) + lambda_2 * (E - k)^2. Its gradient is added to that of the loss
+    when the logits step (`GateOptimizer`), and the multipliers, 0 at first, ascend: lambda_1 by
+    multiplier_lr * (E - k), lambda_2 by multiplier_lr * (E - k)^2. Wang et al. constrain the share
+    of the parameters; units are alike, so here it is their number.
 
     Args:
         group: The group whose units are gated.

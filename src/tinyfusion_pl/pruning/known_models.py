@@ -1,6 +1,7 @@
 """What is known of other libraries' models by their class: blocks that only go together, and blocks that always stay.
 
-Only what a model's own modules and configuration do not tell: `library_configs.fixed_blocks` finds the rest by building the model.
+Only what a model's own modules and configuration do not tell: `library_configs.fixed_blocks` finds
+the rest by building the model.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The configuration of another library's model after the cut, so that the library itself builds the shallow model from it.
 
-Which settings change is found by building (`config_search`); blocks that no config describes without them always stay.
+Which settings change is found by building (`config_search`); blocks that no config describes
+without them always stay.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ def check_library_config(model: nn.Module, kept_blocks: Mapping[str, Sequence[in
     """Find out, before any training and without touching `model`, whether its library can build the shallow model.
 
     Returns:
-        None when the model states its depth, one of this project's too; else a sentence on why it cannot, and what is saved.
+        None when the model states its depth, one of this project's too; else a sentence on why it
+        cannot, and what is saved.
 
     Raises:
         ValueError: when a block is dropped that has to stay.
@@ -93,8 +95,9 @@ def _owner(model: nn.Module, path: str) -> nn.Module:
 def fixed_blocks(model: nn.Module, path: str) -> frozenset[int]:
     """Blocks of the stack at `path` that always stay.
 
-    Those known of the class, and a first or last block with other parameters than its neighbors when no config describes the model without
-    it (SD3's last block, ``context_pre_only``), though one does without another block.
+    Those known of the class, and a first or last block with other parameters than its neighbors
+    when no config describes the model without it (SD3's last block, ``context_pre_only``), though
+    one does without another block.
     """
     if _states_itself(model, path) or (root := library_root(model, path)) is None:
         return frozenset()

@@ -1,6 +1,7 @@
 """One interface to the models of diffusers and transformers, which are built from a config that they carry.
 
-Nothing here imports a library: their models are known by their methods. Models are built on the meta device (no memory, no weights).
+Nothing here imports a library: their models are known by their methods. Models are built on the
+meta device (no memory, no weights).
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ def build_from(
 ) -> nn.Module:
     """A model of the class of `module` on the meta device, its config with `changes`.
 
-    A config of transformers is taken as it comes back from a file, where some are held to more than when they are
-    changed; not so with `from_file` False.
+    A config of transformers is taken as it comes back from a file, where some are held to more than
+    when they are changed; not so with `from_file` False.
     """
     with _quietly(), torch.device("meta"):
         if _is_diffusers(module):
@@ -69,7 +70,8 @@ def write_settings(module: nn.Module, changes: Mapping[tuple, Any]) -> None:
 def _changed(config: Any, changes: Mapping[tuple, Any]) -> Any:
     """A config of transformers with `changes`, in place.
 
-    Backbones name each layer's output as a stage and say which stages they give; one that gives the last layer's still does.
+    Backbones name each layer's output as a stage and say which stages they give; one that gives the
+    last layer's still does.
     """
     depth = getattr(config, "num_hidden_layers", None)
     stages = getattr(config, "stage_names", None)

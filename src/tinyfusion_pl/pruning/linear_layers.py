@@ -13,8 +13,8 @@ from torch import nn
 def linear_names(model: nn.Module) -> list[str]:
     """Names of every linear layer of `model`, embedders and modulation included, those with the user's adapters too.
 
-    Left out are those whose weight is read without a call of the layer (as by ``nn.MultiheadAttention``), and the output of Mamba's
-    mixers, which fused kernels read.
+    Left out are those whose weight is read without a call of the layer (as by
+    ``nn.MultiheadAttention``), and the output of Mamba's mixers, which fused kernels read.
     """
     modules = dict(model.named_modules())
     adapted = {name: m for name, m in modules.items() if isinstance(m, BaseTunerLayer)}

@@ -12,8 +12,9 @@ from tinyfusion_pl.pruning.decision import Decision
 def remap_lora(state: Mapping[str, Any], decision: Decision) -> tuple[dict[str, Any], list[str]]:
     """Rename the layers of kept blocks in a LoRA's state dict to their place in the shallow model.
 
-    Keys of diffusers and peft (``transformer.transformer_blocks.3.attn.to_q.lora_A.weight``, any prefix) and of kohya's tools
-    (``lora_unet_transformer_blocks_3_attn_to_q.lora_down.weight``) are known. Keys outside the pruned stacks stay.
+    Keys of diffusers and peft (``transformer.transformer_blocks.3.attn.to_q.lora_A.weight``, any
+    prefix) and of kohya's tools (``lora_unet_transformer_blocks_3_attn_to_q.lora_down.weight``) are
+    known. Keys outside the pruned stacks stay.
 
     Args:
         state: The LoRA's state dict; it is not changed.
@@ -23,7 +24,8 @@ def remap_lora(state: Mapping[str, Any], decision: Decision) -> tuple[dict[str, 
         The new state dict, and the keys of blocks that were dropped.
 
     Raises:
-        ValueError: when no key is of a pruned stack, or a key has a block that the full model did not have.
+        ValueError: when no key is of a pruned stack, or a key has a block that the full model did
+            not have.
     """
     patterns = [
         (

@@ -120,7 +120,8 @@ class Masks:
             return torch.full((num_samples,), value, dtype=torch.float32, device=gates.device)
         drawn = self._of(gates, num_samples)
         group = gates.get_group(unit)
-        # Identity hooks: what sampling saves is not part of a checkpointed block, which it outlives.
+        # Identity hooks: what sampling saves is not part of a checkpointed block, which it
+        # outlives.
         with (
             torch.autograd.graph.saved_tensors_hooks(_same, _same),
             torch.autocast(gates.device.type, enabled=False),

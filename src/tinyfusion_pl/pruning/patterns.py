@@ -1,7 +1,7 @@
 """Pattern grammar: which share of each run of blocks stays (TinyFusion, arXiv 2412.01199, section 3.2, "local structures").
 
-``"2:4"`` keeps 2 of every 4 consecutive blocks, ``"7:14"`` 7 of every 14; ``"3:4+3:4+2:4"`` gives each group its own numbers. A pattern
-is repeated until it covers the depth.
+``"2:4"`` keeps 2 of every 4 consecutive blocks, ``"7:14"`` 7 of every 14; ``"3:4+3:4+2:4"`` gives
+each group its own numbers. A pattern is repeated until it covers the depth.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ class Group:
             fixed: Members of the stack, in this group or not, that every candidate keeps.
 
         Raises:
-            ValueError: when more members of the group are fixed than it keeps, and for too many candidates.
+            ValueError: when more members of the group are fixed than it keeps, and for too many
+                candidates.
         """
         always = set(self.always(fixed))
         _check_candidates(self.num_kept, self.num_blocks, of=f"The stack from unit {self.start} on")
@@ -81,10 +82,12 @@ class Pattern:
 
         Args:
             pattern: The text, or a parsed pattern, which is returned.
-            enumerated: Whether each group's candidates will be enumerated, so that their number is bounded.
+            enumerated: Whether each group's candidates will be enumerated, so that their number is
+                bounded.
 
         Raises:
-            ValueError: for anything but such a string; a number is refused with the reason (YAML reads an unquoted 1:2 as 62).
+            ValueError: for anything but such a string; a number is refused with the reason (YAML
+                reads an unquoted 1:2 as 62).
         """
         if isinstance(pattern, Pattern):
             return pattern
@@ -127,7 +130,8 @@ class Pattern:
         """The groups of a stack of `depth` members, the pattern repeated to the depth.
 
         Raises:
-            ValueError: when the depth is no multiple of the pattern's span; names patterns that would fit.
+            ValueError: when the depth is no multiple of the pattern's span; names patterns that
+                would fit.
         """
         if depth % self.span:
             fitting = [m for m in range(2, depth + 1) if depth % m == 0 and m <= 16]

@@ -105,7 +105,8 @@ def make_plan(
 
 def _get_root_path(module: nn.Module, paths: Sequence[str]) -> str:
     """Path of the module that becomes the shallow model: the child of `module` that holds all stacks, or inside it the library model that
-    does, when nothing beside it trains (a pipeline's frozen encoders are no part of what is pruned).
+    does, when nothing beside it trains (a pipeline's frozen encoders are no part of what is
+    pruned).
     """
     heads = {path.partition(".")[0] for path in paths}
     head = heads.pop() if len(heads) == 1 and all("." in path for path in paths) else ""

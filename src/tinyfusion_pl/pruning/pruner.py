@@ -52,8 +52,8 @@ class DepthPruner:
     """Depth pruning of one model.
 
     Args:
-        held: Whether the model is a part of the module that is given (of a LightningModule), and the shallow model is to be of that part:
-            the child that holds all stacks.
+        held: Whether the model is a part of the module that is given (of a LightningModule), and
+            the shallow model is to be of that part: the child that holds all stacks.
         relaxation: Default: the published one.
         distribution: In place of `relaxation`, see `StackGates`.
         pattern and the others: See `DepthPruningCallback`.
@@ -158,7 +158,8 @@ class DepthPruner:
         Args:
             module: The model, or what holds it.
             rank: Rank of this process.
-            compiler: Compiles the blocks; default: what ``torch.compile`` was told on the way to them.
+            compiler: Compiles the blocks; default: what ``torch.compile`` was told on the way to
+                them.
 
         Raises:
             ValueError: as `plan`; `module` is then as it was.
@@ -175,7 +176,8 @@ class DepthPruner:
         try:
             gates = DepthGates(model, plan.patterns, units=plan.units, streams=plan.streams, tau=self.tau, rank=rank,
                                distribution=self.distribution, **self.options)  # fmt: skip
-            # A structure that the search might decide for: its config is tried now, not after training.
+            # A structure that the search might decide for: its config is tried now, not after
+            # training.
             remarks.append(
                 check_library_config(
                     model, {g.path: g.get_blocks(earliest_drops(g)) for g in gates.stacks}

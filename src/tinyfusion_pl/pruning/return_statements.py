@@ -18,7 +18,8 @@ def returned_names(
 ) -> list[dict[Any, str]]:
     """A reading for each return statement with as many values as there are `keys`: output key -> name of one of the `arguments`.
 
-    A block that returns what another module in it returns (``return self.block(x, context)``) is read as that one.
+    A block that returns what another module in it returns (``return self.block(x, context)``) is
+    read as that one.
     """
     try:
         source = textwrap.dedent(inspect.getsource(type(block).forward))

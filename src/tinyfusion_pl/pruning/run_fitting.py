@@ -65,8 +65,8 @@ def stream_widths(
         call: ``(args, kwargs)``; a few samples do.
 
     Raises:
-        ValueError: for blocks that only go together, of more than one stream, whose hidden states are not (N, T, D), or that do not
-            take what the block before them returned.
+        ValueError: for blocks that only go together, of more than one stream, whose hidden states
+            are not (N, T, D), or that do not take what the block before them returned.
     """
     for path in paths:
         if whole := [unit for unit in stated_units(model, path) or () if len(unit) > 1]:

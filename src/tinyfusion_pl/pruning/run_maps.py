@@ -1,8 +1,9 @@
 """A removed run of blocks may leave a linear map: x + W x + b, per token, in its place.
 
-The map is a submodule of the kept block that the run followed (of the first kept block where it came before all), and part of what that
-block computes. So stacks keep their length, blocks their place, class and parameter names; whoever gates, pairs or removes the block takes
-its maps along; and state dicts, optimizers and counts of parameters have them without knowing of them.
+The map is a submodule of the kept block that the run followed (of the first kept block where it
+came before all), and part of what that block computes. So stacks keep their length, blocks their
+place, class and parameter names; whoever gates, pairs or removes the block takes its maps along;
+and state dicts, optimizers and counts of parameters have them without knowing of them.
 """
 
 from __future__ import annotations

@@ -70,7 +70,8 @@ def whole_copy(outline: nn.Module, model: nn.Module) -> nn.Module:
     """A plain copy of `model` on the CPU, which cannot be copied itself; all processes must take part.
 
     Args:
-        outline: A copy of it from before its weights were shared out, without memory (`copy_to_meta`).
+        outline: A copy of it from before its weights were shared out, without memory
+            (`copy_to_meta`).
         model: The model; what it has beside the tensors of `outline` is left out.
     """
     copied = copy.deepcopy(outline)

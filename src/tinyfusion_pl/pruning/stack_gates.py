@@ -197,7 +197,8 @@ class StackGates(nn.Module):
         """Moves with the model to another device, but stays in float32 where it becomes half precision."""
         return super()._apply(lambda t: t.to(fn(t.new_empty(0)).device), recurse)
 
-    # A model that carries gates saves and loads with the keys it had before: see DepthGates.gate_state.
+    # A model that carries gates saves and loads with the keys it had before: see
+    # DepthGates.gate_state.
     def _save_to_state_dict(self, *args, **kwargs) -> None:
         pass
 

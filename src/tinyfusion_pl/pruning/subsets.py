@@ -1,7 +1,7 @@
 """A distribution over the k-subsets of n units, without listing them: p(S) proportional to exp(sum of theta_i over S), |S| = k.
 
-Normalization, sampling, marginals and the most probable subsets are computed by dynamic programming over the units in log space, in
-O(nk): 19 of 57 costs no more than 1 of 2.
+Normalization, sampling, marginals and the most probable subsets are computed by dynamic programming
+over the units in log space, in O(nk): 19 of 57 costs no more than 1 of 2.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ class SubsetDistribution:
     def most_probable(self, count: int = 1) -> Tensor:
         """The `count` most probable subsets, best first, all where there are fewer: (m, n) bool.
 
-        Ties go to the units that come first. Subsets are reached from the best one by moving one kept unit down the order of theta
-        at a time, best first.
+        Ties go to the units that come first. Subsets are reached from the best one by moving one
+        kept unit down the order of theta at a time, best first.
         """
         n, k = len(self.theta), self.num_kept
         order = sorted(range(n), key=lambda i: (-float(self.theta[i]), i))

@@ -31,9 +31,11 @@ Undo = Callable[[], None]
 def remove_blocks(model: nn.Module, kept_blocks: Mapping[str, Sequence[int]]) -> nn.Module:
     """Keep only the given blocks of each stack, in place; the others leave `model`.
 
-    The new depth is written where a model states it: in the ``config`` of one that states its stacks as a mapping from path to argument
-    (``STACKS = {"blocks": "depth"}``), in that of a model of diffusers or transformers (see `library_configs`), and in the counting
-    attributes of the module that owns the stack. One that cannot state it is cut all the same (`check_library_config` says so).
+    The new depth is written where a model states it: in the ``config`` of one that states its
+    stacks as a mapping from path to argument
+    (``STACKS = {"blocks": "depth"}``), in that of a model of diffusers or transformers (see
+    `library_configs`), and in the counting attributes of the module that owns the stack. One that
+    cannot state it is cut all the same (`check_library_config` says so).
 
     Args:
         model: The model.
@@ -43,8 +45,9 @@ def remove_blocks(model: nn.Module, kept_blocks: Mapping[str, Sequence[int]]) ->
         `model`.
 
     Raises:
-        ValueError: for a path without a stack, indices out of range, unordered, repeated, or none at all; where blocks only go together,
-            for part of such a unit; where a block has to stay, for a cut that drops it.
+        ValueError: for a path without a stack, indices out of range, unordered, repeated, or none
+            at all; where blocks only go together, for part of such a unit; where a block has to
+            stay, for a cut that drops it.
     """
     _cut(model, kept_blocks)
     return model

@@ -51,10 +51,12 @@ def verify(
         module: The module that was called; the stacks are inside it.
         owner: The gates.
         args, kwargs: The call.
-        paths: The stacks to check, by the paths that the gates know, and their paths in `module`; default: all, under equal paths.
+        paths: The stacks to check, by the paths that the gates know, and their paths in `module`;
+            default: all, under equal paths.
 
     Returns:
-        Whether it could be checked: a call whose output is not finite, with gates and without the blocks alike, shows nothing.
+        Whether it could be checked: a call whose output is not finite, with gates and without the
+            blocks alike, shows nothing.
 
     Raises:
         ValueError: where they differ; names the stack, the block, and what couples them.
