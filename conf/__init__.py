@@ -1,4 +1,4 @@
-"""Configurations; a package, so that Hydra finds them as pkg://tinyfusion_pl.conf wherever it is installed.
+"""Configurations: a package, so that Hydra finds them as pkg://tinyfusion_pl.conf.
 
 Importing it registers the resolvers that they use, so that they can also be composed in Python.
 """
