@@ -214,11 +214,11 @@ class DrawsOnItsOwn(diffusers.DDPMScheduler):
         ),
         (
             {"scheduler": diffusers.DDIMScheduler(beta_schedule="scaled_linear")},
-            "another noise schedule than the objective",
+            "noise schedule of DDIMScheduler differs from the objective",
         ),
         (
             {"scheduler": diffusers.DDIMScheduler(num_train_timesteps=500)},
-            "500 steps .* instead of 1000",
+            "500 steps .* not 1000",
         ),
         (
             {"scheduler": diffusers.DDIMScheduler(prediction_type="v_prediction")},
