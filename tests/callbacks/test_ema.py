@@ -21,9 +21,9 @@ def test_the_first_averages_forget_the_initial_weights():
     assert warmed_up_decay(0.99, 10_000) == 0.99
 
 
-def test_an_average_is_that_of_the_formula():
+def test_an_update_follows_the_formula():
     average, value = torch.zeros(3), torch.ones(3)
-    EMAWithWarmup(decay=0.9)._average([average], [value], torch.tensor(0))
+    EMAWithWarmup(decay=0.9)._update([average], [value], torch.tensor(0))
     assert torch.allclose(average, torch.full((3,), 0.9))
 
 

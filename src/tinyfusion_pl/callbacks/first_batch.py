@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
@@ -11,6 +12,7 @@ from torch import Tensor
 from tinyfusion_pl.callbacks.gate_setup import report_unverified
 from tinyfusion_pl.pruning import DepthGates
 from tinyfusion_pl.pruning.first_call import FirstCallCheck
+from tinyfusion_pl.pruning.stack_gates import StackGates
 
 
 class FirstBatch:
@@ -37,7 +39,9 @@ class FirstBatch:
         """
         self._described = False
         if self.verify:
-            of_stacks = dict(zip((stack.path for stack in gates.stacks), paths, strict=True))
+            # ModuleList hides the type of its elements.
+            stacks = [cast(StackGates, stack) for stack in gates.stacks]
+            of_stacks = {stack.path: path for stack, path in zip(stacks, paths, strict=True)}
             self._check = FirstCallCheck(pl_module, gates, of_stacks)
 
     def ran(self, gates: DepthGates, loss: Tensor) -> None:

@@ -127,15 +127,11 @@ def _rows(a: dict[str, Any], b: dict[str, Any], *, comparable: bool) -> list[tup
     rows += _section(a, b, "speedup", lambda key: f"{key}", lambda number: f"{number:.2f}x")
     rows += _section(a, b, "seconds", stage_label, duration)
     memory = [numbers(metrics).get("peak_memory_mib") for metrics in (a, b)]
-    if any(peak is not None for peak in memory):
-        change = f"{memory[1] - memory[0]:+,.0f} MiB" if None not in memory else ""
-        rows.append(
-            (
-                "peak memory",
-                *("—" if peak is None else f"{peak:,.0f} MiB" for peak in memory),
-                change,
-            )
-        )
+    measured = [peak for peak in memory if peak is not None]
+    if measured:
+        cells = ["—" if peak is None else f"{peak:,.0f} MiB" for peak in memory]
+        change = f"{measured[1] - measured[0]:+,.0f} MiB" if len(measured) == 2 else ""
+        rows.append(("peak memory", *cells, change))
     return rows
 
 

@@ -39,11 +39,17 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def set_layout(figure: Figure, **paddings: float) -> None:
-    """Set paddings of the constrained layout."""
+def set_layout(
+    figure: Figure,
+    *,
+    w_pad: float | None = None,
+    h_pad: float | None = None,
+    wspace: float | None = None,
+) -> None:
+    """Set paddings of the constrained layout; None keeps a padding as it is."""
     engine = figure.get_layout_engine()
     assert isinstance(engine, ConstrainedLayoutEngine)
-    engine.set(**paddings)
+    engine.set(w_pad=w_pad, h_pad=h_pad, wspace=wspace)
 
 
 def step_axis(axes: Axes, *, num_ticks: int) -> None:
