@@ -151,7 +151,7 @@ def test_a_stage_follows_its_budget_from_the_command_line(tmp_path, capsys):
         "learn_mask.fit.trainer.max_steps=-1",
     ]
     assert main(words) == 0, capsys.readouterr().err
-    assert "learn_mask: 3 steps of 16 images" in capsys.readouterr().out
+    assert "learn_mask: 3 steps; global batch 16" in capsys.readouterr().out
     lines = (tmp_path / "learn_mask" / "decisions.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["step"] == 3
 

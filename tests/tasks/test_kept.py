@@ -49,7 +49,7 @@ def test_a_damaged_batch_is_made_again_and_the_others_are_kept(tmp_path, capsys)
         path.write_bytes(damaged(whole, generator))
         kept.check()
         said = capsys.readouterr().out
-        assert "1 finished batch in" in said and "will be made again" in said and "damaged" in said
+        assert "1 finished batch in" in said and "to be sampled again" in said and "damaged" in said
         assert kept.indices().tolist() == [0, 1, 2, 3, 8, 9, 10, 11]
     path.write_bytes(whole)
     kept.check()
