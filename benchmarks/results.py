@@ -98,8 +98,9 @@ def to_markdown(cells: dict[Cell, dict[str, list[dict[str, str]]]]) -> str:
 
 
 def draw(cells: dict[Cell, dict[str, list[dict[str, str]]]], path: Path) -> None:
-    """Distance of each arm, one panel per cell, relative to the best criterion's mean."""
+    """Distance of each arm and the mean of each criterion, one panel per cell."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     columns = 3
     rows = -(-len(cells) // columns)
@@ -116,11 +117,14 @@ def draw(cells: dict[Cell, dict[str, list[dict[str, str]]]], path: Path) -> None
         axes.set_yticks(range(len(names)), names)
         axes.set_title(f"{teacher}, {depth} blocks", fontsize=10)
         axes.grid(axis="x", alpha=0.3)
-        axes.set_xscale("log")
         low, high = axes.get_xlim()
-        ticks = [t * 10.0**e for e in range(-1, 3) for t in (1, 1.5, 2, 3, 5, 7)]
-        axes.set_xticks([t for t in ticks if low <= t <= high], minor=False)
-        axes.set_xticks([], minor=True)
+        if high > 2.5 * low:
+            axes.set_xscale("log")
+            ticks = [t * 10.0**e for e in range(-1, 3) for t in (1, 1.5, 2, 3, 5, 7)]
+            axes.set_xticks([t for t in ticks if low <= t <= high], minor=False)
+            axes.set_xticks([], minor=True)
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     for axes in list(figure.axes)[len(cells) :]:
         axes.set_visible(False)
