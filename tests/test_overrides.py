@@ -80,7 +80,7 @@ def test_an_odd_path_is_told_with_what_to_type(work, capsys, value):
     said = told(capsys)
     assert said.startswith(f"place={value} ")
     (typed,) = shlex.split(
-        said.partition("so that it is text: ")[2].removesuffix(".")
+        said.partition("Quote it: ")[2].removesuffix(".")
     )  # as a shell reads it
     assert toy(typed) == 0
     assert noted()["place"] == value
@@ -89,7 +89,7 @@ def test_an_odd_path_is_told_with_what_to_type(work, capsys, value):
 def test_the_sentence_shows_the_quotes(work, capsys):
     assert cli.main(["model.checkpoint=epoch=0-step=1.ckpt"]) == 1
     assert told(capsys).endswith(
-        """ Quote it, so that it is text: 'model.checkpoint="epoch=0-step=1.ckpt"'."""
+        """ Quote it: 'model.checkpoint="epoch=0-step=1.ckpt"'."""
     )
     assert not Path("runs").exists()
 
@@ -110,10 +110,10 @@ def test_a_comma_outside_a_sweep_says_what_it_could_mean(work, capsys):
     ("places=[a=b]", """'places=["TEXT"]'"""),
     ("+places={a: x=1.pt}", """'+places={NAME: "TEXT"}'"""),
     ("place", "KEY=VALUE"),
-    ("plätze=1", "no name of a setting"),
+    ("plätze=1", "not a valid key"),
     ("place=choice(a=b)", """'place="choice(a=b)"'"""),
     ("place=None", "place=null"),
-    ("run_dir=5e1", """read as 50.0. Quote it, so that it is text: 'run_dir="5e1"'"""),
+    ("run_dir=5e1", """parsed as 50.0. For a string, quote it: 'run_dir="5e1"'"""),
 ])  # fmt: skip
 def test_what_cannot_be_read_is_named_with_a_remedy(work, capsys, argument, expected):
     assert toy(argument) == 1

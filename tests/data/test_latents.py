@@ -323,7 +323,7 @@ def test_labels_by_order_warn_for_a_model_of_more_classes(made):
     [
         (
             {"input_size": 8},
-            r"latents are \(C, H, W\) = \(4, 4, 4\), but the model expects \(4, 8, 8\)",
+            r"are \(C, H, W\) = \(4, 4, 4\), but the model expects \(4, 8, 8\)",
         ),
         ({"in_channels": 16}, r"\(4, 4, 4\), but the model expects \(16, 4, 4\)"),
         (

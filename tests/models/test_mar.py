@@ -259,7 +259,7 @@ def test_tokens_of_another_number_or_width_are_refused(shape):
 
 
 def test_latents_that_another_objective_noised_are_refused_with_the_remedy():
-    with pytest.raises(ValueError, match="objective=mar draws, not a Tensor"):
+    with pytest.raises(ValueError, match="objective=mar draws them, not a Tensor"):
         trained_like()(torch.randn(3, 3, 4, 4), torch.zeros(3), torch.zeros(3, dtype=torch.long))
 
 

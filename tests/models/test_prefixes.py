@@ -85,7 +85,7 @@ def test_what_does_not_fit_under_any_prefix_says_the_nearest():
 
 def test_a_prefix_of_a_folder_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="prefix='net.' is of the names in a file"):
+    with pytest.raises(ValueError, match="prefix='net.' requires a file"):
         load_pretrained(tmp_path, prefix="net.")
 
 

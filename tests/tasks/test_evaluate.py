@@ -299,8 +299,12 @@ def test_a_model_for_other_latents_is_refused_before_anything_is_sampled(tmp_pat
         tmp_path / "other", create_model("dit_digits", input_size=16, depth=1), {"stacks": {}}
     )
     with pytest.raises(
+<<<<<<< ours
         ValueError,
         match=r"latents are \(C, H, W\) = \(1, 8, 8\), but the model expects \(1, 16, 16\)",
+=======
+        ValueError, match=r"are \(C, H, W\) = \(1, 8, 8\), but the model expects \(1, 16, 16\)"
+>>>>>>> theirs
     ):
         evaluate(models={"mine": str(tmp_path / "other")}).check(inputs())
 
@@ -393,7 +397,7 @@ def test_random_labels_are_those_of_the_seed_however_many_samples_there_are(tmp_
     [
         (
             {"num_samples": 3, "num_shown": 1},
-            "'precision_recall' needs 4 or more samples; got 3",
+            "'precision_recall' needs 4 or more samples, got 3",
         ),
         ({"labels": "sorted"}, "labels is 'sorted'; give one of 'balanced', 'random'"),
         ({"precision": "int8"}, "precision is 'int8'; give one of 'float32'"),

@@ -279,7 +279,7 @@ def test_wrong_files_are_named_with_what_was_expected(files, tmp_path):
         ("missing", "Folder .*missing not found"),
         ("empty", "holds no images"),
         ("keys.npz", "holds other. Expected arr_0"),
-        ("float.npz", "arr_0 of .* is float64 .* between 0.5 and 0.5; images are uint8"),
+        ("float.npz", "arr_0 of .* is float64 .* between 0.5 and 0.5; expected images, uint8"),
         ("nan.npz", r"1 of 5 with values that are not finite \(positions \[3\]\)"),
         ("deep", r"0.tiff is not a readable image .*floats .* which may mean 0..1 or 0..255"),
         ("objects.npz", "not a whole npz file of plain arrays"),
@@ -299,7 +299,7 @@ def test_images_of_other_sizes_or_channels_are_refused(files, tmp_path):
             tmp_path / "mixed" / f"{i}.png"
         )
     with pytest.raises(
-        ValueError, match=r"different sizes \(\[\(8, 8\), \(8, 12\)\]. Give image_size"
+        ValueError, match=r"different sizes \(\[\(8, 8\), \(8, 12\)\]\). Give image_size"
     ):
         measured(tmp_path / "mixed", files / "real", tmp_path)
     assert (
@@ -307,7 +307,7 @@ def test_images_of_other_sizes_or_channels_are_refused(files, tmp_path):
     )  # cropped, they are black squares
     with pytest.raises(ValueError, match="expects grayscale images .* got color images"):
         measured(files / "made", files / "real", tmp_path, num_channels=3)
-    with pytest.raises(ValueError, match="'precision_recall' needs 4 or more samples; got 3"):
+    with pytest.raises(ValueError, match="'precision_recall' needs 4 or more samples, got 3"):
         np.savez(tmp_path / "few.npz", arr_0=np.zeros((3, 8, 8, 1), dtype=np.uint8))
         measured(tmp_path / "few.npz", files / "real", tmp_path)
 
@@ -366,7 +366,7 @@ def test_too_few_images_after_skipping_is_an_error(files, tmp_path):
     folder = grey_images(tmp_path / "images")
     for i in range(4):
         (folder / f"{i}.png").write_bytes(b"x")
-    with pytest.raises(ValueError, match="'precision_recall' needs 4 or more samples; got 2"):
+    with pytest.raises(ValueError, match="'precision_recall' needs 4 or more samples, got 2"):
         measured(folder, files / "real", tmp_path, skip_broken=True)
 
 
