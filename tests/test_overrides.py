@@ -79,18 +79,14 @@ def test_an_odd_path_is_told_with_what_to_type(work, capsys, value):
     assert toy(f"place={value}") == 1
     said = told(capsys)
     assert said.startswith(f"place={value} ")
-    (typed,) = shlex.split(
-        said.partition("Quote it: ")[2].removesuffix(".")
-    )  # as a shell reads it
+    (typed,) = shlex.split(said.partition("Quote it: ")[2].removesuffix("."))  # as a shell reads it
     assert toy(typed) == 0
     assert noted()["place"] == value
 
 
 def test_the_sentence_shows_the_quotes(work, capsys):
     assert cli.main(["model.checkpoint=epoch=0-step=1.ckpt"]) == 1
-    assert told(capsys).endswith(
-        """ Quote it: 'model.checkpoint="epoch=0-step=1.ckpt"'."""
-    )
+    assert told(capsys).endswith(""" Quote it: 'model.checkpoint="epoch=0-step=1.ckpt"'.""")
     assert not Path("runs").exists()
 
 

@@ -332,9 +332,7 @@ def test_entries_inside_entries_without_end_are_refused(tmp_path):
 
 @pytest.mark.parametrize("place", ["shipped", "random", "folder"])
 def test_an_entry_by_name_of_no_file_is_refused(tmp_path, place):
-    with pytest.raises(
-        ValueError, match="Invalid weights 'best'.*'ema' or 'raw' .model.weights"
-    ):
+    with pytest.raises(ValueError, match="Invalid weights 'best'.*'ema' or 'raw' .model.weights"):
         load_pretrained(tmp_path if place == "folder" else place, name="dit_digits", weights="best")
 
 

@@ -299,12 +299,7 @@ def test_a_model_for_other_latents_is_refused_before_anything_is_sampled(tmp_pat
         tmp_path / "other", create_model("dit_digits", input_size=16, depth=1), {"stacks": {}}
     )
     with pytest.raises(
-<<<<<<< ours
-        ValueError,
-        match=r"latents are \(C, H, W\) = \(1, 8, 8\), but the model expects \(1, 16, 16\)",
-=======
         ValueError, match=r"are \(C, H, W\) = \(1, 8, 8\), but the model expects \(1, 16, 16\)"
->>>>>>> theirs
     ):
         evaluate(models={"mine": str(tmp_path / "other")}).check(inputs())
 
