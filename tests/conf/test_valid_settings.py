@@ -188,7 +188,7 @@ def begun(tmp_path, monkeypatch):
 
     monkeypatch.setattr(command_line, "_build", lambda node: tasks.append(build(node)) or tasks[-1])
     monkeypatch.setattr(command_line, "write_config", write)
-    monkeypatch.setattr(command_line, "tell", lambda error, *_: tasks.append(error) or 1)
+    monkeypatch.setattr(command_line, "report", lambda error, *_: tasks.append(error) or 1)
 
     def run(*arguments):
         cli.main([*arguments, "run_dir=out"])

@@ -6,7 +6,7 @@ from torch import nn
 from goldens_util import assert_near, golden_files, load, new_dit, part
 from objectives.test_sampling import Oracle, labels
 from tinyfusion_pl.objectives import GaussianDiffusion, ImageSampler
-from tinyfusion_pl.tasks.evaluate import plain
+from tinyfusion_pl.tasks.results import plain
 
 DETERMINISTIC = {
     "ddim": diffusers.DDIMScheduler(clip_sample=False),

@@ -37,7 +37,7 @@ from tinyfusion_pl.cli.run_identity import (
     forget_config,
     write_config,
 )
-from tinyfusion_pl.cli.settings import checked
+from tinyfusion_pl.cli.settings import check_complete, checked
 from tinyfusion_pl.cli.sweeps import SWEEP, check_single, check_sweep, is_arm
 from tinyfusion_pl.preemption import EXIT_CODE, Preempted, preemptible
 from tinyfusion_pl.printable import for_terminal
@@ -199,7 +199,7 @@ def run(cfg: DictConfig, run_dir: Path) -> Any:
     # Processes that the first one launches share the folder that it locks.
     with sole_writer(run_dir, setting="run_dir") if is_first_process() else nullcontext():
         check_folder(run_dir, cfg)
-        OmegaConf.to_container(cfg.task, resolve=True, throw_on_missing=True)
+        check_complete(cfg.task)
         # A copy: Hydra resolves references in place, and config.yaml keeps them.
         task = _build(copy.deepcopy(cfg).task)
         logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)

@@ -33,6 +33,17 @@ MAX_TOLD = 8
 SPECIAL = {TARGET: str, "_partial_": bool, "_recursive_": bool, "_convert_": str, "_args_": list}
 
 
+def check_complete(node: DictConfig | ListConfig) -> None:
+    """Read every value, also behind references, to find a missing one by its full key.
+
+    OmegaConf's ``to_container(throw_on_missing=True)`` names only the last part of a key behind a
+    reference.
+    """
+    for key in get_names(node):
+        if OmegaConf.is_config(value := node[key]):
+            check_complete(value)
+
+
 def checked(cfg: DictConfig) -> DictConfig:
     """A copy of `cfg` in which each setting has its type: whole floats become integers.
 

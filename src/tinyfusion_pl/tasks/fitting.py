@@ -53,7 +53,7 @@ class Fit:
     """
 
     trainer: Callable[..., Trainer]
-    callbacks: Mapping[str, Callback] = field(default_factory=dict)
+    callbacks: Mapping[str, Callback | None] = field(default_factory=dict)
     logger: Callable[..., Logger] | None = None
     checkpoint_every_n_steps: int = 50
     budget: Budget | None = None
