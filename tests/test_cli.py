@@ -186,7 +186,7 @@ def test_a_broken_configuration_file_is_not_overwritten(work, capsys):
     Path("mine").mkdir()
     Path("mine/config.yaml").write_text("seed: [")
     assert toy("run_dir=mine") == 1
-    assert "mine/config.yaml is not a readable configuration" in capsys.readouterr().err
+    assert "mine/config.yaml is not a valid configuration" in capsys.readouterr().err
     assert Path("mine/config.yaml").read_text() == "seed: ["
 
 

@@ -130,4 +130,4 @@ def test_a_changed_result_is_not_reused(sweep, tmp_path, capfd):
         )
         == 0
     )
-    assert "cannot be used" in capfd.readouterr().out
+    assert "cannot be reused" in capfd.readouterr().out

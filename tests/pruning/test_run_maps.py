@@ -211,7 +211,7 @@ def test_a_record_that_states_other_maps_is_refused(teacher, tmp_path, entry):
 
 def test_other_programs_formats_are_refused(teacher, tmp_path):
     for path in ("a.pt", "a.safetensors", "a"):
-        with pytest.raises(ValueError, match="linear maps in place of removed runs"):
+        with pytest.raises(ValueError, match="linear maps in place of removed blocks"):
             export_model(mapped(teacher), tmp_path / path)
 
 

@@ -65,7 +65,7 @@ def test_models_of_the_curve_are_kept_as_shallow_folders(curve):
 def test_a_student_of_another_teacher_is_refused(cut, tmp_path, capsys):
     other = [f"model.checkpoint={cut}", f"depth_curve.student={cut}", f"run_dir={tmp_path / 'run'}"]
     assert main(["task=depth_curve", *other]) == 1
-    assert "cut from a model of 12 blocks" in capsys.readouterr().err
+    assert "was pruned from a model with 12 blocks" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
@@ -76,7 +76,7 @@ def test_models_beside_the_curve_are_refused(cut, tmp_path, capsys):
         f"run_dir={tmp_path / 'run'}",
     ]
     assert main(["task=depth_curve", *settings]) == 1
-    assert "evaluate.models names mine" in capsys.readouterr().err
+    assert "evaluate.models is mine" in capsys.readouterr().err
 
 
 def test_a_curve_without_draws_is_refused(cut, tmp_path, capsys):

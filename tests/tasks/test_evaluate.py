@@ -339,7 +339,7 @@ def test_processes_that_would_keep_their_numbers_to_themselves_are_refused():
     )
     with pytest.raises(
         ValueError,
-        match="evaluate.trainer.strategy is 'ddp_spawn'.*keep the numbers to themselves. Give strategy=ddp",
+        match="evaluate.trainer.strategy is 'ddp_spawn'.*do not return their metrics. Give strategy=ddp",
     ):
         evaluate(trainer=trainer).check(inputs())
 
@@ -396,7 +396,7 @@ def test_random_labels_are_those_of_the_seed_however_many_samples_there_are(tmp_
         ),
         ({"labels": "sorted"}, "labels is 'sorted'; give one of 'balanced', 'random'"),
         ({"precision": "int8"}, "precision is 'int8'; give one of 'float32'"),
-        ({"models": {"a/b": "x"}}, "are no names"),
+        ({"models": {"a/b": "x"}}, "not a valid name"),
         ({"models": {"mine": "missing.pt"}}, "no checkpoint at missing.pt"),
         ({"reference": "missing.npz"}, "There is no file missing.npz"),
         ({"sampling": {"num_sampling_steps": 0}}, "num_sampling_steps"),
@@ -419,7 +419,7 @@ def test_a_reference_of_another_network_or_with_too_little_is_refused_before_any
     ).write()
     fid = {"fid": FrechetDistance(64)}
     for name, metrics, said in (
-        ("other", fid, r"shapes \(5,\).*64 values.*another feature network"),
+        ("other", fid, r"shapes \(5,\).*64 values.*this feature network"),
         ("named", fid, "made with the feature network SomeNet-0123"),
         ("other", {"pr": PrecisionRecall(64)}, "but 'pr' needs images"),
     ):

@@ -79,7 +79,7 @@ def test_labels_are_of_the_reference_images_classes(labels, capsys):
     task, given = evaluate(labels=labels), inputs()
     task.check(given)
     assert (
-        "samples are of the data's 3 classes, of 1000 that the model knows"
+        "sampling from the data's 3 classes, of 1000 that the model knows"
         in capsys.readouterr().out
     )
     found = task.get_labels(task.sampler(given.teacher, given), given)
@@ -92,7 +92,7 @@ def test_with_a_reference_file_they_are_of_the_data(tmp_path, capsys):
     np.savez(tmp_path / "ref.npz", arr_0=images.permute(0, 2, 3, 1).numpy())
     task, given = evaluate(reference=str(tmp_path / "ref.npz")), inputs()
     task.check(given)
-    assert "ref.npz are not known, and should be the same" in capsys.readouterr().out
+    assert "ref.npz are unknown and should be the same" in capsys.readouterr().out
     assert task.get_labels(task.sampler(given.teacher, given), given).unique().tolist() == CLASSES
 
 

@@ -209,7 +209,7 @@ def test_a_finished_extraction_is_not_done_again_and_a_lost_shard_alone_is(made,
     for name in ("latents.json", "shard-00001.safetensors"):
         (tmp_path / "out" / name).unlink()
     extract(made, made / "images", tmp_path / "out")
-    assert "1 of 3 shards to do" in capsys.readouterr().out
+    assert "1 of 3 shards remaining" in capsys.readouterr().out
     assert files(tmp_path / "out") == files(made / "whole")
 
 
@@ -618,7 +618,7 @@ def test_what_is_ignored_and_noted_is_said(made, tmp_path, capsys):
         "1 hidden files or folders (.ipynb_checkpoints)" in out
         and "1 images have transparent pixels: transparency is ignored" in out
     )
-    assert "3 classes, labels by the order of the class folders (n01: 0, n02: 1, n10: 2)" in out
+    assert "3 classes, labels in the order of the class folders (n01: 0, n02: 1, n10: 2)" in out
 
 
 @pytest.mark.parametrize("content", [b"", b"[1]\n[2]\n", b"{}\n", b"\xff\xfe", b"null"])

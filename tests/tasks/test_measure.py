@@ -284,7 +284,7 @@ def test_wrong_files_are_named_with_what_was_expected(files, tmp_path):
         ("deep", r"0.tiff is not a readable image .*floats .* which may mean 0..1 or 0..255"),
         ("objects.npz", "not a whole npz file of plain arrays"),
         ("cut.npz", "not a whole npz file"),
-        ("statistics.npz", r"holds no images \(arr_0\)"),
+        ("statistics.npz", r"contains no images \(arr_0\)"),
         ("missing.npz", "There is no file"),
     ):
         with pytest.raises((ValueError, ArtifactError), match=said):

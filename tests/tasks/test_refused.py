@@ -33,7 +33,7 @@ REFERENCE = ["task=reference", "metrics=digits", "reference.files.num_channels=1
         (
             MEASURE,
             [],
-            "bad/5.png is no readable",
+            "bad/5.png is not a readable",
             ["measure.files.skip_broken=true"],
             "run/measure.json",
         ),
@@ -47,14 +47,14 @@ REFERENCE = ["task=reference", "metrics=digits", "reference.files.num_channels=1
         (
             MEASURE,
             ["measure.files.num_channels=3"],
-            "grey",
+            "grayscale",
             ["measure.reference=good"],
             "run/measure.json",
         ),
         (
             REFERENCE,
             [],
-            "bad/5.png is no readable",
+            "bad/5.png is not a readable",
             ["reference.files.skip_broken=true"],
             "new/ref.npz",
         ),

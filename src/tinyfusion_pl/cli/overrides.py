@@ -84,14 +84,17 @@ def _unreadable(override: str, error: HydraException) -> str:
     if (value[:1], value[-1:]) in (("[", "]"), ("{", "}")):
         example = shlex.quote(f'{key}=["TEXT"]' if value[0] == "[" else f'{key}={{NAME: "TEXT"}}')
         return (
-            f"Could not parse {override} ({reason}). In lists and mappings, quote each string that "
-            f"contains characters other than letters, digits and _-./: {example}."
+            f"{override} could not be parsed ({reason}). In lists and mappings, quote each string "
+            f"that contains characters other than letters, digits and _-./: {example}."
         )
     if value.startswith(FUNCTIONS) and value.endswith(")"):
-        return f"Could not parse {override} ({reason}). For a string, quote it: {quoted(override)}."
+        return (
+            f"{override} could not be parsed ({reason}). For a string, quote it: "
+            f"{quoted(override)}."
+        )
     return (
-        f"Could not parse {override}: the value contains special characters of Hydra's grammar. "
-        f"Quote it: {quoted(override)}."
+        f"{override} could not be parsed: the value contains special characters of Hydra's "
+        f"grammar. Quote it: {quoted(override)}."
     )
 
 
