@@ -5,6 +5,7 @@ import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import wandb
 from wandb.proto import wandb_internal_pb2
 
 BLOCK, HEADER, FILE_HEADER = 32768, 7, 7
@@ -32,6 +33,7 @@ class OfflineRun:
 
 def read_runs(folder: Path) -> list[OfflineRun]:
     """The runs of all files below `folder`, by id, in the order in which they began."""
+    wandb.teardown()  # W&B's process writes the end of a file after `finish` has returned
     runs = {}
     for file in sorted(Path(folder).glob("wandb/offline-run-*/*.wandb")):
         run_id = file.stem.removeprefix("run-")
